@@ -1,0 +1,14 @@
+// Compiled once per instruction set with CLP_ISA = portable | avx2 | avx512.
+#include "kernels.hpp"
+
+#define CLP_STR2(x) #x
+#define CLP_STR(x) CLP_STR2(x)
+
+namespace clp::CLP_ISA {
+
+const KernelTable& table() {
+  static const KernelTable t = {CLP_STR(CLP_ISA)};
+  return t;
+}
+
+}  // namespace clp::CLP_ISA

@@ -1,0 +1,22 @@
+// The CPU kernels as one table of function pointers per instruction set.
+// Plain pointers and sizes only: nothing here knows torch or Python. Rows are row-major; a `stride` counts elements between rows.
+#pragma once
+#include <cstdint>
+
+namespace clp {
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+
+struct KernelTable {
+  const char* name;
+  // One entry per kernel; see the header of each kernel family for the contract.
+};
+
+const KernelTable& table();            // chosen at first use: CLP_KERNELS_ISA if set, else the widest this CPU runs
+const char* select_isa(const char*);   // forces one ("portable", "avx2", "avx512"); returns the name now in force; throws std::invalid_argument
+
+namespace portable { const KernelTable& table(); }
+namespace avx2 { const KernelTable& table(); }
+namespace avx512 { const KernelTable& table(); }
+
+}  // namespace clp

@@ -1,0 +1,132 @@
+"""Which back-end serves a call: the reference (plain torch), the C++ CPU kernels, or Triton.
+
+The choice is made per call from device, dtype and shape. `CLP_KERNELS_BACKEND` (environment) or `use_backend(...)`
+force one; a forced back-end that cannot serve a call raises and says what would, and never hands the call on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+NAMES = ("reference", "cpu", "triton")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One back-end and whether it can be used in this process; `reason` says why not, and what to do."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+class Implementation(Protocol):
+    """A back-end's module for one op: `unsupported(**call)` says why it cannot serve this call, or None if it can."""
+
+    def unsupported(self, **call) -> str | None: ...
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in its interpreter, which takes CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _native() -> Backend:
+    try:
+        native = importlib.import_module("clp_kernels._native")
+    except ImportError as error:
+        return Backend("cpu", False, f"the native extension is not built or does not load ({error}); "
+                                     "reinstall clp-engine with a C++ compiler, or use a wheel")
+    return Backend("cpu", True, f"C++ kernels, {native.isa()}")
+
+
+def _triton() -> Backend:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return Backend("triton", False, f"triton cannot be imported ({error}); pip install 'triton>=3.6'")
+    if interpreting():
+        return Backend("triton", True, f"triton {triton.__version__}, interpreter (slow; for tests)")
+    if not torch.cuda.is_available():
+        return Backend("triton", False, "no CUDA or ROCm device is visible to torch; "
+                                        "TRITON_INTERPRET=1 runs the kernels on the CPU for tests")
+    return Backend("triton", True, f"triton {triton.__version__} on {torch.cuda.get_device_name()}")
+
+
+def backends() -> dict[str, Backend]:
+    """Every back-end by name, with whether it is usable here and why it is not."""
+    return {"reference": Backend("reference", True, "plain torch, any device and dtype"),
+            "cpu": _native(), "triton": _triton()}
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if name in (None, "", "auto"):
+        return None
+    if name not in NAMES:
+        raise ValueError(f"{source}: unknown back-end {name!r}; expected one of {', '.join(NAMES)} or 'auto'")
+    return name
+
+
+# Process-wide, not per thread: autograd runs backward passes on threads of its own.
+_forced: list[str | None] = []
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one back-end ("reference", "cpu", "triton"; "auto" or None lifts an outer force) inside the block.
+
+    Raises ValueError for an unknown name; RuntimeError where the back-end is not available in this process.
+    """
+    name = _checked(name, "use_backend")
+    if name is not None and not (status := backends()[name]).available:
+        raise RuntimeError(f"use_backend({name!r}): {status.reason}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced_backend() -> str | None:
+    """The back-end in force by `use_backend` or CLP_KERNELS_BACKEND, or None."""
+    if _forced:
+        return _forced[-1]
+    return _checked(os.environ.get("CLP_KERNELS_BACKEND"), "CLP_KERNELS_BACKEND")
+
+
+def select(op: str, table: Mapping[str, str], device: torch.device, **call) -> Implementation:
+    """The implementation module that serves this call.
+
+    table: back-end name -> module name; modules are imported on first use, so that a missing Triton costs nothing.
+    call: whatever the op's implementations look at in `unsupported(device=..., **call)`.
+    Raises RuntimeError where the forced back-end cannot serve the call.
+    """
+    forced = forced_backend()
+    names = (forced,) if forced else _PREFERENCE.get(device.type, ("reference",))
+    refusals = []
+    for name in names:
+        if name not in table:
+            refusals.append(f"{name}: has no {op}")
+            continue
+        status = _AVAILABLE.get(name) or _AVAILABLE.setdefault(name, backends()[name])
+        if not status.available:
+            refusals.append(f"{name}: {status.reason}")
+            continue
+        module = importlib.import_module(table[name])
+        reason = module.unsupported(device=device, **call)
+        if reason is None:
+            return module
+        refusals.append(f"{name}: {reason}")
+    raise RuntimeError(f"{op}: no back-end serves this call. " + "; ".join(refusals)
+                       + ". Use clp_kernels.use_backend('auto'), or 'reference' for the plain-torch version.")
+
+
+_AVAILABLE: dict[str, Backend] = {}
