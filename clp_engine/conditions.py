@@ -1,0 +1,99 @@
+"""What a row is asked for: a weighting of the objectives and a KL coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+KL_CONDITIONING = ("none", "linear", "odds")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """One `(w, kl)` per row.
+
+    weights: (rows, M) float32, each row on the simplex, or all zero for the reference policy.
+    kl: (rows,) float32, alpha in [0, 1] (or beta >= 0 where a run was configured with beta).
+    """
+
+    weights: torch.Tensor
+    kl: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.weights.shape[0]
+
+    def __getitem__(self, rows) -> Conditions:
+        return Conditions(self.weights[rows], self.kl[rows])
+
+    def repeat(self, times: int) -> Conditions:
+        """Each row `times` times in a row: one condition per prompt to one per completion."""
+        return Conditions(self.weights.repeat_interleave(times, 0), self.kl.repeat_interleave(times, 0))
+
+    def to(self, device: torch.device | str) -> Conditions:
+        return Conditions(self.weights.to(device), self.kl.to(device))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditions]) -> Conditions:
+        return Conditions(torch.cat([p.weights for p in parts]), torch.cat([p.kl for p in parts]))
+
+    @staticmethod
+    def reference(rows: int, num_objectives: int) -> Conditions:
+        """Rows whose blend is zero: the base model itself."""
+        return Conditions(torch.zeros(rows, num_objectives), torch.zeros(rows))
+
+
+def blend_coefficients(conditions: Conditions, kl_conditioning: str = "none", *, min_kl: float | None = None,
+                       kl_is_beta: bool = False) -> torch.Tensor:
+    """Coefficient of each objective's delta: `c(alpha) * w`, (rows, M) float32.
+
+        none    c = 1
+        linear  c = 1 - alpha
+        odds    c = ((1 - alpha) / alpha) / ((1 - alpha_min) / alpha_min)
+
+    The optimum of a log-linear policy is proportional to `(1 - alpha) / alpha`, so `odds` is exact there and `linear`
+    (the form of the CLP paper) is an approximation. With beta the same family is `alpha = beta / (1 + beta)`.
+    min_kl: the smallest KL coefficient of training, at which the odds form is 1. Raises ValueError for an unknown form
+    or a missing min_kl.
+    """
+    if kl_conditioning not in KL_CONDITIONING:
+        raise ValueError(f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}")
+    if kl_conditioning == "none":
+        return conditions.weights
+    alpha = conditions.kl / (1 + conditions.kl) if kl_is_beta else conditions.kl
+    if kl_conditioning == "linear":
+        return conditions.weights * (1 - alpha).unsqueeze(-1)
+    if min_kl is None or min_kl <= 0:
+        raise ValueError(f"kl_conditioning='odds' needs min_kl > 0, the smallest KL coefficient of training; got {min_kl}")
+    alpha_min = min_kl / (1 + min_kl) if kl_is_beta else min_kl
+    odds = (1 - alpha) / alpha.clamp_min(torch.finfo(alpha.dtype).tiny) / ((1 - alpha_min) / alpha_min)
+    # The reference rows have no weights, whatever their alpha says.
+    return torch.where(conditions.weights > 0, conditions.weights * odds.unsqueeze(-1), 0.0)
+
+
+def parse_weights(weights: Mapping[str, float] | Sequence[float] | torch.Tensor | None, objectives: Sequence[str],
+                  *, tolerance: float = 1e-3) -> torch.Tensor:
+    """One weighting as (M,) float32 on the simplex: from a mapping by objective name (absent names weigh 0), or a
+    sequence in the order of `objectives`; None is uniform. Raises ValueError for unknown names, negative weights, a wrong
+    count, or a sum that is not 1 (within `tolerance`; the result is then normalised exactly)."""
+    if weights is None:
+        return torch.full((len(objectives),), 1.0 / len(objectives))
+    if isinstance(weights, Mapping):
+        unknown = [name for name in weights if name not in objectives]
+        if unknown:
+            raise ValueError(f"unknown objective{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; "
+                             f"this policy has {', '.join(objectives)}")
+        values = [float(weights.get(name, 0.0)) for name in objectives]
+    else:
+        values = [float(v) for v in weights]
+        if len(values) != len(objectives):
+            raise ValueError(f"weights has {len(values)} entries; expected {len(objectives)}, "
+                             f"in the order {', '.join(objectives)}")
+    given = ", ".join(f"{n}={v:g}" for n, v in zip(objectives, values))
+    if not all(v >= 0 for v in values):  # also catches NaN
+        raise ValueError(f"weights must not be negative; got {given}")
+    total = sum(values)
+    if abs(total - 1) > tolerance:
+        raise ValueError(f"weights must sum to 1; got {given}, which sums to {total:g}")
+    return torch.tensor(values, dtype=torch.float64).div(total).float()
