@@ -1,0 +1,174 @@
+"""Multi-objective metrics over a front of policies. Pure numpy; every reward is to be maximised.
+
+Shapes. `points` is (..., P, M): P policies (one per weighting), M objectives, mean rewards; leading
+dimensions are independent fronts (bootstrap resamples) and come back as the leading dimensions of the result.
+`weights` is (P, M), the weighting each policy was asked for.
+
+The reference point of the hypervolume is fixed before any front is looked at: the base policy's mean minus a
+margin.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def _front(points: ArrayLike, name: str = "points") -> Array:
+    points = np.asarray(points, dtype=np.float64)
+    if points.ndim < 2 or 0 in points.shape[-2:]:
+        raise ValueError(f"{name} has shape {points.shape}; expected (..., points, objectives), neither zero")
+    return points
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> Array:
+    """Volume of the union over p of the boxes between `reference` and point p: (..., P, M) -> (...).
+
+        HV = | union_p { x : reference <= x <= p } |
+
+    A point below the reference in any objective spans no box. Exact for any M: along the last objective,
+    sorted descending, `HV_M = sum_i (z_i - z_(i+1)) HV_(M-1)(points 0..i)`, where HV_1 is the running maximum. Cost O(P^(M-2) * P log P), which is fine up to five objectives or so.
+    Raises ValueError where `reference` is not (M,).
+    """
+    points = _front(points)
+    reference = np.asarray(reference, dtype=np.float64)
+    if reference.shape != points.shape[-1:]:
+        raise ValueError(f"reference has shape {reference.shape}; expected ({points.shape[-1]},), "
+                         "one entry per objective")
+    return _volume(np.maximum(points - reference, 0.0))
+
+
+def _volume(boxes: Array) -> Array:
+    """Hypervolume of boxes (..., P, M) that start at the origin."""
+    if boxes.shape[-1] == 1:
+        return boxes[..., 0].max(-1)
+    order = np.argsort(-boxes[..., -1], axis=-1)
+    boxes = np.take_along_axis(boxes, order[..., None], axis=-2)
+    steps = -np.diff(boxes[..., -1], axis=-1, append=0.0)  # (..., P): thickness of the slice below point i
+    rest = boxes[..., :-1]
+    if rest.shape[-1] == 1:
+        slices = np.maximum.accumulate(rest[..., 0], axis=-1)
+    else:
+        slices = np.stack([_volume(rest[..., : i + 1, :]) for i in range(rest.shape[-2])], axis=-1)
+    return (steps * slices).sum(-1)
+
+
+def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
+    """Which points no other point dominates: (..., P, M) -> (..., P) bool.
+
+        q dominates p  iff  q_i >= p_i for all i and q_i > p_i for some i
+
+    Equal points do not dominate each other: both stay.
+    """
+    points = _front(points)
+    q, p = points[..., None, :, :], points[..., :, None, :]  # [..., p, q, objective]
+    return ~((q >= p).all(-1) & (q > p).any(-1)).any(-1)
+
+
+def expected_utility(points: ArrayLike, lattice: ArrayLike) -> Array:
+    """What a user with a random weighting gets who may pick any policy of the front: (..., P, M) -> (...).
+
+        EU = mean over v in lattice of max_p v . R_p
+
+    lattice: (L, M), usually the simplex lattice. A policy that ignores the weighting it is given is not
+    punished here as long as some point of the front is good: `realised_utility` does that.
+    """
+    return (_front(points) @ np.asarray(lattice, dtype=np.float64).T).max(-2).mean(-1)
+
+
+def realised_utility(points: ArrayLike, weights: ArrayLike) -> Array:
+    """What a user gets who asks for w and takes the policy conditioned on w: (..., P, M) -> (...).
+
+        RU = mean over the grid of w . R(pi_w)
+    """
+    return _own_utility(_front(points), _weights(points, weights)).mean(-1)
+
+
+def regret(points: ArrayLike, weights: ArrayLike) -> Array:
+    """Utility lost at each weighting against the best point of the front, >= 0: (..., P, M) -> (..., P).
+
+        regret_w = max_w' w . R(pi_w') - w . R(pi_w)
+    """
+    points, weights = _front(points), _weights(points, weights)
+    return (points @ weights.T).max(-2) - _own_utility(points, weights)
+
+
+def _own_utility(points: Array, weights: Array) -> Array:
+    return (points * weights).sum(-1)
+
+
+def _weights(points: ArrayLike, weights: ArrayLike) -> Array:
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.shape != np.shape(points)[-2:]:
+        raise ValueError(f"weights has shape {weights.shape}; expected {np.shape(points)[-2:]}, "
+                         "one weighting per point")
+    return weights
+
+
+def ranks(values: ArrayLike) -> Array:
+    """Average ranks along the last axis, from 0; tied values share the mean of their ranks.
+
+        rank_i = #{j : x_j < x_i} + (#{j : x_j = x_i} - 1) / 2
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mine, other = values[..., :, None], values[..., None, :]
+    return (other < mine).sum(-1) + ((other == mine).sum(-1) - 1) / 2
+
+
+def steerability(points: ArrayLike, weights: ArrayLike) -> Array:
+    """Spearman rank correlation of w_i with R_i over the front, per objective: (..., P, M) -> (..., M).
+
+        rho_i = Pearson(ranks(w_i), ranks(R_i))
+
+    NaN where w_i or R_i takes one value only (one objective, one point): there is nothing to steer. With
+    three or more objectives many weightings tie in w_i, so rho_i is below 1 even where R_i follows w_i as it
+    should.
+    """
+    points, weights = _front(points), _weights(points, weights)
+    asked = ranks(weights.T)  # (M, P)
+    got = ranks(np.swapaxes(points, -1, -2))  # (..., M, P)
+    asked = asked - asked.mean(-1, keepdims=True)
+    got = got - got.mean(-1, keepdims=True)
+    spread = np.sqrt((asked**2).sum(-1) * (got**2).sum(-1))
+    return np.divide((asked * got).sum(-1), spread, out=np.full(spread.shape, np.nan), where=spread > 0)
+
+
+def mean_rewards(rewards: ArrayLike) -> Array:
+    """Mean over prompts of the rewards that apply (are not NaN): (P, N, M) -> (P, M); NaN where none does."""
+    rewards = np.asarray(rewards, dtype=np.float64)
+    return _divide(np.nansum(rewards, axis=1), (~np.isnan(rewards)).sum(axis=1))
+
+
+def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
+    """Mean rewards in `resamples` draws of N prompts with replacement: (P, N, M) -> (resamples, P, M).
+
+        count ~ Multinomial(N, 1/N);    mean[b, p, i] = sum_n count[b, n] R[p, n, i] / sum_n count[b, n]
+
+    Paired: one draw of prompts serves all policies, so what a prompt has of its own (an easy document)
+    cancels in a difference between two of them. NaN entries of `rewards` (objective does not apply) leave
+    both sums.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if rewards.ndim != 3 or 0 in rewards.shape:
+        raise ValueError(f"rewards has shape {rewards.shape}; expected (policies, prompts, objectives), "
+                         "none of them zero")
+    policies, prompts, objectives = rewards.shape
+    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    counts = counts.astype(np.float64)
+    by_prompt = np.swapaxes(rewards, 0, 1).reshape(prompts, policies * objectives)
+    applies = ~np.isnan(by_prompt)
+    means = _divide(counts @ np.where(applies, by_prompt, 0.0), counts @ applies.astype(np.float64))
+    return means.reshape(resamples, policies, objectives)
+
+
+def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array]:
+    """Percentile interval over the first axis, NaN left out: (resamples, ...) -> low (...), high (...)."""
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(np.asarray(samples, dtype=np.float64), [tail, 1 - tail], axis=0)
+    return low, high
+
+
+def _divide(total: Array, count: Array) -> Array:
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
