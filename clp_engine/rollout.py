@@ -1,0 +1,164 @@
+"""Sampling completions: one prompt prefill per group, keys and values in buffers allocated once, finished rows dropped.
+
+Rows of one batch may have different conditions; a row whose weights are all zero is the base model. The log-prob of each
+token is kept as it was sampled, and row i of prompt p draws from a seed of its own, so that what a row says does not
+depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from clp_kernels import sample_tokens
+
+from clp_engine.conditions import Conditions
+from clp_engine.errors import ConfigError
+from clp_engine.seeds import derive
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+
+# Dropping rows copies the cache: worth it once this share of the running rows has finished.
+_DROP_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. temperature 0 is greedy; top_k, top_p, min_p cut the distribution the token is drawn from."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature={self.temperature}: expected 0 (greedy) or more")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of P prompts, `group` of each, B = P * group; completion b belongs to prompt b // group.
+
+    prompt_ids, prompt_mask: (P, S), left-padded; completion_ids: (B, T) int64, right-padded, the end token included;
+    completion_mask: (B, T) bool; logprobs: (B, T) float32, as sampled, at the sampling temperature; terminated: (B,) bool.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    logprobs: torch.Tensor
+    terminated: torch.Tensor
+
+    @property
+    def group(self) -> int:
+        return self.completion_ids.shape[0] // self.prompt_ids.shape[0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self.completion_mask.sum(-1)
+
+    def prompts(self, start: int, stop: int) -> Rollout:
+        """The part of prompts [start, stop), trimmed to the longest prompt and completion in it."""
+        rows = slice(start * self.group, stop * self.group)
+        prompt_mask, mask = self.prompt_mask[start:stop], self.completion_mask[rows]
+        skip = self.prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
+        keep = max(int(mask.sum(-1).max()), 1)
+        return Rollout(self.prompt_ids[start:stop, skip:], prompt_mask[:, skip:], self.completion_ids[rows, :keep],
+                       mask[:, :keep], self.logprobs[rows, :keep], self.terminated[rows])
+
+    def token_lists(self) -> list[list[int]]:
+        """The tokens of each completion without padding, the end token included."""
+        return [ids[:n] for ids, n in zip(self.completion_ids.tolist(), self.lengths.tolist())]
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (P, longest)."""
+    for i, s in enumerate(sequences):
+        if len(s) == 0:
+            raise ConfigError(f"prompt {i} has no tokens; every prompt needs at least one")
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    for i, s in enumerate(sequences):
+        ids[i, longest - len(s):] = torch.as_tensor(s, dtype=torch.long)
+    lengths = torch.tensor([len(s) for s in sequences]).unsqueeze(-1)
+    mask = torch.arange(longest) >= longest - lengths
+    return ids.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def rollout(policy: ConditionedPolicy, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, *,
+            num_generations: int = 1, sampling: SamplingParams | None = None, seed: int = 0,
+            row_seeds: torch.Tensor | None = None) -> Rollout:
+    """Draw `num_generations` completions of each of P prompts, each prompt under its own condition.
+
+    conditions: P rows. row_seeds: (P * num_generations,) int64, one stream of random numbers per completion; by default
+    derived from `seed` and the completion's index. Equal row seeds give common random numbers.
+    """
+    sampling = sampling or SamplingParams()
+    if len(conditions) != len(prompt_ids):
+        raise ValueError(f"conditions has {len(conditions)} rows for {len(prompt_ids)} prompts; expected one per prompt")
+    device, backbone = policy.device, policy.backbone
+    prompts, prompt_mask = pad_left(prompt_ids, policy.pad_token_id, device)
+    rows, steps = len(prompt_ids) * num_generations, sampling.max_new_tokens
+    if row_seeds is None:
+        row_seeds = derive(seed, torch.arange(rows))
+    row_seeds = row_seeds.to(device)
+    padded = not bool(prompt_mask.all())
+
+    cache = backbone.empty_cache()
+    with policy.blended(conditions):
+        last = backbone.extend(prompts, prompt_mask, cache, padded=padded)[:, -1]
+        logits = backbone.head.logits(last).repeat_interleave(num_generations, 0)
+    cache = backbone.rollout_cache(cache, num_generations, prompts.shape[1] + steps)
+
+    tokens = torch.full((rows, steps), policy.pad_token_id, dtype=torch.long, device=device)
+    logprobs = torch.zeros(rows, steps, device=device)
+    lengths = torch.full((rows,), steps, dtype=torch.long, device=device)
+    terminated = torch.zeros(rows, dtype=torch.bool, device=device)
+    stop_ids = torch.tensor(policy.stop_token_ids, device=device)
+
+    # `running` holds the rows still in the batch; `done` those of them that have ended but were not dropped yet.
+    running = torch.arange(rows, device=device)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    row_conditions = conditions.repeat(num_generations)
+    valid = prompt_mask.repeat_interleave(num_generations, 0)
+    positions = valid.sum(-1, keepdim=True)
+    blend = policy.coefficients(row_conditions)
+    for step in range(steps):
+        drawn, drawn_logprob = sample_tokens(logits, temperature=sampling.temperature, top_k=sampling.top_k,
+                                             top_p=sampling.top_p, min_p=sampling.min_p, seeds=derive(row_seeds, step))
+        live = ~done
+        tokens[running, step] = torch.where(live, drawn, policy.pad_token_id)
+        logprobs[running, step] = torch.where(live, drawn_logprob, 0.0)
+        ended = live & torch.isin(drawn, stop_ids)
+        lengths[running] = torch.where(ended, step + 1, lengths[running])
+        terminated[running] = terminated[running] | ended
+        done = done | ended
+        if step + 1 == steps:
+            break
+        finished = int(done.sum())
+        if finished == len(running):
+            break
+        if finished >= _DROP_SHARE * len(running):
+            keep = (~done).nonzero().squeeze(-1)
+            cache.batch_select_indices(keep)
+            running, drawn, valid, positions = running[keep], drawn[keep], valid[keep], positions[keep]
+            row_seeds, done = row_seeds[keep], done[keep]
+            blend = None if blend is None else blend[keep]
+        valid = torch.cat([valid, valid.new_ones(len(running), 1)], 1)
+        with policy.blend.use(blend):
+            hidden = backbone.extend(drawn.unsqueeze(1), valid, cache, positions=positions, padded=padded)
+            logits = backbone.head.logits(hidden[:, -1])
+        positions = positions + 1
+
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=device) < lengths.unsqueeze(-1)
+    return Rollout(prompts, prompt_mask, tokens[:, :longest], mask, logprobs[:, :longest], terminated)

@@ -1,0 +1,64 @@
+"""Token statistics of completions under policy and reference: log-probs, entropy, exact KL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+from clp_kernels import TokenStats
+
+from clp_engine.conditions import Conditions
+from clp_engine.rollout import Rollout
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+
+ALL = ("logprob", "ref_logprob", "kl", "entropy")
+_NEEDS_REFERENCE = {"ref_logprob", "kl", "reverse_kl"}
+
+
+def completion_stats(policy: ConditionedPolicy, batch: Rollout, conditions: Conditions | None, *,
+                     outputs: Sequence[str] = ALL, temperature: float = 1.0) -> tuple[torch.Tensor, TokenStats]:
+    """(hidden, stats) of the N completion tokens of `batch`, in the order of batch.completion_mask.nonzero().
+
+    hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients.
+    """
+    mask = batch.completion_mask
+    ref_hidden = None
+    if _NEEDS_REFERENCE & set(outputs):
+        with torch.no_grad():
+            ref_hidden = policy.completion_hidden(batch, None)[mask]
+    hidden = policy.completion_hidden(batch, conditions)[mask]
+    row_conditions = None if conditions is None else conditions.repeat(batch.group)[mask.nonzero()[:, 0].cpu()]
+    return hidden, policy.token_stats(hidden, batch.completion_ids[mask], ref_hidden=ref_hidden,
+                                      conditions=row_conditions, temperature=temperature, outputs=outputs)
+
+
+def unpacked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(N,) values of the tokens in mask (B, T) as (B, T), zero elsewhere; differentiable."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+@torch.no_grad()
+def score(policy: ConditionedPolicy, batch: Rollout, conditions: Conditions | None, *, outputs: Sequence[str] = ALL,
+          temperature: float = 1.0, max_tokens: int = 16384) -> TokenStats:
+    """Statistics of every completion token, each (B, T) float32 and zero outside batch.completion_mask, without gradients.
+
+    conditions: one row per prompt, None for the base model. max_tokens: prompts are taken together up to this many tokens.
+    """
+    prompts = batch.prompt_ids.shape[0]
+    per_prompt = batch.prompt_ids.shape[1] + batch.group * batch.completion_ids.shape[1]
+    step = max(1, max_tokens // per_prompt)
+    parts = []
+    for start in range(0, prompts, step):
+        stop = min(start + step, prompts)
+        part = batch.prompts(start, stop)
+        parts.append(completion_stats(policy, part, None if conditions is None else conditions[start:stop],
+                                      outputs=outputs, temperature=temperature)[1])
+    joined = {}
+    for field in fields(TokenStats):
+        values = [getattr(part, field.name) for part in parts]
+        joined[field.name] = None if values[0] is None else unpacked(torch.cat(values), batch.completion_mask)
+    return TokenStats(**joined)
