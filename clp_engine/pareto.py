@@ -1,8 +1,8 @@
 """Multi-objective metrics over a front of policies. Pure numpy; every reward is to be maximised.
 
 Shapes. `points` is (..., P, M): P policies (one per weighting), M objectives, mean rewards; leading
-dimensions are independent fronts (bootstrap resamples) and come back as the leading dimensions of the result.
-`weights` is (P, M), the weighting each policy was asked for.
+dimensions are independent fronts (bootstrap resamples) and come back as the leading dimensions of the
+result. `weights` is (P, M), the weighting each policy was asked for.
 
 The reference point of the hypervolume is fixed before any front is looked at: the base policy's mean minus a
 margin.
@@ -29,7 +29,8 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> Array:
         HV = | union_p { x : reference <= x <= p } |
 
     A point below the reference in any objective spans no box. Exact for any M: along the last objective,
-    sorted descending, `HV_M = sum_i (z_i - z_(i+1)) HV_(M-1)(points 0..i)`, where HV_1 is the running maximum. Cost O(P^(M-2) * P log P), which is fine up to five objectives or so.
+    sorted descending, `HV_M = sum_i (z_i - z_(i+1)) HV_(M-1)(points 0..i)`, where HV_1 is the running
+    maximum. Cost O(P^(M-2) * P log P), which is fine up to five objectives or so.
     Raises ValueError where `reference` is not (M,).
     """
     points = _front(points)
@@ -136,7 +137,8 @@ def steerability(points: ArrayLike, weights: ArrayLike) -> Array:
 
 
 def mean_rewards(rewards: ArrayLike) -> Array:
-    """Mean over prompts of the rewards that apply (are not NaN): (P, N, M) -> (P, M); NaN where none does."""
+    """Mean over prompts of the rewards that apply (are not NaN): (P, N, M) -> (P, M); NaN where none
+    does."""
     rewards = np.asarray(rewards, dtype=np.float64)
     return _divide(np.nansum(rewards, axis=1), (~np.isnan(rewards)).sum(axis=1))
 
