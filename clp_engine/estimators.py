@@ -1,0 +1,369 @@
+"""How rewards and log-probs become a gradient: pure functions over tensors, no model.
+
+The objective of one row (one completion of one prompt), with its own `w`, `reward_scale` and `kl_coef`:
+
+    J = reward_scale * w.R - kl_coef * KL(pi || pi_ref),     KL = E_pi sum_t (log pi - log pi_ref)(y_t | y_<t)
+
+and every estimator here is linear in two statistics of each token, with coefficients that are constants:
+
+    loss = - sum_bt loss_weights[b, t] * (c_logprob[b, t] * logprob[b, t] + c_kl[b, t] * kl[b, t])
+
+The coefficients point uphill: without weights the gradient of the bracket estimates the gradient of the sum
+of J over rows. `-loss_weights * c` are therefore the incoming gradients of the fused log-prob op, and no
+token needs a graph of its own.
+
+The estimators. `A` is `reward_scale * r - kl_coef * penalty` minus its baseline over the group, one number
+per row:
+
+    return  c_logprob = A, penalty = sum_t (logprob - ref_logprob)        unbiased
+    exact   c_logprob = A, penalty = sum_t KL_t,  c_kl = -kl_coef         unbiased
+    mixed   mix * exact + (1 - mix) * return                              unbiased for a mix fixed beforehand
+    k2      c_logprob = A - kl_coef * (p - q), penalty = 0                biased: see below
+    k3      c_logprob = A - kl_coef * (1 - exp(q - p)), penalty = 0       biased, and more so
+
+with p = logprob, q = ref_logprob and KL_t the exact KL of step t over the whole vocabulary.
+
+Why the penalty is the sum over all steps, when only the steps to come (from t on in `return`, after t in
+`exact`) depend on token t: what lies before t is a function of the prefix, so any multiple of it is a valid
+baseline. Two choices were compared on enumerable policies (4 tokens x 3 steps, 2 x 7, 3 x 6; groups of 4),
+by the variance of the gradient: the whole sum with the group's whole sums as baseline, as here, and the
+part to come with the group's parts to come at the same position. On the way from the reference to the
+optimum the whole sum was never worse: half-way, at alpha 0.2, 0.047 against 0.079, 0.061 against 0.112 and
+0.089 against 0.179 in `return`, and at the optimum 0 against 0.005 to 0.016, because there reward and
+log-ratio cancel in every completion and not merely on average. In `exact` the two
+are within 12 % there. The
+price: where the log-ratio is mostly noise that no reward explains (random logits, rewards of size 0.1) the
+whole sum has up to 1.8 times the variance in `return`; `exact` is lower than both there, by up to a factor
+of ten, and `mixed` finds it.
+
+What is biased in k2 and k3: the sampled estimate of the KL is differentiated as if the samples were fixed,
+token by token. For k2 the expectation over token t is the gradient of KL_t, but the effect of token t on
+the KL of later steps is missing (as in `exact` without its penalty); with one step k2 is unbiased. For k3
+the expectation is the gradient of the other direction, KL(pi_ref || pi) of step t, and later steps are
+missing as well. As *values* both estimate the KL (k3 without bias), which is how they came to be used: J.
+Schulman, "Approximating KL Divergence" (2020). k3 in the loss is what GRPO does (Shao et al.,
+"DeepSeekMath", 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
+BASELINES = ("leave_one_out", "group_mean", "none")
+SCALE_REWARDS = ("none", "group", "batch")
+LOSS_TYPES = ("sequence", "grpo", "dapo", "dr_grpo")
+
+# TRL's: keeps a group whose rewards are all equal from dividing zero by zero.
+STD_EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of each token of a batch of completions, all (B, T), float32 (float64 works too).
+
+    logprob: of the token under the policy. ref_logprob: under the reference.
+    kl: exact KL(policy || reference) of the step over the vocabulary; None where no estimator asks for it.
+    mask: bool, True for the completion tokens that count; the other entries are never read.
+    """
+
+    logprob: torch.Tensor
+    ref_logprob: torch.Tensor
+    kl: torch.Tensor | None
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The objective as constants: loss = -sum weights * (logprob coefficient * logprob + kl coefficient *
+    kl).
+
+    logprob: (B, T), zero outside the mask. kl: (B, T), or None where the estimator does not differentiate
+    the KL.
+    advantage: (B,), the baselined return; zero for rows that have none.
+    clip_low, clip_high: scalars, the fraction of the counted tokens whose ratio was clipped from below and
+        from above; None without old_logprob.
+    """
+
+    logprob: torch.Tensor
+    kl: torch.Tensor | None
+    advantage: torch.Tensor
+    clip_low: torch.Tensor | None = None
+    clip_high: torch.Tensor | None = None
+
+
+def objective_scales(kl: torch.Tensor, kl_is_beta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(reward_scale, kl_coef) of rows with KL coefficient `kl` (B,).
+
+        alpha   J = (1 - alpha) * w.R - alpha * KL
+        beta    J = w.R - beta * KL
+
+    They are one family: beta = alpha / (1 - alpha), up to the factor 1 - alpha in front of J.
+    """
+    return (torch.ones_like(kl), kl) if kl_is_beta else (1 - kl, kl)
+
+
+def scalarise(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One number per row: sum_i w_i R_i / sum_i w_i over the rewards that apply.
+
+    rewards: (B, M), NaN where a reward does not apply to the row. weights: (B, M), not negative. Returns
+    (B,); NaN where no reward with a positive weight applies. A reward that does not apply is not a reward
+    of zero: the weights of the others are renormalised.
+    """
+    if rewards.shape != weights.shape or rewards.dim() != 2:
+        raise ValueError(f"scalarise needs rewards and weights of one shape (B, M); "
+                         f"got {tuple(rewards.shape)} and {tuple(weights.shape)}")
+    applies = ~rewards.isnan()
+    weights = weights.to(rewards.dtype) * applies
+    return (weights * torch.where(applies, rewards, 0.0)).sum(-1) / weights.sum(-1)
+
+
+def leave_one_out(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Each value minus the mean of the *other* members of its group: (B, ...) like `values`.
+
+    Rows of a group are consecutive. A baseline made of the others does not depend on the row's own sample,
+    so it leaves the expected gradient as it is. A NaN (a member without a reward) does not count in the
+    others' mean; its own result, and that of a member with nobody to be compared with, is 0.
+    """
+    centred, present, count = _centred(values, group_size)
+    return (centred * (count / (count - 1).clamp_min(1)) * (present & (count > 1))).flatten(0, 1)
+
+
+def group_mean(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Each value minus the mean of its group, itself included (GRPO): (B, ...) like `values`; 0 for NaN.
+
+    This is (n - 1) / n times the leave-one-out advantage, n the members that count: the gradient through
+    the log-probs is too short by that factor, while a KL term with a coefficient of its own is not.
+    """
+    return _centred(values, group_size)[0].flatten(0, 1)
+
+
+def rescale_rewards(rewards: torch.Tensor, group_size: int, scale_rewards: str) -> torch.Tensor:
+    """Rewards (B,) divided by their standard deviation plus 1e-4, as TRL does; NaN stays NaN.
+
+        none    as they are
+        group   std of the group (n - 1 in the denominator)
+        batch   std of all rows
+
+    Anything but "none" changes what the KL coefficient means: dividing the reward by s is multiplying
+    kl_coef / reward_scale by s, so the policy heads for the optimum of another alpha: with "group" a
+    different one in every group (the weaker a group's contrast, the weaker its KL penalty), with "batch" in
+    every batch.
+    """
+    if scale_rewards not in SCALE_REWARDS:
+        raise ValueError(f"scale_rewards={scale_rewards!r}: expected one of {', '.join(SCALE_REWARDS)}")
+    if scale_rewards == "none":
+        return rewards
+    size = group_size if scale_rewards == "group" else rewards.shape[0]
+    centred, _, count = _centred(rewards, size)
+    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    return (rewards.view(-1, size) / (std + STD_EPSILON)).view(-1)
+
+
+@torch.no_grad()
+def coefficients(tokens: Tokens, rewards: torch.Tensor, kl_coef: torch.Tensor, reward_scale: torch.Tensor,
+                 group_size: int, *, estimator: str = "return", baseline: str = "leave_one_out",
+                 scale_rewards: str = "none", mix: float = 0.5, old_logprob: torch.Tensor | None = None,
+                 epsilon: float = 0.2, epsilon_high: float | None = None) -> Coefficients:
+    """The coefficients of logprob and kl whose gradient estimates that of J (formulas at the top of the
+    module).
+
+    rewards, kl_coef, reward_scale: (B,); rewards may be NaN (see `scalarise`). Such a row, and with a group
+        baseline one that has nobody to be compared with, gets coefficients of zero, its KL included: it has
+        no objective.
+    group_size: consecutive rows that share prompt and condition; B must be a multiple of it.
+    baseline: "leave_one_out", "group_mean" or "none" (see the functions of those names).
+    mix: share of `exact` in `mixed`, in [0, 1]; to stay unbiased it may depend on earlier batches only
+    (MixController).
+    old_logprob: (B, T), the log-probs the completions were sampled with, where the policy has moved since.
+        The term in A becomes the clipped surrogate min(ratio * A, clip(ratio, 1 - epsilon, 1 +
+        epsilon_high) * A) with ratio = exp(logprob - old_logprob), hence c_logprob = A * ratio, or 0 where
+        it is clipped. epsilon_high defaults to epsilon. The KL terms use the current log-probs; the loss
+        terms (exact's kl, k2, k3) carry no ratio, as in TRL. Ratio by token and clipping are biased both,
+        towards the policy that sampled.
+
+    Returns Coefficients in the dtype of tokens.logprob, detached. Raises ValueError for an unknown name, a
+    shape that does not fit, or a missing tokens.kl.
+    """
+    _check(tokens, rewards, kl_coef, reward_scale, group_size, estimator, baseline, mix)
+    dtype, mask = tokens.logprob.dtype, tokens.mask
+    kl_coef, reward_scale = kl_coef.to(dtype), reward_scale.to(dtype)
+    rewards = rescale_rewards(rewards.to(dtype), group_size, scale_rewards)
+    log_ratio = torch.where(mask, tokens.logprob - tokens.ref_logprob, 0.0)
+
+    exact = {"exact": 1.0, "mixed": float(mix)}.get(estimator, 0.0)
+    if estimator in ("k2", "k3"):
+        penalty = torch.zeros_like(rewards)
+    else:
+        penalty = (1 - exact) * log_ratio.sum(-1)
+        if exact:
+            penalty = penalty + exact * torch.where(mask, tokens.kl, 0.0).sum(-1)
+    advantage, counts = _advantage(reward_scale * rewards - kl_coef * penalty, group_size, baseline)
+
+    score = advantage.unsqueeze(-1) * mask
+    clip_low = clip_high = None
+    if old_logprob is not None:
+        score, clip_low, clip_high = _clipped(score, tokens, old_logprob, epsilon, epsilon_high)
+
+    loss_coef = (kl_coef * counts).unsqueeze(-1) * mask
+    if estimator == "k2":
+        score = score - loss_coef * log_ratio
+    elif estimator == "k3":
+        score = score + loss_coef * torch.expm1(-log_ratio)
+    return Coefficients(score, -exact * loss_coef if exact else None, advantage, clip_low, clip_high)
+
+
+@torch.no_grad()
+def loss_weights(mask: torch.Tensor, loss_type: str = "sequence",
+                 max_completion_length: int | None = None) -> torch.Tensor:
+    """Weight of each token's term in the loss: (B, T) float32, 0 outside the mask. `n_b` = tokens of row b
+    that count.
+
+        sequence   1 / B                            sum over a sequence, averaged over rows: unbiased for J
+        grpo       1 / (B * n_b)                    mean over a sequence, averaged over rows
+        dapo       1 / sum_b n_b                    mean over all tokens of the batch
+        dr_grpo    1 / (B * max_completion_length)  `sequence` divided by a constant
+
+    `sequence` and `dr_grpo` weigh every token of every row alike and so have the direction of the gradient
+    of J. `grpo` gives a token of a long completion less: among good completions it prefers short ones,
+    among bad ones long ones. `dapo` keeps the tokens equal within a batch, but its factor depends on the
+    lengths that were sampled in the batch.
+
+    The batch is that of a whole optimiser step: compute the weights once, then cut them into micro-batches.
+    Raises ValueError for an unknown type, or dr_grpo without max_completion_length.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r}: expected one of {', '.join(LOSS_TYPES)}")
+    weights = mask.float()
+    lengths = weights.sum(-1, keepdim=True)
+    if loss_type == "sequence":
+        return weights / mask.shape[0]
+    if loss_type == "grpo":
+        return weights / (mask.shape[0] * lengths.clamp_min(1))
+    if loss_type == "dapo":
+        return weights / lengths.sum().clamp_min(1)
+    if not max_completion_length or max_completion_length < 0:
+        raise ValueError(f"loss_type='dr_grpo' divides by max_completion_length; got {max_completion_length}")
+    return weights / (mask.shape[0] * max_completion_length)
+
+
+class MixController:
+    """The share of `exact` in `mixed` that had the least variance in earlier steps.
+
+    g1 (`return`) and g2 (`exact`) have the same mean, so E|g1 + c (g2 - g1)|^2, and with it the variance,
+    is least at
+
+        c* = E[g1 . (g1 - g2)] / E|g1 - g2|^2
+
+    Both expectations are running averages (`decay` per step); c is their ratio, clamped to [0, 1], and
+    `initial` before the first step. A step must use `mix` as it stood before the step's own update: a
+    coefficient that depends on the step's samples would bias the gradient.
+
+    The trainer gives sums over tokens of per-token gradients at the head's hidden states: a stand-in for
+    the parameter gradient (it leaves out the correlation between tokens), computed from what the backward
+    pass holds already. Any mix is unbiased, so the stand-in costs variance at worst, never bias.
+    """
+
+    def __init__(self, initial: float = 0.5, decay: float = 0.95):
+        if not 0 <= initial <= 1 or not 0 <= decay < 1:
+            raise ValueError(f"MixController needs initial in [0, 1] and decay in [0, 1); "
+                             f"got {initial} and {decay}")
+        self.initial, self.decay = float(initial), float(decay)
+        self.dot = self.norm = 0.0
+
+    @property
+    def mix(self) -> float:
+        if self.norm == 0.0:
+            return self.initial
+        return min(1.0, max(0.0, self.dot / self.norm))
+
+    def update(self, dot: float, norm: float) -> float:
+        """Takes in a step's sum of g1 . (g1 - g2) and of |g1 - g2|^2; returns the mix for the next step."""
+        dot, norm = float(dot), float(norm)
+        if not (math.isfinite(dot) and math.isfinite(norm)) or norm < 0:
+            raise ValueError(f"MixController.update needs finite sums with norm >= 0; "
+                             f"got dot={dot}, norm={norm}")
+        # Both averages start at zero, so what they lack in the first steps cancels in their ratio.
+        self.dot = self.decay * self.dot + (1 - self.decay) * dot
+        self.norm = self.decay * self.norm + (1 - self.decay) * norm
+        return self.mix
+
+    def state_dict(self) -> dict[str, float]:
+        return {"dot": self.dot, "norm": self.norm}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if set(state) != {"dot", "norm"}:
+            raise ValueError(f"state of a MixController has the keys dot and norm; "
+                             f"got {', '.join(sorted(state)) or 'none'}")
+        self.dot, self.norm = float(state["dot"]), float(state["norm"])
+
+
+def _advantage(returns: torch.Tensor, group_size: int, baseline: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantage (B,) and whether the row counts (B,) bool."""
+    present = ~returns.isnan()
+    if baseline == "none":
+        return torch.where(present, returns, 0.0), present
+    compared = present.view(-1, group_size).sum(1, keepdim=True).gt(1).expand(-1, group_size).reshape(-1)
+    subtract = leave_one_out if baseline == "leave_one_out" else group_mean
+    return subtract(returns, group_size), present & compared
+
+
+def _clipped(score: torch.Tensor, tokens: Tokens, old_logprob: torch.Tensor, epsilon: float,
+             epsilon_high: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of the clipped surrogate with respect to logprob, and the fractions clipped low and high."""
+    if old_logprob.shape != tokens.logprob.shape:
+        raise ValueError(f"old_logprob must have the shape of logprob, {tuple(tokens.logprob.shape)}; "
+                         f"got {tuple(old_logprob.shape)}")
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    ratio = torch.where(tokens.mask, tokens.logprob - old_logprob, 0.0).exp()
+    low = (ratio < 1 - epsilon) & (score < 0)
+    high = (ratio > 1 + epsilon_high) & (score > 0)
+    counted = tokens.mask.sum().clamp_min(1)
+    return torch.where(low | high, 0.0, score * ratio), low.sum() / counted, high.sum() / counted
+
+
+def _centred(values: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Groups minus their mean (G, n, ...), 0 for NaN; which members are there; how many (G, 1, ...)."""
+    _check_groups(values, group_size)
+    groups = values.unflatten(0, (-1, group_size))
+    present = ~groups.isnan()
+    count = present.sum(1, keepdim=True)
+    # The mean of equal values need not be that value in floating point. Measured from the least of the
+    # group it is, so that a group without contrast has an advantage of exactly zero.
+    least = torch.where(present, groups, math.inf).amin(1, keepdim=True)
+    known = torch.where(present, groups - least, 0.0)
+    centred = known - known.sum(1, keepdim=True) / count.clamp_min(1)
+    return torch.where(present, centred, 0.0), present, count
+
+
+def _check_groups(values: torch.Tensor, group_size: int) -> None:
+    if group_size < 1 or values.shape[0] % group_size:
+        raise ValueError(f"{values.shape[0]} rows do not divide into groups of {group_size}")
+
+
+def _check(tokens: Tokens, rewards: torch.Tensor, kl_coef: torch.Tensor, reward_scale: torch.Tensor,
+           group_size: int, estimator: str, baseline: str, mix: float) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r}: expected one of {', '.join(ESTIMATORS)}")
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline={baseline!r}: expected one of {', '.join(BASELINES)}")
+    if baseline != "none" and group_size < 2:
+        raise ValueError(f"baseline={baseline!r} compares the completions of a prompt and needs a group_size "
+                         f"of at least 2; got {group_size}. Use more completions, or baseline='none'")
+    if not 0 <= mix <= 1:
+        raise ValueError(f"mix must be in [0, 1]; got {mix}")
+    if estimator in ("exact", "mixed") and tokens.kl is None:
+        raise ValueError(f"estimator={estimator!r} needs tokens.kl, the exact KL of each step; got None")
+    shape = tokens.logprob.shape
+    for name in ("ref_logprob", "kl", "mask"):
+        value = getattr(tokens, name)
+        if value is not None and value.shape != shape:
+            raise ValueError(f"tokens.{name} must have the shape of tokens.logprob, {tuple(shape)}; "
+                             f"got {tuple(value.shape)}")
+    for name, value in (("rewards", rewards), ("kl_coef", kl_coef), ("reward_scale", reward_scale)):
+        if value.shape != shape[:1]:
+            raise ValueError(f"{name} must be ({shape[0]},), one per row; got {tuple(value.shape)}")
+    _check_groups(rewards, group_size)
