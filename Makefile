@@ -1,0 +1,26 @@
+# make demo   install, train a steerable summariser on two CPU cores, and draw its Pareto front
+# make test   install, then run the tests
+#
+# PYTHON=...  another interpreter. Given by hand, it brings its own torch (for a GPU); otherwise the pinned CPU build is used.
+
+PYTHON ?= python3
+VENV ?= .venv
+OWN_TORCH := $(if $(filter command line,$(origin PYTHON)),--own-torch)
+
+.PHONY: demo test install lint clean
+
+install:
+	@command -v $(PYTHON) >/dev/null || { echo "clp-engine: $(PYTHON) was not found; Python 3.10 or newer is needed" >&2; exit 1; }
+	@$(PYTHON) tools/environment.py --venv $(VENV) $(OWN_TORCH)
+
+demo: install
+	$(VENV)/bin/clp-engine demo $(ARGS)
+
+test: install
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: install
+	$(VENV)/bin/python -m pip install --quiet ruff && $(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) build runs .pytest_cache
