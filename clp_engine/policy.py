@@ -28,7 +28,6 @@ from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficient
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory
 from clp_engine.rollout import Rollout, SamplingParams, rollout
-from clp_engine.tasks import resolve_model
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 
@@ -321,6 +320,14 @@ class ConditionedPolicy(nn.Module):
         return merged
 
 
+def _resolve(name_or_path: str | Path) -> str | Path:
+    """A shipped model by its task's name; everything else as it is."""
+    if str(name_or_path) == "docsum" and not Path(name_or_path).exists():
+        from clp_engine.tasks import docsum
+        return docsum.checkpoint_path()
+    return name_or_path
+
+
 def _load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel, object, str]:
     """(model, tokenizer, name to save)."""
     if isinstance(name_or_path, PreTrainedModel):
@@ -328,7 +335,7 @@ def _load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel,
         if device is not None:
             model = model.to(device)
         return model, tokenizer, model.config.name_or_path or ""
-    path = resolve_model(name_or_path)
+    path = _resolve(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"))

@@ -1,0 +1,94 @@
+"""Checkpoints: adapters, optimiser, schedule, sampler, random states and position; safetensors and JSON, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from clp_engine.errors import ConfigError
+from clp_engine.files import write_directory
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_STATE, _TENSORS, _POLICY = "trainer_state.json", "training.safetensors", "policy"
+
+
+def _random_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(JSON part, tensors) of Python's, numpy's and torch's global generators: reward functions may draw from them."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    plain = {"python": [version, list(words), gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]}
+    tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        tensors[f"rng.cuda.{i}"] = torch.cuda.get_rng_state(i)
+    return plain, tensors
+
+
+def _restore_random(plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    version, words, gauss = plain["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["rng.torch"])
+    for name, state in tensors.items():
+        if name.startswith("rng.cuda.") and int(name.rpartition(".")[2]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name.rpartition(".")[2]))
+
+
+def save(output_dir: str | Path, step: int, policy, optimizer: torch.optim.Optimizer, state: dict[str, Any],
+         keep: int | None) -> Path:
+    """Write <output_dir>/checkpoint-<step>; `state` must be JSON. Older ones beyond `keep` are removed afterwards."""
+    path = Path(output_dir) / f"checkpoint-{step}"
+    plain, tensors = _random_states()
+    names = {parameter: name for name, parameter in policy.adapter_parameters().items()}
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            tensors[f"optimizer.{names[parameter]}.{slot}"] = value.detach().cpu().contiguous()
+    with write_directory(path) as temporary:
+        policy.save_pretrained(temporary / _POLICY)
+        save_file(tensors, temporary / _TENSORS)
+        (temporary / _STATE).write_text(json.dumps({**state, "step": step, "random": plain}, indent=1) + "\n", encoding="utf-8")
+    if keep is not None:
+        for old in find_all(output_dir)[:-keep or None]:
+            shutil.rmtree(old)
+    return path
+
+
+def load(path: str | Path, policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore adapters, optimiser and random states; returns the JSON state. Raises ConfigError for what is not a checkpoint."""
+    path = Path(path)
+    if not (path / _STATE).is_file():
+        raise ConfigError(f"{path}: no {_STATE} here; expected a folder checkpoint-<step> of an earlier run")
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    policy.load_adapters(load_file(path / _POLICY / "adapters.safetensors"))
+    tensors = load_file(path / _TENSORS)
+    for name, parameter in policy.adapter_parameters().items():
+        prefix = f"optimizer.{name}."
+        slots = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+        optimizer.state[parameter] = {slot: value if slot == "step" and value.dim() == 0 and parameter.device.type == "cpu"
+                                      else value.to(parameter.device) for slot, value in slots.items()}
+    _restore_random(state["random"], tensors)
+    return state
+
+
+def find_all(output_dir: str | Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    found = [(int(m.group(1)), p) for p in Path(output_dir).glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(found)]
+
+
+def resolve(output_dir: str | Path, resume: str | Path | bool) -> Path:
+    """The checkpoint that `resume_from_checkpoint` means: a path, or True for the newest of the run."""
+    if resume is not True:
+        return Path(resume)
+    found = find_all(output_dir)
+    if not found:
+        raise ConfigError(f"{output_dir}: no checkpoint to resume from")
+    return found[-1]

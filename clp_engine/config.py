@@ -1,0 +1,225 @@
+"""CLPConfig: every setting of a training run, flat, checked where it is made. Names are TRL's where the thing is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from clp_engine.conditions import KL_CONDITIONING
+from clp_engine.errors import ConfigError
+
+KL_ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
+WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
+DEFAULT_ALPHA = 0.1
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class CLPConfig:
+    """Settings of `CLPTrainer`.
+
+    One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions, `num_generations` for
+    each of its prompts; the batch is cut into micro-batches of whole groups. The KL coefficient is given as `alpha`
+    (objective `(1 - alpha) w.R - alpha KL`) or `beta` (`w.R - beta KL`), never both; either is a number, or a range from
+    which one is drawn per prompt. Raises ConfigError for a value that cannot be used.
+    """
+
+    output_dir: str = _option("runs/clp", "folder of the run: logs, checkpoints, final policy")
+
+    # the policy, where the trainer builds it from a model name
+    conditioning: str = _option("lora", "which parameters carry the objectives' deltas: lora")
+    rank: int = _option(16, "rank of each objective's adapter")
+    lora_alpha: float | None = _option(None, "the adapters are scaled by lora_alpha / rank; default 2 * rank")
+    target_modules: list[str] | None = _option(None, "names of the linear layers to condition; default all but the output projection")
+    kl_conditioning: str = _option("none", "how the KL coefficient enters the blend: none, linear (1 - alpha) or odds")
+
+    # conditions: which (w, kl) training draws
+    weight_sampler: str = _option("dirichlet", "distribution of w: dirichlet, uniform, grid or fixed")
+    concentration: float = _option(1.0, "concentration of the Dirichlet; 1 is uniform, below 1 prefers single objectives")
+    corner_probability: float = _option(0.1, "share of prompts that get a single objective")
+    grid_resolution: int = _option(10, "steps along an edge for weight_sampler grid")
+    fixed_weights: list[float] | None = _option(None, "the weights for weight_sampler fixed, in the order of the rewards")
+    alpha: float | None = _option(None, f"KL coefficient in (1 - alpha) w.R - alpha KL; default {DEFAULT_ALPHA}")
+    alpha_range: list[float] | None = _option(None, "low, high: alpha drawn log-uniformly per prompt")
+    beta: float | None = _option(None, "KL coefficient in w.R - beta KL (TRL's), instead of alpha")
+    beta_range: list[float] | None = _option(None, "low, high: beta drawn log-uniformly per prompt")
+
+    # the objective
+    kl_estimator: str = _option("return", "gradient of the KL: return, exact, mixed (unbiased); k2, k3 (biased, for comparison)")
+    baseline: str = _option("leave_one_out", "baseline of the return: leave_one_out, group_mean or none")
+    scale_rewards: str = _option("none", "divide rewards by a standard deviation: none, group or batch; changes what alpha means")
+    loss_type: str = _option("sequence", "how token terms are averaged: sequence, grpo, dapo or dr_grpo")
+    num_iterations: int = _option(1, "optimiser steps per batch of completions; above 1 the ratio to the first is clipped")
+    epsilon: float = _option(0.2, "clipping of the ratio from below, and above unless epsilon_high is given")
+    epsilon_high: float | None = _option(None, "clipping of the ratio from above")
+    mask_truncated_completions: bool = _option(False, "leave completions that never ended out of the loss")
+
+    # completions
+    num_generations: int = _option(8, "completions per prompt")
+    max_completion_length: int = _option(512, "most tokens of a completion")
+    max_prompt_length: int | None = _option(None, "keep the last so many tokens of a prompt")
+    temperature: float = _option(1.0, "sampling temperature; log-probs are taken at it, too")
+    top_k: int | None = _option(None, "draw from the k likeliest tokens only (biases the gradient)")
+    top_p: float | None = _option(None, "draw from the nucleus of this mass only (biases the gradient)")
+    min_p: float | None = _option(None, "draw from tokens with at least this share of the top probability (biases the gradient)")
+
+    # batches and optimisation
+    per_device_train_batch_size: int = _option(8, "completions per micro-batch")
+    gradient_accumulation_steps: int = _option(1, "micro-batches per optimiser step")
+    per_device_eval_batch_size: int = _option(64, "completions per batch of evaluate()")
+    num_train_epochs: float = _option(3.0, "passes over the training prompts, where max_steps is not given")
+    max_steps: int = _option(-1, "optimiser steps; overrides num_train_epochs where positive")
+    learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
+    lr_scheduler_type: str = _option("linear", "a schedule of transformers.get_scheduler: linear, cosine, constant, ...")
+    warmup_steps: int = _option(0, "steps of linear warm-up")
+    warmup_ratio: float = _option(0.0, "warm-up as a share of all steps, where warmup_steps is 0")
+    weight_decay: float = _option(0.0, "AdamW's decoupled weight decay")
+    adam_beta1: float = _option(0.9, "AdamW's beta1")
+    adam_beta2: float = _option(0.999, "AdamW's beta2")
+    adam_epsilon: float = _option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = _option(1.0, "clip the gradient's norm; 0 for no clipping")
+    shuffle_dataset: bool = _option(True, "draw prompts in a new order every epoch")
+    seed: int = _option(42, "of everything random")
+
+    # keeping track
+    logging_steps: int = _option(10, "log the mean metrics of so many steps")
+    logging_first_step: bool = _option(False, "log the first step, too")
+    eval_strategy: str = _option("no", "when to run evaluate(): no or steps")
+    eval_steps: int = _option(100, "steps between evaluations")
+    eval_delay: float = _option(0, "steps before the first evaluation")
+    save_strategy: str = _option("steps", "when to write a checkpoint: no or steps")
+    save_steps: int = _option(500, "steps between checkpoints")
+    save_total_limit: int | None = _option(None, "keep the newest so many checkpoints")
+    log_completions: bool = _option(False, "write every step's completions to completions.jsonl")
+    report_to: str | list[str] = _option("none", "transformers' reporting callbacks: tensorboard, wandb, ...")
+    run_name: str | None = _option(None, "name for the reporting callbacks")
+    disable_tqdm: bool = _option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_ranges()
+        self._check_kl()
+        if self.batch_size % self.num_generations:
+            raise ConfigError(
+                f"per_device_train_batch_size * gradient_accumulation_steps = {self.batch_size} completions do not divide into "
+                f"groups of num_generations = {self.num_generations}; make it a multiple")
+        if self.baseline != "none" and self.num_generations < 2:
+            raise ConfigError(f"baseline={self.baseline!r} compares completions of one prompt; num_generations must be at least 2")
+
+    def _check_choices(self) -> None:
+        choices = {"conditioning": ("lora",), "kl_conditioning": KL_CONDITIONING, "weight_sampler": WEIGHT_SAMPLERS,
+                   "kl_estimator": KL_ESTIMATORS, "baseline": ("leave_one_out", "group_mean", "none"),
+                   "scale_rewards": ("none", "group", "batch"), "loss_type": ("sequence", "grpo", "dapo", "dr_grpo"),
+                   "eval_strategy": ("no", "steps"), "save_strategy": ("no", "steps")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.weight_sampler == "fixed" and self.fixed_weights is None:
+            raise ConfigError("weight_sampler='fixed' needs fixed_weights")
+
+    def _check_ranges(self) -> None:
+        positive = ("rank", "num_generations", "max_completion_length", "per_device_train_batch_size", "logging_steps",
+                    "gradient_accumulation_steps", "per_device_eval_batch_size", "num_iterations", "save_steps", "eval_steps",
+                    "grid_resolution", "concentration", "adam_epsilon", "temperature")
+        not_negative = ("learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "epsilon",
+                        "corner_probability")
+        for name in positive + not_negative:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0 and (value > 0 or name in not_negative)):
+                raise ConfigError(f"{name}={value}: expected {'at least 0' if name in not_negative else 'a positive number'}")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ConfigError(f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: one must be positive")
+
+    def _check_kl(self) -> None:
+        names = ("alpha", "alpha_range", "beta", "beta_range")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} were both given; the KL coefficient is one of {', '.join(names)}")
+        low, high = (self.kl, self.kl) if isinstance(self.kl, float) else self.kl
+        if not 0 <= low <= high or not self.kl_is_beta and high > 1:
+            raise ConfigError(f"{(given or ['alpha'])[0]}={self.kl}: expected "
+                              f"{'0 or more' if self.kl_is_beta else 'between 0 and 1'}, low before high")
+        if low == 0 and not isinstance(self.kl, float):
+            raise ConfigError(f"{given[0]} is drawn log-uniformly and must start above 0; got {list(self.kl)}")
+        if self.kl_conditioning == "odds" and low == 0:
+            raise ConfigError("kl_conditioning='odds' needs a KL coefficient above 0")
+
+    @property
+    def batch_size(self) -> int:
+        """Completions per optimiser step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def kl_is_beta(self) -> bool:
+        return self.beta is not None or self.beta_range is not None
+
+    @property
+    def kl(self) -> float | tuple[float, float]:
+        """The KL coefficient: a number, or (low, high)."""
+        span = self.alpha_range or self.beta_range
+        if span is not None:
+            if len(span) != 2:
+                raise ConfigError(f"a range of the KL coefficient has two ends; got {span}")
+            return (float(span[0]), float(span[1]))
+        value = self.beta if self.beta is not None else self.alpha
+        return float(DEFAULT_ALPHA if value is None else value)
+
+    @property
+    def logging_strategy(self) -> str:
+        """What transformers' flow callback reads beside logging_steps."""
+        return "steps"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    to_sanitized_dict = to_dict  # the name transformers' reporting callbacks use
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLPConfig:
+        """From a mapping, such as a YAML file; raises ConfigError for unknown names and values of the wrong type."""
+        types = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown setting{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}{_suggestion(unknown[0], known)}")
+        return cls(**{name: _coerce(name, value, types[name]) for name, value in values.items()})
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    import difflib
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type, or ConfigError; integers pass for floats and YAML's '1e-4' is a number."""
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (list, None) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if typing.get_origin(option) is list and isinstance(value, list | tuple):
+            (element,) = typing.get_args(option)
+            return [_coerce(name, v, element) for v in value]
+        if option is bool and isinstance(value, bool) or option is str and isinstance(value, str):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+    expected = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) if typing.get_origin(o) is None
+                           else str(o) for o in options)
+    raise ConfigError(f"{name}={value!r}: expected {expected}")

@@ -1,0 +1,443 @@
+"""CLPTrainer: multi-task RL over conditions, with the constructor and conventions of TRL's GRPOTrainer.
+
+    J = E_{(w, alpha) ~ Q, x, y ~ pi(.|x; w, alpha)} [ (1 - alpha) w.R(x, y) - alpha KL(pi(.|x; w, alpha) || pi_ref(.|x)) ]
+
+One step: draw prompts and a condition for each, roll out a group of completions per prompt, reward them, and for each
+micro-batch of whole groups score policy and reference and add the gradient. Every random draw comes from
+(seed, step, purpose), so a resumed run repeats an uninterrupted one to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from clp_engine import checkpoint, seeds
+from clp_engine.conditions import Conditions
+from clp_engine.config import CLPConfig
+from clp_engine.data import PromptBatch, PromptDataset, completion_texts
+from clp_engine.errors import ConfigError
+from clp_engine.estimators import MixController, loss_weights, scalarise
+from clp_engine.metrics import MetricLog, PhaseTimer, completion_metrics, reward_metrics
+from clp_engine.policy import ConditionedPolicy
+from clp_engine.rewards import RewardSet
+from clp_engine.rollout import Rollout, SamplingParams, rollout
+from clp_engine.samplers import ConditionSampler, build_sampler
+from clp_engine.scoring import score
+from clp_engine.update import MicroBatch, backward
+
+# Counters that keep the uses of one seed apart (data.py has 1).
+_CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
+
+
+@dataclass
+class Generation:
+    """The completions of one batch, rewarded; `old_logprob` (B, T) is filled by the first pass of several over them."""
+
+    rollout: Rollout
+    conditions: Conditions
+    rewards: torch.Tensor
+    scalar: torch.Tensor
+    metrics: dict[str, float]
+    old_logprob: torch.Tensor | None = None
+
+
+class CLPTrainer:
+    """Trains a conditioned policy; order and names of the arguments are GRPOTrainer's.
+
+    model: a ConditionedPolicy, a model name or path, or a loaded causal language model; the latter become a policy with one
+        objective per reward, as `args` and `peft_config` (r, lora_alpha, target_modules) say.
+    reward_funcs: see `rewards.RewardSet`; their names are the objectives. args: a CLPConfig.
+    train_dataset, eval_dataset: rows with a `prompt` (text or chat messages); other columns go to the reward functions.
+    processing_class: the tokenizer, if it is not the model's own. callbacks: transformers.TrainerCallback classes or objects.
+    optimizers: (optimizer, scheduler) over `policy.adapter_parameters()`, instead of fused AdamW and `lr_scheduler_type`.
+    condition_sampler: draws (w, kl), instead of the one `args` describes.
+    """
+
+    def __init__(self, model, reward_funcs=None, args: CLPConfig | None = None, train_dataset=None, eval_dataset=None,
+                 processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
+                 quantization_config=None, peft_config=None, *, condition_sampler: ConditionSampler | None = None):
+        if reward_funcs is None:
+            raise ConfigError("reward_funcs is missing; give at least one reward function")
+        if quantization_config is not None:
+            raise ConfigError("quantization_config: quantised base models are not supported; load the model in bfloat16")
+        self.args = args or CLPConfig()
+        self.rewards = RewardSet(reward_funcs, reward_processing_classes)
+        self.sampler = condition_sampler or self._build_sampler()
+        self.policy = self._build_policy(model, processing_class, peft_config)
+        self.tokenizer = processing_class or self.policy.tokenizer
+        if self.tokenizer is None:
+            raise ConfigError("no tokenizer: give processing_class=")
+        self.policy.tokenizer = self.tokenizer
+        make = lambda rows: None if rows is None else PromptDataset(rows, self.tokenizer, self.args.max_prompt_length)  # noqa: E731
+        self.train_dataset, self.eval_dataset = make(train_dataset), make(eval_dataset)
+        self.sampling = SamplingParams(self.args.max_completion_length, self.args.temperature, self.args.top_k,
+                                       self.args.top_p, self.args.min_p)
+        self.controller = MixController()
+        self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
+        self.control = TrainerControl()
+        self.optimizer, self.lr_scheduler = optimizers
+        self._extra_metrics: dict[str, list[float]] = {}
+        self._extra_columns: dict[str, list] = {}
+        reporting = get_reporting_integration_callbacks(self.args.report_to)
+        self.callback_handler = CallbackHandler([DefaultFlowCallback, *reporting, *(callbacks or [])], self.policy.model,
+                                                self.tokenizer, self.optimizer, self.lr_scheduler)
+        self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
+
+    # -- construction -------------------------------------------------------------------------------------------------
+
+    def _build_sampler(self) -> ConditionSampler:
+        a = self.args
+        many = len(self.rewards) > 1 and a.weight_sampler != "fixed"
+        try:
+            return build_sampler(len(self.rewards), a.weight_sampler, a.concentration, a.corner_probability if many else 0.0,
+                                 a.grid_resolution, a.fixed_weights, a.kl)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _build_policy(self, model, tokenizer, peft_config) -> ConditionedPolicy:
+        a = self.args
+        kl = {"min_kl": self.sampler.min_kl, "kl_is_beta": a.kl_is_beta,
+              "default_kl": a.kl if isinstance(a.kl, float) else math.sqrt(a.kl[0] * a.kl[1])}
+        if isinstance(model, ConditionedPolicy):
+            if peft_config is not None:
+                raise ConfigError("peft_config was given with a ConditionedPolicy, which has its adapters already; leave one out")
+            if model.objectives != self.rewards.names:
+                raise ConfigError(f"the policy's objectives are {', '.join(model.objectives)}, the rewards are "
+                                  f"{', '.join(self.rewards.names)}; they must be the same in the same order "
+                                  "(reward_funcs may be a mapping from names to functions)")
+            model.spec = dataclasses.replace(model.spec, **kl)
+            return model
+        adapter = {"rank": a.rank, "lora_alpha": a.lora_alpha, "target_modules": a.target_modules}
+        if peft_config is not None:
+            targets = peft_config.target_modules
+            adapter = {"rank": peft_config.r, "lora_alpha": peft_config.lora_alpha,
+                       "target_modules": sorted(targets) if isinstance(targets, set) else targets}
+        return ConditionedPolicy.from_pretrained(model, self.rewards.names, conditioning=a.conditioning, tokenizer=tokenizer,
+                                                 kl_conditioning=a.kl_conditioning, seed=a.seed, **adapter, **kl)
+
+    def _create_optimizer(self, max_steps: int) -> None:
+        a = self.args
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.policy.adapter_parameters().values(), lr=a.learning_rate, fused=True,
+                                               betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon, weight_decay=a.weight_decay)
+        if self.lr_scheduler is None:
+            warmup = a.warmup_steps or math.ceil(a.warmup_ratio * max_steps)
+            self.lr_scheduler = get_scheduler(a.lr_scheduler_type, self.optimizer, warmup, max_steps)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _collect(self, step: int) -> Generation:
+        """Prompts, conditions, completions and rewards of optimiser step `step`."""
+        a = self.args
+        prompts = a.batch_size // a.num_generations
+        position = step // a.num_iterations * prompts
+        batch = self.train_dataset.batch(self.train_dataset.indices(position, prompts, a.seed, a.shuffle_dataset))
+        # Prompts of like length share a micro-batch; the order changes nothing else, since every prompt draws for itself.
+        conditions = self.sampler.sample(prompts, seeds.generator(a.seed, _CONDITIONS, step))
+        order = sorted(range(prompts), key=lambda i: len(batch.token_ids[i]))
+        row_seeds = seeds.derive(a.seed, _TOKENS, step, torch.arange(a.batch_size)).view(prompts, -1)[order].view(-1)
+        batch = PromptBatch([batch.prompts[i] for i in order], [batch.token_ids[i] for i in order],
+                            {name: [values[i] for i in order] for name, values in batch.columns.items()})
+        return self._generate(batch, conditions[order], row_seeds, "train")
+
+    def _generate(self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor, mode: str) -> Generation:
+        a, group = self.args, self.args.num_generations
+        with self.timer("rollout"):
+            drawn = rollout(self.policy, batch.token_ids, conditions, num_generations=group, sampling=self.sampling,
+                            row_seeds=row_seeds)
+        with self.timer("reward"):
+            rewards = self._reward(batch, drawn)
+            scalar = scalarise(rewards, conditions.repeat(group).weights)
+        metrics = completion_metrics(drawn) | reward_metrics(self.rewards.names, rewards, scalar, conditions.repeat(group), group)
+        metrics |= {name: sum(v) / len(v) for name, v in self._extra_metrics.items()}
+        self.state.num_input_tokens_seen += int(drawn.prompt_mask.sum()) * group + int(drawn.completion_mask.sum())
+        if a.log_completions and mode == "train":
+            self._write_completions(batch, drawn, conditions, rewards)
+        return Generation(drawn, conditions, rewards, scalar.to(self.policy.device), metrics)
+
+    def _reward(self, batch: PromptBatch, drawn: Rollout) -> torch.Tensor:
+        prompts, columns = batch.repeated(drawn.group)
+        token_lists = drawn.token_lists()
+        self._extra_metrics, self._extra_columns = {}, {}
+        return self.rewards(prompts, completion_texts(self.tokenizer, token_lists, prompts), token_lists, columns,
+                            trainer_state=self.state, log_extra=self._extra_columns.__setitem__,
+                            log_metric=lambda name, value: self._extra_metrics.setdefault(name, []).append(float(value)))
+
+    def _write_completions(self, batch: PromptBatch, drawn: Rollout, conditions: Conditions, rewards: torch.Tensor) -> None:
+        prompts, _ = batch.repeated(drawn.group)
+        texts = completion_texts(self.tokenizer, drawn.token_lists(), prompts)
+        weights = conditions.repeat(drawn.group).weights.tolist()
+        with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as file:
+            for i, (prompt, text) in enumerate(zip(prompts, texts)):
+                row = {"step": self.state.global_step, "prompt": prompt, "completion": text,
+                       "weights": dict(zip(self.rewards.names, weights[i])),
+                       "rewards": {n: None if math.isnan(r) else r for n, r in zip(self.rewards.names, rewards[i].tolist())},
+                       **{name: column[i] for name, column in self._extra_columns.items()}}
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+    def _update(self, generation: Generation) -> dict[str, float]:
+        """Gradient of every micro-batch, clipping, one optimiser step; returns metrics."""
+        a, drawn = self.args, generation.rollout
+        counted = drawn.completion_mask
+        if a.mask_truncated_completions:
+            counted = counted & drawn.terminated.unsqueeze(-1)
+        weights = loss_weights(counted, a.loss_type, a.max_completion_length)
+        prompts = drawn.prompt_ids.shape[0]
+        per_micro_batch = max(1, a.per_device_train_batch_size // a.num_generations)
+        results, old = [], torch.zeros_like(drawn.logprobs)
+        with self.timer("update"):
+            for start in range(0, prompts, per_micro_batch):
+                stop = min(start + per_micro_batch, prompts)
+                rows = slice(start * drawn.group, stop * drawn.group)
+                part = drawn.prompts(start, stop)
+                width = slice(0, part.completion_ids.shape[1])
+                first = generation.old_logprob is None
+                result = backward(self.policy, MicroBatch(
+                    part, generation.conditions[start:stop], generation.scalar[rows], weights[rows, width],
+                    None if first else generation.old_logprob[rows, width]), a, self.controller)
+                old[rows, width] = result.logprob
+                results.append((part, result))
+        metrics = self._update_metrics(results, first)
+        if first:
+            generation.old_logprob = old
+        with self.timer("optimizer"):
+            parameters = list(self.policy.adapter_parameters().values())
+            norm = torch.nn.utils.clip_grad_norm_(parameters, a.max_grad_norm or math.inf).item()
+            if not math.isfinite(norm):
+                raise RuntimeError(f"the gradient norm is {norm} at step {self.state.global_step}: a reward or log-prob is not "
+                                   "finite, or the learning rate is too high; the parameters are those of the step before")
+            self.control = self.callback_handler.on_pre_optimizer_step(a, self.state, self.control)
+            metrics |= {"grad_norm": norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+            self.optimizer.step()
+            self.control = self.callback_handler.on_optimizer_step(a, self.state, self.control)
+            self.lr_scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+    def _update_metrics(self, results: list, first: bool) -> dict[str, float]:
+        """Means over the step's micro-batches; in the first pass also how far training is from what rollout sampled."""
+        tokens = sum(int(part.completion_mask.sum()) for part, _ in results)
+        rows = sum(part.completion_ids.shape[0] for part, _ in results)
+        metrics = {
+            "loss": sum(r.loss for _, r in results),
+            "entropy": sum(r.entropy.sum().item() for _, r in results) / max(tokens, 1),
+            "kl": sum(r.kl.sum().item() for _, r in results) / max(tokens, 1),
+            "kl_sequence": sum(r.kl.sum().item() for _, r in results) / max(rows, 1),
+        }
+        if first:
+            gaps = torch.cat([(r.logprob - p.logprobs).abs()[p.completion_mask] for p, r in results])
+            metrics |= {"sampling/sampling_logp_difference/mean": gaps.mean().item(),
+                        "sampling/sampling_logp_difference/max": gaps.max().item()}
+        else:
+            low, high = ([getattr(r.coefficients, f"clip_{end}").item() for _, r in results] for end in ("low", "high"))
+            metrics |= {"clip_ratio/low_mean": sum(low) / len(low), "clip_ratio/high_mean": sum(high) / len(high),
+                        "clip_ratio/region_mean": (sum(low) + sum(high)) / len(low)}
+        if self.args.kl_estimator == "mixed":
+            metrics["kl_mix"] = self.controller.mix
+            self.controller.update(sum(r.mix_sums[0] for _, r in results), sum(r.mix_sums[1] for _, r in results))
+        return metrics
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    @property
+    def max_steps(self) -> int:
+        a = self.args
+        if a.max_steps > 0:
+            return a.max_steps
+        prompts = a.batch_size // a.num_generations
+        return max(1, math.ceil(a.num_train_epochs * len(self.train_dataset) / prompts)) * a.num_iterations
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+        """Run to the end. resume_from_checkpoint: a checkpoint folder, or True for the newest in output_dir; the steps that
+        follow are, to the bit, those of a run that was never interrupted (same settings, machine and versions).
+
+        Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt; a second one stops at once.
+        """
+        if self.train_dataset is None:
+            raise ConfigError("train_dataset is missing")
+        a, state = self.args, self.state
+        output = Path(a.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        state.max_steps = self.max_steps
+        state.logging_steps, state.eval_steps, state.save_steps = a.logging_steps, a.eval_steps, a.save_steps
+        state.train_batch_size, state.num_train_epochs = a.per_device_train_batch_size, math.ceil(a.num_train_epochs)
+        self._create_optimizer(state.max_steps)
+        self.metric_log, self.timer = MetricLog(), PhaseTimer(self.policy.device)
+        if resume_from_checkpoint:
+            self._restore(checkpoint.resolve(output, resume_from_checkpoint))
+        self._open_log(resumed=bool(resume_from_checkpoint))
+        self.control = self.callback_handler.on_train_begin(a, state, self.control)
+        started, first_step, losses = time.perf_counter(), state.global_step, []
+        bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=a.disable_tqdm, dynamic_ncols=True)
+        with bar, _finish_step_on_interrupt() as interrupted:
+            while state.global_step < state.max_steps and not self.control.should_training_stop:
+                losses.append(self._step(bar))
+                if interrupted.is_set():
+                    self._save_when_whole()
+                    raise KeyboardInterrupt
+        seconds = time.perf_counter() - started
+        self.save_model()
+        self.control = self.callback_handler.on_train_end(a, state, self.control)
+        steps = max(state.global_step - first_step, 1)
+        return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {
+            "train_runtime": seconds, "train_steps_per_second": steps / seconds, "num_tokens": state.num_input_tokens_seen})
+
+    def _step(self, bar) -> float:
+        a, state = self.args, self.state
+        start = time.perf_counter()
+        self.timer.seconds.clear()
+        iteration = state.global_step % a.num_iterations
+        if iteration == 0:
+            self._begin_epoch_if_new()
+        self.control = self.callback_handler.on_step_begin(a, state, self.control)
+        if iteration == 0:
+            self._generation = self._collect(state.global_step)
+        metrics = self._update(self._generation)
+        if iteration == 0:
+            metrics |= self._generation.metrics
+        state.global_step += 1
+        state.epoch = self._epoch(state.global_step)
+        metrics |= {"step_time": time.perf_counter() - start} | {f"time/{k}": v for k, v in self.timer.seconds.items()}
+        self.metric_log.add(metrics)
+        bar.update()
+        bar.set_postfix(reward=f"{self._generation.metrics['reward']:.3f}", kl=f"{metrics['kl_sequence']:.2f}", refresh=False)
+        self.control = self.callback_handler.on_step_end(a, state, self.control)
+        if self.control.should_log:
+            self.log({**self.metric_log.drain(), "num_tokens": state.num_input_tokens_seen})
+        if self.control.should_evaluate:
+            self.evaluate()
+        # DefaultFlowCallback asks for a save at the last step whatever the strategy; save_model covers that.
+        if self.control.should_save and a.save_strategy != "no" or self._save_pending:
+            self._save_when_whole()
+        return metrics["loss"]
+
+    def _epoch(self, step: int) -> float:
+        a = self.args
+        return step // a.num_iterations * (a.batch_size // a.num_generations) / len(self.train_dataset)
+
+    def _begin_epoch_if_new(self) -> None:
+        epoch = int(self._epoch(self.state.global_step))
+        before = int(self._epoch(self.state.global_step - self.args.num_iterations)) if self.state.global_step else -1
+        if epoch != before:
+            if before >= 0:
+                self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
+
+    def evaluate(self, eval_dataset=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean metrics over an evaluation set, conditions drawn by the sampler from a fixed seed; logged under `eval_`."""
+        dataset = self.eval_dataset if eval_dataset is None else PromptDataset(eval_dataset, self.tokenizer, self.args.max_prompt_length)
+        if dataset is None:
+            raise ConfigError("evaluate() needs an eval_dataset")
+        a, log, tokens_seen = self.args, MetricLog(), self.state.num_input_tokens_seen
+        self.timer = getattr(self, "timer", PhaseTimer(self.policy.device))
+        per_batch = max(1, a.per_device_eval_batch_size // a.num_generations)
+        for start in range(0, len(dataset), per_batch):
+            batch = dataset.batch(range(start, min(start + per_batch, len(dataset))))
+            rows = len(batch.prompts)
+            conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
+            row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * a.num_generations))
+            generation = self._generate(batch, conditions, row_seeds, "eval")
+            stats = score(self.policy, generation.rollout, conditions, outputs=("logprob", "kl", "entropy"), temperature=a.temperature)
+            tokens = generation.rollout.completion_mask.sum().item()
+            log.add(generation.metrics | {"kl": stats.kl.sum().item() / tokens, "entropy": stats.entropy.sum().item() / tokens,
+                                          "kl_sequence": stats.kl.sum(-1).mean().item()})
+        self.state.num_input_tokens_seen = tokens_seen
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in log.drain().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(a, self.state, self.control, metrics)
+        return metrics
+
+    # -- logs and files -----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Append to log.jsonl and the state's history, and tell the callbacks."""
+        entry = {**logs, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
+        self.state.log_history.append(entry)
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        with open(Path(self.args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _open_log(self, resumed: bool) -> None:
+        """Start log.jsonl anew, or keep of it what happened up to the checkpoint."""
+        path = Path(self.args.output_dir) / "log.jsonl"
+        history = self.state.log_history if resumed else []
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Write the policy to `output_dir`, by default <args.output_dir>/policy."""
+        path = Path(output_dir or Path(self.args.output_dir) / "policy")
+        self.policy.save_pretrained(path)
+        return path
+
+    _save_pending = False
+
+    def _save_when_whole(self) -> None:
+        """Write a checkpoint, or remember to: several passes over one batch of completions are not cut in two."""
+        self._save_pending = self.state.global_step % self.args.num_iterations != 0
+        if self._save_pending:
+            return
+        checkpoint.save(self.args.output_dir, self.state.global_step, self.policy, self.optimizer, {
+            "config": self.args.to_dict(), "scheduler": self.lr_scheduler.state_dict(), "sampler": self.sampler.state_dict(),
+            "mix_controller": self.controller.state_dict(), "metric_log": self.metric_log.state_dict(),
+            "trainer": dataclasses.asdict(self.state)}, self.args.save_total_limit)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _restore(self, path: Path) -> None:
+        saved: dict[str, Any] = checkpoint.load(path, self.policy, self.optimizer)
+        changed = [name for name, value in saved["config"].items()
+                   if name not in _FREE_TO_CHANGE and getattr(self.args, name, None) != value]
+        if changed:
+            raise ConfigError(f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
+                              "(or start a new run from its policy folder)")
+        self.lr_scheduler.load_state_dict(saved["scheduler"])
+        self.sampler.load_state_dict(saved["sampler"])
+        self.controller.load_state_dict(saved["mix_controller"])
+        self.metric_log.load_state_dict(saved["metric_log"])
+        limits = {k: getattr(self.state, k) for k in ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")}
+        self.state = TrainerState(**{**saved["trainer"], **limits})
+
+
+# Settings that a resumed run may change: they do not touch what is computed.
+_FREE_TO_CHANGE = {"output_dir", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "eval_delay", "save_strategy",
+                   "save_steps", "save_total_limit", "log_completions", "report_to", "run_name", "disable_tqdm",
+                   "per_device_eval_batch_size"}
+
+
+@contextlib.contextmanager
+def _finish_step_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, so that the step can end; the second raises KeyboardInterrupt at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(signum, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
