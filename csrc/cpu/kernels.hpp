@@ -3,13 +3,18 @@
 #pragma once
 #include <cstdint>
 
+#include "multi_lora.hpp"
+#include "sampling.hpp"
+
 namespace clp {
 
 enum class DType : int { f32 = 0, bf16 = 1 };
 
 struct KernelTable {
   const char* name;
-  // One entry per kernel; see the header of each kernel family for the contract.
+  // One entry per kernel family; see its header for the contract.
+  MultiLoraKernels multi_lora;
+  SamplingKernels sampling;
 };
 
 const KernelTable& table();            // chosen at first use: CLP_KERNELS_ISA if set, else the widest this CPU runs
