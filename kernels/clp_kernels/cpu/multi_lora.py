@@ -1,0 +1,108 @@
+"""multi_lora_linear on the CPU: torch's BLAS for the products, C++ for everything between them.
+
+The adapter products accumulate into the base product (`addmm_`), so there is no further pass over (rows, N). The gate
+is applied, or the backward's three row-wise results are made, in one pass over (rows, R).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clp_kernels import _native
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_SERIAL = 1 << 15  # elements of (rows, R) that one thread handles sooner than two would start
+
+
+def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ kernels take CPU tensors, not {device.type}"
+    if dtype not in _DTYPES:
+        return f"the C++ kernels take float32 and bfloat16, not {dtype}"
+    return None
+
+
+def _gate_arguments(
+    gate: Tensor, gate_index: Tensor | None, rows: int
+) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
+    """The native call's last arguments, and the tensors to keep alive while it runs."""
+    gate = gate.contiguous()
+    if gate_index is not None:
+        gate_index = gate_index.reshape(-1).to(torch.int64).contiguous()
+    groups, rank = gate.shape
+    threads = torch.get_num_threads() if rows * rank > _SERIAL else 1
+    address = 0 if gate_index is None else gate_index.data_ptr()
+    return (gate.data_ptr(), _DTYPES[gate.dtype], address, groups, rows, rank, threads), (gate, gate_index)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    gate_index: Tensor | None,
+    keep_h: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As reference.multi_lora.forward; without keep_h, h is overwritten by h * gate."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = F.linear(flat, weight, bias)
+    h = F.linear(flat, lora_a)
+    if h.numel():
+        gated = torch.empty_like(h) if keep_h else h
+        arguments, alive = _gate_arguments(gate, gate_index, h.shape[0])
+        _native.apply_gate(h.data_ptr(), gated.data_ptr(), _DTYPES[h.dtype], *arguments)
+        del alive
+        y.addmm_(gated, lora_b.t())
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])), h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    gate_index: Tensor | None,
+    h: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """As reference.multi_lora.backward."""
+    lead, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
+    rows = dy.shape[0]
+    flat = None if x is None else x.reshape(rows, x.shape[-1])
+    need_x, need_weight, need_bias, need_a, need_b, need_gate = needs
+    scaled = torch.mm(dy, lora_b)
+    gated = torch.empty_like(h) if need_b else None
+    d_gate = torch.zeros(gate.shape, dtype=torch.float32) if need_gate else None
+    if scaled.numel():
+        arguments, alive = _gate_arguments(gate, gate_index, rows)
+        _native.gate_backward(
+            h.data_ptr(),
+            scaled.data_ptr(),
+            gated.data_ptr() if need_b else 0,
+            scaled.data_ptr(),
+            d_gate.data_ptr() if need_gate else 0,
+            _DTYPES[h.dtype],
+            *arguments,
+        )
+        del alive
+    grads = []
+    if need_x:
+        dx = torch.mm(dy, weight)
+        grads.append(dx.addmm_(scaled, lora_a).view(*lead, lora_a.shape[1]))
+    if need_weight:
+        grads.append(torch.mm(dy.t(), flat))
+    if need_bias:
+        grads.append(dy.sum(0))
+    if need_a:
+        grads.append(torch.mm(scaled.t(), flat))
+    if need_b:
+        grads.append(torch.mm(dy.t(), gated))
+    if need_gate:
+        grads.append(d_gate.to(gate.dtype))
+    return grads

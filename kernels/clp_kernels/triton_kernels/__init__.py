@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA and ROCm. Each module lists what it compiles in `aot_specs()`."""
