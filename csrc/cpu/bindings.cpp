@@ -8,6 +8,10 @@
 
 namespace py = pybind11;
 
+namespace clp {
+void bind_token_stats(py::module_&);
+}
+
 namespace {
 
 template <class T>
@@ -60,4 +64,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("apply_gate", &apply_gate);
   m.def("gate_backward", &gate_backward);
   m.def("sample", &sample, py::call_guard<py::gil_scoped_release>());
+  clp::bind_token_stats(m);
 }

@@ -5,6 +5,7 @@
 
 #include "multi_lora.hpp"
 #include "sampling.hpp"
+#include "token_stats.hpp"
 
 namespace clp {
 
@@ -15,6 +16,7 @@ struct KernelTable {
   // One entry per kernel family; see its header for the contract.
   MultiLoraKernels multi_lora;
   SamplingKernels sampling;
+  TokenStatsKernels token_stats;
 };
 
 const KernelTable& table();            // chosen at first use: CLP_KERNELS_ISA if set, else the widest this CPU runs

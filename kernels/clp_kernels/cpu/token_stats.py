@@ -1,0 +1,337 @@
+"""linear_logprob and logits_logprob on the CPU: torch's BLAS for the products, C++ (csrc/cpu/token_stats.cpp) for the rest.
+
+linear_logprob walks over chunks of ROWS x COLUMNS logits that stay in the L2 cache: one product fills a reused float32
+buffer, one fused pass folds it into the rows' running sums. Backward fills the chunk again, one fused pass turns it into
+d(loss)/d(logits) in place, and products accumulate what was asked for: d_hidden over the vocabulary in float32, d_weight
+chunk by chunk. Beyond the inputs and the gradients themselves that takes a few chunks and O(rows) numbers.
+
+The logits of as many rows as `token_stats.kept_rows` allows are kept between forward and backward instead of being
+computed again: all of them in small problems, a few in large ones. Rows with an ignored target are left out of the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clp_kernels import _native
+from clp_kernels.cpu.products import Products, splits_bfloat16
+from clp_kernels.token_stats import HeadLoRA, Sums, coefficients, statistics
+
+ROWS = 512
+COLUMNS = 512
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_REFERENCE, _ENTROPY, _KL, _REVERSE_KL = 1, 2, 4, 8  # TokenStatFlag
+
+
+def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ kernels take CPU tensors, not {device.type}"
+    if dtype not in _DTYPES:
+        return f"the C++ kernels take float32 and bfloat16, not {dtype}"
+    return None
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear_logprob call, rows flattened: hidden (T, H), weight (V, H), biases (V,), the row options as logits' below."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    lora: HeadLoRA | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What every row has: targets (T,) int64 or None, inv_temperature (T,), and how its logits become z."""
+
+    targets: Tensor | None
+    inv_temperature: Tensor
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+
+
+def check_targets(rows: Rows, vocabulary: int) -> Tensor | None:
+    """Which rows are ignored (None: there are no targets). Raises IndexError for a target outside the vocabulary."""
+    if rows.targets is None:
+        return None
+    ignored = rows.targets == rows.ignore_index
+    wrong = ((rows.targets < 0) | (rows.targets >= vocabulary)) & ~ignored
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise IndexError(f"targets[{at}] (rows flattened) is {int(rows.targets[at])}; expected 0 to {vocabulary - 1}, or "
+                         f"ignore_index={rows.ignore_index} for a row to leave out")
+    return ignored
+
+
+def _flags(asked: frozenset[str]) -> int:
+    reference = bool(asked & {"ref_logprob", "kl", "reverse_kl"})
+    return (_REFERENCE * reference | _ENTROPY * ("entropy" in asked) | _KL * ("kl" in asked)
+            | _REVERSE_KL * ("reverse_kl" in asked))
+
+
+def _chunk(rows: Rows, flags: int) -> _native.TokenStatsChunk:
+    chunk = _native.TokenStatsChunk()
+    chunk.logit_scale, chunk.softcap = rows.logit_scale, rows.softcap or 0.0
+    chunk.ignore_index, chunk.flags, chunk.threads = rows.ignore_index, flags, torch.get_num_threads()
+    return chunk
+
+
+def _point_at(chunk: _native.TokenStatsChunk, rows: Rows, policy: Tensor, reference: Tensor | None, row: int, column: int,
+              bias: Tensor | None, ref_bias: Tensor | None) -> None:
+    chunk.rows, chunk.cols = policy.shape
+    chunk.first_column = column
+    chunk.policy, chunk.policy_stride, chunk.dtype = policy.data_ptr(), policy.stride(0), _DTYPES[policy.dtype]
+    if reference is not None:
+        chunk.reference, chunk.reference_stride = reference.data_ptr(), reference.stride(0)
+    chunk.bias = 0 if bias is None else bias[column:].data_ptr()
+    chunk.reference_bias = 0 if ref_bias is None else ref_bias[column:].data_ptr()
+    chunk.inv_temperature = rows.inv_temperature[row:].data_ptr()
+    chunk.targets = 0 if rows.targets is None else rows.targets[row:].data_ptr()
+
+
+class _ForwardState:
+    """The running sums of all rows, and the native call that folds a chunk into them."""
+
+    def __init__(self, rows: Rows, asked: frozenset[str]) -> None:
+        count = rows.inv_temperature.shape[0]
+        self._rows, self._asked = rows, asked
+        self._sums = torch.zeros(len(Sums._fields), count, dtype=torch.float64)
+        for name in ("m_p", "m_q"):
+            self._sums[Sums._fields.index(name)] = -torch.inf
+        self._top1 = torch.full((count,), -1, dtype=torch.int64)
+        self._chunk = _chunk(rows, _flags(asked))
+        self._chunk.state_stride = count
+
+    def fold(self, policy: Tensor, reference: Tensor | None, row: int, column: int,
+             bias: Tensor | None = None, ref_bias: Tensor | None = None) -> None:
+        chunk = self._chunk
+        _point_at(chunk, self._rows, policy, reference, row, column, bias, ref_bias)
+        chunk.state = self._sums[:, row:].data_ptr()
+        chunk.top1 = self._top1[row:].data_ptr() if "top1" in self._asked else 0
+        _native.token_stats_forward(chunk)
+
+    def finish(self, ignored: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        return statistics(Sums(*self._sums), self._top1, self._asked, ignored)
+
+
+class _BackwardState:
+    """The coefficients of all rows, and the native call that turns a chunk of logits into d(loss)/d(logits)."""
+
+    def __init__(self, rows: Rows, grads: dict[str, Tensor | None], saved: Tensor) -> None:
+        self.with_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
+        self._rows, self._saved = rows, saved.contiguous()
+        self._coefs = coefficients(grads, saved)
+        self._chunk = _chunk(rows, _REFERENCE * self.with_reference)
+        self._chunk.row_stride = saved.shape[1]
+
+    def differentiate(self, policy: Tensor, reference: Tensor | None, out: Tensor, row: int, column: int,
+                      bias: Tensor | None = None, ref_bias: Tensor | None = None) -> None:
+        chunk = self._chunk
+        _point_at(chunk, self._rows, policy, reference, row, column, bias, ref_bias)
+        chunk.saved, chunk.coefs = self._saved[:, row:].data_ptr(), self._coefs[:, row:].data_ptr()
+        chunk.out, chunk.out_stride, chunk.out_dtype = out.data_ptr(), out.stride(0), _DTYPES[out.dtype]
+        _native.token_stats_backward(chunk)
+
+
+class _LinearProblem:
+    """One linear_logprob call without its ignored rows, ready to fill any chunk of logits."""
+
+    def __init__(self, head: Head, rows: Rows, needs_reference: bool) -> None:
+        self.ignored = check_targets(rows, head.weight.shape[0])
+        self.index = None
+        if self.ignored is not None and self.ignored.any():
+            self.index = (~self.ignored).nonzero()[:, 0]
+        self.rows = Rows(None if rows.targets is None else self.pick(rows.targets).contiguous(),
+                         self.pick(rows.inv_temperature).contiguous(), rows.softcap, rows.logit_scale, rows.ignore_index)
+        self.product_dtype = torch.bfloat16 if head.weight.dtype is torch.bfloat16 and splits_bfloat16() else torch.float32
+        self.hidden = self.pick(head.hidden).to(self.product_dtype)
+        self.weight = head.weight
+        self.bias = None if head.bias is None else head.bias.float().contiguous()
+        self.products = Products()
+        self.lora = head.lora
+        if head.lora is not None:
+            self.hidden32 = self.hidden.float()
+            self.a, self.b = head.lora.a.float(), head.lora.b.float()
+            self.gate = self.pick(head.lora.gate).float()
+            self.down = torch.mm(self.hidden32, self.a.t())
+            self.gated = self.down * self.gate
+        self.needs_reference = needs_reference
+        if needs_reference:
+            self.ref_hidden = self.pick(head.ref_hidden).to(self.product_dtype)
+            self.ref_weight = head.ref_weight
+            self.ref_bias = None if head.ref_bias is None else head.ref_bias.float().contiguous()
+            self.shares_weight = (head.ref_weight.data_ptr() == head.weight.data_ptr()
+                                  and head.ref_weight.stride() == head.weight.stride())
+        else:
+            self.ref_bias = None
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """The rows that count."""
+        return tensor if self.index is None else tensor[self.index]
+
+    def spread(self, tensor: Tensor, count: int) -> Tensor:
+        """`pick` undone, with zeros for the rows that do not count."""
+        if self.index is None:
+            return tensor
+        return tensor.new_zeros(count, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
+
+    def row_blocks(self, kept: int) -> list[tuple[int, int]]:
+        """Blocks of at most ROWS rows; none straddles the end of the kept rows."""
+        count = self.hidden.shape[0]
+        edges = [*range(0, kept, ROWS), *range(kept, count, ROWS), count]
+        return list(zip(edges, edges[1:]))
+
+    def columns(self) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+        """Chunks of the vocabulary with the policy's and the reference's piece of the weight."""
+        vocabulary = self.weight.shape[0]
+        for c0 in range(0, vocabulary, COLUMNS):
+            c1 = min(c0 + COLUMNS, vocabulary)
+            piece = self.weight[c0:c1].to(self.product_dtype)
+            ref_piece = None
+            if self.needs_reference:
+                ref_piece = piece if self.shares_weight else self.ref_weight[c0:c1].to(self.product_dtype)
+            yield c0, c1, piece, ref_piece
+
+    def fill(self, out: Tensor, r0: int, r1: int, c0: int, c1: int, piece: Tensor) -> None:
+        """The policy's raw logits, before the bias."""
+        self.products.multiply(self.hidden[r0:r1], piece.t(), out)
+        if self.lora is not None:
+            torch.addmm(out, self.gated[r0:r1], self.b[c0:c1].t(), out=out)
+
+    def fill_reference(self, out: Tensor, r0: int, r1: int, ref_piece: Tensor) -> None:
+        self.products.multiply(self.ref_hidden[r0:r1], ref_piece.t(), out)
+
+
+def linear_forward(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor) -> tuple[list[Tensor], Tensor]:
+    """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
+
+    kept (copies, K, V) float32: filled with the raw logits of the first K rows that count, policy's and reference's.
+    """
+    problem = _LinearProblem(head, rows, bool(_flags(asked) & _REFERENCE))
+    state = _ForwardState(problem.rows, asked)
+    count = problem.hidden.shape[0]
+    kept_count = min(kept.shape[1], count)
+    buffers = torch.empty(2, min(count, ROWS) * COLUMNS)
+    for c0, c1, piece, ref_piece in problem.columns():
+        for r0, r1 in problem.row_blocks(kept_count):
+            size = (r1 - r0) * (c1 - c0)
+            places = [buffer[:size].view(r1 - r0, c1 - c0) for buffer in buffers]
+            for copy in range(kept.shape[0] if r0 < kept_count else 0):
+                places[copy] = kept[copy, r0:r1, c0:c1]
+            problem.fill(places[0], r0, r1, c0, c1, piece)
+            if problem.needs_reference:
+                problem.fill_reference(places[1], r0, r1, ref_piece)
+            state.fold(places[0], places[1] if problem.needs_reference else None, r0, c0, problem.bias, problem.ref_bias)
+    outputs, saved = state.finish(None)
+    if problem.index is not None:
+        outputs = [problem.spread(o, problem.ignored.shape[0]) if o.numel() else o for o in outputs]
+    return outputs, problem.spread(saved.t(), rows.inv_temperature.shape[0]).t().contiguous()
+
+
+@dataclass
+class HeadGradients:
+    """None where not asked for."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    gate: Tensor | None = None
+
+
+def linear_backward(head: Head, rows: Rows, grads: dict[str, Tensor | None], saved: Tensor, kept: Tensor,
+                    needs: frozenset[str]) -> HeadGradients:
+    """Gradients of the arguments named in `needs` (fields of HeadGradients), each in its argument's dtype."""
+    needs_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
+    problem = _LinearProblem(head, rows, needs_reference)
+    grads = {name: None if g is None else problem.pick(g) for name, g in grads.items()}
+    state = _BackwardState(problem.rows, grads, problem.pick(saved.t()).t())
+    count, width = problem.hidden.shape
+    kept_count = min(kept.shape[1], count)
+    wide = {"dtype": torch.float32}
+    d_hidden = torch.zeros(count, width, **wide) if "hidden" in needs else None
+    d_weight = torch.empty(head.weight.shape, dtype=head.weight.dtype) if "weight" in needs else None
+    d_bias = torch.zeros(head.weight.shape[0], **wide) if "bias" in needs else None
+    d_b = torch.empty(problem.b.shape, **wide) if "lora_b" in needs else None
+    through_lora = problem.lora is not None and needs & {"hidden", "lora_a", "gate"}
+    d_gated = torch.zeros_like(problem.gated) if through_lora else None
+    buffers = torch.empty(2, min(count, ROWS) * COLUMNS)
+    narrow = torch.empty(buffers.shape[1], dtype=problem.product_dtype)
+    for c0, c1, piece, ref_piece in problem.columns():
+        d_piece = torch.zeros(c1 - c0, width, **wide) if "weight" in needs else None
+        if d_b is not None:
+            d_b[c0:c1] = 0
+        for r0, r1 in problem.row_blocks(kept_count):
+            size = (r1 - r0) * (c1 - c0)
+            places = [buffer[:size].view(r1 - r0, c1 - c0) for buffer in buffers]
+            policy, reference = places
+            if r0 < kept_count:
+                policy = kept[0, r0:r1, c0:c1]
+            else:
+                problem.fill(policy, r0, r1, c0, c1, piece)
+            if needs_reference and r0 < kept_count and kept.shape[0] > 1:
+                reference = kept[1, r0:r1, c0:c1]
+            elif needs_reference:
+                problem.fill_reference(reference, r0, r1, ref_piece)
+            wide_out = places[0]
+            state.differentiate(policy, reference if needs_reference else None, wide_out, r0, c0, problem.bias, problem.ref_bias)
+            out = wide_out
+            if problem.product_dtype is not torch.float32:
+                out = narrow[:size].view(r1 - r0, c1 - c0).copy_(wide_out)
+            if d_hidden is not None:
+                problem.products.accumulate(out, piece, d_hidden[r0:r1])
+            if d_piece is not None:
+                problem.products.accumulate(out.t(), problem.hidden[r0:r1], d_piece)
+            if d_bias is not None:
+                d_bias[c0:c1] += wide_out.sum(0)
+            if d_gated is not None:
+                torch.addmm(d_gated[r0:r1], wide_out, problem.b[c0:c1], out=d_gated[r0:r1])
+            if d_b is not None:
+                torch.addmm(d_b[c0:c1], wide_out.t(), problem.gated[r0:r1], out=d_b[c0:c1])
+        if d_piece is not None:
+            d_weight[c0:c1] = d_piece
+
+    result = HeadGradients(weight=d_weight)
+    if d_gated is not None:
+        d_down = d_gated * problem.gate
+        if d_hidden is not None:
+            torch.addmm(d_hidden, d_down, problem.a, out=d_hidden)
+        if "lora_a" in needs:
+            result.lora_a = torch.mm(d_down.t(), problem.hidden32).to(head.lora.a.dtype)
+        if "gate" in needs:
+            result.gate = problem.spread(d_gated * problem.down, head.lora.gate.shape[0]).to(head.lora.gate.dtype)
+    if d_hidden is not None:
+        result.hidden = problem.spread(d_hidden.to(head.hidden.dtype), head.hidden.shape[0])
+    if d_bias is not None:
+        result.bias = d_bias.to(head.bias.dtype)
+    if d_b is not None:
+        result.lora_b = d_b.to(head.lora.b.dtype)
+    return result
+
+
+def logits_forward(logits: Tensor, ref_logits: Tensor | None, rows: Rows, asked: frozenset[str]) -> tuple[list[Tensor], Tensor]:
+    """logits, ref_logits (T, V), the last dimension contiguous; read once, where they are."""
+    ignored = check_targets(rows, logits.shape[1])
+    state = _ForwardState(rows, asked)
+    state.fold(logits, ref_logits if _flags(asked) & _REFERENCE else None, 0, 0)
+    return state.finish(ignored)
+
+
+def logits_backward(logits: Tensor, ref_logits: Tensor | None, rows: Rows, grads: dict[str, Tensor | None],
+                    saved: Tensor) -> Tensor:
+    """d(loss)/d(logits), in logits' dtype."""
+    state = _BackwardState(rows, grads, saved)
+    out = torch.empty(logits.shape, dtype=logits.dtype)
+    state.differentiate(logits, ref_logits if state.with_reference else None, out, 0, 0)
+    return out

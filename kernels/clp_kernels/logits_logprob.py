@@ -1,0 +1,147 @@
+"""logits_logprob: the statistics of `linear_logprob` for stacks that hold the logits already.
+
+    u = logits * logit_scale;  z = (softcap * tanh(u / softcap)) / temperature      u / temperature where there is no softcap
+
+The logits are read once forward and once backward, where they are; beyond them and their gradient, O(rows) numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clp_kernels.reference import token_stats as reference
+from clp_kernels.token_stats import (
+    DIFFERENTIABLE,
+    OUTPUTS,
+    TokenStats,
+    as_token_stats,
+    backend_module,
+    check_outputs,
+    check_rows,
+    constant_outputs,
+    empty_outputs,
+)
+
+_TABLE = (("reference", "clp_kernels.reference.token_stats"), ("cpu", "clp_kernels.cpu.token_stats"))
+_ARGUMENTS = ("Tensor logits, Tensor? ref_logits, Tensor? targets, Tensor inv_temperature, float? softcap, float logit_scale, "
+              "int ignore_index")
+_LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
+_LIBRARY.define(
+    f"logits_logprob({_ARGUMENTS}, str asked, str backend) -> "
+    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved)", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(
+    f"logits_logprob_backward({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, {_ARGUMENTS}, Tensor saved, "
+    "str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def logits_logprob(logits: Tensor, targets: Tensor | None, *, temperature: float | Tensor = 1.0, softcap: float | None = None,
+                   logit_scale: float = 1.0, ref_logits: Tensor | None = None, outputs: Sequence[str] = ("logprob",),
+                   ignore_index: int = -100) -> TokenStats:
+    """Any of logprob, entropy, ref_logprob, kl, reverse_kl, lse and top1 of each row of logits, in one pass.
+
+    logits       (..., V); the leading dimensions are the rows; -inf masks a token
+    targets      logits' leading shape, int64; may be None unless logprob or ref_logprob is asked for
+    temperature  a number, or a tensor that broadcasts to the rows; of the policy and the reference alike; a constant
+    ref_logits   logits' shape and dtype, a constant: no gradient reaches it
+    outputs      names; kl is KL(policy || reference), reverse_kl KL(reference || policy), both exact over the vocabulary
+    returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for what was not asked for
+
+    Each output but ref_logprob and top1 is differentiable in logits, each with its own incoming gradient; the gradient is
+    in logits' dtype. Rows whose target is ignore_index are 0 in every output, top1 included, and pass no gradient.
+    Logits stored in bfloat16 have lost 2^-9 of themselves, and a KL near the reference with it: `linear_logprob` has not.
+
+    Raises ValueError (shapes, devices, names), TypeError (dtypes); IndexError for a target outside the vocabulary on a CPU
+    (on a GPU, where finding out would stall the stream, its log-prob is NaN).
+    """
+    op = "logits_logprob"
+    names = check_outputs(op, outputs, targets, ref_logits, "ref_logits")
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"{op}: logits is {tuple(logits.shape)}; expected (..., V) with at least one column (token)")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"{op}: logits is {logits.dtype}; expected a floating-point dtype")
+    if ref_logits is not None:
+        if ref_logits.shape != logits.shape:
+            raise ValueError(f"{op}: ref_logits is {tuple(ref_logits.shape)}; expected logits' shape {tuple(logits.shape)}")
+        if ref_logits.dtype is not logits.dtype:
+            raise TypeError(f"{op}: ref_logits is {ref_logits.dtype}; expected logits' dtype {logits.dtype}")
+        if ref_logits.device != logits.device:
+            raise ValueError(f"{op}: ref_logits is on {ref_logits.device}; expected logits' device {logits.device}")
+    lead, vocabulary = logits.shape[:-1], logits.shape[-1]
+    targets, inv_temperature = check_rows(op, lead, logits.device, targets, temperature, softcap)
+    flat = logits.reshape(math.prod(lead), vocabulary)
+    ref_flat = None if ref_logits is None else ref_logits.detach().reshape(math.prod(lead), vocabulary)
+
+    module = backend_module(op, _TABLE, logits.device.type, logits.dtype)
+    if module == reference.__name__:
+        stats = reference.logits_logprob(flat, targets, ref_flat, inv_temperature, softcap, logit_scale, frozenset(names),
+                                         ignore_index)
+        return TokenStats(*(None if value is None else value.reshape(lead) for value in stats))
+    values = torch.ops.clp_kernels.logits_logprob(flat, ref_flat, targets, inv_temperature, softcap, logit_scale, ignore_index,
+                                                  ",".join(names), module)
+    return as_token_stats(values, names, lead)
+
+
+def _columns_contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _forward(logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, backend):
+    module = importlib.import_module(backend)
+    rows = module.Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
+    outputs, saved = module.logits_forward(_columns_contiguous(logits), _columns_contiguous(ref_logits), rows,
+                                           frozenset(asked.split(",")))
+    return *outputs, saved
+
+
+def _fake_forward(logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, backend):
+    return tuple(empty_outputs(asked, logits, logits.shape[0]))
+
+
+def _backward(*arguments):
+    count = len(DIFFERENTIABLE)
+    grads = dict(zip(DIFFERENTIABLE, arguments[:count]))
+    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, saved, backend = arguments[count:]
+    module = importlib.import_module(backend)
+    rows = module.Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
+    return module.logits_backward(_columns_contiguous(logits), _columns_contiguous(ref_logits), rows, grads, saved)
+
+
+def _fake_backward(*arguments):
+    return torch.empty_like(arguments[len(DIFFERENTIABLE)], memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, softcap, logit_scale, ignore_index, asked, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*constant_outputs(asked, output), output[-1])
+    ctx.save_for_backward(*tensors, output[-1])
+    ctx.options = (softcap, logit_scale, ignore_index)
+    ctx.backend = backend
+
+
+def _autograd_backward(ctx, *grads):
+    *tensors, saved = ctx.saved_tensors
+    grads = dict(zip(OUTPUTS, grads))
+    incoming = [grads[name] for name in DIFFERENTIABLE]
+    others = (None,) * (len(tensors) + len(ctx.options) + 1)
+    if all(g is None for g in incoming) or not ctx.needs_input_grad[0]:
+        return None, *others
+    return torch.ops.clp_kernels.logits_logprob_backward(*incoming, *tensors, *ctx.options, saved, ctx.backend), *others
+
+
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError("logits_logprob: second derivatives are not implemented; use create_graph=False, or the plain-"
+                              "torch formula with clp_kernels.use_backend('reference')")
+
+
+_LIBRARY.impl("logits_logprob", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("logits_logprob_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("clp_kernels::logits_logprob", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("clp_kernels::logits_logprob_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("clp_kernels::logits_logprob", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("clp_kernels::logits_logprob_backward", _no_second_derivative, lib=_LIBRARY)

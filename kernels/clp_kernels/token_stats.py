@@ -1,0 +1,208 @@
+"""What linear_logprob and logits_logprob share: their result, and the algebra from running sums to statistics and back.
+
+With z the policy's logits and z' the reference's (after bias, scale, softcap and temperature), p = softmax(z), q = softmax(z'):
+
+    logprob = z[target] - lse(z)      entropy = -sum p log p      kl = sum p (log p - log q)
+    ref_logprob = z'[target] - lse(z')      reverse_kl = sum q (log q - log p)      lse = log sum e^z      top1 = argmax z
+
+A back-end reduces each row to `Sums`, which merge associatively over pieces of the vocabulary (`combine`), so vocabulary
+splits and tensor parallelism are the same arithmetic. `statistics` turns sums into outputs, and `coefficients` gathers the
+outputs' incoming gradients into five numbers per row:
+
+    dz_v = p_v (c0 + c1 (z_v - m_p) + c2 (z_v - z'_v)) + c3 q_v + ct [v is the target]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clp_kernels.backends import select
+
+OUTPUTS = ("logprob", "entropy", "ref_logprob", "kl", "reverse_kl", "lse", "top1")
+DIFFERENTIABLE = ("logprob", "entropy", "kl", "reverse_kl", "lse")
+NEED_TARGETS = ("logprob", "ref_logprob")
+NEED_REFERENCE = ("ref_logprob", "kl", "reverse_kl")
+
+
+class TokenStats(NamedTuple):
+    """One number per token for each output that was asked for, in the shape of the rows; None for the others.
+
+    float32 (float64 where the inputs are), top1 int64. Everything is 0 where the target is ignore_index.
+    """
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    ref_logprob: Tensor | None = None
+    kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    lse: Tensor | None = None
+    top1: Tensor | None = None
+
+
+class HeadLoRA(NamedTuple):
+    """Low-rank change of the output projection, blended per row: logits += ((hidden a^T) * gate) b^T.
+
+    a (R, H) and b (V, R), all adapters' factors stacked; gate (rows, R), or anything that broadcasts to hidden's leading
+    dimensions and R. Each floating point, float32 or hidden's dtype; the products are in float32.
+    """
+
+    a: Tensor
+    b: Tensor
+    gate: Tensor
+
+
+class Sums(NamedTuple):
+    """A row's running sums, each (rows,); the reference's are None where there is none.
+
+    m = max z   s = sum e^(z-m)   a = sum e^(z_p-m_p) (z_p-m_p)   d_p = sum e^(z_p-m_p) (z_p-z_q)
+    d_q = sum e^(z_q-m_q) (z_q-z_p)   t = z at the target
+    """
+
+    m_p: Tensor
+    s_p: Tensor
+    a_p: Tensor
+    d_p: Tensor
+    m_q: Tensor
+    s_q: Tensor
+    d_q: Tensor
+    t_p: Tensor
+    t_q: Tensor
+
+
+KEEP_BYTES = 64 << 20  # of logits that the CPU back-end may keep between forward and backward
+SAVED = 6  # rows of the tensor kept for the backward pass: m_p, 1/s_p, m_q, 1/s_q, E_p[z_p - m_p], E_p[z_p - z_q]
+
+
+def statistics(sums: Sums, top1: Tensor, asked: frozenset[str] | set[str], ignored: Tensor | None,
+               dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+    """-> the outputs in the order of OUTPUTS (empty where not asked), and the (SAVED, rows) tensor of the backward pass."""
+    log_s_p = sums.s_p.log()
+    mean_a, mean_d = sums.a_p / sums.s_p, sums.d_p / sums.s_p
+    log_ratio = None
+    if asked.intersection(NEED_REFERENCE):
+        log_s_q = sums.s_q.log()
+        log_ratio = (sums.m_p - sums.m_q) + (log_s_p - log_s_q)  # lse_p - lse_q, small where the two are close
+    formulas = {
+        "logprob": lambda: (sums.t_p - sums.m_p) - log_s_p,
+        "entropy": lambda: log_s_p - mean_a,
+        "ref_logprob": lambda: (sums.t_q - sums.m_q) - log_s_q,
+        "kl": lambda: mean_d - log_ratio,
+        "reverse_kl": lambda: sums.d_q / sums.s_q + log_ratio,
+        "lse": lambda: sums.m_p + log_s_p,
+        "top1": lambda: top1,
+    }
+    outputs = []
+    for name in OUTPUTS:
+        kind = torch.int64 if name == "top1" else dtype
+        if name not in asked:
+            outputs.append(top1.new_empty(0, dtype=kind))
+            continue
+        value = formulas[name]().to(kind)
+        outputs.append(value if ignored is None else value.masked_fill(ignored, 0))
+    saved = torch.stack((sums.m_p, 1 / sums.s_p, sums.m_q, 1 / sums.s_q, mean_a, mean_d)).to(dtype)
+    return outputs, saved
+
+
+def coefficients(grads: dict[str, Tensor | None], saved: Tensor) -> Tensor:
+    """(5, rows): c0, c1, c2, c3, ct of the module's formula. A missing gradient is None.
+
+    logprob: [target] - p     entropy: -p (log p + H)     lse: p     kl: p (log p - log q - KL)     reverse_kl: p - q
+    with log p + H = (z - m_p) - E_p[z - m_p] and log p - log q - KL = (z - z') - E_p[z - z'].
+    """
+    coefs = torch.zeros(5, saved.shape[1], dtype=saved.dtype, device=saved.device)
+    mean_a, mean_d = saved[4], saved[5]
+    if (g := grads.get("logprob")) is not None:
+        coefs[0] -= g
+        coefs[4] += g
+    if (g := grads.get("entropy")) is not None:
+        coefs[0] += g * mean_a
+        coefs[1] -= g
+    if (g := grads.get("lse")) is not None:
+        coefs[0] += g
+    if (g := grads.get("kl")) is not None:
+        coefs[0] -= g * mean_d
+        coefs[2] += g
+    if (g := grads.get("reverse_kl")) is not None:
+        coefs[0] += g
+        coefs[3] -= g
+    return coefs
+
+
+@torch.compiler.assume_constant_result
+def backend_module(op: str, table: tuple[tuple[str, str], ...], device: str, dtype: torch.dtype) -> str:
+    """Name of the module that serves the call; torch.compile takes the choice made while it traces."""
+    return select(op, dict(table), torch.device(device), dtype=dtype).__name__
+
+
+def check_outputs(op: str, outputs: Sequence[str], targets: Tensor | None, reference: Tensor | None, name: str) -> tuple[str, ...]:
+    """`outputs` in the order of OUTPUTS. Raises ValueError for an unknown one or one whose input is missing."""
+    if isinstance(outputs, str):
+        raise ValueError(f"{op}: outputs is the string {outputs!r}; expected a sequence of names, such as ({outputs!r},)")
+    if not outputs:
+        raise ValueError(f"{op}: outputs is empty; expected some of {', '.join(OUTPUTS)}")
+    for output in outputs:
+        if output not in OUTPUTS:
+            raise ValueError(f"{op}: outputs has {output!r}; expected some of {', '.join(OUTPUTS)}")
+        if output in NEED_TARGETS and targets is None:
+            raise ValueError(f"{op}: outputs has {output!r} and targets is None; pass targets")
+        if output in NEED_REFERENCE and reference is None:
+            raise ValueError(f"{op}: outputs has {output!r} and {name} is None; pass {name}")
+    return tuple(output for output in OUTPUTS if output in outputs)
+
+
+def check_rows(op: str, lead: Sequence[int], device: torch.device, targets: Tensor | None, temperature: float | Tensor,
+               softcap: float | None) -> tuple[Tensor | None, Tensor]:
+    """-> targets (T,) or None, and 1 / temperature (T,) float32, both contiguous. Raises ValueError, TypeError."""
+    rows = math.prod(lead)
+    if targets is not None:
+        if tuple(targets.shape) != tuple(lead):
+            raise ValueError(f"{op}: targets is {tuple(targets.shape)}; expected {tuple(lead)}, one per row")
+        if targets.dtype is not torch.int64:
+            raise TypeError(f"{op}: targets is {targets.dtype}; expected torch.int64: use targets.long()")
+        if targets.device != device:
+            raise ValueError(f"{op}: targets is on {targets.device}; expected {device}")
+        targets = targets.reshape(-1).contiguous()
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap is {softcap}; expected a positive number, or None for no cap")
+    if isinstance(temperature, Tensor):
+        try:
+            per_row = temperature.detach().to(torch.float32).expand(*lead)
+        except RuntimeError:
+            raise ValueError(f"{op}: temperature is {tuple(temperature.shape)}; expected a number, or a tensor that "
+                             f"broadcasts to {tuple(lead)}, one per row") from None
+        return targets, per_row.reshape(-1).reciprocal().contiguous()
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature is {temperature}; expected a positive number (top1 gives the greedy token)")
+    return targets, torch.full((rows,), 1.0 / temperature, dtype=torch.float32, device=device)
+
+
+def kept_rows(module: str, rows: int, vocabulary: int, copies: int) -> int:
+    """How many rows' float32 logits stay in memory between forward and backward; `copies` is 2 with the reference's.
+
+    A kept row saves its products in the backward pass and costs its logits in memory. On a GPU nothing is kept: there
+    the traffic costs about what the product does, and memory is what callers want to save.
+    """
+    return min(rows, KEEP_BYTES // (vocabulary * 4 * copies)) if ".cpu." in module else 0
+
+
+def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:
+    """What a forward op returns, as to shape and dtype: OUTPUTS, then `saved`."""
+    names = asked.split(",")
+    outputs = [like.new_empty(rows if name in names else 0, dtype=torch.int64 if name == "top1" else torch.float32)
+               for name in OUTPUTS]
+    return [*outputs, like.new_empty(SAVED, rows, dtype=torch.float32)]
+
+
+def constant_outputs(asked: str, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs that no gradient passes through: not differentiable, or not asked for."""
+    names = asked.split(",")
+    return [t for name, t in zip(OUTPUTS, outputs) if name not in DIFFERENTIABLE or name not in names]
+
+
+def as_token_stats(outputs: Sequence[Tensor], names: Sequence[str], lead: Sequence[int]) -> TokenStats:
+    return TokenStats(**{name: value.reshape(lead) for name, value in zip(OUTPUTS, outputs) if name in names})
