@@ -12,7 +12,7 @@ namespace clp::CLP_ISA {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;             // columns per block: two blocks of z and one of gradients are 12 KB
+constexpr int64_t kBlock = 1024;             // columns per block: four arrays of a block are 16 KB
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
@@ -35,9 +35,9 @@ struct Transform {
   float logit_scale, softcap, inv_temperature;
 };
 
-// z of one block, and its maximum.
+// z of one block, and its maximum; with a softcap, `tanhs` receives tanh(u / softcap), whose square the gradient needs.
 template <typename T>
-CLP_INLINE float transform(const T* raw, const Transform& f, int64_t n, float* z) {
+CLP_INLINE float transform(const T* raw, const Transform& f, int64_t n, float* z, float* tanhs) {
   // Two factors, not their rounded product: its error would be the same in every logit and end up in lse.
   const float scale = f.logit_scale, outer = f.softcap > 0.0f ? 1.0f : f.inv_temperature;
   float top = kMinusInf;
@@ -59,7 +59,8 @@ CLP_INLINE float transform(const T* raw, const Transform& f, int64_t n, float* z
     top = kMinusInf;
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < n; ++j) {
-      z[j] = f.softcap * tanh_approx(z[j] * inv_cap) * f.inv_temperature;
+      tanhs[j] = tanh_approx(z[j] * inv_cap);
+      z[j] = f.softcap * tanhs[j] * f.inv_temperature;
       top = z[j] > top ? z[j] : top;
     }
   }
@@ -120,12 +121,12 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
   const bool with_reference = c.flags & kStatReference;
   double* state = c.state + row;
   const int64_t S = c.state_stride;
-  alignas(64) float zp[kBlock], zq[kBlock];
+  alignas(64) float zp[kBlock], zq[kBlock], tanhs[kBlock];
 
   for (int64_t j0 = 0; j0 < c.cols; j0 += kBlock) {
     const int64_t n = c.cols - j0 < kBlock ? c.cols - j0 : kBlock;
     const Transform fp{c.bias ? c.bias + j0 : nullptr, c.logit_scale, c.softcap, c.inv_temperature[row]};
-    const float top_p = transform(policy + j0, fp, n, zp);
+    const float top_p = transform(policy + j0, fp, n, zp, tanhs);
     if (c.top1 && (top_p > state[kMp * S] || c.top1[row] < 0)) {
       int64_t j = 0;
       while (j < n - 1 && zp[j] != top_p) ++j;
@@ -135,7 +136,7 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
     float m_q = 0.0f;
     if (with_reference) {
       const Transform fq{c.reference_bias ? c.reference_bias + j0 : nullptr, c.logit_scale, c.softcap, c.inv_temperature[row]};
-      const float top_q = transform(reference + j0, fq, n, zq);
+      const float top_q = transform(reference + j0, fq, n, zq, tanhs);
       m_q = top_q > state[kMq * S] ? top_q : static_cast<float>(state[kMq * S]);
     }
     const Sums sums = accumulate_as_asked(c.flags, zp, zq, finite_or_zero(m_p), finite_or_zero(m_q), n);
@@ -186,16 +187,16 @@ void backward_row(const TokenStatsChunk& c, int64_t row) {
   const float c0 = coefs[kC0 * S], c1 = coefs[kC1 * S], c2 = coefs[kC2 * S], c3 = coefs[kC3 * S], ct = coefs[kCt * S];
   const float inv_temperature = c.inv_temperature[row];
   const float chain = c.logit_scale * inv_temperature;
-  alignas(64) float zp[kBlock], zq[kBlock], g[kBlock];
+  alignas(64) float zp[kBlock], zq[kBlock], g[kBlock], tanhs[kBlock];
 
   for (int64_t j0 = 0; j0 < c.cols; j0 += kBlock) {
     const int64_t n = c.cols - j0 < kBlock ? c.cols - j0 : kBlock;
     const Transform fp{c.bias ? c.bias + j0 : nullptr, c.logit_scale, c.softcap, inv_temperature};
-    transform(policy + j0, fp, n, zp);
     if (with_reference) {
       const float m_q = finite_or_zero(saved[kSavedMq * S]), inv_s_q = saved[kSavedInvSq * S];
       const Transform fq{c.reference_bias ? c.reference_bias + j0 : nullptr, c.logit_scale, c.softcap, inv_temperature};
-      transform(reference + j0, fq, n, zq);
+      transform(reference + j0, fq, n, zq, tanhs);
+      transform(policy + j0, fp, n, zp, tanhs);  // second, so that its tanhs are the ones left
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const float shifted = zp[j] - m_p;
@@ -204,6 +205,7 @@ void backward_row(const TokenStatsChunk& c, int64_t row) {
         g[j] = (p == 0.0f ? 0.0f : p * (c0 + c1 * shifted + c2 * (zp[j] - zq[j]))) + c3 * q;
       }
     } else {
+      transform(policy + j0, fp, n, zp, tanhs);
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const float shifted = zp[j] - m_p;
@@ -214,12 +216,8 @@ void backward_row(const TokenStatsChunk& c, int64_t row) {
     const int64_t at = target - c.first_column - j0;
     if (c.targets && at >= 0 && at < n) g[at] += ct;
     if (c.softcap > 0.0f) {
-      const float unit = 1.0f / (c.softcap * inv_temperature);  // z back to tanh(u / softcap)
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const float th = zp[j] * unit;
-        store(out + j0 + j, g[j] * chain * (1.0f - th * th));
-      }
+      for (int64_t j = 0; j < n; ++j) store(out + j0 + j, g[j] * chain * (1.0f - tanhs[j] * tanhs[j]));
     } else {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) store(out + j0 + j, g[j] * chain);
