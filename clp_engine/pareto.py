@@ -165,6 +165,21 @@ def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
     return means.reshape(resamples, policies, objectives)
 
 
+def chance_hypervolume(resampled_gains: ArrayLike, gains: ArrayLike, base: ArrayLike,
+                       reference: ArrayLike) -> Array:
+    """Hypervolumes of fronts that are no better than the base model, measured with the same noise.
+
+        HV_b = HV( { base + resampled_gains[b, p] - gains[p] : p } )
+
+    gains: (P, M), mean reward of each point less that of the base; resampled_gains: (resamples, P, M), the
+    same in each resample; base, reference: (M,). Returns (resamples,).
+    A front is the best of many noisy means, so its hypervolume lies above that of the base's single point by
+    luck alone, and pairing does not change that: a hypervolume below a high quantile of these shows nothing.
+    """
+    centred = _front(resampled_gains, "resampled_gains") - np.asarray(gains) + np.asarray(base)
+    return hypervolume(centred, reference)
+
+
 def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array]:
     """Percentile interval over the first axis, NaN left out: (resamples, ...) -> low (...), high (...)."""
     tail = (1 - confidence) / 2

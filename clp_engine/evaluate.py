@@ -1,0 +1,424 @@
+"""The front of a conditioned policy: rewards, KL and length at a grid of weightings, beside the base
+model's.
+
+One resident model serves all weightings and the base (the row of weight zero): batches hold rows of every
+point. Common random numbers: completion g of prompt n draws from the random stream (seed, n, g) at every
+point, so that two points differ by their parameters rather than by luck.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from clp_engine import __version__, pareto
+from clp_engine.conditions import Conditions
+from clp_engine.data import PromptBatch, PromptDataset, completion_texts
+from clp_engine.errors import ConfigError
+from clp_engine.rewards import RewardSet
+from clp_engine.rollout import Rollout, SamplingParams, rollout
+from clp_engine.samplers import simplex_lattice
+from clp_engine.scoring import score
+from clp_engine.seeds import derive
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+
+# Points per edge of the default grid: 11 points for two objectives, 66 for three, 56, 35, 21, 28, ... for
+# more.
+_POINTS_PER_EDGE = {1: 2, 2: 11, 3: 11, 4: 6, 5: 4}
+_POINTS_PER_EDGE_ABOVE = 3
+CONFIDENCE = 0.95
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % bootstrap percentile interval over prompts."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the policy does at one weighting.
+
+    rewards: mean over prompts; kl: mean over completions of `sum_t KL(pi(.|y_<t) || pi_ref(.|y_<t))`, in
+    nats, exact over the vocabulary; length: mean tokens per completion, end token included; truncated: share
+    of completions that did not end by themselves; non_dominated: no other point is at least as good
+    everywhere and better somewhere.
+    """
+
+    weights: dict[str, float]
+    kl_coef: float
+    rewards: dict[str, Interval]
+    kl: float
+    length: float
+    truncated: float
+    non_dominated: bool
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model at the same prompts; hypervolume: of its single point."""
+
+    rewards: dict[str, Interval]
+    hypervolume: float
+    hypervolume_interval: Interval
+    length: float
+    truncated: float
+
+
+@dataclass(frozen=True)
+class ParetoReport:
+    """The content of report.json; see `pareto` for the formula of each metric.
+
+    reference_point: of the hypervolume, fixed before the front is known. hypervolume_gain: front minus base,
+    paired over prompts. hypervolume_chance: what a front that is no better than the base model stays below
+    95 % of the time. expected_utility: over the default lattice of weightings; realised_utility, regret: over
+    the points evaluated. steerability: None where a rank correlation is undefined. seconds, setup, versions,
+    commit: how it was made.
+    """
+
+    task: str | None
+    model: str
+    objectives: list[str]
+    reference_point: dict[str, float]
+    points: list[Point]
+    base: Base
+    hypervolume: float
+    hypervolume_interval: Interval
+    hypervolume_gain: Interval
+    hypervolume_chance: float
+    expected_utility: float
+    realised_utility: float
+    realised_utility_interval: Interval
+    regret: dict[str, float]
+    steerability: dict[str, float | None]
+    seconds: dict[str, float | None]
+    setup: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in report.json: plain dicts, lists, numbers and strings."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ParetoReport:
+        """The inverse of `to_dict`; keys that are not known here are left out. Raises ConfigError for a
+        missing one."""
+        try:
+            values = {f.name: raw[f.name] for f in dataclasses.fields(cls)}
+            values["points"] = [Point(**{**p, "rewards": _intervals(p["rewards"])}) for p in raw["points"]]
+            base = raw["base"]
+            values["base"] = Base(**{**base, "rewards": _intervals(base["rewards"]),
+                                     "hypervolume_interval": Interval(**base["hypervolume_interval"])})
+            for name in ("hypervolume_interval", "hypervolume_gain", "realised_utility_interval"):
+                values[name] = Interval(**raw[name])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"not a report of this version of clp-engine: {error}") from error
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ParetoReport:
+        """From report.json, or from the folder it is in. Raises ConfigError where there is none or it does
+        not parse."""
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no report at {path}; write one with: clp-engine evaluate RUN") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(raw)
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write report.json, report.md and pareto.png into `directory`; each appears whole or not at all."""
+        from clp_engine.report import write_report
+
+        return write_report(self, directory)
+
+
+def _intervals(rewards: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
+    return {name: Interval(**value) for name, value in rewards.items()}
+
+
+def default_grid(num_objectives: int) -> np.ndarray:
+    """The weightings evaluated by default, (P, M): a simplex lattice of P = 1, 11, 66, 56, 35 for M = 1 to
+    5."""
+    edge = _POINTS_PER_EDGE.get(num_objectives, _POINTS_PER_EDGE_ABOVE)
+    return simplex_lattice(num_objectives, edge).double().numpy()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    num_generations: int
+    sampling: SamplingParams
+    batch_rows: int
+    seed: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Per policy and prompt; the base is the last of the P + 1 policies."""
+
+    rewards: np.ndarray  # (P + 1, N, M), mean over the generations the objective applies to, or NaN
+    kl: np.ndarray  # (P + 1, N)
+    length: np.ndarray  # (P + 1, N)
+    truncated: np.ndarray  # (P + 1, N)
+
+
+def evaluate(policy: ConditionedPolicy, reward_funcs: RewardSet | Mapping[str, Callable] | Sequence[Callable],
+             prompts: Sequence[str | Row], *, grid: int | Sequence | None = None,
+             kl: float | None = None, num_generations: int = 1, sampling: SamplingParams | None = None,
+             max_prompt_length: int | None = None, batch_rows: int = 128,
+             reference_point: Mapping[str, float] | None = None,
+             margin: float | Mapping[str, float] = 0.1, bootstrap: int = 1000, seed: int = 0,
+             output_dir: str | Path | None = None, task: str | None = None,
+             train_seconds: float | None = None, progress: bool = True) -> ParetoReport:
+    """Rewards, KL and length of the policy over a grid of weightings and of the base model, and the metrics.
+
+    reward_funcs: one per objective of the policy, in its order, or a mapping by objective name.
+    prompts: texts, or dataset rows with `prompt` and further columns, which the reward functions receive.
+    grid: weightings (mappings or sequences), or points per edge of the simplex lattice; None is 11 points for
+        two objectives, 66 for three. kl: the KL coefficient of all points; None is the policy's default.
+    num_generations: completions per prompt and point. max_prompt_length: keep the last so many tokens of a
+        prompt. batch_rows: completions decoded together.
+    reference_point: by objective; None is the base model's mean reward minus `margin`, in units of reward.
+    bootstrap: resamples of prompts for the 95 % intervals. seed: of sampling and resampling.
+    output_dir: where to write report.json, report.md and pareto.png. task, train_seconds: for the report.
+    Raises ConfigError where reward functions, prompts, grid or reference point do not fit the policy.
+    """
+    start = time.perf_counter()
+    sampling = sampling or SamplingParams()
+    rewards = _reward_set(reward_funcs, policy.objectives)
+    rows = [{"prompt": row} if isinstance(row, str) else row for row in prompts]
+    dataset = PromptDataset(rows, policy.tokenizer, max_prompt_length)
+    if num_generations < 1 or bootstrap < 1:
+        raise ConfigError(f"num_generations={num_generations}, bootstrap={bootstrap}: expected at least 1")
+    weightings = _weightings(policy, grid)
+    conditions = policy.conditions(weightings, kl, len(weightings))
+    margins = _by_objective(margin, policy.objectives, "margin")
+    if reference_point is not None:
+        reference_point = _by_objective(reference_point, policy.objectives, "reference_point")
+
+    plan = _Plan(num_generations, sampling, batch_rows, seed, progress)
+    measured = _measure(policy, rewards, dataset, conditions, plan)
+    means = pareto.mean_rewards(measured.rewards)
+    for i, name in enumerate(policy.objectives):
+        if np.isnan(means[:, i]).any():
+            raise ConfigError(f"objective {name!r}: the reward function returned None for every completion")
+    reference = means[-1] - margins if reference_point is None else reference_point
+    setup = {
+        "prompts": len(rows), "num_generations": num_generations, "sampling": dataclasses.asdict(sampling),
+        "margin": None if reference_point is not None else dict(zip(policy.objectives, margins.tolist())),
+        "bootstrap": bootstrap, "confidence": CONFIDENCE, "seed": seed, "device": str(policy.device),
+        "random_numbers": "common: completion g of prompt n has the same random stream at every point",
+    }
+    summary = _summary(measured, means, conditions, reference, policy.objectives, bootstrap, seed)
+    report = ParetoReport(
+        task=task, model=policy.spec.base_model, objectives=list(policy.objectives), **summary,
+        seconds={"train": train_seconds, "evaluate": round(time.perf_counter() - start, 3)},
+        setup=setup, versions=versions(), commit=source_commit())
+    if output_dir is not None:
+        report.save(output_dir)
+    return report
+
+
+# --- arguments
+# --------------------------------------------------------------------------------------------------------
+
+
+def _reward_set(reward_funcs, objectives: Sequence[str]) -> RewardSet:
+    """The rewards under the policy's names and in its order."""
+    if isinstance(reward_funcs, RewardSet):
+        if reward_funcs.names != tuple(objectives):
+            raise ConfigError(f"reward functions {', '.join(reward_funcs.names)} are not the objectives "
+                              f"of the policy, {', '.join(objectives)}, in that order")
+        return reward_funcs
+    if isinstance(reward_funcs, Mapping):
+        odd = sorted(set(reward_funcs) ^ set(objectives))
+        if odd:
+            raise ConfigError(f"reward functions {', '.join(reward_funcs)} do not match the objectives "
+                              f"of the policy, {', '.join(objectives)} (they differ in {', '.join(odd)})")
+        return RewardSet({name: reward_funcs[name] for name in objectives})
+    funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if len(funcs) != len(objectives):
+        raise ConfigError(f"{len(funcs)} reward functions for {len(objectives)} objectives "
+                          f"({', '.join(objectives)})")
+    return RewardSet(dict(zip(objectives, funcs)))
+
+
+def _weightings(policy: ConditionedPolicy, grid) -> list:
+    if grid is None:
+        return default_grid(len(policy.objectives)).tolist()
+    if isinstance(grid, int):
+        if grid < 2:
+            raise ConfigError(f"grid={grid}: expected at least 2 points per edge")
+        return simplex_lattice(len(policy.objectives), grid).tolist()
+    grid = grid.tolist() if hasattr(grid, "tolist") else list(grid)
+    if not grid:
+        raise ConfigError("grid is empty; give at least one weighting")
+    return grid
+
+
+def _by_objective(value, objectives: Sequence[str], name: str) -> np.ndarray:
+    """(M,) from one number or a mapping by objective."""
+    if not isinstance(value, Mapping):
+        return np.full(len(objectives), float(value))
+    if set(value) != set(objectives):
+        raise ConfigError(f"{name} is for {', '.join(value) or 'nothing'}; expected {', '.join(objectives)}")
+    return np.array([float(value[o]) for o in objectives])
+
+
+# --- measuring
+# --------------------------------------------------------------------------------------------------------
+
+
+def _measure(policy: ConditionedPolicy, reward_set: RewardSet, dataset: PromptDataset,
+             conditions: Conditions, plan: _Plan) -> _Measured:
+    """Run every prompt at every condition and at the base."""
+    generations = plan.num_generations
+    everyone = Conditions.cat([conditions, Conditions.reference(1, len(policy.objectives))])
+    whole = dataset.batch(range(len(dataset)))
+    shape = (len(everyone), len(dataset), generations)
+    rewards = np.full((*shape, len(policy.objectives)), np.nan)
+    kl, length, truncated = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    with tqdm(total=math.prod(shape), desc="evaluate", unit="row", disable=not plan.progress) as bar:
+        for points, prompts in _batches(whole.token_ids, len(everyone), plan.batch_rows // generations):
+            batch = _select(whole, prompts.tolist())
+            # Equal streams at every point: the seed does not know the point.
+            seeds = derive(plan.seed, prompts.unsqueeze(-1), torch.arange(generations)).flatten()
+            drawn = rollout(policy, batch.token_ids, everyone[points], num_generations=generations,
+                            sampling=plan.sampling, row_seeds=seeds)
+            # Greedy decoding (temperature 0) has no KL of its own: that of the model is given.
+            stats = score(policy, drawn, everyone[points], outputs=("kl",),
+                          temperature=plan.sampling.temperature or 1.0)
+            at, group = (points.numpy(), prompts.numpy()), (len(points), generations)
+            kl[at] = stats.kl.sum(-1).reshape(group).cpu()
+            length[at] = drawn.lengths.reshape(group).cpu()
+            truncated[at] = (~drawn.terminated).reshape(group).cpu()
+            rewards[at] = _rewards(policy, reward_set, drawn, batch).reshape(*group, -1)
+            bar.update(len(points) * generations)
+    applies = (~np.isnan(rewards)).sum(2)
+    mean = np.divide(np.nansum(rewards, 2), applies, out=np.full(applies.shape, np.nan), where=applies > 0)
+    return _Measured(mean, kl.mean(-1), length.mean(-1), truncated.mean(-1))
+
+
+def _batches(encoded: Sequence[Sequence[int]], policies: int,
+             size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(points, prompts), at most `size` pairs at a time. Prompts of like length lie together, all points
+    of one prompt beside each other: little padding, and the same mixture of points in every batch."""
+    order = torch.tensor(sorted(range(len(encoded)), key=lambda n: len(encoded[n])))
+    points = torch.arange(policies).repeat(len(order))
+    size = max(size, 1)
+    return zip(points.split(size), order.repeat_interleave(policies).split(size))
+
+
+def _select(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
+    return PromptBatch([batch.prompts[i] for i in indices], [batch.token_ids[i] for i in indices],
+                       {name: [values[i] for i in indices] for name, values in batch.columns.items()})
+
+
+def _rewards(policy: ConditionedPolicy, reward_set: RewardSet, drawn: Rollout,
+             batch: PromptBatch) -> np.ndarray:
+    """(B, M) rewards of a rollout."""
+    prompts, columns = batch.repeated(drawn.group)
+    ids = drawn.token_lists()
+    values = reward_set(prompts, completion_texts(policy.tokenizer, ids, prompts), ids, columns)
+    return values.cpu().numpy().astype(np.float64)
+
+
+# --- metrics
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _summary(measured: _Measured, means: np.ndarray, conditions: Conditions, reference: np.ndarray,
+             objectives: Sequence[str], bootstrap: int, seed: int) -> dict[str, Any]:
+    """The fields of ParetoReport that are computed from the measurements."""
+    front, weights = means[:-1], conditions.weights.double().numpy()
+    resampled = pareto.bootstrap_means(measured.rewards, bootstrap, seed)  # (bootstrap, P + 1, M)
+    resampled_front, resampled_base = resampled[:, :-1], resampled[:, -1:]
+    volumes, base_volumes = (pareto.hypervolume(r, reference) for r in (resampled_front, resampled_base))
+    volume, base_volume = pareto.hypervolume(front, reference), pareto.hypervolume(means[-1:], reference)
+    chance = pareto.chance_hypervolume(resampled_front - resampled_base, front - means[-1], means[-1],
+                                       reference)
+    low, high = pareto.interval(resampled, CONFIDENCE)
+    rewards = [{name: Interval(float(means[p, i]), float(low[p, i]), float(high[p, i]))
+                for i, name in enumerate(objectives)} for p in range(len(means))]
+    kl, length, truncated = (getattr(measured, f).mean(-1).tolist() for f in ("kl", "length", "truncated"))
+    alone = pareto.non_dominated(front).tolist()
+    # Six digits: weights and KL coefficients are float32, and 0.1 should read as 0.1.
+    asked = [{name: round(w, 6) for name, w in zip(objectives, row)} for row in weights.tolist()]
+    kl_coefs = [round(value, 6) for value in conditions.kl.tolist()]
+    points = [Point(*values) for values in zip(asked, kl_coefs, rewards, kl, length, truncated, alone)]
+    realised = pareto.realised_utility(front, weights)
+    lost = pareto.regret(front, weights)
+    rho = pareto.steerability(front, weights).tolist()
+    return {
+        "reference_point": dict(zip(objectives, reference.tolist())),
+        "points": points,
+        "base": Base(rewards[-1], float(base_volume), _interval(base_volume, base_volumes), length[-1],
+                     truncated[-1]),
+        "hypervolume": float(volume),
+        "hypervolume_interval": _interval(volume, volumes),
+        "hypervolume_gain": _interval(volume - base_volume, volumes - base_volumes),
+        "hypervolume_chance": float(np.quantile(chance, CONFIDENCE)),
+        "expected_utility": float(pareto.expected_utility(front, default_grid(len(objectives)))),
+        "realised_utility": float(realised),
+        "realised_utility_interval": _interval(realised, pareto.realised_utility(resampled_front, weights)),
+        "regret": {"mean": float(lost.mean()), "max": float(lost.max())},
+        "steerability": {name: None if np.isnan(r) else r for name, r in zip(objectives, rho)},
+    }
+
+
+def _interval(mean: float, samples: np.ndarray) -> Interval:
+    low, high = pareto.interval(samples, CONFIDENCE)
+    return Interval(float(mean), float(low), float(high))
+
+
+# --- provenance
+# -------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {"python": platform.python_version(), "clp_engine": __version__, **packages}
+
+
+def source_commit() -> str | None:
+    """The git commit of the source tree this package is imported from, with "-dirty" where tracked files
+    differ from it; None where it is not part of a repository (an installed wheel) or git is missing."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True,
+                                  timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A virtual environment may lie inside somebody else's repository: only a tracked file belongs to one.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None

@@ -1,0 +1,247 @@
+"""A ParetoReport as files: report.json for programs, report.md for people, pareto.png to look at."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clp_engine.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from clp_engine.evaluate import Base, Interval, ParetoReport, Point
+
+# Corner colours of the weight simplex for three objectives and more; a weighting mixes them.
+_CORNERS = ("#d1495b", "#2b7bba", "#2a9d5c", "#b8860b", "#7b4fa3", "#4d4d4d")
+_GREY = "#8a8a8a"
+
+
+def write_report(report: ParetoReport, directory: str | Path) -> list[Path]:
+    """Write report.json, report.md and pareto.png into `directory`; returns what was written.
+
+    Each file appears whole or not at all. Without matplotlib there is no picture; a line on stderr says so.
+    """
+    directory = Path(directory)
+    written = [directory / "report.json", directory / "report.md"]
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(written[0], text + "\n")
+    try:
+        figure = draw(report)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "matplotlib":
+            raise
+        figure = None
+        print("clp-engine: pareto.png not written, matplotlib is missing: pip install 'clp-engine[plot]'",
+              file=sys.stderr)
+    write_text(written[1], markdown(report, picture=figure is not None))
+    if figure is not None:
+        written.append(directory / "pareto.png")
+        _write_png(figure, written[-1])
+    return written
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
+    temporary.write_bytes(image.getvalue())
+    temporary.replace(path)
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+def table(report: ParetoReport) -> str:
+    """One line per point and one for the base, columns aligned; valid Markdown and readable as it is.
+
+    Rewards are `mean [low, high]`; a star marks the points no other point dominates.
+    """
+    names = report.objectives
+    header = [*(f"w {name}" for name in names), *names, "KL", "tokens", "front"]
+    rows = [[*(f"{p.weights[n]:.2f}" for n in names), *(_with_interval(p.rewards[n]) for n in names),
+             f"{p.kl:.2f}", f"{p.length:.1f}", "*" if p.non_dominated else ""] for p in report.points]
+    base = report.base
+    rows.append([*("base" if i == 0 else "" for i in range(len(names))),
+                 *(_with_interval(base.rewards[n]) for n in names), "0", f"{base.length:.1f}", ""])
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    return "\n".join("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |"
+                     for line in (header, rule, *rows))
+
+
+def summary(report: ParetoReport) -> str:
+    """The metrics of the front, one `name  value` per line, columns aligned."""
+    rho = ", ".join(f"{name} {'undefined' if value is None else f'{value:.2f}'}"
+                    for name, value in report.steerability.items())
+    reference = ", ".join(f"{name} {value:.3f}" for name, value in report.reference_point.items())
+    lines = {
+        "hypervolume": f"{_with_interval(report.hypervolume_interval, 4)}",
+        "  of the base": f"{_with_interval(report.base.hypervolume_interval, 4)}",
+        "  gain": f"{_with_interval(report.hypervolume_gain, 4)}",
+        "  by chance": f"up to {report.hypervolume_chance:.4f}",
+        "  reference": reference,
+        "expected utility": f"{report.expected_utility:.3f}",
+        "realised utility": _with_interval(report.realised_utility_interval),
+        "regret": f"{report.regret['mean']:.3f} on average, {report.regret['max']:.3f} at worst",
+        "steerability": rho,
+    }
+    return "\n".join(f"{name:<18}{value}" for name, value in lines.items())
+
+
+def _with_interval(value: Interval, digits: int = 3) -> str:
+    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+_HOW_TO_READ = """## How to read this
+
+- Each row is one weighting `w` of the same model. Rewards are means over prompts with 95 % bootstrap
+  intervals in brackets; `*` marks rows that no other row dominates. As the weight of an objective grows,
+  its reward should grow too: **steerability** is the rank correlation of the two, 1 if it always does.
+- **KL** is the exact divergence from the base model, summed over the tokens of a completion, in nats: how
+  far the model had to move. **tokens** is the mean length of a completion.
+- **hypervolume** is how much of the space of rewards the front covers above the reference point; higher is
+  better. The base model's is that of its one point, *gain* the difference, over the same prompts. The best
+  of many noisy points looks good by luck: *by chance* is what a front no better than the base model stays
+  below 95 % of the time, and only a hypervolume well above it is evidence.
+- **expected utility** is what users with random weightings get who may pick any row; **realised utility**
+  is what they get by asking for their own weighting, which punishes a model that ignores it. **regret** is
+  what the best row for a weighting would have added to the row that was asked for."""
+
+
+def markdown(report: ParetoReport, picture: bool = True) -> str:
+    """report.md: table, metrics, and how to read them. picture: whether pareto.png lies beside it."""
+    setup, count, each = report.setup, len(report.points), report.setup["num_generations"]
+    seconds = [f"{phase} {value:.0f} s" for phase, value in report.seconds.items() if value is not None]
+    made = (f"Model {report.model or 'without a name'}, conditioned on {', '.join(report.objectives)}, and "
+            f"the base model. {count} weighting{'s' * (count > 1)}, {setup['prompts']} prompts, {each} "
+            f"completion{'s' * (each > 1)} for each pair. On {setup['device']}, {' and '.join(seconds)}.")
+    reference = "The reference point was given."
+    if setup["margin"] is not None:
+        margins = ", ".join(f"{margin:g} ({name})" for name, margin in setup["margin"].items())
+        reference = f"The reference point is the base model's mean reward minus {margins}."
+    versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
+    commit = f", commit {report.commit}" if report.commit else ""
+    return "\n\n".join([
+        "# Pareto front" + (f" on {report.task}" if report.task else ""), made,
+        *(["![Pareto front](pareto.png)"] if picture else []),
+        table(report), f"```\n{summary(report)}\n```", reference, _HOW_TO_READ,
+        f"Made with {versions}{commit}.\n"])
+
+
+# --- picture ------------------------------------------------------------------------------------------------
+
+
+def draw(report: ParetoReport) -> Figure:
+    """Two objectives: the front, coloured by weight. More: one panel per pair. One: its reward against KL."""
+    from matplotlib.figure import Figure
+
+    pairs = list(combinations(report.objectives, 2))
+    if not pairs:
+        figure = Figure(figsize=(6, 4.5), layout="constrained")
+        _reward_against_kl(figure.add_subplot(), report)
+        return figure
+    columns = min(len(pairs), 3)
+    rows = -(-len(pairs) // columns)
+    wide = 7.2 if columns == 1 else 4.4 * columns
+    figure = Figure(figsize=(wide, 5.2 if columns == 1 else 4.3 * rows + 0.6), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(pairs))]
+    for axis, (x, y) in zip(axes, pairs):
+        _panel(axis, report, x, y)
+    if len(report.objectives) == 2:
+        _colour_bar(figure, axes[0], report)
+    else:
+        _corner_legend(figure, report)
+    volume = _with_interval(report.hypervolume_interval)
+    figure.suptitle(f"{report.task or report.model or 'Pareto front'}: hypervolume {volume}, "
+                    f"base {report.base.hypervolume:.3f}", fontsize=11)
+    figure.get_layout_engine().set(w_pad=0.1)  # inches between panels
+    return figure
+
+
+def _panel(axis: Axes, report: ParetoReport, x: str, y: str) -> None:
+    points = sorted(report.points, key=lambda p: [p.weights[name] for name in report.objectives])
+    two = len(report.objectives) == 2
+    across, up = ([p.rewards[name].mean for p in points] for name in (x, y))
+    if two:
+        axis.plot(across, up, color=_GREY, lw=1, zorder=1)
+    for point in points:
+        _error_bars(axis, point, x, y, _GREY, alpha=0.55 if two else 0.25)
+    axis.scatter(across, up, c=_colours(report, points), s=60 if two else 30, edgecolors="white",
+                 linewidths=0.7, zorder=3)
+    base = report.base
+    _error_bars(axis, base, x, y, "black", alpha=0.8)
+    axis.scatter(base.rewards[x].mean, base.rewards[y].mean, marker="*", s=190 if two else 120, color="black",
+                 edgecolors="white", linewidths=0.8, zorder=4, label="base model")
+    axis.scatter(report.reference_point[x], report.reference_point[y], marker="+", s=80, color="black",
+                 zorder=2, label="reference point")
+    axis.set_xlabel(f"{x} (mean reward)")
+    axis.set_ylabel(f"{y} (mean reward)")
+    axis.grid(alpha=0.25, lw=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(0.08)
+    if two:
+        axis.legend(frameon=False, loc="best", fontsize=9)
+
+
+def _error_bars(axis: Axes, at: Point | Base, x: str, y: str, colour: str, alpha: float) -> None:
+    horizontal, vertical = at.rewards[x], at.rewards[y]
+    # Not axis.errorbar: it takes lengths >= 0, and a percentile interval need not contain the mean.
+    axis.hlines(vertical.mean, horizontal.low, horizontal.high, color=colour, lw=1, alpha=alpha, zorder=2)
+    axis.vlines(horizontal.mean, vertical.low, vertical.high, color=colour, lw=1, alpha=alpha, zorder=2)
+
+
+def _colours(report: ParetoReport, points: Sequence[Point]) -> list:
+    """Two objectives: the colour map at the first one's weight. More: the corner colours, mixed by weight."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    names = report.objectives
+    if len(names) == 2:
+        return [colormaps["viridis"](p.weights[names[0]]) for p in points]
+    corners = [to_rgb(_CORNERS[i % len(_CORNERS)]) for i in range(len(names))]
+    return [tuple(sum(p.weights[n] * c[channel] for n, c in zip(names, corners)) for channel in range(3))
+            for p in points]
+
+
+def _colour_bar(figure: Figure, axis: Axes, report: ParetoReport) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    first, second = report.objectives
+    bar = figure.colorbar(ScalarMappable(cmap="viridis"), ax=axis, pad=0.02)
+    bar.set_label(f"weight of {first}  (the rest: {second})")
+    bar.outline.set_visible(False)
+
+
+def _corner_legend(figure: Figure, report: ParetoReport) -> None:
+    from matplotlib.lines import Line2D
+
+    def dot(colour: str, label: str, marker: str = "o") -> Line2D:
+        return Line2D([], [], marker=marker, ls="", color=colour, ms=9, label=label)
+
+    handles = [dot(_CORNERS[i % len(_CORNERS)], f"all weight on {name}")
+               for i, name in enumerate(report.objectives)]
+    handles += [dot("black", "base model", "*"), dot("black", "reference point", "+")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+
+
+def _reward_against_kl(axis: Axes, report: ParetoReport) -> None:
+    name = report.objectives[0]
+    for kl, at, marker, label in ((0.0, report.base, "*", "base model"),
+                                  *((p.kl, p, "o", "conditioned policy") for p in report.points)):
+        value = at.rewards[name]
+        axis.vlines(kl, value.low, value.high, color=_GREY, lw=1)
+        axis.scatter(kl, value.mean, marker=marker, s=120, label=label, zorder=3,
+                     color="black" if marker == "*" else _CORNERS[1])
+    axis.set_xlabel("KL from the base model (nats per completion)")
+    axis.set_ylabel(f"{name} (mean reward)")
+    axis.grid(alpha=0.25, lw=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
