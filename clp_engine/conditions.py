@@ -52,10 +52,12 @@ def blend_coefficients(conditions: Conditions, kl_conditioning: str = "none", *,
         linear  c = 1 - alpha
         odds    c = ((1 - alpha) / alpha) / ((1 - alpha_min) / alpha_min)
 
-    The optimum of a log-linear policy is proportional to `(1 - alpha) / alpha`, so `odds` is exact there and `linear`
-    (the form of the CLP paper) is an approximation. With beta the same family is `alpha = beta / (1 + beta)`.
-    min_kl: the smallest KL coefficient of training, at which the odds form is 1. Raises ValueError for an unknown form
-    or a missing min_kl.
+    The optimum of a log-linear policy is proportional to `(1 - alpha) / alpha`, so `odds` is exact there and
+    `linear` (the form of the CLP paper) is an approximation. With beta the same family is
+    `alpha = beta / (1 + beta)`.
+    min_kl: the smallest KL coefficient of training, at which the odds form is 1. Raises ValueError for an
+    unknown form, and with odds for a missing min_kl or a KL coefficient of zero (the optimum is then
+    infinitely far away).
     """
     if kl_conditioning not in KL_CONDITIONING:
         raise ValueError(f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}")
@@ -64,25 +66,32 @@ def blend_coefficients(conditions: Conditions, kl_conditioning: str = "none", *,
     alpha = conditions.kl / (1 + conditions.kl) if kl_is_beta else conditions.kl
     if kl_conditioning == "linear":
         return conditions.weights * (1 - alpha).unsqueeze(-1)
-    if min_kl is None or min_kl <= 0:
-        raise ValueError(f"kl_conditioning='odds' needs min_kl > 0, the smallest KL coefficient of training; got {min_kl}")
+    if min_kl is None or min_kl <= 0 or (min_kl >= 1 and not kl_is_beta):
+        raise ValueError(f"kl_conditioning='odds' needs min_kl, the smallest KL coefficient of training: "
+                         f"{'beta > 0' if kl_is_beta else 'alpha between 0 and 1'}; got {min_kl}")
+    # The reference rows have no weights, and their alpha means nothing.
+    is_reference = (conditions.weights == 0).all(-1)
+    if bool(((alpha <= 0) & ~is_reference).any()):
+        raise ValueError("kl_conditioning='odds' needs a KL coefficient above 0 in every row; "
+                         f"got {conditions.kl[~is_reference].min().item():g}")
     alpha_min = min_kl / (1 + min_kl) if kl_is_beta else min_kl
-    odds = (1 - alpha) / alpha.clamp_min(torch.finfo(alpha.dtype).tiny) / ((1 - alpha_min) / alpha_min)
-    # The reference rows have no weights, whatever their alpha says.
-    return torch.where(conditions.weights > 0, conditions.weights * odds.unsqueeze(-1), 0.0)
+    odds = (1 - alpha) / torch.where(is_reference, 1.0, alpha) * (alpha_min / (1 - alpha_min))
+    return conditions.weights * odds.unsqueeze(-1)
 
 
-def parse_weights(weights: Mapping[str, float] | Sequence[float] | torch.Tensor | None, objectives: Sequence[str],
-                  *, tolerance: float = 1e-3) -> torch.Tensor:
-    """One weighting as (M,) float32 on the simplex: from a mapping by objective name (absent names weigh 0), or a
-    sequence in the order of `objectives`; None is uniform. Raises ValueError for unknown names, negative weights, a wrong
-    count, or a sum that is not 1 (within `tolerance`; the result is then normalised exactly)."""
+def parse_weights(weights: Mapping[str, float] | Sequence[float] | torch.Tensor | None,
+                  objectives: Sequence[str], *, tolerance: float = 1e-3) -> torch.Tensor:
+    """One weighting as (M,) float32 on the simplex: from a mapping by objective name (absent names weigh
+    0), or a sequence in the order of `objectives`; None is uniform. Raises ValueError for unknown names,
+    negative weights, a wrong count, or a sum that is not 1 (within `tolerance`; the result is then
+    normalised exactly)."""
     if weights is None:
         return torch.full((len(objectives),), 1.0 / len(objectives))
     if isinstance(weights, Mapping):
         unknown = [name for name in weights if name not in objectives]
         if unknown:
-            raise ValueError(f"unknown objective{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; "
+            plural = "s" if len(unknown) > 1 else ""
+            raise ValueError(f"unknown objective{plural} {', '.join(map(repr, unknown))}; "
                              f"this policy has {', '.join(objectives)}")
         values = [float(weights.get(name, 0.0)) for name in objectives]
     else:

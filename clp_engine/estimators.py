@@ -78,11 +78,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The objective as constants: loss = -sum weights * (logprob coefficient * logprob + kl coefficient *
-    kl).
+    """The constants of the objective: loss = -sum weights * (c.logprob * logprob + c.kl * kl).
 
-    logprob: (B, T), zero outside the mask. kl: (B, T), or None where the estimator does not differentiate
-    the KL.
+    logprob: (B, T), zero outside the mask.
+    kl: (B, T), or None where the estimator does not differentiate the KL.
     advantage: (B,), the baselined return; zero for rows that have none.
     clip_low, clip_high: scalars, the fraction of the counted tokens whose ratio was clipped from below and
         from above; None without old_logprob.
@@ -168,16 +167,14 @@ def coefficients(tokens: Tokens, rewards: torch.Tensor, kl_coef: torch.Tensor, r
                  group_size: int, *, estimator: str = "return", baseline: str = "leave_one_out",
                  scale_rewards: str = "none", mix: float = 0.5, old_logprob: torch.Tensor | None = None,
                  epsilon: float = 0.2, epsilon_high: float | None = None) -> Coefficients:
-    """The coefficients of logprob and kl whose gradient estimates that of J (formulas at the top of the
-    module).
+    """The coefficients that estimate the gradient of J (formulas at the top of the module).
 
     rewards, kl_coef, reward_scale: (B,); rewards may be NaN (see `scalarise`). Such a row, and with a group
         baseline one that has nobody to be compared with, gets coefficients of zero, its KL included: it has
         no objective.
     group_size: consecutive rows that share prompt and condition; B must be a multiple of it.
     baseline: "leave_one_out", "group_mean" or "none" (see the functions of those names).
-    mix: share of `exact` in `mixed`, in [0, 1]; to stay unbiased it may depend on earlier batches only
-    (MixController).
+    mix: share of `exact` in `mixed`, in [0, 1]; it may depend on earlier batches only (MixController).
     old_logprob: (B, T), the log-probs the completions were sampled with, where the policy has moved since.
         The term in A becomes the clipped surrogate min(ratio * A, clip(ratio, 1 - epsilon, 1 +
         epsilon_high) * A) with ratio = exp(logprob - old_logprob), hence c_logprob = A * ratio, or 0 where
@@ -219,8 +216,9 @@ def coefficients(tokens: Tokens, rewards: torch.Tensor, kl_coef: torch.Tensor, r
 @torch.no_grad()
 def loss_weights(mask: torch.Tensor, loss_type: str = "sequence",
                  max_completion_length: int | None = None) -> torch.Tensor:
-    """Weight of each token's term in the loss: (B, T) float32, 0 outside the mask. `n_b` = tokens of row b
-    that count.
+    """Weight of each token's term in the loss: (B, T) float32, 0 outside the mask.
+
+    With n_b the tokens of row b that count:
 
         sequence   1 / B                            sum over a sequence, averaged over rows: unbiased for J
         grpo       1 / (B * n_b)                    mean over a sequence, averaged over rows
