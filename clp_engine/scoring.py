@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +57,7 @@ def score(policy: ConditionedPolicy, batch: Rollout, conditions: Conditions | No
         parts.append(completion_stats(policy, part, None if conditions is None else conditions[start:stop],
                                       outputs=outputs, temperature=temperature)[1])
     joined = {}
-    for field in fields(TokenStats):
-        values = [getattr(part, field.name) for part in parts]
-        joined[field.name] = None if values[0] is None else unpacked(torch.cat(values), batch.completion_mask)
+    for name in TokenStats._fields:
+        values = [getattr(part, name) for part in parts]
+        joined[name] = None if values[0] is None else unpacked(torch.cat(values), batch.completion_mask)
     return TokenStats(**joined)

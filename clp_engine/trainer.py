@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import get_scheduler, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -273,17 +273,10 @@ class CLPTrainer:
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing")
-        a, state = self.args, self.state
-        output = Path(a.output_dir)
+        a, output = self.args, Path(self.args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        state.max_steps = self.max_steps
-        state.logging_steps, state.eval_steps, state.save_steps = a.logging_steps, a.eval_steps, a.save_steps
-        state.train_batch_size, state.num_train_epochs = a.per_device_train_batch_size, math.ceil(a.num_train_epochs)
-        self._create_optimizer(state.max_steps)
-        self.metric_log, self.timer = MetricLog(), PhaseTimer(self.policy.device)
-        if resume_from_checkpoint:
-            self._restore(checkpoint.resolve(output, resume_from_checkpoint))
-        self._open_log(resumed=bool(resume_from_checkpoint))
+        self._prepare(resume_from_checkpoint)
+        state = self.state
         self.control = self.callback_handler.on_train_begin(a, state, self.control)
         started, first_step, losses = time.perf_counter(), state.global_step, []
         bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=a.disable_tqdm, dynamic_ncols=True)
@@ -299,6 +292,20 @@ class CLPTrainer:
         steps = max(state.global_step - first_step, 1)
         return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {
             "train_runtime": seconds, "train_steps_per_second": steps / seconds, "num_tokens": state.num_input_tokens_seen})
+
+    def _prepare(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+        """Optimiser, state and log, from the start or from a checkpoint."""
+        a, state = self.args, self.state
+        state.max_steps = self.max_steps
+        state.logging_steps, state.eval_steps, state.save_steps = a.logging_steps, a.eval_steps, a.save_steps
+        state.train_batch_size, state.num_train_epochs = a.per_device_train_batch_size, math.ceil(a.num_train_epochs)
+        self._create_optimizer(state.max_steps)
+        self.metric_log, self.timer = MetricLog(), PhaseTimer(self.policy.device)
+        if resume_from_checkpoint:
+            self._restore(checkpoint.resolve(a.output_dir, resume_from_checkpoint))
+        else:
+            set_seed(a.seed)  # nothing here draws from the global generators, but reward functions may
+        self._open_log(resumed=bool(resume_from_checkpoint))
 
     def _step(self, bar) -> float:
         a, state = self.args, self.state
@@ -409,6 +416,8 @@ class CLPTrainer:
             raise ConfigError(f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
                               "(or start a new run from its policy folder)")
         self.lr_scheduler.load_state_dict(saved["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+            group["lr"] = rate
         self.sampler.load_state_dict(saved["sampler"])
         self.controller.load_state_dict(saved["mix_controller"])
         self.metric_log.load_state_dict(saved["metric_log"])

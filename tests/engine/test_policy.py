@@ -1,0 +1,144 @@
+"""The policy is what it says: a per-row blend, exactly the base at zero, exportable to PEFT and mergeable."""
+
+import json
+
+import pytest
+import torch
+from clp_engine.conditions import Conditions
+from clp_engine.errors import ConfigError
+from clp_engine.policy import ConditionedPolicy
+from engine.conftest import VOCAB, build_model, build_policy, build_tokenizer
+
+
+def ids(rows=4, length=9, seed=3):
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_an_untrained_policy_is_its_base_model_for_every_weighting(family):
+    base, policy = build_model(family), build_policy(family, trained=False)
+    with torch.no_grad():
+        expected = base(ids()).logits
+        assert torch.equal(policy(ids(), weights={"a": 0.3, "b": 0.7}).logits, expected)
+
+
+def test_rows_with_a_zero_blend_are_the_base_model_in_a_mixed_batch(family):
+    base, policy = build_model(family), build_policy(family)
+    mixed = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [0.0, 0.0], [1.0, 0.0]]), torch.zeros(4))
+    with torch.no_grad():
+        expected, logits = base(ids()).logits, policy(ids(), conditions=mixed).logits
+    assert torch.equal(logits[[0, 2]], expected[[0, 2]])
+    assert (logits[[1, 3]] - expected[[1, 3]]).abs().max() > 1e-2
+
+
+def test_a_row_does_not_depend_on_the_weightings_beside_it(family):
+    policy = build_policy(family)
+    weightings = torch.tensor([[0.1, 0.9], [0.5, 0.5], [1.0, 0.0], [0.0, 1.0]])
+    with torch.no_grad():
+        together = policy(ids(), weights=weightings).logits
+        for i, w in enumerate(weightings):
+            alone = policy(ids()[i:i + 1], weights=w.tolist()).logits
+            torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_blend_is_of_products_not_of_factors():
+    policy = build_policy("llama")
+    name, layer = next(iter(policy.layers.items()))
+    first, second = (layer.delta(torch.tensor(c)) for c in ([1.0, 0.0], [0.0, 1.0]))
+    torch.testing.assert_close(layer.delta(torch.tensor([0.3, 0.7])), 0.3 * first + 0.7 * second)
+    a, b = layer.lora_a, layer.lora_b
+    torch.testing.assert_close(first, 2.0 * b[:, :4] @ a[:4])  # lora_alpha / rank is 2
+
+
+def test_merge_gives_an_ordinary_model_with_the_same_log_probs(family):
+    policy = build_policy(family)
+    weights = {"a": 0.25, "b": 0.75}
+    merged = policy.merge(weights)
+    assert type(merged) is type(policy.model) and not any("lora" in n for n, _ in merged.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids()).logits.log_softmax(-1), policy(ids(), weights=weights).logits.log_softmax(-1),
+                                   rtol=1e-4, atol=1e-4)
+        # and the policy itself still blends
+        assert not torch.equal(policy(ids(), weights=[1, 0]).logits, policy(ids(), weights=[0, 1]).logits)
+
+
+@pytest.mark.parametrize("ranks", [4, (2, 6)])
+def test_peft_loads_an_exported_blend_with_the_same_log_probs(family, ranks, tmp_path):
+    from peft import PeftModel
+
+    policy = build_policy(family, rank=ranks)
+    weights = {"a": 0.6, "b": 0.4}
+    policy.export_adapter(tmp_path / "adapter", weights=weights)
+    loaded = PeftModel.from_pretrained(build_model(family), tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = loaded(input_ids=ids()).logits.log_softmax(-1)
+        ours = policy(ids(), weights=weights).logits.log_softmax(-1)
+    assert (theirs - ours).abs().max() < 1e-4
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == sum(policy.spec.ranks) and config["lora_alpha"] == config["r"]
+
+
+def test_the_adapter_export_honours_kl_conditioning(tmp_path):
+    from safetensors.torch import load_file
+
+    policy = build_policy("qwen2", kl_conditioning="linear")
+    for kl in (0.0, 0.75):
+        policy.export_adapter(tmp_path / f"{kl}", weights=[1, 0], kl=kl)
+    full, quarter = (load_file(tmp_path / f"{kl}" / "adapter_model.safetensors") for kl in (0.0, 0.75))
+    key = next(k for k in full if k.endswith("lora_B.weight"))
+    torch.testing.assert_close(quarter[key], full[key] * 0.25)
+
+
+def test_save_and_load_give_the_same_policy(tmp_path):
+    policy = build_policy("llama-tied", rank=(3, 5), kl_conditioning="odds", min_kl=0.1)
+    policy.save_pretrained(tmp_path / "policy")
+    again = ConditionedPolicy.load(tmp_path / "policy", base_model=build_model("llama-tied"))
+    assert again.spec == policy.spec
+    with torch.no_grad():
+        assert torch.equal(again(ids(), weights=[0.2, 0.8], kl=0.3).logits, policy(ids(), weights=[0.2, 0.8], kl=0.3).logits)
+    assert again.generate("w1 w2", weights=[1, 0], max_new_tokens=4) == policy.generate("w1 w2", weights=[1, 0], max_new_tokens=4)
+
+
+def test_only_the_named_layers_are_conditioned_and_the_head_may_be_one_of_them():
+    policy = build_policy("llama", target_modules=["q_proj", "lm_head"])
+    assert {n.rsplit(".", 1)[-1] for n in policy.layers} == {"q_proj", "lm_head"}
+    with torch.no_grad():
+        assert not torch.equal(policy(ids(), weights=[1, 0]).logits, policy(ids(), weights=[0, 1]).logits)
+    default = build_policy("llama")
+    assert len(default.layers) == 2 * 7 and not any("lm_head" in n for n in default.layers)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"target_modules": ["no_such_proj"]}, "no linear layer of .* is called 'no_such_proj'; it has .*q_proj"),
+    ({"target_modules": ["lm_head"]}, "shares its weight with the input embedding"),
+    ({"rank": 0}, "rank=0: expected a positive integer"),
+    ({"rank": (1, 2, 3)}, "rank has 3 entries for 2 objectives"),
+    ({"conditioning": "magic"}, "conditioning='magic'"),
+    ({"kl_conditioning": "cubic"}, "kl_conditioning='cubic': expected one of none, linear, odds"),
+    ({"objectives": ["a", "a"]}, "no name twice"),
+])
+def test_bad_settings_say_what_was_expected(change, message):
+    with pytest.raises(ConfigError, match=message):
+        build_policy("qwen2", **change)
+
+
+@pytest.mark.parametrize(("weights", "kl", "message"), [
+    ({"a": 0.5, "c": 0.5}, None, "unknown objective 'c'; this policy has a, b"),
+    ({"a": 1.5, "b": -0.5}, None, "must not be negative"),
+    ({"a": 0.5, "b": 0.2}, None, "must sum to 1; got a=0.5, b=0.2"),
+    ([0.5, 0.3, 0.2], None, "3 entries; expected 2"),
+    ([[1, 0]] * 3, None, "weights has 3 entries for 2 rows"),
+    (None, 1.5, "alpha between 0 and 1"),
+])
+def test_bad_conditions_say_what_was_expected(weights, kl, message):
+    with pytest.raises(ConfigError, match=message):
+        build_policy("qwen2").conditions(weights, kl, rows=2)
+
+
+def test_a_policy_needs_a_causal_language_model(tmp_path):
+    from transformers import LlamaConfig, LlamaModel
+
+    small = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ConfigError, match="causal language model"):
+        ConditionedPolicy.from_pretrained(LlamaModel(small), ["a"], tokenizer=build_tokenizer())
+    with pytest.raises(ConfigError, match="cannot load the model '.*missing'"):
+        ConditionedPolicy.from_pretrained(str(tmp_path / "missing"), ["a"])
