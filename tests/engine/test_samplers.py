@@ -50,7 +50,7 @@ def test_draws_depend_on_the_given_generator_alone(options):
                                      dict(kind="uniform", stratified=True)])
 @pytest.mark.parametrize("num_objectives", [2, 3, 4])
 def test_uniform_on_the_simplex(options, num_objectives):
-    """The marginal of one entry is P(w_i > t) = (1 - t)^(M - 1); tolerance: 4 standard errors of ROWS draws."""
+    """The marginal of one entry is P(w_i > t) = (1 - t)^(M - 1); tolerance: 4 standard errors."""
     weights = draw(num_objectives=num_objectives, **options).weights
     for threshold in (0.1, 0.3, 0.7):
         expected = torch.full((num_objectives,), (1 - threshold) ** (num_objectives - 1))
