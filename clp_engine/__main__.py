@@ -1,0 +1,7 @@
+"""python -m clp_engine: the command line."""
+
+import sys
+
+from clp_engine.cli import main
+
+sys.exit(main())

@@ -1,0 +1,442 @@
+"""The command line, clp-engine. A mistake of the user is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# torch and transformers take seconds to import: only commands that use them do.
+from clp_engine import __version__, runs
+from clp_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clp_engine.rollout import SamplingParams
+
+_EPILOG = """\
+examples:
+  clp-engine demo                                     train and show a steerable summariser
+  clp-engine train CONFIG.yaml --learning-rate 3e-4   every key of the file is a flag, too
+  clp-engine evaluate runs/demo                       Pareto front: report.json, report.md, pareto.png
+  clp-engine generate runs/demo --weights coverage=0.7,brevity=0.3 --prompt "Return the sum of ..."
+  clp-engine export runs/demo --weights coverage=0.7,brevity=0.3 --to adapter
+
+exit codes: 0 done, 1 an error of the engine, 2 a mistake in what was asked, 130 interrupted
+"""
+
+_TRAIN_EPILOG = """\
+CONFIG.yaml holds the names of the flags with underscores, and `task` or `model`, `dataset` and `rewards`:
+
+  model: Qwen/Qwen2.5-0.5B-Instruct
+  dataset: prompts.jsonl                  # {"prompt": ..., further columns for the rewards} a line
+  rewards:
+    helpful: my-org/my-reward-model       # a sequence classifier
+    short: my_rewards:short               # a function in my_rewards.py; TRL's convention
+  output_dir: runs/helpful-short
+  max_steps: 500
+  alpha: 0.1
+
+examples:
+  clp-engine train CONFIG.yaml
+  clp-engine train CONFIG.yaml --resume
+  clp-engine train --task docsum --objectives coverage,brevity --max-steps 200 --output-dir runs/mine
+"""
+
+_RUN_HELP = "run folder (or a policy folder or checkpoint in it)"
+_WEIGHTS_HELP = "a=0.7,b=0.3, or 0.7,0.3 in the order of the objectives"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage in front. Flags are not abbreviated: a new one breaks no script."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def refuse(self, unknown: Sequence[str]) -> None:
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--traceback" in argv or os.environ.get("CLP_DEBUG", "0") not in ("", "0")
+    try:
+        try:
+            arguments, unknown = _parser(argv).parse_known_args(argv)
+            if unknown:
+                arguments.parser.refuse(unknown)
+            arguments.run(arguments)
+        finally:
+            sys.stdout.flush()
+        return 0
+    except ConfigError as error:
+        if debug:
+            raise
+        return _complain(f"error: {_one_line(error)}", 2)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (| head). Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except runs.Interrupted as error:
+        return _complain(str(error), 130)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"clp-engine: {message}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# --- parsers -----------------------------------------------------------------------------------------------
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; flags of CLPConfig are added only where `train` was asked for: importing it takes torch."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true",
+                        help="show where an error came from (or set CLP_DEBUG=1)")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("clp-engine", epilog=_EPILOG, formatter_class=formatter, parents=[common], description=(
+        "Fine-tune one language model that can be steered, at inference time, between several rewards."))
+    parser.add_argument("--version", action="version", version=f"clp-engine {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, run: Callable, help: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
+                                  epilog=epilog, parents=[common], formatter_class=formatter)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    _add_demo(command("demo", _demo, "train, evaluate and show the embedded example, a summariser"))
+    train = command("train", _train, "train a conditioned policy", _TRAIN_EPILOG)
+    if next((word for word in argv if not word.startswith("-")), None) == "train":
+        _add_train(train)
+    _add_evaluate(command("evaluate", _evaluate, "measure the Pareto front of a run"))
+    _add_generate(command("generate", _generate, "generate text at a weighting of the objectives"))
+    _add_export(command("export", _export, "write one weighting as an ordinary PEFT adapter or model"))
+    info = command("info", _info, "show versions, devices and kernel back-ends")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--objectives", default="coverage,brevity", metavar="A,B",
+                       help="rewards to be steered between (default: %(default)s)")
+    which.add_argument("--faithfulness", action="store_true", help="coverage, brevity and faithfulness")
+    parser.add_argument("--steps", type=int, help="optimiser steps of training")
+    parser.add_argument("--prompts", type=int, help="held-out documents to evaluate on")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    import dataclasses
+
+    from clp_engine.config import CLPConfig
+
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings; flags take precedence")
+    parser.add_argument("--resume", nargs="?", const=True, metavar="CHECKPOINT",
+                        help="go on from a checkpoint, by default the newest of the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
+    run = parser.add_argument_group("what is trained")
+    run.add_argument("--model", help="name or path of a causal language model (default: the task's)")
+    run.add_argument("--task", help="an embedded task instead of dataset and rewards: docsum")
+    run.add_argument("--dataset", metavar="FILE", help="JSON lines with a prompt each")
+    run.add_argument("--eval-dataset", metavar="FILE", help="held-out prompts, for evaluation")
+    run.add_argument("--rewards", nargs="+", metavar="NAME=REWARD",
+                     help="REWARD: module:function, file.py:function, or a sequence classifier")
+    run.add_argument("--objectives", help="which rewards, comma-separated (default: all, or the task's)")
+    settings = parser.add_argument_group("settings")
+    for option in dataclasses.fields(CLPConfig):
+        flag = "--" + option.name.replace("_", "-")
+        text = option.metadata["help"].replace("%", "%%")
+        if option.default is not None:
+            text += f" (default: {option.default})"
+        if option.type == "bool":
+            settings.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            kind = option.type.partition(" |")[0].partition("[")[0].upper()
+            settings.add_argument(flag, metavar=kind, help=text)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
+    def number(flag: str, kind: type, default: float, help: str) -> None:
+        parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(),
+                            help=f"{help} (default: {default})")
+
+    number("--prompts", int, 100, "held-out prompts")
+    parser.add_argument("--split", default="test", help="of the task's data (default: %(default)s)")
+    parser.add_argument("--grid", type=int, metavar="N",
+                        help="weightings along an edge of the simplex (default: 11 for two or three)")
+    parser.add_argument("--kl", type=float, help="KL coefficient of all points (default: that of training)")
+    number("--num-generations", int, 1, "completions per prompt and weighting")
+    number("--margin", float, 0.1, "the hypervolume's reference point is the base's mean reward minus this")
+    parser.add_argument("--reference-point", metavar="A=X,B=Y", help="the reference point by objective")
+    number("--bootstrap", int, 1000, "resamples for the intervals")
+    number("--batch-rows", int, 128, "completions decoded together")
+    parser.add_argument("--out", metavar="DIR", help="folder of the report (default: RUN)")
+    parser.add_argument("--task", help="where RUN is a policy alone: an embedded task")
+    parser.add_argument("--dataset", metavar="FILE", help="prompts to evaluate on, as for train")
+    parser.add_argument("--rewards", nargs="+", metavar="NAME=REWARD",
+                        help="where RUN is a policy alone: as for train")
+    _add_sampling(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
+    parser.add_argument("--weights", help=f"{_WEIGHTS_HELP} (default: equal)")
+    parser.add_argument("--kl", type=float, help="KL coefficient, for policies conditioned on it")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", metavar="TEXT", help="one prompt; - reads it from the standard input")
+    given.add_argument("--prompts", metavar="FILE", help="one prompt per line, or JSON lines with prompts")
+    given.add_argument("--examples", type=int, metavar="N",
+                       help="N held-out documents of the run's task (without a prompt: 3)")
+    parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N",
+                        help="completions per prompt")
+    parser.add_argument("--json", action="store_true", help="one JSON object per completion")
+    _add_sampling(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, help="default: as in training, or 128")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the nucleus of this mass")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
+    parser.add_argument("--weights", help=_WEIGHTS_HELP)
+    parser.add_argument("--kl", type=float, help="KL coefficient, for policies conditioned on it")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--merged", action="store_true", help="a transformers model instead of an adapter")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
+
+
+def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
+    """'a=0.7,b=0.3' as a mapping, '0.7,0.3' as a list; ConfigError for anything else."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    pairs = [part.partition("=") for part in parts]
+    named = [bool(equals) for _, equals, _ in pairs]
+    try:
+        if parts and all(named):
+            values = {key.strip(): float(value) for key, _, value in pairs}
+            if len(values) < len(pairs):
+                raise ConfigError(f"{name}={text!r}: an objective occurs twice")
+            return values
+        if parts and not any(named):
+            return [float(part) for part in parts]
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+    raise ConfigError(f"{name}={text!r}: expected numbers by objective, such as a=0.7,b=0.3")
+
+
+# --- commands ----------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from clp_engine.demo import run_demo
+
+    objectives = "coverage,brevity,faithfulness" if arguments.faithfulness else arguments.objectives
+    run_demo(arguments.out, [name.strip() for name in objectives.split(",")], steps=arguments.steps,
+             prompts=arguments.prompts, seed=arguments.seed)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from clp_engine.config import CLPConfig
+
+    values = _read_yaml(arguments.config) if arguments.config else {}
+    own = {f.name for f in dataclasses.fields(CLPConfig)}
+    for name, value in vars(arguments).items():
+        if value is not None and name in own:
+            values[name] = value if isinstance(value, bool) else _read_flag(value, CLPConfig, name)
+    about = {name: values.pop(name, None) for name in runs.RUN_KEYS}
+    about |= {name: getattr(arguments, name) for name in about if getattr(arguments, name) is not None}
+    CLPConfig.from_dict(values)  # a wrong setting is reported before anything is loaded
+    spec = runs.RunSpec.from_values(about)
+    if spec.task is not None:
+        task = runs.find_task(spec.task)
+        values = {"max_completion_length": task.max_completion_length,
+                  "max_prompt_length": task.max_prompt_length, **values}
+    config = CLPConfig.from_dict(values)
+    _check_output(Path(config.output_dir), arguments)
+    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    again = shlex.join(["clp-engine", *words, "--resume"])
+    runs.train(spec, config, resume=arguments.resume, again=again)
+    print(f"policy: {config.output_dir}/policy\nnext:   clp-engine evaluate {config.output_dir}")
+
+
+def _check_output(output: Path, arguments: argparse.Namespace) -> None:
+    if arguments.resume:
+        return
+    if arguments.overwrite:
+        runs.clear(output)
+    elif runs.is_finished(output) or runs.checkpoints(output):
+        raise ConfigError(f"{output} holds an earlier run; give --resume to go on with it, --overwrite to "
+                          "replace it, or another --output-dir")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected names and values, such as 'max_steps: 500'")
+    return {str(name): value for name, value in values.items()}
+
+
+def _read_flag(text: str, config: type, name: str) -> Any:
+    """A flag's text as the YAML value it stands for; 'a,b' where the setting takes a list."""
+    import yaml
+
+    hint = str(config.__annotations__[name])
+    if "list" in hint and "," in text or hint.startswith("list"):
+        element = (lambda part: part) if "list[str]" in hint else yaml.safe_load
+        return [element(part.strip()) for part in text.split(",")]
+    return text if "str" in hint else yaml.safe_load(text)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from clp_engine import report as rendering
+
+    spec = _spec_of(arguments)
+    reference = None
+    if arguments.reference_point is not None:
+        reference = parse_assignments(arguments.reference_point, "reference-point")
+        if not isinstance(reference, dict):
+            raise ConfigError("reference-point: give the numbers by objective, such as a=0.1,b=0.2")
+    rows = runs.read_rows(arguments.dataset)[:arguments.prompts] if arguments.dataset else \
+        spec.eval_rows(arguments.prompts, split=arguments.split)
+    policy = runs.load_policy(arguments.run_folder, arguments.device)
+    rewards = spec.reward_functions()
+    from clp_engine.evaluate import evaluate
+
+    out = arguments.out or arguments.run_folder
+    result = evaluate(policy, rewards, rows, grid=arguments.grid, kl=arguments.kl, margin=arguments.margin,
+                      num_generations=arguments.num_generations, sampling=_sampling(arguments, spec),
+                      max_prompt_length=spec.config.get("max_prompt_length"), batch_rows=arguments.batch_rows,
+                      reference_point=reference, bootstrap=arguments.bootstrap, seed=arguments.seed,
+                      output_dir=out, task=spec.task, train_seconds=spec.train_seconds)
+    print(f"{rendering.table(result)}\n\n{rendering.summary(result)}\n\nreport: {out}/report.md")
+
+
+def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
+    """The run's own description, or for a policy alone what the flags say."""
+    policy = runs.policy_directory(arguments.run_folder)
+    if arguments.task is None and arguments.rewards is None:
+        spec = runs.RunSpec.load(arguments.run_folder) or runs.RunSpec.load(policy.parent)
+        if spec is None:
+            raise ConfigError(f"{arguments.run_folder} has no run.json; say what to evaluate with --task, or "
+                              "--dataset and --rewards")
+        return spec
+    objectives = json.loads((policy / "clp_config.json").read_text(encoding="utf-8"))["objectives"]
+    return runs.RunSpec.from_values({
+        "model": "unused", "task": arguments.task, "rewards": arguments.rewards, "objectives": objectives,
+        "dataset": None if arguments.task else arguments.dataset})
+
+
+def _sampling(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> SamplingParams:
+    from clp_engine.rollout import SamplingParams
+
+    trained = spec.config.get("max_completion_length") if spec is not None else None
+    return SamplingParams(arguments.max_new_tokens or trained or 128, arguments.temperature, arguments.top_k,
+                          arguments.top_p)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    weights = None if arguments.weights is None else parse_assignments(arguments.weights, "weights")
+    spec = runs.RunSpec.load(arguments.run_folder) or runs.RunSpec.load(Path(arguments.run_folder).parent)
+    policy = runs.load_policy(arguments.run_folder, arguments.device)
+    policy.conditions(weights, arguments.kl)  # names and numbers are checked before anything is generated
+    rows = _generation_rows(arguments, spec, policy.tokenizer)
+    sampling = _sampling(arguments, spec)
+    texts = policy.generate([row["prompt"] for row in rows], weights, arguments.kl, seed=arguments.seed,
+                            max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+                            top_k=sampling.top_k, top_p=sampling.top_p,
+                            num_return_sequences=arguments.num_return_sequences)
+    for row, completions in zip(rows, texts):
+        completions = [completions] if isinstance(completions, str) else completions
+        if arguments.json:
+            for completion in completions:
+                print(json.dumps({"prompt": row["prompt"], "completion": completion}, ensure_ascii=False))
+            continue
+        if "reference" in row:
+            print(f"{row['name']}  (its own summary: {row['reference']})")
+        for completion in completions:
+            print(completion)
+
+
+def _generation_rows(arguments: argparse.Namespace, spec: runs.RunSpec | None, tokenizer) -> list[dict]:
+    in_task = spec is not None and spec.task is not None
+    if arguments.prompts is not None:
+        rows = runs.read_rows(arguments.prompts)
+    elif arguments.prompt is not None:
+        rows = [{"prompt": sys.stdin.read() if arguments.prompt == "-" else arguments.prompt}]
+    elif in_task:
+        return spec.eval_rows(arguments.examples or 3)
+    else:
+        raise ConfigError("give --prompt TEXT or --prompts FILE")
+    if in_task:
+        from clp_engine.demo import as_prompt
+
+        rows = [{**row, "prompt": as_prompt(row["prompt"], tokenizer)} for row in rows]
+    return rows
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    weights = None if arguments.weights is None else parse_assignments(arguments.weights, "weights")
+    target = Path(arguments.to)
+    if target.exists() and not arguments.overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not empty; give --overwrite to replace it")
+    policy = runs.load_policy(arguments.run_folder, "cpu")
+    if weights is None and len(policy.objectives) > 1:
+        raise ConfigError(f"--weights is missing; the objectives are {', '.join(policy.objectives)}")
+    policy.conditions(weights, arguments.kl)
+    if arguments.merged:
+        from clp_engine.files import write_directory
+
+        model = policy.merge(weights, arguments.kl)
+        with write_directory(target) as temporary:
+            model.save_pretrained(temporary)
+            if policy.tokenizer is not None:
+                policy.tokenizer.save_pretrained(temporary)
+    else:
+        policy.export_adapter(target, weights, arguments.kl)
+    base = policy.spec.base_model
+    print(f"model: {target}" if arguments.merged else f"adapter: {target}  (base model: {base})")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from clp_engine.info import collect, render
+
+    info = collect()
+    print(json.dumps(info, indent=2) if arguments.json else render(info))

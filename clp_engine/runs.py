@@ -1,0 +1,295 @@
+"""A run as the command line sees it: what is trained, on what, for which rewards, and in which folder.
+
+    RUN/run.json        this, with the settings of training (CLPConfig) and how long it took
+    RUN/policy/         the trained policy
+    RUN/checkpoint-N/   where training can go on
+    RUN/log.jsonl       metrics of training
+    RUN/report.json, report.md, pareto.png    written by evaluation
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clp_engine.errors import ConfigError
+from clp_engine.files import write_text
+
+if TYPE_CHECKING:
+    from clp_engine.config import CLPConfig
+    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.tasks import Task
+    from clp_engine.trainer import CLPTrainer
+
+RUN_KEYS = ("model", "task", "dataset", "eval_dataset", "rewards", "objectives")
+_PRODUCTS = ("policy", "run.json", "log.jsonl", "completions.jsonl", "report.json", "report.md", "pareto.png")
+
+
+class Interrupted(Exception):
+    """Training was stopped by the user; the message says where the last checkpoint is and how to go on."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What a run is about; either `task`, or `dataset` and `rewards`.
+
+    model: name or path, by default the task's own. objectives: which rewards, in the order of weight vectors.
+    task: name of an embedded task. dataset, eval_dataset: JSON lines, each row with a `prompt`.
+    command: what made it, train or demo.
+    rewards: objective -> "module:function", "file.py:function", or the name or path of a sequence classifier.
+    config: the settings of training. train_seconds: how long it took, None where that is not known.
+    """
+
+    model: str
+    objectives: tuple[str, ...]
+    task: str | None = None
+    dataset: str | None = None
+    eval_dataset: str | None = None
+    rewards: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    train_seconds: float | None = None
+    command: str = "train"
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> RunSpec:
+        """From the values of RUN_KEYS, None where not given. Raises ConfigError for what is missing or
+        contradicts."""
+        values = {name: value for name, value in values.items() if value is not None}
+        task_name, objectives = values.get("task"), _names(values.get("objectives"))
+        if task_name is not None:
+            for other in ("dataset", "rewards"):
+                if other in values:
+                    raise ConfigError(f"task and {other} were both given; a task brings its own {other}")
+            task = find_task(task_name)
+            chosen = _select(task, objectives or task.default_objectives)
+            return cls(str(values.get("model", task_name)), tuple(chosen), task=task_name)
+        for name in ("model", "dataset", "rewards"):
+            if name not in values:
+                raise ConfigError(f"{name} is missing; give a task, or model, dataset and rewards")
+        rewards = _reward_specs(values["rewards"])
+        unknown = [name for name in objectives if name not in rewards]
+        if unknown:
+            raise ConfigError(f"unknown objective {unknown[0]!r}; the rewards are {', '.join(rewards)}")
+        rewards = {name: rewards[name] for name in objectives or rewards}
+        for name in ("dataset", "eval_dataset"):
+            if name in values and not Path(values[name]).is_file():
+                raise ConfigError(f"{name}: there is no file {values[name]}")
+        return cls(str(values["model"]), tuple(rewards), dataset=str(values["dataset"]), rewards=rewards,
+                   eval_dataset=None if "eval_dataset" not in values else str(values["eval_dataset"]))
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RunSpec | None:
+        """From run.json of a run folder; None where there is none."""
+        path = Path(directory) / "run.json"
+        if not path.is_file():
+            return None
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            known = {f.name for f in fields(cls)}
+            return cls(**{k: tuple(v) if k == "objectives" else v for k, v in raw.items() if k in known})
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+
+    def save(self, directory: str | Path) -> None:
+        write_text(Path(directory) / "run.json", json.dumps(asdict(self), indent=2) + "\n")
+
+    def same_training(self, other: RunSpec) -> bool:
+        """Whether both describe the same training; where it is written and how long it took do not count."""
+        def essence(spec: RunSpec) -> RunSpec:
+            config = {k: v for k, v in spec.config.items() if k not in ("output_dir", "disable_tqdm")}
+            return replace(spec, config=config, train_seconds=None)
+
+        return essence(self) == essence(other)
+
+    def reward_functions(self) -> dict[str, Callable | str]:
+        """Reward functions by objective, in order; classifiers stay names, which RewardSet loads."""
+        if self.task is not None:
+            return _select(find_task(self.task), self.objectives)
+        return {name: load_reward(spec) for name, spec in self.rewards.items()}
+
+    def train_rows(self, seed: int = 0) -> list[dict[str, Any]]:
+        if self.task is not None:
+            return find_task(self.task).load_dataset("train", seed=seed)
+        return read_rows(self.dataset)
+
+    def eval_rows(self, limit: int | None = None, seed: int = 0, split: str = "test") -> list[dict[str, Any]]:
+        """Held-out rows: of the task's split, or the first of eval_dataset."""
+        if self.task is not None:
+            return find_task(self.task).load_dataset(split, limit=limit, seed=seed)
+        if self.eval_dataset is None:
+            raise ConfigError("this run has no eval_dataset; give prompts to evaluate on with --dataset FILE")
+        return read_rows(self.eval_dataset)[:limit]
+
+
+def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Names from 'a,b' or a list."""
+    parts = value.split(",") if isinstance(value, str) else list(value or ())
+    return tuple(str(part).strip() for part in parts if str(part).strip())
+
+
+def find_task(name: str) -> Task:
+    from clp_engine.tasks import get_task
+
+    try:
+        return get_task(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _select(task: Task, names: Iterable[str]) -> dict[str, Callable]:
+    try:
+        return task.select(tuple(names))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+# --- rewards and data --------------------------------------------------------------------------------------
+
+
+def _reward_specs(value: Any) -> dict[str, str]:
+    """objective -> specification, from a mapping, or a list of 'name=specification' or of specifications
+    alone."""
+    if isinstance(value, Mapping):
+        return {str(name): str(spec) for name, spec in value.items()}
+    specs: dict[str, str] = {}
+    for entry in [value] if isinstance(value, str) else value:
+        name, equals, spec = str(entry).partition("=")
+        if not equals:
+            # "module:function" is called function, "owner/model" is called model.
+            name, spec = str(entry).rstrip("/").replace(":", "/").rsplit("/", 1)[-1], str(entry)
+        if name in specs:
+            raise ConfigError(f"two rewards are called {name!r}; name them: --rewards first=... second=...")
+        specs[name] = spec
+    if not specs:
+        raise ConfigError("rewards is empty; give at least one")
+    return specs
+
+
+def load_reward(spec: str) -> Callable | str:
+    """The function of 'module:function' or 'file.py:function' (looked for in the current folder, too); a name
+    or path without a colon is a sequence classifier and is returned as it is."""
+    module_name, colon, function = spec.rpartition(":")
+    if not colon:
+        return spec
+    try:
+        module = _import(module_name)
+    except (ImportError, FileNotFoundError) as error:
+        raise ConfigError(f"reward {spec!r}: cannot import {module_name} ({error})") from error
+    reward = getattr(module, function, None)
+    if not callable(reward):
+        raise ConfigError(f"reward {spec!r}: {module_name} has no function {function!r}")
+    return reward
+
+
+def _import(name: str):
+    if not name.endswith(".py"):
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))  # a console script does not look there by itself
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, or one prompt per line of any other text file. Raises ConfigError naming the
+    line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ConfigError(f"{path} is empty")
+    if Path(path).suffix not in (".jsonl", ".json"):
+        return [{"prompt": line} for _, line in numbered]
+    rows = []
+    for number, line in numbered:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise ConfigError(f"{path}, line {number}: expected an object with a 'prompt'")
+        rows.append(row)
+    return rows
+
+
+# --- folders -----------------------------------------------------------------------------------------------
+
+
+def policy_directory(run: str | Path) -> Path:
+    """The policy of a run folder, a checkpoint, or a policy folder itself."""
+    run = Path(run)
+    for candidate in (run / "policy", run):
+        if (candidate / "clp_config.json").is_file():
+            return candidate
+    if not run.exists():
+        raise ConfigError(f"there is no folder {run}")
+    unfinished = "; its training has not finished, go on with --resume" if checkpoints(run) else ""
+    raise ConfigError(f"{run} holds no trained policy{unfinished}")
+
+
+def load_policy(run: str | Path, device: str | None = None) -> ConditionedPolicy:
+    directory = policy_directory(run)
+    quiet_transformers()
+    from clp_engine.policy import ConditionedPolicy
+
+    return ConditionedPolicy.load(directory, device=device)
+
+
+def quiet_transformers() -> None:
+    """No notes about loading on the terminal: what matters to the user is said by the command itself."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def is_finished(directory: str | Path) -> bool:
+    return (Path(directory) / "policy" / "clp_config.json").is_file()
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """Checkpoints of a run folder, oldest first."""
+    found = [(int(p.name.removeprefix("checkpoint-")), p) for p in Path(directory).glob("checkpoint-*")
+             if p.name.removeprefix("checkpoint-").isdigit()]
+    return [path for _, path in sorted(found)]
+
+
+def clear(directory: str | Path) -> None:
+    """Remove what a run wrote into its folder, and nothing else."""
+    for path in [*checkpoints(directory), *(Path(directory) / name for name in _PRODUCTS)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def train(spec: RunSpec, config: CLPConfig, *, resume: str | bool | None, again: str) -> CLPTrainer:
+    """Train and leave the policy in config.output_dir. again: the command that resumes, for Interrupted to
+    say."""
+    quiet_transformers()
+    from clp_engine.trainer import CLPTrainer
+
+    held_out = spec.eval_rows(split="validation") if config.eval_strategy != "no" else None
+    trainer = CLPTrainer(spec.model, spec.reward_functions(), config, spec.train_rows(config.seed), held_out)
+    spec = replace(spec, config=config.to_dict())
+    spec.save(config.output_dir)
+    try:
+        result = trainer.train(resume_from_checkpoint=resume or None)
+    except KeyboardInterrupt:
+        found = checkpoints(config.output_dir)
+        where = f"the last checkpoint is {found[-1]}; go on with: {again}" if found else "no checkpoint yet"
+        raise Interrupted(f"interrupted; {where}") from None
+    if not resume:  # a resumed run knows the time of its last part only
+        replace(spec, train_seconds=round(result.metrics["train_runtime"], 1)).save(config.output_dir)
+    return trainer

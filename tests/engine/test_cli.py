@@ -1,0 +1,307 @@
+"""The command line: a run from training to export, and one line with exit code 2 for every mistake."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from safetensors.torch import load_file
+
+from clp_engine import runs
+from clp_engine.cli import main, parse_assignments
+from clp_engine.config import CLPConfig
+from clp_engine.errors import ConfigError
+
+REWARDS = """
+def even(completion_ids, **_):
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+def small(completion_ids, **_):
+    return [sum(i < 20 for i in ids) / len(ids) for ids in completion_ids]
+"""
+CONFIG = """
+model: base
+dataset: prompts.jsonl
+eval_dataset: prompts.jsonl
+rewards: {even: "toy_rewards.py:even", small: "toy_rewards.py:small"}
+output_dir: run
+max_steps: 4
+num_generations: 2
+per_device_train_batch_size: 4
+max_completion_length: 5
+learning_rate: 1e-2
+rank: 2
+save_steps: 2
+disable_tqdm: true
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a base model, prompts, rewards and a configuration."""
+    folder = tmp_path_factory.mktemp("work")
+    build_model("llama").save_pretrained(folder / "base")
+    build_tokenizer().save_pretrained(folder / "base")
+    rows = [{"prompt": " ".join(f"w{(i * j) % 60}" for j in range(1, 3 + i % 3))} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.txt").write_text("w1 w2\n\nw3\n")
+    (folder / "toy_rewards.py").write_text(REWARDS)
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(workplace):
+    """The run that `clp-engine train config.yaml` leaves."""
+    before = Path.cwd()
+    os.chdir(workplace)
+    try:
+        assert main(["train", "config.yaml"]) == 0
+    finally:
+        os.chdir(before)
+    return workplace / "run"
+
+
+@pytest.fixture(autouse=True)
+def in_workplace(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.delenv("CLP_DEBUG", raising=False)
+
+
+def refused(argv, capsys) -> str:
+    """The line on stderr of a command that must end with exit code 2."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("clp-engine: error: ") and captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+# --- from training to export
+# ------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_policy_and_what_is_needed_to_evaluate_it(trained):
+    spec = runs.RunSpec.load(trained)
+    assert spec.objectives == ("even", "small") and spec.train_seconds > 0 and spec.config["max_steps"] == 4
+    assert runs.is_finished(trained) and [p.name for p in runs.checkpoints(trained)] == ["checkpoint-2",
+    "checkpoint-4"]
+    adapters = load_file(trained / "policy" / "adapters.safetensors")
+    assert any(t.abs().max() > 0 for name, t in adapters.items() if name.endswith("lora_b"))
+
+
+def test_evaluate_writes_the_report_into_the_run_and_prints_the_table(trained, capsys):
+    assert main(["evaluate", "run", "--prompts", "3", "--bootstrap", "20", "--grid", "3"]) == 0
+    printed = capsys.readouterr().out
+    raw = json.loads((trained / "report.json").read_text())
+    assert len(raw["points"]) == 3 and raw["setup"]["prompts"] == 3 and raw["seconds"]["train"] > 0
+    assert "| base |" in " ".join(printed.split()) and "hypervolume" in printed and "run/report.md" in printed
+
+
+def test_evaluate_takes_a_policy_alone_with_dataset_and_rewards(trained, tmp_path):
+    assert main(["evaluate", "run/policy", "--dataset", "prompts.jsonl", "--prompts", "2", "--bootstrap", "5",
+                 "--grid", "2", "--rewards", "small=toy_rewards.py:small", "even=toy_rewards.py:even",
+                 "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["objectives"] == ["even", "small"]
+
+
+def test_generate_prints_one_completion_per_prompt_and_depends_on_the_weights(trained, capsys):
+    printed = {}
+    for weights in ("even=1", "even=1,small=0", "1,0", "even=0,small=1"):
+        assert main(["generate", "run", "--weights", weights, "--prompts", "prompts.txt", "--seed", "3"]) == 0
+        printed[weights] = capsys.readouterr().out
+    assert printed["even=1"] == printed["even=1,small=0"] == printed["1,0"]
+    assert len(printed["even=1"].splitlines()) == 2
+
+
+def test_generate_as_json_and_from_the_standard_input(trained, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2"))
+    assert main(["generate", "run", "--prompt", "-", "--json", "--num-return-sequences", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["w1 w2"] * 2 and all(row["completion"] for row in rows)
+
+
+def test_export_writes_an_adapter_or_a_model_and_does_not_replace_a_folder_unasked(trained, tmp_path, capsys):
+    target = str(tmp_path / "out")
+    assert main(["export", "run", "--weights", "even=0.25,small=0.75", "--to", target]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    assert "exists" in refused(["export", "run", "--weights", "0.5,0.5", "--to", target], capsys)
+    assert main(["export", "run", "--weights", "0.5,0.5", "--to", target, "--merged", "--overwrite"]) == 0
+    from transformers import AutoModelForCausalLM
+
+    merged, base = (AutoModelForCausalLM.from_pretrained(p) for p in (target, "base"))
+    assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_flag_overrides_the_file_and_an_earlier_run_is_not_replaced_unasked(workplace, trained, capsys):
+    assert "earlier run" in refused(["train", "config.yaml"], capsys)
+    arguments = ["train", "config.yaml", "--output-dir", "other", "--max-steps", "1", "--no-disable-tqdm",
+                 "--target-modules", "q_proj,v_proj", "--objectives", "small"]
+    assert main(arguments) == 0
+    spec = runs.RunSpec.load("other")
+    assert spec.config["max_steps"] == 1 and spec.config["disable_tqdm"] is False
+    assert spec.config["target_modules"] == ["q_proj", "v_proj"] and spec.objectives == ("small",)
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_interrupting_says_where_the_checkpoint_is_and_resuming_gives_the_same_policy(workplace, trained):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "clp_engine", "train", "config.yaml", "--output-dir", "stopped"]
+    # A step must last long enough for the signal to arrive in it.
+    slow = "import time\n" + REWARDS.replace("    return [sum(i <", "    time.sleep(0.3); return [sum(i <")
+    (workplace / "slow_rewards.py").write_text(slow)
+    process = subprocess.Popen(
+        [*command, "--rewards", "even=slow_rewards.py:even", "small=slow_rewards.py:small"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not (workplace / "stopped" / "checkpoint-2").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, message
+    assert re.search(r"stopped/checkpoint-[23]; go on with: clp-engine train config.yaml .*--resume", message)
+    assert "Traceback" not in message and not runs.is_finished("stopped")
+    # Only the rewards' names are part of the settings: the fast ones compute the same.
+    assert main(["train", "config.yaml", "--output-dir", "stopped", "--resume"]) == 0
+    whole, resumed = (load_file(Path(run, "policy", "adapters.safetensors")) for run in ("run", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["generate", "run", "--prompt", "w1", "--weights", "even=0.5,tone=0.5"], "unknown objective 'tone'"),
+    (["generate", "run", "--prompt", "w1", "--weights", "even=1.5,small=-0.5"], "must not be negative"),
+    (["generate", "run", "--prompt", "w1", "--weights", "even=0.5,small=0.2"], "must sum to 1"),
+    (["generate", "run", "--prompt", "w1", "--weights", "0.5"], "1 entries; expected 2"),
+    (["generate", "run", "--prompt", "w1", "--weights", "even"], "expected numbers by objective"),
+    (["generate", "run", "--prompt", "w1", "--kl", "7"], "alpha between 0 and 1"),
+    (["generate", "run", "--prompt", "w1", "--temperature", "-1"], "temperature=-1.0"),
+    (["generate", "run"], "give --prompt TEXT or --prompts FILE"),
+    (["generate", "run", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
+    (["generate", "nowhere", "--prompt", "w1"], "there is no folder nowhere"),
+    (["generate", "base", "--prompt", "w1"], "base holds no trained policy"),
+    (["export", "run", "--weights", "even=2,small=-1", "--to", "x"], "must not be negative"),
+    (["export", "run", "--to", "x"], "--weights is missing; the objectives are even, small"),
+    (["export", "run", "--weights", "1,0"], "required: --to"),
+    (["evaluate", "run", "--reference-point", "even=0"], "reference_point is for even; expected even, small"),
+    (["evaluate", "run/policy", "--rewards", "even=toy_rewards.py:even", "--dataset", "prompts.jsonl"],
+     "unknown objective 'small'"),
+    (["evaluate", "run", "--prompts", "many"], "invalid int value: 'many'"),
+    (["train"], "model is missing; give a task, or model, dataset and rewards"),
+    (["train", "nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
+    (["train", "prompts.txt"], "expected names and values"),
+    (["train", "config.yaml", "--task", "docsum"], "task and dataset were both given"),
+    (["train", "--task", "chess"], "unknown task 'chess'"),
+    (["train", "--task", "docsum", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
+    (["train", "config.yaml", "--objectives", "even,rhyme"], "unknown objective 'rhyme'; the rewards"),
+    (["train", "config.yaml", "--alpha", "0.1", "--beta", "0.1"], "alpha and beta were both given"),
+    (["train", "config.yaml", "--alpha", "1.5"], "between 0 and 1"),
+    (["train", "config.yaml", "--max-steps", "many"], "max_steps='many': expected int"),
+    (["train", "config.yaml", "--kl-estimator", "k4"], "kl_estimator='k4': expected one of return"),
+    (["train", "config.yaml", "--dataset", "nowhere.jsonl"], "dataset: there is no file nowhere.jsonl"),
+    (["train", "config.yaml", "--rewards", "nowhere:even", "--output-dir", "x"], "cannot import nowhere"),
+    (["train", "config.yaml", "--rewards", "toy_rewards.py:odd", "--output-dir", "x"], "no function 'odd'"),
+    (["train", "config.yaml", "--output-dir", "x", "--resume"], "no checkpoint to resume from"),
+    (["train", "config.yaml", "--learning-rat", "1"], "did you mean --learning-rate?"),
+    (["demo", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
+    (["demo", "--out", "base"], "base is not empty and holds no run"),
+    (["demo", "--out", "run"], "run holds a run of yours"),
+    (["demo", "--steps", "0"], "--steps 0: expected at least 1"),
+    (["dmeo"], "invalid choice: 'dmeo'"),
+    ([], "required: COMMAND"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, complaint, trained, capsys):
+    assert complaint in refused(argv, capsys)
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ("max_stepps: 3", "unknown setting max_stepps; did you mean max_steps?"),
+    ("alpha: 0.1\nbeta: 0.2", "alpha and beta were both given"),
+    ("task: [", "is not YAML"),
+])
+def test_a_mistake_in_the_file_is_one_line_too(line, complaint, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(line)
+    assert complaint in refused(["train", str(tmp_path / "c.yaml")], capsys)
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ('{"prompt": "w1"}\nw2\n', "line 2: not JSON"),
+    ('{"prompt": "w1"}\n{"text": "w2"}\n', "line 2: expected an object with a 'prompt'"),
+    ("\n", "is empty"),
+])
+def test_a_mistake_in_a_dataset_names_the_line(content, complaint, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=complaint):
+        runs.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_traceback_is_shown_where_it_is_asked_for(monkeypatch):
+    with pytest.raises(ConfigError):
+        main(["generate", "nowhere", "--prompt", "w1", "--traceback"])
+    monkeypatch.setenv("CLP_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        main(["generate", "nowhere", "--prompt", "w1"])
+
+
+@pytest.mark.parametrize("text", ["a=0.5,0.5", "", "a=x", "a=1,a=0", "=", "a"])
+def test_weights_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ConfigError):
+        parse_assignments(text, "weights")
+
+
+# --- help, info, pipes -------------------------------------------------------------------------------------
+
+
+def test_help_and_version_need_neither_torch_nor_numpy():
+    code = ("import sys; from clp_engine.cli import main\n"
+            "try: main(sys.argv[1:])\n"
+            "except SystemExit as end: assert end.code == 0\n"
+            "assert not {'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)")
+    for argv in (["--help"], ["--version"], ["generate", "--help"], ["demo", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "clp-engine" in done.stdout
+
+
+def test_every_setting_of_training_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for option in fields(CLPConfig):
+        assert f"--{option.name.replace('_', '-')}" in shown
+    assert "examples:" in shown
+
+
+def test_info_names_versions_devices_and_every_back_end(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("torch", "transformers", "reference", "triton", "docsum", "threads"):
+        assert word in shown
+    assert main(["info", "--json"]) == 0
+    raw = json.loads(capsys.readouterr().out)
+    assert set(raw["backends"]) == {"reference", "cpu", "triton"}
+    assert all(b["reason"] for b in raw["backends"].values())
+
+
+def test_a_reader_that_leaves_early_is_not_an_error():
+    much = ("import sys, clp_engine.cli as cli; cli._info = lambda arguments: print('x' * 100000); "
+            "sys.exit(cli.main(['info']))")
+    for command in ([sys.executable, "-m", "clp_engine", "--help"], [sys.executable, "-c", much]):
+        shell = f"{shlex.join(command)} | true; echo ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+        # 0 where everything was written before `true` ended.
+        assert done.stderr == "" and done.stdout.strip() in ("0", "141"), command
