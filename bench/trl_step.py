@@ -51,19 +51,39 @@ def other_reward(completions, **_) -> list[float]:
 
 
 def trl_seconds(options, rows, model_path: str, folder: str) -> list[float]:
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
-    from datasets import Dataset
 
     config = GRPOConfig(
-        output_dir=folder, per_device_train_batch_size=options.batch, num_generations=options.group, max_steps=options.steps,
-        max_completion_length=options.new, beta=0.1, learning_rate=1e-4, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, use_cpu=not torch.cuda.is_available(), bf16=False, fp16=False, gradient_checkpointing=False,
-        generation_kwargs={"min_new_tokens": options.new}, optim="adamw_torch_fused", seed=1)
-    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), reward_funcs=length_reward,
-                          args=config, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(model_path),
-                          peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+        output_dir=folder,
+        per_device_train_batch_size=options.batch,
+        num_generations=options.group,
+        max_steps=options.steps,
+        max_completion_length=options.new,
+        beta=0.1,
+        learning_rate=1e-4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        generation_kwargs={"min_new_tokens": options.new},
+        optim="adamw_torch_fused",
+        seed=1,
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
+        reward_funcs=length_reward,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model_path),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
     trainer.train()
     return _step_times(trainer.state.log_history, options.new)
 
@@ -75,9 +95,20 @@ def our_seconds(options, rows, model_path: str, folder: str, rewards) -> list[fl
     from clp_engine.trainer import CLPTrainer
 
     config = CLPConfig(
-        output_dir=folder, per_device_train_batch_size=options.batch, num_generations=options.group, max_steps=options.steps,
-        max_completion_length=options.new, beta=0.1, learning_rate=1e-4, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        rank=16, lora_alpha=32, seed=1)
+        output_dir=folder,
+        per_device_train_batch_size=options.batch,
+        num_generations=options.group,
+        max_steps=options.steps,
+        max_completion_length=options.new,
+        beta=0.1,
+        learning_rate=1e-4,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        rank=16,
+        lora_alpha=32,
+        seed=1,
+    )
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     # No end token: every completion runs to its full length, as min_new_tokens makes TRL's.
     model.generation_config.eos_token_id = model.config.eos_token_id = None
@@ -92,13 +123,17 @@ def _step_times(history: list[dict], new_tokens: int) -> list[float]:
     steps = [entry for entry in history if "step_time" in entry]
     for entry in steps:
         if entry["completions/mean_length"] != new_tokens:
-            raise SystemExit(f"completions of {entry['completions/mean_length']} tokens instead of {new_tokens}: not comparable")
+            raise SystemExit(
+                f"completions of {entry['completions/mean_length']} tokens instead of {new_tokens}: not comparable"
+            )
     return [entry["step_time"] for entry in steps[1:]]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6, help="steps a round, the first of which is not counted")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="steps a round, the first of which is not counted"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32, help="completions per step")
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
@@ -121,7 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     variants = {
         "trl + peft": lambda folder: trl_seconds(options, rows, path, folder),
         "clp-engine, one objective": lambda folder: our_seconds(options, rows, path, folder, length_reward),
-        "clp-engine, two objectives": lambda folder: our_seconds(options, rows, path, folder, [length_reward, other_reward]),
+        "clp-engine, two objectives": lambda folder: our_seconds(
+            options, rows, path, folder, [length_reward, other_reward]
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     with tempfile.TemporaryDirectory() as folder:
@@ -129,14 +166,23 @@ def main(arguments: list[str] | None = None) -> None:
             for name, measure in variants.items():
                 seconds = measure(folder)
                 times[name] += seconds
-                print(f"round {round_number + 1}  {name:28s} {statistics.median(seconds):7.3f} s", file=sys.stderr)
+                print(
+                    f"round {round_number + 1}  {name:28s} {statistics.median(seconds):7.3f} s",
+                    file=sys.stderr,
+                )
     baseline = statistics.median(times["trl + peft"])
     result = {
-        "benchmark": "trl_step", "environment": describe({"trl": trl.__version__}),
-        "shape": {k: getattr(options, k) for k in ("batch", "group", "prompt", "new", "threads")}, "model": "docsum, float32",
-        "seconds_per_step": {name: {"median": statistics.median(v), "low": min(v), "high": max(v), "steps": len(v)}
-                             for name, v in times.items()},
-        "speedup_over_trl": {name: baseline / statistics.median(v) for name, v in times.items() if name != "trl + peft"},
+        "benchmark": "trl_step",
+        "environment": describe({"trl": trl.__version__}),
+        "shape": {k: getattr(options, k) for k in ("batch", "group", "prompt", "new", "threads")},
+        "model": "docsum, float32",
+        "seconds_per_step": {
+            name: {"median": statistics.median(v), "low": min(v), "high": max(v), "steps": len(v)}
+            for name, v in times.items()
+        },
+        "speedup_over_trl": {
+            name: baseline / statistics.median(v) for name, v in times.items() if name != "trl + peft"
+        },
     }
     print(json.dumps(result, indent=2))
     if options.out:

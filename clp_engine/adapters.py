@@ -54,13 +54,17 @@ class ConditionedLinear(nn.Module):
     B zero, so the policy starts at the reference for every blend.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D, blend: Blend, ranks: Sequence[int], scalings: Sequence[float]):
+    def __init__(
+        self, base: nn.Linear | Conv1D, blend: Blend, ranks: Sequence[int], scalings: Sequence[float]
+    ):
         super().__init__()
         self.base = base
         self.ranks, self.scalings = tuple(ranks), tuple(scalings)
         self._blend = blend
         self.transposed = isinstance(base, Conv1D)  # Conv1D keeps its weight as (K, N)
-        self.out_features, self.in_features = base.weight.shape[::-1] if self.transposed else base.weight.shape
+        self.out_features, self.in_features = (
+            base.weight.shape[::-1] if self.transposed else base.weight.shape
+        )
         total = sum(self.ranks)
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.empty(total, self.in_features, device=device, dtype=torch.float32))
@@ -92,11 +96,20 @@ class ConditionedLinear(nn.Module):
         if x.dim() == 2 and rows != gate.shape[0]:
             # The model flattened (sequences, positions): rows of one sequence lie together.
             if rows % gate.shape[0]:
-                raise RuntimeError(f"a conditioned layer received {rows} rows for a batch of {gate.shape[0]} blends and "
-                                   "cannot tell which row has which blend (a routed expert?); exclude it with target_modules")
+                raise RuntimeError(
+                    f"a conditioned layer received {rows} rows for a batch of {gate.shape[0]} blends and "
+                    "cannot tell which row has which blend (a routed expert?); exclude it with target_modules"
+                )
             index = torch.arange(gate.shape[0], device=x.device).repeat_interleave(rows // gate.shape[0])
-        return multi_lora_linear(x, self.weight, self.lora_a.to(x.dtype), self.lora_b.to(x.dtype), gate,
-                                 bias=self.bias, gate_index=index)
+        return multi_lora_linear(
+            x,
+            self.weight,
+            self.lora_a.to(x.dtype),
+            self.lora_b.to(x.dtype),
+            gate,
+            bias=self.bias,
+            gate_index=index,
+        )
 
     def delta(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The blended update of the weight, `sum_i c_i s_i B_i A_i`, (N, K) float32, for coefficients (M,)."""
@@ -114,7 +127,9 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
     them: a module whose path is the name or ends in ".name". Raises ConfigError for a name that matches nothing.
     """
     head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     if target_modules in (None, "all-linear"):
         chosen = [name for name, module in linear.items() if module is not head]
     else:
@@ -123,19 +138,32 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
         for name in wanted:
             if not any(c == name or c.endswith("." + name) for c in chosen):
                 kinds = sorted({c.rsplit(".", 1)[-1] for c in linear})
-                raise ConfigError(f"target_modules: no linear layer of {type(model).__name__} is called {name!r}; "
-                                  f"it has {', '.join(kinds)}")
-        if head is not None and any(linear[name] is head for name in chosen) \
-                and head.weight is model.get_input_embeddings().weight:
-            raise ConfigError("target_modules names the output projection, which shares its weight with the input embedding; "
-                              "leave it out, or untie the two first")
+                raise ConfigError(
+                    f"target_modules: no linear layer of {type(model).__name__} is called {name!r}; "
+                    f"it has {', '.join(kinds)}"
+                )
+        if (
+            head is not None
+            and any(linear[name] is head for name in chosen)
+            and head.weight is model.get_input_embeddings().weight
+        ):
+            raise ConfigError(
+                "target_modules names the output projection, which shares its weight with the input embedding; "
+                "leave it out, or untie the two first"
+            )
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no nn.Linear or Conv1D layer to condition")
     return chosen
 
 
-def attach(model: nn.Module, names: Sequence[str], ranks: Sequence[int], scalings: Sequence[float], seed: int,
-           blend: Blend) -> dict[str, ConditionedLinear]:
+def attach(
+    model: nn.Module,
+    names: Sequence[str],
+    ranks: Sequence[int],
+    scalings: Sequence[float],
+    seed: int,
+    blend: Blend,
+) -> dict[str, ConditionedLinear]:
     """Put a ConditionedLinear in the place of each named layer; returns them by the name of the layer they wrap."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}

@@ -34,10 +34,12 @@ class Head:
 def _find_head(model: PreTrainedModel) -> Head:
     module = model.get_output_embeddings()
     if module is None:
-        raise ConfigError(f"{type(model).__name__} has no output projection; a causal language model is needed")
+        raise ConfigError(
+            f"{type(model).__name__} has no output projection; a causal language model is needed"
+        )
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0          # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0      # Granite
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     return Head(module, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
@@ -52,13 +54,13 @@ class _RolloutLayer(DynamicLayer):
         self._show()
 
     def _show(self) -> None:
-        self.keys = self._keys[:, :, :self._length]
-        self.values = self._values[:, :, :self._length]
+        self.keys = self._keys[:, :, : self._length]
+        self.values = self._values[:, :, : self._length]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         start, self._length = self._length, self._length + key_states.shape[-2]
-        self._keys[:, :, start:self._length] = key_states
-        self._values[:, :, start:self._length] = value_states
+        self._keys[:, :, start : self._length] = key_states
+        self._values[:, :, start : self._length] = value_states
         self._show()
         return self.keys, self.values
 
@@ -81,7 +83,9 @@ class Backbone:
         self.model = model
         self.decoder = model.base_model
         if self.decoder is model:
-            raise ConfigError(f"{type(model).__name__} has no decoder stack under it; a causal language model is needed")
+            raise ConfigError(
+                f"{type(model).__name__} has no decoder stack under it; a causal language model is needed"
+            )
         self.head = _find_head(model)
         config = model.config.get_text_config()
         types = getattr(config, "layer_types", None)
@@ -90,8 +94,10 @@ class Backbone:
         self._window = getattr(config, "sliding_window", None) if windowed else None
         unsupported = (self._layer_types or set()) - {"full_attention", "sliding_attention"}
         if unsupported:
-            raise ConfigError(f"{type(model).__name__} has layers of type {', '.join(sorted(unsupported))}; "
-                              "only full and sliding-window attention are supported")
+            raise ConfigError(
+                f"{type(model).__name__} has layers of type {', '.join(sorted(unsupported))}; "
+                "only full and sliding-window attention are supported"
+            )
 
     def check_head(self) -> None:
         """Raise ConfigError where our split does not reproduce the model's own logits."""
@@ -101,9 +107,11 @@ class Backbone:
             expected = self.model(ids).logits
             ours = self.head.logits(self.decoder(ids, use_cache=False).last_hidden_state)
         if not torch.allclose(ours.float(), expected.float(), rtol=1e-3, atol=1e-3):
-            raise ConfigError(f"{type(self.model).__name__} does something between its last hidden state and its logits that "
-                              f"is not a projection with scale and softcap (difference {(ours - expected).abs().max():.3g}); "
-                              "it cannot be used")
+            raise ConfigError(
+                f"{type(self.model).__name__} does something between its last hidden state and its logits that "
+                f"is not a projection with scale and softcap (difference {(ours - expected).abs().max():.3g}); "
+                "it cannot be used"
+            )
 
     def empty_cache(self) -> DynamicCache:
         # Without the config every layer keeps everything; the masks below cut the sliding windows.
@@ -121,7 +129,9 @@ class Backbone:
         """The prompt's cache repeated for a group and given room for `capacity` positions in all."""
         cache = DynamicCache()
         cache.layer_class_to_replicate = None
-        cache.layers = [_RolloutLayer(layer.keys, layer.values, repeats, capacity) for layer in prefilled.layers]
+        cache.layers = [
+            _RolloutLayer(layer.keys, layer.values, repeats, capacity) for layer in prefilled.layers
+        ]
         return cache
 
     def _mask(self, keys_valid: torch.Tensor, queries: int, padded: bool) -> torch.Tensor | dict | None:
@@ -133,7 +143,7 @@ class Backbone:
             return None
         device, dtype = keys_valid.device, self.model.dtype
         key = torch.arange(length, device=device)
-        query = key[length - queries:].unsqueeze(-1)
+        query = key[length - queries :].unsqueeze(-1)
         causal = key <= query
         full = self._additive(keys_valid[:, None, None, :] & causal, dtype)
         if not over_window:
@@ -144,10 +154,18 @@ class Backbone:
     @staticmethod
     def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-            ~allowed, torch.finfo(dtype).min)
+            ~allowed, torch.finfo(dtype).min
+        )
 
-    def extend(self, ids: torch.Tensor, keys_valid: torch.Tensor, cache: DynamicCache, *,
-               positions: torch.Tensor | None = None, padded: bool | None = None) -> torch.Tensor:
+    def extend(
+        self,
+        ids: torch.Tensor,
+        keys_valid: torch.Tensor,
+        cache: DynamicCache,
+        *,
+        positions: torch.Tensor | None = None,
+        padded: bool | None = None,
+    ) -> torch.Tensor:
         """Hidden states (B, T, H) of the new tokens ids (B, T), which follow what `cache` holds.
 
         keys_valid: (B, S) bool over cached and new positions together; padding does not count as a position.
@@ -158,5 +176,10 @@ class Backbone:
             positions = (keys_valid.long().cumsum(-1) - 1).clamp_min(0)[:, -queries:]
         if padded is None:
             padded = not bool(keys_valid.all())
-        return self.decoder(input_ids=ids, attention_mask=self._mask(keys_valid, queries, padded),
-                            position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
+        return self.decoder(
+            input_ids=ids,
+            attention_mask=self._mask(keys_valid, queries, padded),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state

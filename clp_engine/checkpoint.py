@@ -1,4 +1,4 @@
-"""Checkpoints: adapters, optimiser, schedule, sampler, random states and position; safetensors and JSON, whole or not at all."""
+"""Checkpoints: adapters, optimiser, schedule, sampler, random states and position; safetensors and JSON, atomic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def _random_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(JSON part, tensors) of Python's, numpy's and torch's global generators: reward functions may draw from them."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
-    plain = {"python": [version, list(words), gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]}
+    plain = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, int(position), int(has_gauss), float(cached)],
+    }
     tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         tensors[f"rng.cuda.{i}"] = torch.cuda.get_rng_state(i)
@@ -42,9 +45,15 @@ def _restore_random(plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
             torch.cuda.set_rng_state(state, int(name.rpartition(".")[2]))
 
 
-def save(output_dir: str | Path, step: int, policy, optimizer: torch.optim.Optimizer, state: dict[str, Any],
-         keep: int | None) -> Path:
-    """Write <output_dir>/checkpoint-<step>; `state` must be JSON. Older ones beyond `keep` are removed afterwards."""
+def save(
+    output_dir: str | Path,
+    step: int,
+    policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int | None,
+) -> Path:
+    """Write <output_dir>/checkpoint-<step>; `state` must be JSON. Older ones beyond `keep` go."""
     path = Path(output_dir) / f"checkpoint-{step}"
     plain, tensors = _random_states()
     names = {parameter: name for name, parameter in policy.adapter_parameters().items()}
@@ -54,15 +63,17 @@ def save(output_dir: str | Path, step: int, policy, optimizer: torch.optim.Optim
     with write_directory(path) as temporary:
         policy.save_pretrained(temporary / _POLICY)
         save_file(tensors, temporary / _TENSORS)
-        (temporary / _STATE).write_text(json.dumps({**state, "step": step, "random": plain}, indent=1) + "\n", encoding="utf-8")
+        (temporary / _STATE).write_text(
+            json.dumps({**state, "step": step, "random": plain}, indent=1) + "\n", encoding="utf-8"
+        )
     if keep is not None:
-        for old in find_all(output_dir)[:-keep or None]:
+        for old in find_all(output_dir)[: -keep or None]:
             shutil.rmtree(old)
     return path
 
 
 def load(path: str | Path, policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore adapters, optimiser and random states; returns the JSON state. Raises ConfigError for what is not a checkpoint."""
+    """Restore adapters, optimiser and random states; returns the JSON state. Raises ConfigError for no checkpoint."""
     path = Path(path)
     if not (path / _STATE).is_file():
         raise ConfigError(f"{path}: no {_STATE} here; expected a folder checkpoint-<step> of an earlier run")
@@ -71,16 +82,22 @@ def load(path: str | Path, policy, optimizer: torch.optim.Optimizer) -> dict[str
     tensors = load_file(path / _TENSORS)
     for name, parameter in policy.adapter_parameters().items():
         prefix = f"optimizer.{name}."
-        slots = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
-        optimizer.state[parameter] = {slot: value if slot == "step" and value.dim() == 0 and parameter.device.type == "cpu"
-                                      else value.to(parameter.device) for slot, value in slots.items()}
+        slots = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        optimizer.state[parameter] = {
+            slot: value
+            if slot == "step" and value.dim() == 0 and parameter.device.type == "cpu"
+            else value.to(parameter.device)
+            for slot, value in slots.items()
+        }
     _restore_random(state["random"], tensors)
     return state
 
 
 def find_all(output_dir: str | Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    found = [(int(m.group(1)), p) for p in Path(output_dir).glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    found = [
+        (int(m.group(1)), p) for p in Path(output_dir).glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))
+    ]
     return [p for _, p in sorted(found)]
 
 

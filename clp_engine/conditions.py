@@ -44,8 +44,13 @@ class Conditions:
         return Conditions(torch.zeros(rows, num_objectives), torch.zeros(rows))
 
 
-def blend_coefficients(conditions: Conditions, kl_conditioning: str = "none", *, min_kl: float | None = None,
-                       kl_is_beta: bool = False) -> torch.Tensor:
+def blend_coefficients(
+    conditions: Conditions,
+    kl_conditioning: str = "none",
+    *,
+    min_kl: float | None = None,
+    kl_is_beta: bool = False,
+) -> torch.Tensor:
     """Coefficient of each objective's delta: `c(alpha) * w`, (rows, M) float32.
 
         none    c = 1
@@ -67,20 +72,28 @@ def blend_coefficients(conditions: Conditions, kl_conditioning: str = "none", *,
     if kl_conditioning == "linear":
         return conditions.weights * (1 - alpha).unsqueeze(-1)
     if min_kl is None or min_kl <= 0 or (min_kl >= 1 and not kl_is_beta):
-        raise ValueError(f"kl_conditioning='odds' needs min_kl, the smallest KL coefficient of training: "
-                         f"{'beta > 0' if kl_is_beta else 'alpha between 0 and 1'}; got {min_kl}")
+        raise ValueError(
+            f"kl_conditioning='odds' needs min_kl, the smallest KL coefficient of training: "
+            f"{'beta > 0' if kl_is_beta else 'alpha between 0 and 1'}; got {min_kl}"
+        )
     # The reference rows have no weights, and their alpha means nothing.
     is_reference = (conditions.weights == 0).all(-1)
     if bool(((alpha <= 0) & ~is_reference).any()):
-        raise ValueError("kl_conditioning='odds' needs a KL coefficient above 0 in every row; "
-                         f"got {conditions.kl[~is_reference].min().item():g}")
+        raise ValueError(
+            "kl_conditioning='odds' needs a KL coefficient above 0 in every row; "
+            f"got {conditions.kl[~is_reference].min().item():g}"
+        )
     alpha_min = min_kl / (1 + min_kl) if kl_is_beta else min_kl
     odds = (1 - alpha) / torch.where(is_reference, 1.0, alpha) * (alpha_min / (1 - alpha_min))
     return conditions.weights * odds.unsqueeze(-1)
 
 
-def parse_weights(weights: Mapping[str, float] | Sequence[float] | torch.Tensor | None,
-                  objectives: Sequence[str], *, tolerance: float = 1e-3) -> torch.Tensor:
+def parse_weights(
+    weights: Mapping[str, float] | Sequence[float] | torch.Tensor | None,
+    objectives: Sequence[str],
+    *,
+    tolerance: float = 1e-3,
+) -> torch.Tensor:
     """One weighting as (M,) float32 on the simplex: from a mapping by objective name (absent names weigh
     0), or a sequence in the order of `objectives`; None is uniform. Raises ValueError for unknown names,
     negative weights, a wrong count, or a sum that is not 1 (within `tolerance`; the result is then
@@ -91,14 +104,18 @@ def parse_weights(weights: Mapping[str, float] | Sequence[float] | torch.Tensor 
         unknown = [name for name in weights if name not in objectives]
         if unknown:
             plural = "s" if len(unknown) > 1 else ""
-            raise ValueError(f"unknown objective{plural} {', '.join(map(repr, unknown))}; "
-                             f"this policy has {', '.join(objectives)}")
+            raise ValueError(
+                f"unknown objective{plural} {', '.join(map(repr, unknown))}; "
+                f"this policy has {', '.join(objectives)}"
+            )
         values = [float(weights.get(name, 0.0)) for name in objectives]
     else:
         values = [float(v) for v in weights]
         if len(values) != len(objectives):
-            raise ValueError(f"weights has {len(values)} entries; expected {len(objectives)}, "
-                             f"in the order {', '.join(objectives)}")
+            raise ValueError(
+                f"weights has {len(values)} entries; expected {len(objectives)}, "
+                f"in the order {', '.join(objectives)}"
+            )
     given = ", ".join(f"{n}={v:g}" for n, v in zip(objectives, values))
     if not all(v >= 0 for v in values):  # also catches NaN
         raise ValueError(f"weights must not be negative; got {given}")

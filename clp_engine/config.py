@@ -38,26 +38,42 @@ class CLPConfig:
     conditioning: str = _option("lora", "which parameters carry the objectives' deltas: lora")
     rank: int = _option(16, "rank of each objective's adapter")
     lora_alpha: float | None = _option(None, "the adapters are scaled by lora_alpha / rank; default 2 * rank")
-    target_modules: list[str] | None = _option(None, "names of the linear layers to condition; default all but the output projection")
-    kl_conditioning: str = _option("none", "how the KL coefficient enters the blend: none, linear (1 - alpha) or odds")
+    target_modules: list[str] | None = _option(
+        None, "names of the linear layers to condition; default all but the output projection"
+    )
+    kl_conditioning: str = _option(
+        "none", "how the KL coefficient enters the blend: none, linear (1 - alpha) or odds"
+    )
 
     # conditions: which (w, kl) training draws
     weight_sampler: str = _option("dirichlet", "distribution of w: dirichlet, uniform, grid or fixed")
-    concentration: float = _option(1.0, "concentration of the Dirichlet; 1 is uniform, below 1 prefers single objectives")
+    concentration: float = _option(
+        1.0, "concentration of the Dirichlet; 1 is uniform, below 1 prefers single objectives"
+    )
     corner_probability: float = _option(0.1, "share of prompts that get a single objective")
     grid_resolution: int = _option(10, "steps along an edge for weight_sampler grid")
-    fixed_weights: list[float] | None = _option(None, "the weights for weight_sampler fixed, in the order of the rewards")
-    alpha: float | None = _option(None, f"KL coefficient in (1 - alpha) w.R - alpha KL; default {DEFAULT_ALPHA}")
+    fixed_weights: list[float] | None = _option(
+        None, "the weights for weight_sampler fixed, in the order of the rewards"
+    )
+    alpha: float | None = _option(
+        None, f"KL coefficient in (1 - alpha) w.R - alpha KL; default {DEFAULT_ALPHA}"
+    )
     alpha_range: list[float] | None = _option(None, "low, high: alpha drawn log-uniformly per prompt")
     beta: float | None = _option(None, "KL coefficient in w.R - beta KL (TRL's), instead of alpha")
     beta_range: list[float] | None = _option(None, "low, high: beta drawn log-uniformly per prompt")
 
     # the objective
-    kl_estimator: str = _option("return", "gradient of the KL: return, exact, mixed (unbiased); k2, k3 (biased, for comparison)")
+    kl_estimator: str = _option(
+        "return", "gradient of the KL: return, exact, mixed (unbiased); k2, k3 (biased, for comparison)"
+    )
     baseline: str = _option("leave_one_out", "baseline of the return: leave_one_out, group_mean or none")
-    scale_rewards: str = _option("none", "divide rewards by a standard deviation: none, group or batch; changes what alpha means")
+    scale_rewards: str = _option(
+        "none", "divide rewards by a standard deviation: none, group or batch; changes what alpha means"
+    )
     loss_type: str = _option("sequence", "how token terms are averaged: sequence, grpo, dapo or dr_grpo")
-    num_iterations: int = _option(1, "optimiser steps per batch of completions; above 1 the ratio to the first is clipped")
+    num_iterations: int = _option(
+        1, "optimiser steps per batch of completions; above 1 the ratio to the first is clipped"
+    )
     epsilon: float = _option(0.2, "clipping of the ratio from below, and above unless epsilon_high is given")
     epsilon_high: float | None = _option(None, "clipping of the ratio from above")
     mask_truncated_completions: bool = _option(False, "leave completions that never ended out of the loss")
@@ -69,7 +85,9 @@ class CLPConfig:
     temperature: float = _option(1.0, "sampling temperature; log-probs are taken at it, too")
     top_k: int | None = _option(None, "draw from the k likeliest tokens only (biases the gradient)")
     top_p: float | None = _option(None, "draw from the nucleus of this mass only (biases the gradient)")
-    min_p: float | None = _option(None, "draw from tokens with at least this share of the top probability (biases the gradient)")
+    min_p: float | None = _option(
+        None, "draw from tokens with at least this share of the top probability (biases the gradient)"
+    )
 
     # batches and optimisation
     per_device_train_batch_size: int = _option(8, "completions per micro-batch")
@@ -78,7 +96,9 @@ class CLPConfig:
     num_train_epochs: float = _option(3.0, "passes over the training prompts, where max_steps is not given")
     max_steps: int = _option(-1, "optimiser steps; overrides num_train_epochs where positive")
     learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
-    lr_scheduler_type: str = _option("linear", "a schedule of transformers.get_scheduler: linear, cosine, constant, ...")
+    lr_scheduler_type: str = _option(
+        "linear", "a schedule of transformers.get_scheduler: linear, cosine, constant, ..."
+    )
     warmup_steps: int = _option(0, "steps of linear warm-up")
     warmup_ratio: float = _option(0.0, "warm-up as a share of all steps, where warmup_steps is 0")
     weight_decay: float = _option(0.0, "AdamW's decoupled weight decay")
@@ -110,15 +130,25 @@ class CLPConfig:
         if self.batch_size % self.num_generations:
             raise ConfigError(
                 f"per_device_train_batch_size * gradient_accumulation_steps = {self.batch_size} completions do not divide into "
-                f"groups of num_generations = {self.num_generations}; make it a multiple")
+                f"groups of num_generations = {self.num_generations}; make it a multiple"
+            )
         if self.baseline != "none" and self.num_generations < 2:
-            raise ConfigError(f"baseline={self.baseline!r} compares completions of one prompt; num_generations must be at least 2")
+            raise ConfigError(
+                f"baseline={self.baseline!r} compares completions of one prompt; num_generations must be at least 2"
+            )
 
     def _check_choices(self) -> None:
-        choices = {"conditioning": ("lora",), "kl_conditioning": KL_CONDITIONING, "weight_sampler": WEIGHT_SAMPLERS,
-                   "kl_estimator": KL_ESTIMATORS, "baseline": ("leave_one_out", "group_mean", "none"),
-                   "scale_rewards": ("none", "group", "batch"), "loss_type": ("sequence", "grpo", "dapo", "dr_grpo"),
-                   "eval_strategy": ("no", "steps"), "save_strategy": ("no", "steps")}
+        choices = {
+            "conditioning": ("lora",),
+            "kl_conditioning": KL_CONDITIONING,
+            "weight_sampler": WEIGHT_SAMPLERS,
+            "kl_estimator": KL_ESTIMATORS,
+            "baseline": ("leave_one_out", "group_mean", "none"),
+            "scale_rewards": ("none", "group", "batch"),
+            "loss_type": ("sequence", "grpo", "dapo", "dr_grpo"),
+            "eval_strategy": ("no", "steps"),
+            "save_strategy": ("no", "steps"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
@@ -126,29 +156,59 @@ class CLPConfig:
             raise ConfigError("weight_sampler='fixed' needs fixed_weights")
 
     def _check_ranges(self) -> None:
-        positive = ("rank", "num_generations", "max_completion_length", "per_device_train_batch_size", "logging_steps",
-                    "gradient_accumulation_steps", "per_device_eval_batch_size", "num_iterations", "save_steps", "eval_steps",
-                    "grid_resolution", "concentration", "adam_epsilon", "temperature")
-        not_negative = ("learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "epsilon",
-                        "corner_probability")
+        positive = (
+            "rank",
+            "num_generations",
+            "max_completion_length",
+            "per_device_train_batch_size",
+            "logging_steps",
+            "gradient_accumulation_steps",
+            "per_device_eval_batch_size",
+            "num_iterations",
+            "save_steps",
+            "eval_steps",
+            "grid_resolution",
+            "concentration",
+            "adam_epsilon",
+            "temperature",
+        )
+        not_negative = (
+            "learning_rate",
+            "warmup_steps",
+            "warmup_ratio",
+            "weight_decay",
+            "max_grad_norm",
+            "epsilon",
+            "corner_probability",
+        )
         for name in positive + not_negative:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0 and (value > 0 or name in not_negative)):
-                raise ConfigError(f"{name}={value}: expected {'at least 0' if name in not_negative else 'a positive number'}")
+                raise ConfigError(
+                    f"{name}={value}: expected {'at least 0' if name in not_negative else 'a positive number'}"
+                )
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise ConfigError(f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: one must be positive")
+            raise ConfigError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: one must be positive"
+            )
 
     def _check_kl(self) -> None:
         names = ("alpha", "alpha_range", "beta", "beta_range")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} were both given; the KL coefficient is one of {', '.join(names)}")
+            raise ConfigError(
+                f"{' and '.join(given)} were both given; the KL coefficient is one of {', '.join(names)}"
+            )
         low, high = (self.kl, self.kl) if isinstance(self.kl, float) else self.kl
         if not 0 <= low <= high or not self.kl_is_beta and high > 1:
-            raise ConfigError(f"{(given or ['alpha'])[0]}={self.kl}: expected "
-                              f"{'0 or more' if self.kl_is_beta else 'between 0 and 1'}, low before high")
+            raise ConfigError(
+                f"{(given or ['alpha'])[0]}={self.kl}: expected "
+                f"{'0 or more' if self.kl_is_beta else 'between 0 and 1'}, low before high"
+            )
         if low == 0 and not isinstance(self.kl, float):
-            raise ConfigError(f"{given[0]} is drawn log-uniformly and must start above 0; got {list(self.kl)}")
+            raise ConfigError(
+                f"{given[0]} is drawn log-uniformly and must start above 0; got {list(self.kl)}"
+            )
         if self.kl_conditioning == "odds" and low == 0:
             raise ConfigError("kl_conditioning='odds' needs a KL coefficient above 0")
 
@@ -192,12 +252,15 @@ class CLPConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"unknown setting{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}{_suggestion(unknown[0], known)}")
+            raise ConfigError(
+                f"unknown setting{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}{_suggestion(unknown[0], known)}"
+            )
         return cls(**{name: _coerce(name, value, types[name]) for name, value in values.items()})
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
     import difflib
+
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -220,6 +283,12 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
                 return float(value)
             except (TypeError, ValueError):
                 continue
-    expected = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) if typing.get_origin(o) is None
-                           else str(o) for o in options)
+    expected = " or ".join(
+        "nothing"
+        if o is type(None)
+        else getattr(o, "__name__", str(o))
+        if typing.get_origin(o) is None
+        else str(o)
+        for o in options
+    )
     raise ConfigError(f"{name}={value!r}: expected {expected}")

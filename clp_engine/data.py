@@ -24,8 +24,10 @@ class PromptBatch:
 
     def repeated(self, times: int) -> tuple[list, dict[str, list]]:
         """(prompts, columns) with each row `times` times in a row, as reward functions take them."""
-        return ([p for p in self.prompts for _ in range(times)],
-                {name: [v for v in values for _ in range(times)] for name, values in self.columns.items()})
+        return (
+            [p for p in self.prompts for _ in range(times)],
+            {name: [v for v in values for _ in range(times)] for name, values in self.columns.items()},
+        )
 
 
 class PromptDataset:
@@ -33,12 +35,16 @@ class PromptDataset:
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer, max_prompt_length: int | None = None):
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-            raise ConfigError(f"a dataset must have a length and rows by index (a list of dicts, datasets.Dataset); "
-                              f"got {type(rows).__name__}; list(dataset) makes one of an iterable")
+            raise ConfigError(
+                f"a dataset must have a length and rows by index (a list of dicts, datasets.Dataset); "
+                f"got {type(rows).__name__}; list(dataset) makes one of an iterable"
+            )
         if len(rows) == 0:
             raise ConfigError("the dataset is empty")
         if not isinstance(rows[0], Mapping) or "prompt" not in rows[0]:
-            raise ConfigError(f"each row of a dataset needs a 'prompt'; the first one has {_described(rows[0])}")
+            raise ConfigError(
+                f"each row of a dataset needs a 'prompt'; the first one has {_described(rows[0])}"
+            )
         self.rows, self.tokenizer, self.max_prompt_length = rows, tokenizer, max_prompt_length
         self._order: tuple[tuple, list[int]] | None = None
 
@@ -49,33 +55,49 @@ class PromptDataset:
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         else:
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-        return ids[-self.max_prompt_length:] if self.max_prompt_length else ids
+            ids = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        return ids[-self.max_prompt_length :] if self.max_prompt_length else ids
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:
         rows = [self.rows[int(i)] for i in indices]
-        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        columns = {
+            name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")
+        }
         prompts = [row["prompt"] for row in rows]
         return PromptBatch(prompts, [self.encode(p) for p in prompts], columns)
 
     def indices(self, start: int, count: int, seed: int, shuffle: bool) -> list[int]:
         """Rows `start` to `start + count` of the endless stream of epochs, each epoch in an order of its own."""
-        return [self._epoch(position // len(self), seed, shuffle)[position % len(self)] for position in range(start, start + count)]
+        return [
+            self._epoch(position // len(self), seed, shuffle)[position % len(self)]
+            for position in range(start, start + count)
+        ]
 
     def _epoch(self, epoch: int, seed: int, shuffle: bool) -> Sequence[int]:
         if not shuffle:
             return range(len(self))
         key = (epoch, seed)
         if self._order is None or self._order[0] != key:
-            self._order = key, torch.randperm(len(self), generator=seeds.generator(seed, _SHUFFLE, epoch)).tolist()
+            self._order = (
+                key,
+                torch.randperm(len(self), generator=seeds.generator(seed, _SHUFFLE, epoch)).tolist(),
+            )
         return self._order[1]
 
 
 def _described(row: Any) -> str:
-    return f"the columns {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"type {type(row).__name__}"
+    return (
+        f"the columns {', '.join(map(str, row))}"
+        if isinstance(row, Mapping)
+        else f"type {type(row).__name__}"
+    )
 
 
 def completion_texts(tokenizer, token_lists: list[list[int]], prompts: list) -> list:
     """Completions as reward functions take them: text, or a list with the assistant's message for a chat prompt."""
     texts = tokenizer.batch_decode(token_lists, skip_special_tokens=True)
-    return [t if isinstance(p, str) else [{"role": "assistant", "content": t}] for t, p in zip(texts, prompts)]
+    return [
+        t if isinstance(p, str) else [{"role": "assistant", "content": t}] for t, p in zip(texts, prompts)
+    ]

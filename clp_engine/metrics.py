@@ -59,7 +59,7 @@ class MetricLog:
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:
-    """completions/{mean,min,max}_length and the same of those that ended by themselves; clipped_ratio: the share that did not."""
+    """completions/{mean,min,max}_length the same of those that ended; clipped_ratio: the share that did not."""
     lengths = rollout.lengths.float()
     result = {f"completions/{kind}_length": value for kind, value in _spread(lengths).items()}
     ended = lengths[rollout.terminated]
@@ -72,8 +72,9 @@ def _spread(values: torch.Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
 
 
-def reward_metrics(names: Sequence[str], rewards: torch.Tensor, scalar: torch.Tensor, conditions: Conditions,
-                   group: int) -> dict[str, float]:
+def reward_metrics(
+    names: Sequence[str], rewards: torch.Tensor, scalar: torch.Tensor, conditions: Conditions, group: int
+) -> dict[str, float]:
     """rewards/{name}/{mean,std}, rewards/{name}/weight_{low}_{high}, reward (w.R), reward_std and frac_reward_zero_std.
 
     rewards: (B, M), NaN = does not apply; scalar: (B,) w.R; conditions: B rows.
@@ -90,5 +91,8 @@ def reward_metrics(names: Sequence[str], rewards: torch.Tensor, scalar: torch.Te
                 result[f"rewards/{name}/weight_{low:.2f}_{high:.2f}"] = values[inside].mean().item()
     groups = scalar.view(-1, group)
     spread = groups.std(-1, unbiased=False)
-    return result | {"reward": scalar.nanmean().item(), "reward_std": spread.nanmean().item(),
-                     "frac_reward_zero_std": (spread == 0).float().mean().item()}
+    return result | {
+        "reward": scalar.nanmean().item(),
+        "reward_std": spread.nanmean().item(),
+        "frac_reward_zero_std": (spread == 0).float().mean().item(),
+    }

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from clp_engine.policy import PolicySpec
 
 
-def save(path: str | Path, spec: PolicySpec, layers: Mapping[str, ConditionedLinear], coefficients: torch.Tensor) -> None:
+def save(
+    path: str | Path, spec: PolicySpec, layers: Mapping[str, ConditionedLinear], coefficients: torch.Tensor
+) -> None:
     """Write `sum_i c_i s_i B_i A_i` as one adapter of rank R = sum r_i: A stacked as it is, B's columns times c_i s_i, and
     lora_alpha = R, so that PEFT's own scaling lora_alpha / R is one. coefficients: (M,). Atomic."""
     tensors = {}
@@ -28,10 +30,20 @@ def save(path: str | Path, spec: PolicySpec, layers: Mapping[str, ConditionedLin
         tensors[f"base_model.model.{name}.lora_B.weight"] = (layer.lora_b.detach() * gate).cpu().contiguous()
     total = sum(spec.ranks)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": spec.base_model, "inference_mode": True,
-        "r": total, "lora_alpha": total, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
-        "target_modules": sorted(layers), "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
-        "modules_to_save": None, "init_lora_weights": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": spec.base_model,
+        "inference_mode": True,
+        "r": total,
+        "lora_alpha": total,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": sorted(layers),
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "modules_to_save": None,
+        "init_lora_weights": True,
     }
     with write_directory(path) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})

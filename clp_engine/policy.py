@@ -61,7 +61,9 @@ class PolicySpec:
 def _per_objective(value, objectives: Sequence[str], name: str) -> tuple:
     values = tuple(value) if isinstance(value, Sequence) else (value,) * len(objectives)
     if len(values) != len(objectives):
-        raise ConfigError(f"{name} has {len(values)} entries for {len(objectives)} objectives ({', '.join(objectives)})")
+        raise ConfigError(
+            f"{name} has {len(values)} entries for {len(objectives)} objectives ({', '.join(objectives)})"
+        )
     return values
 
 
@@ -83,12 +85,24 @@ class ConditionedPolicy(nn.Module):
         self.backbone = Backbone(model)  # the head may have been wrapped
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | PreTrainedModel, objectives: Sequence[str], *, conditioning: str = "lora",
-                        rank: int | Sequence[int] = 16, lora_alpha: float | Sequence[float] | None = None,
-                        target_modules: str | Sequence[str] | None = None, kl_conditioning: str = "none",
-                        min_kl: float | None = None, default_kl: float = 0.1, kl_is_beta: bool = False,
-                        tokenizer=None, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None,
-                        seed: int = 0) -> ConditionedPolicy:
+    def from_pretrained(
+        cls,
+        name_or_path: str | PreTrainedModel,
+        objectives: Sequence[str],
+        *,
+        conditioning: str = "lora",
+        rank: int | Sequence[int] = 16,
+        lora_alpha: float | Sequence[float] | None = None,
+        target_modules: str | Sequence[str] | None = None,
+        kl_conditioning: str = "none",
+        min_kl: float | None = None,
+        default_kl: float = 0.1,
+        kl_is_beta: bool = False,
+        tokenizer=None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+    ) -> ConditionedPolicy:
         """A policy that starts as `name_or_path` for every weighting.
 
         name_or_path: a model name, directory, "docsum" (the model shipped with the engine), or a loaded transformers causal
@@ -106,15 +120,30 @@ class ConditionedPolicy(nn.Module):
         if conditioning != "lora":
             raise ConfigError(f"conditioning={conditioning!r}: expected 'lora'")
         if kl_conditioning not in KL_CONDITIONING:
-            raise ConfigError(f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}")
+            raise ConfigError(
+                f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}"
+            )
         ranks = _per_objective(rank, objectives, "rank")
         if not all(isinstance(r, int) and r > 0 for r in ranks):
             raise ConfigError(f"rank={rank!r}: expected a positive integer, or one per objective")
-        alphas = tuple(2.0 * r for r in ranks) if lora_alpha is None else \
-            tuple(map(float, _per_objective(lora_alpha, objectives, "lora_alpha")))
+        alphas = (
+            tuple(2.0 * r for r in ranks)
+            if lora_alpha is None
+            else tuple(map(float, _per_objective(lora_alpha, objectives, "lora_alpha")))
+        )
         model, tokenizer, base = _load_base(name_or_path, tokenizer, dtype, device)
-        spec = PolicySpec(base, objectives, ranks, alphas, tuple(find_targets(model, target_modules)), conditioning,
-                          kl_conditioning, min_kl, default_kl, kl_is_beta)
+        spec = PolicySpec(
+            base,
+            objectives,
+            ranks,
+            alphas,
+            tuple(find_targets(model, target_modules)),
+            conditioning,
+            kl_conditioning,
+            min_kl,
+            default_kl,
+            kl_is_beta,
+        )
         return cls(model, spec, tokenizer, seed)
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -158,7 +187,11 @@ class ConditionedPolicy(nn.Module):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by '<layer>.lora_a' and '<layer>.lora_b'."""
-        return {f"{name}.{part}": getattr(layer, part) for name, layer in self.layers.items() for part in ("lora_a", "lora_b")}
+        return {
+            f"{name}.{part}": getattr(layer, part)
+            for name, layer in self.layers.items()
+            for part in ("lora_a", "lora_b")
+        }
 
     # -- conditions ---------------------------------------------------------------------------------------------------
 
@@ -168,8 +201,13 @@ class ConditionedPolicy(nn.Module):
         weights: a mapping by name, a sequence of M numbers, a list of either with one per row, a (rows, M) tensor, or None
         (uniform). kl: a number, one per row, or None (`spec.default_kl`). Raises ConfigError naming what is wrong.
         """
-        per_row = isinstance(weights, torch.Tensor) and weights.dim() == 2 or \
-            isinstance(weights, Sequence) and weights and not isinstance(weights[0], int | float)
+        per_row = (
+            isinstance(weights, torch.Tensor)
+            and weights.dim() == 2
+            or isinstance(weights, Sequence)
+            and weights
+            and not isinstance(weights[0], int | float)
+        )
         try:
             parsed = [parse_weights(w, self.objectives) for w in (weights if per_row else [weights])]
         except ValueError as error:
@@ -179,15 +217,18 @@ class ConditionedPolicy(nn.Module):
             if count not in (1, rows):
                 raise ConfigError(f"{name} has {count} entries for {rows} rows; expected one, or one per row")
         if not bool((kls >= 0).all()) or not self.kl_is_beta and bool((kls > 1).any()):
-            raise ConfigError(f"kl={kl!r}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}")
+            raise ConfigError(
+                f"kl={kl!r}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
+            )
         return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
 
     def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
         """The blend (rows, M) on the model's device, or None where every row is the reference."""
         if conditions is None or not bool(conditions.weights.any()):
             return None
-        return blend_coefficients(conditions, self.spec.kl_conditioning, min_kl=self.spec.min_kl,
-                                  kl_is_beta=self.kl_is_beta).to(self.device)
+        return blend_coefficients(
+            conditions, self.spec.kl_conditioning, min_kl=self.spec.min_kl, kl_is_beta=self.kl_is_beta
+        ).to(self.device)
 
     @contextlib.contextmanager
     def blended(self, conditions: Conditions | None) -> Iterator[None]:
@@ -197,7 +238,15 @@ class ConditionedPolicy(nn.Module):
 
     # -- computing ----------------------------------------------------------------------------------------------------
 
-    def forward(self, input_ids: torch.Tensor, *args, weights=None, kl=None, conditions: Conditions | None = None, **kwargs):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *args,
+        weights=None,
+        kl=None,
+        conditions: Conditions | None = None,
+        **kwargs,
+    ):
         """The transformers model's forward, row i under its own (w, kl): give `conditions`, or `weights` and `kl` as for
         `conditions()`."""
         conditions = conditions or self.conditions(weights, kl, input_ids.shape[0])
@@ -213,7 +262,9 @@ class ConditionedPolicy(nn.Module):
         blend = self.coefficients(conditions)
         cache = backbone.empty_cache()
         with self.blend.use(blend):
-            before = backbone.extend(batch.prompt_ids, batch.prompt_mask, cache)[:, -1:].repeat_interleave(group, 0)
+            before = backbone.extend(batch.prompt_ids, batch.prompt_mask, cache)[:, -1:].repeat_interleave(
+                group, 0
+            )
         if batch.completion_ids.shape[1] == 1:
             return before
         backbone.repeat_cache(cache, group)
@@ -221,26 +272,56 @@ class ConditionedPolicy(nn.Module):
         with self.blend.use(None if blend is None else blend.repeat_interleave(group, 0)):
             return torch.cat([before, backbone.extend(batch.completion_ids[:, :-1], valid, cache)], 1)
 
-    def token_stats(self, hidden: torch.Tensor, targets: torch.Tensor, *, ref_hidden: torch.Tensor | None = None,
-                    conditions: Conditions | None = None, temperature: float = 1.0,
-                    outputs: Sequence[str] = ("logprob",)) -> TokenStats:
+    def token_stats(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        ref_hidden: torch.Tensor | None = None,
+        conditions: Conditions | None = None,
+        temperature: float = 1.0,
+        outputs: Sequence[str] = ("logprob",),
+    ) -> TokenStats:
         """`linear_logprob` through this model's output projection; hidden (rows, H), targets (rows,).
 
         conditions: one per row, needed only where the output projection itself is conditioned.
         """
         head = self.backbone.head
         lora = None
-        if isinstance(head.module, ConditionedLinear) and (blend := self.coefficients(conditions)) is not None:
+        if (
+            isinstance(head.module, ConditionedLinear)
+            and (blend := self.coefficients(conditions)) is not None
+        ):
             with self.blend.use(blend):
                 gate = self.blend.gate(head.module.ranks, head.module.scalings)
             lora = HeadLoRA(head.module.lora_a.to(hidden.dtype), head.module.lora_b.to(hidden.dtype), gate)
-        return linear_logprob(hidden, head.module.weight, targets, bias=head.module.bias, temperature=temperature,
-                              softcap=head.softcap, logit_scale=head.logit_scale, ref_hidden=ref_hidden, lora=lora,
-                              outputs=tuple(outputs))
+        return linear_logprob(
+            hidden,
+            head.module.weight,
+            targets,
+            bias=head.module.bias,
+            temperature=temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            ref_hidden=ref_hidden,
+            lora=lora,
+            outputs=tuple(outputs),
+        )
 
-    def generate(self, prompts: str | Sequence[str], weights=None, kl=None, *, max_new_tokens: int = 128,
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-                 num_return_sequences: int = 1, seed: int = 0) -> list:
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        weights=None,
+        kl=None,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        num_return_sequences: int = 1,
+        seed: int = 0,
+    ) -> list:
         """Completions of prompts, each under its own weighting.
 
         prompts: texts; weights, kl: one for all or one per prompt (see `conditions`). Returns one string per prompt, or one
@@ -250,12 +331,18 @@ class ConditionedPolicy(nn.Module):
             raise ConfigError("this policy has no tokenizer; give one to from_pretrained(tokenizer=...)")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [self.tokenizer(p).input_ids for p in prompts]
-        drawn = rollout(self, encoded, self.conditions(weights, kl, len(prompts)), num_generations=num_return_sequences,
-                        sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p), seed=seed)
+        drawn = rollout(
+            self,
+            encoded,
+            self.conditions(weights, kl, len(prompts)),
+            num_generations=num_return_sequences,
+            sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p),
+            seed=seed,
+        )
         texts = self.tokenizer.batch_decode(drawn.token_lists(), skip_special_tokens=True)
         if num_return_sequences == 1:
             return texts
-        return [texts[i:i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]
+        return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -264,20 +351,35 @@ class ConditionedPolicy(nn.Module):
         with write_directory(directory) as temporary:
             spec = json.dumps(asdict(self.spec), indent=2) + "\n"
             (temporary / _SPEC_FILE).write_text(spec, encoding="utf-8")
-            save_file({n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()}, temporary / _ADAPTER_FILE)
+            save_file(
+                {n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()},
+                temporary / _ADAPTER_FILE,
+            )
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
 
     @classmethod
-    def load(cls, directory: str | Path, *, base_model: str | PreTrainedModel | None = None,
-             dtype: torch.dtype | str | None = None, device: str | torch.device | None = None) -> ConditionedPolicy:
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        base_model: str | PreTrainedModel | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+    ) -> ConditionedPolicy:
         """The policy that `save_pretrained` wrote; base_model: where the base is now, if it has moved."""
         directory = Path(directory)
         if not (directory / _SPEC_FILE).is_file():
-            raise ConfigError(f"{directory}: no {_SPEC_FILE} here; expected a directory written by save_pretrained")
+            raise ConfigError(
+                f"{directory}: no {_SPEC_FILE} here; expected a directory written by save_pretrained"
+            )
         raw = json.loads((directory / _SPEC_FILE).read_text(encoding="utf-8"))
         spec = PolicySpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-        tokenizer = AutoTokenizer.from_pretrained(directory) if (directory / "tokenizer_config.json").is_file() else None
+        tokenizer = (
+            AutoTokenizer.from_pretrained(directory)
+            if (directory / "tokenizer_config.json").is_file()
+            else None
+        )
         model, tokenizer, _ = _load_base(base_model or spec.base_model, tokenizer, dtype, device)
         policy = cls(model, spec, tokenizer)
         policy.load_adapters(load_file(directory / _ADAPTER_FILE))
@@ -292,7 +394,9 @@ class ConditionedPolicy(nn.Module):
         with torch.no_grad():
             for name, parameter in own.items():
                 if parameter.shape != tensors[name].shape:
-                    raise ConfigError(f"adapter {name}: shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
+                    raise ConfigError(
+                        f"adapter {name}: shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+                    )
                 parameter.copy_(tensors[name])
 
     def export_adapter(self, path: str | Path, weights=None, kl=None) -> None:
@@ -324,6 +428,7 @@ def _resolve(name_or_path: str | Path) -> str | Path:
     """A shipped model by its task's name; everything else as it is."""
     if str(name_or_path) == "docsum" and not Path(name_or_path).exists():
         from clp_engine.tasks import docsum
+
         return docsum.checkpoint_path()
     return name_or_path
 
@@ -338,7 +443,9 @@ def _load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel,
     path = _resolve(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"))
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto")
+        )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -71,15 +71,23 @@ class Rollout:
         prompt_mask, mask = self.prompt_mask[start:stop], self.completion_mask[rows]
         skip = self.prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
         keep = max(int(mask.sum(-1).max()), 1)
-        return Rollout(self.prompt_ids[start:stop, skip:], prompt_mask[:, skip:], self.completion_ids[rows, :keep],
-                       mask[:, :keep], self.logprobs[rows, :keep], self.terminated[rows])
+        return Rollout(
+            self.prompt_ids[start:stop, skip:],
+            prompt_mask[:, skip:],
+            self.completion_ids[rows, :keep],
+            mask[:, :keep],
+            self.logprobs[rows, :keep],
+            self.terminated[rows],
+        )
 
     def token_lists(self) -> list[list[int]]:
         """The tokens of each completion without padding, the end token included."""
         return [ids[:n] for ids, n in zip(self.completion_ids.tolist(), self.lengths.tolist())]
 
 
-def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), both (P, longest)."""
     for i, s in enumerate(sequences):
         if len(s) == 0:
@@ -87,16 +95,23 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     for i, s in enumerate(sequences):
-        ids[i, longest - len(s):] = torch.as_tensor(s, dtype=torch.long)
+        ids[i, longest - len(s) :] = torch.as_tensor(s, dtype=torch.long)
     lengths = torch.tensor([len(s) for s in sequences]).unsqueeze(-1)
     mask = torch.arange(longest) >= longest - lengths
     return ids.to(device), mask.to(device)
 
 
 @torch.no_grad()
-def rollout(policy: ConditionedPolicy, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, *,
-            num_generations: int = 1, sampling: SamplingParams | None = None, seed: int = 0,
-            row_seeds: torch.Tensor | None = None) -> Rollout:
+def rollout(
+    policy: ConditionedPolicy,
+    prompt_ids: Sequence[Sequence[int]],
+    conditions: Conditions,
+    *,
+    num_generations: int = 1,
+    sampling: SamplingParams | None = None,
+    seed: int = 0,
+    row_seeds: torch.Tensor | None = None,
+) -> Rollout:
     """Draw `num_generations` completions of each of P prompts, each prompt under its own condition.
 
     conditions: P rows. row_seeds: (P * num_generations,) int64, one stream of random numbers per completion; by default
@@ -104,7 +119,9 @@ def rollout(policy: ConditionedPolicy, prompt_ids: Sequence[Sequence[int]], cond
     """
     sampling = sampling or SamplingParams()
     if len(conditions) != len(prompt_ids):
-        raise ValueError(f"conditions has {len(conditions)} rows for {len(prompt_ids)} prompts; expected one per prompt")
+        raise ValueError(
+            f"conditions has {len(conditions)} rows for {len(prompt_ids)} prompts; expected one per prompt"
+        )
     device, backbone = policy.device, policy.backbone
     prompts, prompt_mask = pad_left(prompt_ids, policy.pad_token_id, device)
     rows, steps = len(prompt_ids) * num_generations, sampling.max_new_tokens
@@ -133,8 +150,14 @@ def rollout(policy: ConditionedPolicy, prompt_ids: Sequence[Sequence[int]], cond
     positions = valid.sum(-1, keepdim=True)
     blend = policy.coefficients(row_conditions)
     for step in range(steps):
-        drawn, drawn_logprob = sample_tokens(logits, temperature=sampling.temperature, top_k=sampling.top_k,
-                                             top_p=sampling.top_p, min_p=sampling.min_p, seeds=derive(row_seeds, step))
+        drawn, drawn_logprob = sample_tokens(
+            logits,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seeds=derive(row_seeds, step),
+        )
         live = ~done
         tokens[running, step] = torch.where(live, drawn, policy.pad_token_id)
         logprobs[running, step] = torch.where(live, drawn_logprob, 0.0)

@@ -18,8 +18,14 @@ ALL = ("logprob", "ref_logprob", "kl", "entropy")
 _NEEDS_REFERENCE = {"ref_logprob", "kl", "reverse_kl"}
 
 
-def completion_stats(policy: ConditionedPolicy, batch: Rollout, conditions: Conditions | None, *,
-                     outputs: Sequence[str] = ALL, temperature: float = 1.0) -> tuple[torch.Tensor, TokenStats]:
+def completion_stats(
+    policy: ConditionedPolicy,
+    batch: Rollout,
+    conditions: Conditions | None,
+    *,
+    outputs: Sequence[str] = ALL,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, TokenStats]:
     """(hidden, stats) of the N completion tokens of `batch`, in the order of batch.completion_mask.nonzero().
 
     hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients.
@@ -30,9 +36,17 @@ def completion_stats(policy: ConditionedPolicy, batch: Rollout, conditions: Cond
         with torch.no_grad():
             ref_hidden = policy.completion_hidden(batch, None)[mask]
     hidden = policy.completion_hidden(batch, conditions)[mask]
-    row_conditions = None if conditions is None else conditions.repeat(batch.group)[mask.nonzero()[:, 0].cpu()]
-    return hidden, policy.token_stats(hidden, batch.completion_ids[mask], ref_hidden=ref_hidden,
-                                      conditions=row_conditions, temperature=temperature, outputs=outputs)
+    row_conditions = (
+        None if conditions is None else conditions.repeat(batch.group)[mask.nonzero()[:, 0].cpu()]
+    )
+    return hidden, policy.token_stats(
+        hidden,
+        batch.completion_ids[mask],
+        ref_hidden=ref_hidden,
+        conditions=row_conditions,
+        temperature=temperature,
+        outputs=outputs,
+    )
 
 
 def unpacked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -41,8 +55,15 @@ def unpacked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score(policy: ConditionedPolicy, batch: Rollout, conditions: Conditions | None, *, outputs: Sequence[str] = ALL,
-          temperature: float = 1.0, max_tokens: int = 16384) -> TokenStats:
+def score(
+    policy: ConditionedPolicy,
+    batch: Rollout,
+    conditions: Conditions | None,
+    *,
+    outputs: Sequence[str] = ALL,
+    temperature: float = 1.0,
+    max_tokens: int = 16384,
+) -> TokenStats:
     """Statistics of every completion token, each (B, T) float32 and zero outside batch.completion_mask, without gradients.
 
     conditions: one row per prompt, None for the base model. max_tokens: prompts are taken together up to this many tokens.
@@ -54,8 +75,15 @@ def score(policy: ConditionedPolicy, batch: Rollout, conditions: Conditions | No
     for start in range(0, prompts, step):
         stop = min(start + step, prompts)
         part = batch.prompts(start, stop)
-        parts.append(completion_stats(policy, part, None if conditions is None else conditions[start:stop],
-                                      outputs=outputs, temperature=temperature)[1])
+        parts.append(
+            completion_stats(
+                policy,
+                part,
+                None if conditions is None else conditions[start:stop],
+                outputs=outputs,
+                temperature=temperature,
+            )[1]
+        )
     joined = {}
     for name in TokenStats._fields:
         values = [getattr(part, name) for part in parts]

@@ -33,7 +33,7 @@ from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
 from clp_engine.data import PromptBatch, PromptDataset, completion_texts
 from clp_engine.errors import ConfigError
-from clp_engine.estimators import MixController, loss_weights, scalarise
+from clp_engine.estimators import MixController, loss_weights, rescale_rewards, scalarise
 from clp_engine.metrics import MetricLog, PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rewards import RewardSet
@@ -70,13 +70,28 @@ class CLPTrainer:
     condition_sampler: draws (w, kl), instead of the one `args` describes.
     """
 
-    def __init__(self, model, reward_funcs=None, args: CLPConfig | None = None, train_dataset=None, eval_dataset=None,
-                 processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
-                 quantization_config=None, peft_config=None, *, condition_sampler: ConditionSampler | None = None):
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: CLPConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        *,
+        condition_sampler: ConditionSampler | None = None,
+    ):
         if reward_funcs is None:
             raise ConfigError("reward_funcs is missing; give at least one reward function")
         if quantization_config is not None:
-            raise ConfigError("quantization_config: quantised base models are not supported; load the model in bfloat16")
+            raise ConfigError(
+                "quantization_config: quantised base models are not supported; load the model in bfloat16"
+            )
         self.args = args or CLPConfig()
         self.rewards = RewardSet(reward_funcs, reward_processing_classes)
         self.sampler = condition_sampler or self._build_sampler()
@@ -85,10 +100,14 @@ class CLPTrainer:
         if self.tokenizer is None:
             raise ConfigError("no tokenizer: give processing_class=")
         self.policy.tokenizer = self.tokenizer
-        make = lambda rows: None if rows is None else PromptDataset(rows, self.tokenizer, self.args.max_prompt_length)  # noqa: E731
-        self.train_dataset, self.eval_dataset = make(train_dataset), make(eval_dataset)
-        self.sampling = SamplingParams(self.args.max_completion_length, self.args.temperature, self.args.top_k,
-                                       self.args.top_p, self.args.min_p)
+        self.train_dataset, self.eval_dataset = self._dataset(train_dataset), self._dataset(eval_dataset)
+        self.sampling = SamplingParams(
+            self.args.max_completion_length,
+            self.args.temperature,
+            self.args.top_k,
+            self.args.top_p,
+            self.args.min_p,
+        )
         self.controller = MixController()
         self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
         self.control = TrainerControl()
@@ -96,51 +115,93 @@ class CLPTrainer:
         self._extra_metrics: dict[str, list[float]] = {}
         self._extra_columns: dict[str, list] = {}
         reporting = get_reporting_integration_callbacks(self.args.report_to)
-        self.callback_handler = CallbackHandler([DefaultFlowCallback, *reporting, *(callbacks or [])], self.policy.model,
-                                                self.tokenizer, self.optimizer, self.lr_scheduler)
+        self.callback_handler = CallbackHandler(
+            [DefaultFlowCallback, *reporting, *(callbacks or [])],
+            self.policy.model,
+            self.tokenizer,
+            self.optimizer,
+            self.lr_scheduler,
+        )
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
 
     # -- construction -------------------------------------------------------------------------------------------------
+
+    def _dataset(self, rows) -> PromptDataset | None:
+        return None if rows is None else PromptDataset(rows, self.tokenizer, self.args.max_prompt_length)
 
     def _build_sampler(self) -> ConditionSampler:
         a = self.args
         many = len(self.rewards) > 1 and a.weight_sampler != "fixed"
         try:
-            return build_sampler(len(self.rewards), a.weight_sampler, a.concentration, a.corner_probability if many else 0.0,
-                                 a.grid_resolution, a.fixed_weights, a.kl)
+            return build_sampler(
+                len(self.rewards),
+                a.weight_sampler,
+                a.concentration,
+                a.corner_probability if many else 0.0,
+                a.grid_resolution,
+                a.fixed_weights,
+                a.kl,
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
     def _build_policy(self, model, tokenizer, peft_config) -> ConditionedPolicy:
         a = self.args
-        kl = {"min_kl": self.sampler.min_kl, "kl_is_beta": a.kl_is_beta,
-              "default_kl": a.kl if isinstance(a.kl, float) else math.sqrt(a.kl[0] * a.kl[1])}
+        kl = {
+            "min_kl": self.sampler.min_kl,
+            "kl_is_beta": a.kl_is_beta,
+            "default_kl": a.kl if isinstance(a.kl, float) else math.sqrt(a.kl[0] * a.kl[1]),
+        }
         if isinstance(model, ConditionedPolicy):
             if peft_config is not None:
-                raise ConfigError("peft_config was given with a ConditionedPolicy, which has its adapters already; leave one out")
+                raise ConfigError(
+                    "peft_config was given with a ConditionedPolicy, which has its adapters already; leave one out"
+                )
             if model.objectives != self.rewards.names:
-                raise ConfigError(f"the policy's objectives are {', '.join(model.objectives)}, the rewards are "
-                                  f"{', '.join(self.rewards.names)}; they must be the same in the same order "
-                                  "(reward_funcs may be a mapping from names to functions)")
+                raise ConfigError(
+                    f"the policy's objectives are {', '.join(model.objectives)}, the rewards are "
+                    f"{', '.join(self.rewards.names)}; they must be the same in the same order "
+                    "(reward_funcs may be a mapping from names to functions)"
+                )
             model.spec = dataclasses.replace(model.spec, **kl)
             return model
         adapter = {"rank": a.rank, "lora_alpha": a.lora_alpha, "target_modules": a.target_modules}
         if peft_config is not None:
             targets = peft_config.target_modules
-            adapter = {"rank": peft_config.r, "lora_alpha": peft_config.lora_alpha,
-                       "target_modules": sorted(targets) if isinstance(targets, set) else targets}
-        return ConditionedPolicy.from_pretrained(model, self.rewards.names, conditioning=a.conditioning, tokenizer=tokenizer,
-                                                 kl_conditioning=a.kl_conditioning, seed=a.seed, **adapter, **kl)
+            adapter = {
+                "rank": peft_config.r,
+                "lora_alpha": peft_config.lora_alpha,
+                "target_modules": sorted(targets) if isinstance(targets, set) else targets,
+            }
+        return ConditionedPolicy.from_pretrained(
+            model,
+            self.rewards.names,
+            conditioning=a.conditioning,
+            tokenizer=tokenizer,
+            kl_conditioning=a.kl_conditioning,
+            seed=a.seed,
+            **adapter,
+            **kl,
+        )
 
     def _create_optimizer(self, max_steps: int) -> None:
         a = self.args
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.policy.adapter_parameters().values(), lr=a.learning_rate, fused=True,
-                                               betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon, weight_decay=a.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                self.policy.adapter_parameters().values(),
+                lr=a.learning_rate,
+                fused=True,
+                betas=(a.adam_beta1, a.adam_beta2),
+                eps=a.adam_epsilon,
+                weight_decay=a.weight_decay,
+            )
         if self.lr_scheduler is None:
             warmup = a.warmup_steps or math.ceil(a.warmup_ratio * max_steps)
             self.lr_scheduler = get_scheduler(a.lr_scheduler_type, self.optimizer, warmup, max_steps)
-        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
+            self.optimizer,
+            self.lr_scheduler,
+        )
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -149,26 +210,45 @@ class CLPTrainer:
         a = self.args
         prompts = a.batch_size // a.num_generations
         position = step // a.num_iterations * prompts
-        batch = self.train_dataset.batch(self.train_dataset.indices(position, prompts, a.seed, a.shuffle_dataset))
+        batch = self.train_dataset.batch(
+            self.train_dataset.indices(position, prompts, a.seed, a.shuffle_dataset)
+        )
         # Prompts of like length share a micro-batch; the order changes nothing else, since every prompt draws for itself.
         conditions = self.sampler.sample(prompts, seeds.generator(a.seed, _CONDITIONS, step))
         order = sorted(range(prompts), key=lambda i: len(batch.token_ids[i]))
-        row_seeds = seeds.derive(a.seed, _TOKENS, step, torch.arange(a.batch_size)).view(prompts, -1)[order].view(-1)
-        batch = PromptBatch([batch.prompts[i] for i in order], [batch.token_ids[i] for i in order],
-                            {name: [values[i] for i in order] for name, values in batch.columns.items()})
+        row_seeds = (
+            seeds.derive(a.seed, _TOKENS, step, torch.arange(a.batch_size)).view(prompts, -1)[order].view(-1)
+        )
+        batch = PromptBatch(
+            [batch.prompts[i] for i in order],
+            [batch.token_ids[i] for i in order],
+            {name: [values[i] for i in order] for name, values in batch.columns.items()},
+        )
         return self._generate(batch, conditions[order], row_seeds, "train")
 
-    def _generate(self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor, mode: str) -> Generation:
+    def _generate(
+        self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor, mode: str
+    ) -> Generation:
         a, group = self.args, self.args.num_generations
         with self.timer("rollout"):
-            drawn = rollout(self.policy, batch.token_ids, conditions, num_generations=group, sampling=self.sampling,
-                            row_seeds=row_seeds)
+            drawn = rollout(
+                self.policy,
+                batch.token_ids,
+                conditions,
+                num_generations=group,
+                sampling=self.sampling,
+                row_seeds=row_seeds,
+            )
         with self.timer("reward"):
             rewards = self._reward(batch, drawn)
             scalar = scalarise(rewards, conditions.repeat(group).weights)
-        metrics = completion_metrics(drawn) | reward_metrics(self.rewards.names, rewards, scalar, conditions.repeat(group), group)
+        metrics = completion_metrics(drawn) | reward_metrics(
+            self.rewards.names, rewards, scalar, conditions.repeat(group), group
+        )
         metrics |= {name: sum(v) / len(v) for name, v in self._extra_metrics.items()}
-        self.state.num_input_tokens_seen += int(drawn.prompt_mask.sum()) * group + int(drawn.completion_mask.sum())
+        self.state.num_input_tokens_seen += int(drawn.prompt_mask.sum()) * group + int(
+            drawn.completion_mask.sum()
+        )
         if a.log_completions and mode == "train":
             self._write_completions(batch, drawn, conditions, rewards)
         return Generation(drawn, conditions, rewards, scalar.to(self.policy.device), metrics)
@@ -177,20 +257,35 @@ class CLPTrainer:
         prompts, columns = batch.repeated(drawn.group)
         token_lists = drawn.token_lists()
         self._extra_metrics, self._extra_columns = {}, {}
-        return self.rewards(prompts, completion_texts(self.tokenizer, token_lists, prompts), token_lists, columns,
-                            trainer_state=self.state, log_extra=self._extra_columns.__setitem__,
-                            log_metric=lambda name, value: self._extra_metrics.setdefault(name, []).append(float(value)))
+        return self.rewards(
+            prompts,
+            completion_texts(self.tokenizer, token_lists, prompts),
+            token_lists,
+            columns,
+            trainer_state=self.state,
+            log_extra=self._extra_columns.__setitem__,
+            log_metric=lambda name, value: self._extra_metrics.setdefault(name, []).append(float(value)),
+        )
 
-    def _write_completions(self, batch: PromptBatch, drawn: Rollout, conditions: Conditions, rewards: torch.Tensor) -> None:
+    def _write_completions(
+        self, batch: PromptBatch, drawn: Rollout, conditions: Conditions, rewards: torch.Tensor
+    ) -> None:
         prompts, _ = batch.repeated(drawn.group)
         texts = completion_texts(self.tokenizer, drawn.token_lists(), prompts)
         weights = conditions.repeat(drawn.group).weights.tolist()
         with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as file:
             for i, (prompt, text) in enumerate(zip(prompts, texts)):
-                row = {"step": self.state.global_step, "prompt": prompt, "completion": text,
-                       "weights": dict(zip(self.rewards.names, weights[i])),
-                       "rewards": {n: None if math.isnan(r) else r for n, r in zip(self.rewards.names, rewards[i].tolist())},
-                       **{name: column[i] for name, column in self._extra_columns.items()}}
+                row = {
+                    "step": self.state.global_step,
+                    "prompt": prompt,
+                    "completion": text,
+                    "weights": dict(zip(self.rewards.names, weights[i])),
+                    "rewards": {
+                        n: None if math.isnan(r) else r
+                        for n, r in zip(self.rewards.names, rewards[i].tolist())
+                    },
+                    **{name: column[i] for name, column in self._extra_columns.items()},
+                }
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
     def _update(self, generation: Generation) -> dict[str, float]:
@@ -200,6 +295,7 @@ class CLPTrainer:
         if a.mask_truncated_completions:
             counted = counted & drawn.terminated.unsqueeze(-1)
         weights = loss_weights(counted, a.loss_type, a.max_completion_length)
+        rewards = rescale_rewards(generation.scalar, drawn.group, a.scale_rewards)
         prompts = drawn.prompt_ids.shape[0]
         per_micro_batch = max(1, a.per_device_train_batch_size // a.num_generations)
         results, old = [], torch.zeros_like(drawn.logprobs)
@@ -210,9 +306,18 @@ class CLPTrainer:
                 part = drawn.prompts(start, stop)
                 width = slice(0, part.completion_ids.shape[1])
                 first = generation.old_logprob is None
-                result = backward(self.policy, MicroBatch(
-                    part, generation.conditions[start:stop], generation.scalar[rows], weights[rows, width],
-                    None if first else generation.old_logprob[rows, width]), a, self.controller)
+                result = backward(
+                    self.policy,
+                    MicroBatch(
+                        part,
+                        generation.conditions[start:stop],
+                        rewards[rows],
+                        weights[rows, width],
+                        None if first else generation.old_logprob[rows, width],
+                    ),
+                    a,
+                    self.controller,
+                )
                 old[rows, width] = result.logprob
                 results.append((part, result))
         metrics = self._update_metrics(results, first)
@@ -222,8 +327,10 @@ class CLPTrainer:
             parameters = list(self.policy.adapter_parameters().values())
             norm = torch.nn.utils.clip_grad_norm_(parameters, a.max_grad_norm or math.inf).item()
             if not math.isfinite(norm):
-                raise RuntimeError(f"the gradient norm is {norm} at step {self.state.global_step}: a reward or log-prob is not "
-                                   "finite, or the learning rate is too high; the parameters are those of the step before")
+                raise RuntimeError(
+                    f"the gradient norm is {norm} at step {self.state.global_step}: a reward or log-prob is not "
+                    "finite, or the learning rate is too high; the parameters are those of the step before"
+                )
             self.control = self.callback_handler.on_pre_optimizer_step(a, self.state, self.control)
             metrics |= {"grad_norm": norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
             self.optimizer.step()
@@ -244,15 +351,24 @@ class CLPTrainer:
         }
         if first:
             gaps = torch.cat([(r.logprob - p.logprobs).abs()[p.completion_mask] for p, r in results])
-            metrics |= {"sampling/sampling_logp_difference/mean": gaps.mean().item(),
-                        "sampling/sampling_logp_difference/max": gaps.max().item()}
+            metrics |= {
+                "sampling/sampling_logp_difference/mean": gaps.mean().item(),
+                "sampling/sampling_logp_difference/max": gaps.max().item(),
+            }
         else:
-            low, high = ([getattr(r.coefficients, f"clip_{end}").item() for _, r in results] for end in ("low", "high"))
-            metrics |= {"clip_ratio/low_mean": sum(low) / len(low), "clip_ratio/high_mean": sum(high) / len(high),
-                        "clip_ratio/region_mean": (sum(low) + sum(high)) / len(low)}
+            low, high = (
+                [getattr(r.coefficients, f"clip_{end}").item() for _, r in results] for end in ("low", "high")
+            )
+            metrics |= {
+                "clip_ratio/low_mean": sum(low) / len(low),
+                "clip_ratio/high_mean": sum(high) / len(high),
+                "clip_ratio/region_mean": (sum(low) + sum(high)) / len(low),
+            }
         if self.args.kl_estimator == "mixed":
             metrics["kl_mix"] = self.controller.mix
-            self.controller.update(sum(r.mix_sums[0] for _, r in results), sum(r.mix_sums[1] for _, r in results))
+            self.controller.update(
+                sum(r.mix_sums[0] for _, r in results), sum(r.mix_sums[1] for _, r in results)
+            )
         return metrics
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -279,7 +395,14 @@ class CLPTrainer:
         state = self.state
         self.control = self.callback_handler.on_train_begin(a, state, self.control)
         started, first_step, losses = time.perf_counter(), state.global_step, []
-        bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=a.disable_tqdm, dynamic_ncols=True)
+        bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            disable=a.disable_tqdm,
+            dynamic_ncols=True,
+        )
         with bar, _finish_step_on_interrupt() as interrupted:
             while state.global_step < state.max_steps and not self.control.should_training_stop:
                 losses.append(self._step(bar))
@@ -290,15 +413,25 @@ class CLPTrainer:
         self.save_model()
         self.control = self.callback_handler.on_train_end(a, state, self.control)
         steps = max(state.global_step - first_step, 1)
-        return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {
-            "train_runtime": seconds, "train_steps_per_second": steps / seconds, "num_tokens": state.num_input_tokens_seen})
+        return TrainOutput(
+            state.global_step,
+            sum(losses) / max(len(losses), 1),
+            {
+                "train_runtime": seconds,
+                "train_steps_per_second": steps / seconds,
+                "num_tokens": state.num_input_tokens_seen,
+            },
+        )
 
     def _prepare(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         """Optimiser, state and log, from the start or from a checkpoint."""
         a, state = self.args, self.state
         state.max_steps = self.max_steps
         state.logging_steps, state.eval_steps, state.save_steps = a.logging_steps, a.eval_steps, a.save_steps
-        state.train_batch_size, state.num_train_epochs = a.per_device_train_batch_size, math.ceil(a.num_train_epochs)
+        state.train_batch_size, state.num_train_epochs = (
+            a.per_device_train_batch_size,
+            math.ceil(a.num_train_epochs),
+        )
         self._create_optimizer(state.max_steps)
         self.metric_log, self.timer = MetricLog(), PhaseTimer(self.policy.device)
         if resume_from_checkpoint:
@@ -322,10 +455,16 @@ class CLPTrainer:
             metrics |= self._generation.metrics
         state.global_step += 1
         state.epoch = self._epoch(state.global_step)
-        metrics |= {"step_time": time.perf_counter() - start} | {f"time/{k}": v for k, v in self.timer.seconds.items()}
+        metrics |= {"step_time": time.perf_counter() - start} | {
+            f"time/{k}": v for k, v in self.timer.seconds.items()
+        }
         self.metric_log.add(metrics)
         bar.update()
-        bar.set_postfix(reward=f"{self._generation.metrics['reward']:.3f}", kl=f"{metrics['kl_sequence']:.2f}", refresh=False)
+        bar.set_postfix(
+            reward=f"{self._generation.metrics['reward']:.3f}",
+            kl=f"{metrics['kl_sequence']:.2f}",
+            refresh=False,
+        )
         self.control = self.callback_handler.on_step_end(a, state, self.control)
         if self.control.should_log:
             self.log({**self.metric_log.drain(), "num_tokens": state.num_input_tokens_seen})
@@ -342,7 +481,11 @@ class CLPTrainer:
 
     def _begin_epoch_if_new(self) -> None:
         epoch = int(self._epoch(self.state.global_step))
-        before = int(self._epoch(self.state.global_step - self.args.num_iterations)) if self.state.global_step else -1
+        before = (
+            int(self._epoch(self.state.global_step - self.args.num_iterations))
+            if self.state.global_step
+            else -1
+        )
         if epoch != before:
             if before >= 0:
                 self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
@@ -350,7 +493,7 @@ class CLPTrainer:
 
     def evaluate(self, eval_dataset=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean metrics over an evaluation set, conditions drawn by the sampler from a fixed seed; logged under `eval_`."""
-        dataset = self.eval_dataset if eval_dataset is None else PromptDataset(eval_dataset, self.tokenizer, self.args.max_prompt_length)
+        dataset = self.eval_dataset if eval_dataset is None else self._dataset(eval_dataset)
         if dataset is None:
             raise ConfigError("evaluate() needs an eval_dataset")
         a, log, tokens_seen = self.args, MetricLog(), self.state.num_input_tokens_seen
@@ -362,10 +505,22 @@ class CLPTrainer:
             conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
             row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * a.num_generations))
             generation = self._generate(batch, conditions, row_seeds, "eval")
-            stats = score(self.policy, generation.rollout, conditions, outputs=("logprob", "kl", "entropy"), temperature=a.temperature)
+            stats = score(
+                self.policy,
+                generation.rollout,
+                conditions,
+                outputs=("logprob", "kl", "entropy"),
+                temperature=a.temperature,
+            )
             tokens = generation.rollout.completion_mask.sum().item()
-            log.add(generation.metrics | {"kl": stats.kl.sum().item() / tokens, "entropy": stats.entropy.sum().item() / tokens,
-                                          "kl_sequence": stats.kl.sum(-1).mean().item()})
+            log.add(
+                generation.metrics
+                | {
+                    "kl": stats.kl.sum().item() / tokens,
+                    "entropy": stats.entropy.sum().item() / tokens,
+                    "kl_sequence": stats.kl.sum(-1).mean().item(),
+                }
+            )
         self.state.num_input_tokens_seen = tokens_seen
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in log.drain().items()}
         self.log(metrics)
@@ -402,33 +557,65 @@ class CLPTrainer:
         self._save_pending = self.state.global_step % self.args.num_iterations != 0
         if self._save_pending:
             return
-        checkpoint.save(self.args.output_dir, self.state.global_step, self.policy, self.optimizer, {
-            "config": self.args.to_dict(), "scheduler": self.lr_scheduler.state_dict(), "sampler": self.sampler.state_dict(),
-            "mix_controller": self.controller.state_dict(), "metric_log": self.metric_log.state_dict(),
-            "trainer": dataclasses.asdict(self.state)}, self.args.save_total_limit)
+        checkpoint.save(
+            self.args.output_dir,
+            self.state.global_step,
+            self.policy,
+            self.optimizer,
+            {
+                "config": self.args.to_dict(),
+                "scheduler": self.lr_scheduler.state_dict(),
+                "sampler": self.sampler.state_dict(),
+                "mix_controller": self.controller.state_dict(),
+                "metric_log": self.metric_log.state_dict(),
+                "trainer": dataclasses.asdict(self.state),
+            },
+            self.args.save_total_limit,
+        )
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _restore(self, path: Path) -> None:
         saved: dict[str, Any] = checkpoint.load(path, self.policy, self.optimizer)
-        changed = [name for name, value in saved["config"].items()
-                   if name not in _FREE_TO_CHANGE and getattr(self.args, name, None) != value]
+        changed = [
+            name
+            for name, value in saved["config"].items()
+            if name not in _FREE_TO_CHANGE and getattr(self.args, name, None) != value
+        ]
         if changed:
-            raise ConfigError(f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
-                              "(or start a new run from its policy folder)")
+            raise ConfigError(
+                f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
+                "(or start a new run from its policy folder)"
+            )
         self.lr_scheduler.load_state_dict(saved["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = rate
         self.sampler.load_state_dict(saved["sampler"])
         self.controller.load_state_dict(saved["mix_controller"])
         self.metric_log.load_state_dict(saved["metric_log"])
-        limits = {k: getattr(self.state, k) for k in ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")}
+        limits = {
+            k: getattr(self.state, k)
+            for k in ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")
+        }
         self.state = TrainerState(**{**saved["trainer"], **limits})
 
 
 # Settings that a resumed run may change: they do not touch what is computed.
-_FREE_TO_CHANGE = {"output_dir", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "eval_delay", "save_strategy",
-                   "save_steps", "save_total_limit", "log_completions", "report_to", "run_name", "disable_tqdm",
-                   "per_device_eval_batch_size"}
+_FREE_TO_CHANGE = {
+    "output_dir",
+    "logging_steps",
+    "logging_first_step",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "log_completions",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "per_device_eval_batch_size",
+}
 
 
 @contextlib.contextmanager

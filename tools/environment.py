@@ -26,30 +26,39 @@ def fail(message):
 
 def check_python():
     if sys.version_info < OLDEST:
-        fail("Python %d.%d or newer is needed, but %s is %d.%d. Run make with another one: make PYTHON=python3.11 ..."
-             % (OLDEST + (sys.executable,) + tuple(sys.version_info[:2])))
+        fail(
+            "Python %d.%d or newer is needed, but %s is %d.%d. Run make with another one: make PYTHON=python3.11 ..."
+            % (OLDEST + (sys.executable,) + tuple(sys.version_info[:2]))
+        )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        fail("this Python cannot make virtual environments. Install the missing part (Debian and Ubuntu: "
-             "apt install python%d.%d-venv), or run make with another Python." % tuple(sys.version_info[:2]))
+        fail(
+            "this Python cannot make virtual environments. Install the missing part (Debian and Ubuntu: "
+            "apt install python%d.%d-venv), or run make with another Python." % tuple(sys.version_info[:2])
+        )
 
 
 def check_compiler():
     wanted = os.environ.get("CXX")
     if not any(shutil.which(name) for name in ([wanted] if wanted else ["c++", "g++", "clang++"])):
-        fail("no C++ compiler was found%s. The CPU kernels are built from source here: install one (Debian and Ubuntu: "
-             "apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX."
-             % (" under the name in CXX, " + wanted if wanted else ""))
+        fail(
+            "no C++ compiler was found%s. The CPU kernels are built from source here: install one (Debian and Ubuntu: "
+            "apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX."
+            % (" under the name in CXX, " + wanted if wanted else "")
+        )
 
 
 def fingerprint(options):
     digest = hashlib.sha256(repr((options, sys.version_info[:3], ROOT)).encode())
     for name in INPUTS:
         path = os.path.join(ROOT, name)
-        files = [path] if os.path.isfile(path) else sorted(
-            os.path.join(folder, f) for folder, _, names in os.walk(path) for f in names)
+        files = (
+            [path]
+            if os.path.isfile(path)
+            else sorted(os.path.join(folder, f) for folder, _, names in os.walk(path) for f in names)
+        )
         for file in files:
             with open(file, "rb") as stream:
                 digest.update(file.encode() + stream.read())
@@ -58,13 +67,24 @@ def fingerprint(options):
 
 def pip(python, arguments):
     # The output goes through as it comes, and is kept so that the cause of a failure can be told.
-    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"] + arguments
+    command = [
+        python,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--progress-bar",
+        "off",
+    ] + arguments
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     kept = []
     for line in process.stdout:
         text = line.decode(errors="replace")
         kept.append(text)
-        if not text.startswith("Requirement already satisfied") and "is ignored: it is neither a file" not in text:
+        if (
+            not text.startswith("Requirement already satisfied")
+            and "is ignored: it is neither a file" not in text
+        ):
             sys.stdout.write(text)
             sys.stdout.flush()
     if process.wait():
@@ -72,14 +92,34 @@ def pip(python, arguments):
 
 
 def explain(output):
-    if any(sign in output for sign in ("NewConnectionError", "Temporary failure in name resolution", "ConnectTimeout",
-                                       "Failed to establish a new connection", "ProxyError", "Read timed out", "MaxRetryError")):
-        fail("the package index cannot be reached. Installing needs it once; check the network or pip's settings "
-             "(pip config list), then run make again.")
+    if any(
+        sign in output
+        for sign in (
+            "NewConnectionError",
+            "Temporary failure in name resolution",
+            "ConnectTimeout",
+            "Failed to establish a new connection",
+            "ProxyError",
+            "Read timed out",
+            "MaxRetryError",
+        )
+    ):
+        fail(
+            "the package index cannot be reached. Installing needs it once; check the network or pip's settings "
+            "(pip config list), then run make again."
+        )
     if "No matching distribution found" in output or "No space left on device" in output:
-        wanted = [line for line in output.splitlines() if "No matching distribution" in line or "No space left" in line][-1]
-        fail("installing failed: " + wanted.replace("ERROR: ", "") + ". Pinned versions are in constraints.txt; they are for "
-             "CPython 3.11 and newer on Linux.")
+        wanted = [
+            line
+            for line in output.splitlines()
+            if "No matching distribution" in line or "No space left" in line
+        ][-1]
+        fail(
+            "installing failed: "
+            + wanted.replace("ERROR: ", "")
+            + ". Pinned versions are in constraints.txt; they are for "
+            "CPython 3.11 and newer on Linux."
+        )
     fail("installing failed; the reason is in the lines above.")
 
 

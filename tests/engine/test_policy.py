@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from engine.conftest import VOCAB, build_model, build_policy, build_tokenizer
+
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
-from engine.conftest import VOCAB, build_model, build_policy, build_tokenizer
 
 
 def ids(rows=4, length=9, seed=3):
@@ -36,8 +37,8 @@ def test_a_row_does_not_depend_on_the_weightings_beside_it(family):
     with torch.no_grad():
         together = policy(ids(), weights=weightings).logits
         for i, w in enumerate(weightings):
-            alone = policy(ids()[i:i + 1], weights=w.tolist()).logits
-            torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-5, atol=1e-5)
+            alone = policy(ids()[i : i + 1], weights=w.tolist()).logits
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_blend_is_of_products_not_of_factors():
@@ -55,8 +56,12 @@ def test_merge_gives_an_ordinary_model_with_the_same_log_probs(family):
     merged = policy.merge(weights)
     assert type(merged) is type(policy.model) and not any("lora" in n for n, _ in merged.named_parameters())
     with torch.no_grad():
-        torch.testing.assert_close(merged(ids()).logits.log_softmax(-1), policy(ids(), weights=weights).logits.log_softmax(-1),
-                                   rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            merged(ids()).logits.log_softmax(-1),
+            policy(ids(), weights=weights).logits.log_softmax(-1),
+            rtol=1e-4,
+            atol=1e-4,
+        )
         # and the policy itself still blends
         assert not torch.equal(policy(ids(), weights=[1, 0]).logits, policy(ids(), weights=[0, 1]).logits)
 
@@ -94,8 +99,12 @@ def test_save_and_load_give_the_same_policy(tmp_path):
     again = ConditionedPolicy.load(tmp_path / "policy", base_model=build_model("llama-tied"))
     assert again.spec == policy.spec
     with torch.no_grad():
-        assert torch.equal(again(ids(), weights=[0.2, 0.8], kl=0.3).logits, policy(ids(), weights=[0.2, 0.8], kl=0.3).logits)
-    assert again.generate("w1 w2", weights=[1, 0], max_new_tokens=4) == policy.generate("w1 w2", weights=[1, 0], max_new_tokens=4)
+        assert torch.equal(
+            again(ids(), weights=[0.2, 0.8], kl=0.3).logits, policy(ids(), weights=[0.2, 0.8], kl=0.3).logits
+        )
+    assert again.generate("w1 w2", weights=[1, 0], max_new_tokens=4) == policy.generate(
+        "w1 w2", weights=[1, 0], max_new_tokens=4
+    )
 
 
 def test_only_the_named_layers_are_conditioned_and_the_head_may_be_one_of_them():
@@ -107,28 +116,37 @@ def test_only_the_named_layers_are_conditioned_and_the_head_may_be_one_of_them()
     assert len(default.layers) == 2 * 7 and not any("lm_head" in n for n in default.layers)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"target_modules": ["no_such_proj"]}, "no linear layer of .* is called 'no_such_proj'; it has .*q_proj"),
-    ({"target_modules": ["lm_head"]}, "shares its weight with the input embedding"),
-    ({"rank": 0}, "rank=0: expected a positive integer"),
-    ({"rank": (1, 2, 3)}, "rank has 3 entries for 2 objectives"),
-    ({"conditioning": "magic"}, "conditioning='magic'"),
-    ({"kl_conditioning": "cubic"}, "kl_conditioning='cubic': expected one of none, linear, odds"),
-    ({"objectives": ["a", "a"]}, "no name twice"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"target_modules": ["no_such_proj"]},
+            "no linear layer of .* is called 'no_such_proj'; it has .*q_proj",
+        ),
+        ({"target_modules": ["lm_head"]}, "shares its weight with the input embedding"),
+        ({"rank": 0}, "rank=0: expected a positive integer"),
+        ({"rank": (1, 2, 3)}, "rank has 3 entries for 2 objectives"),
+        ({"conditioning": "magic"}, "conditioning='magic'"),
+        ({"kl_conditioning": "cubic"}, "kl_conditioning='cubic': expected one of none, linear, odds"),
+        ({"objectives": ["a", "a"]}, "no name twice"),
+    ],
+)
 def test_bad_settings_say_what_was_expected(change, message):
     with pytest.raises(ConfigError, match=message):
         build_policy("qwen2", **change)
 
 
-@pytest.mark.parametrize(("weights", "kl", "message"), [
-    ({"a": 0.5, "c": 0.5}, None, "unknown objective 'c'; this policy has a, b"),
-    ({"a": 1.5, "b": -0.5}, None, "must not be negative"),
-    ({"a": 0.5, "b": 0.2}, None, "must sum to 1; got a=0.5, b=0.2"),
-    ([0.5, 0.3, 0.2], None, "3 entries; expected 2"),
-    ([[1, 0]] * 3, None, "weights has 3 entries for 2 rows"),
-    (None, 1.5, "alpha between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    ("weights", "kl", "message"),
+    [
+        ({"a": 0.5, "c": 0.5}, None, "unknown objective 'c'; this policy has a, b"),
+        ({"a": 1.5, "b": -0.5}, None, "must not be negative"),
+        ({"a": 0.5, "b": 0.2}, None, "must sum to 1; got a=0.5, b=0.2"),
+        ([0.5, 0.3, 0.2], None, "3 entries; expected 2"),
+        ([[1, 0]] * 3, None, "weights has 3 entries for 2 rows"),
+        (None, 1.5, "alpha between 0 and 1"),
+    ],
+)
 def test_bad_conditions_say_what_was_expected(weights, kl, message):
     with pytest.raises(ConfigError, match=message):
         build_policy("qwen2").conditions(weights, kl, rows=2)
@@ -137,7 +155,9 @@ def test_bad_conditions_say_what_was_expected(weights, kl, message):
 def test_a_policy_needs_a_causal_language_model(tmp_path):
     from transformers import LlamaConfig, LlamaModel
 
-    small = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    small = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
     with pytest.raises(ConfigError, match="causal language model"):
         ConditionedPolicy.from_pretrained(LlamaModel(small), ["a"], tokenizer=build_tokenizer())
     with pytest.raises(ConfigError, match="cannot load the model '.*missing'"):

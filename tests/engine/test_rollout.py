@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from engine.conftest import build_policy
+
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.rollout import SamplingParams, pad_left, rollout
 from clp_engine.scoring import completion_stats, score, unpacked
-from engine.conftest import build_policy
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.full((4,), 0.1))
@@ -18,26 +19,32 @@ def plain_log_softmax(policy, prompt, completion, condition, temperature=1.0):
     """(T, V) by one unpadded pass of the transformers model over one sequence."""
     with torch.no_grad():
         logits = policy(torch.tensor([prompt + completion]), conditions=condition).logits[0]
-    return (logits[len(prompt) - 1:-1].float() / temperature).log_softmax(-1)
+    return (logits[len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
 
 
 def test_log_probs_of_rollout_and_scoring_are_those_of_the_plain_model(family):
     policy = build_policy(family)
-    drawn = rollout(policy, PROMPTS, MIXED, num_generations=3, sampling=SamplingParams(12, temperature=0.8), seed=5)
+    drawn = rollout(
+        policy, PROMPTS, MIXED, num_generations=3, sampling=SamplingParams(12, temperature=0.8), seed=5
+    )
     stats = score(policy, drawn, MIXED, temperature=0.8, max_tokens=40)
     assert drawn.terminated.any() or drawn.completion_mask.all()
     for row, completion in enumerate(drawn.token_lists()):
-        prompt, condition = row // 3, MIXED[row // 3:row // 3 + 1]
+        prompt, condition = row // 3, MIXED[row // 3 : row // 3 + 1]
         expected = plain_log_softmax(policy, PROMPTS[prompt], completion, condition, 0.8)
         reference = plain_log_softmax(policy, PROMPTS[prompt], completion, Conditions.reference(1, 2), 0.8)
         picked = torch.arange(len(completion)), torch.tensor(completion)
         n = len(completion)
         for name, value in (("sampled", drawn.logprobs[row, :n]), ("scored", stats.logprob[row, :n])):
-            torch.testing.assert_close(value, expected[picked], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                value, expected[picked], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
         torch.testing.assert_close(stats.ref_logprob[row, :n], reference[picked], rtol=1e-4, atol=1e-4)
         kl = (expected.exp() * (expected - reference)).sum(-1)
         torch.testing.assert_close(stats.kl[row, :n], kl, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(stats.entropy[row, :n], -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            stats.entropy[row, :n], -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-4
+        )
         assert not stats.logprob[row, n:].any() and not stats.kl[row, n:].any()
 
 
@@ -54,7 +61,9 @@ def test_gradients_with_a_shared_prompt_are_those_of_whole_sequences(family):
     weights = torch.randn(drawn.completion_ids.shape, generator=torch.Generator().manual_seed(0))
     _, stats = completion_stats(policy, drawn, MIXED, outputs=("logprob", "entropy"))
     mask = drawn.completion_mask
-    (unpacked(stats.logprob, mask) * weights + unpacked(stats.entropy, mask) * weights.flip(0)).sum().backward()
+    (
+        unpacked(stats.logprob, mask) * weights + unpacked(stats.entropy, mask) * weights.flip(0)
+    ).sum().backward()
     ours = {n: p.grad.clone() for n, p in policy.adapter_parameters().items()}
     for p in policy.adapter_parameters().values():
         p.grad = None
@@ -62,11 +71,15 @@ def test_gradients_with_a_shared_prompt_are_those_of_whole_sequences(family):
         prompt = PROMPTS[row // 3]
         if row // 3 == 0:
             continue  # the reference has no gradient
-        logits = policy(torch.tensor([prompt + completion]), conditions=MIXED[row // 3:row // 3 + 1]).logits[0]
-        log_probs = logits[len(prompt) - 1:-1].log_softmax(-1)
+        logits = policy(
+            torch.tensor([prompt + completion]), conditions=MIXED[row // 3 : row // 3 + 1]
+        ).logits[0]
+        log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)
         n = len(completion)
         picked = log_probs[torch.arange(n), torch.tensor(completion)]
-        (picked * weights[row, :n] - (log_probs.exp() * log_probs).sum(-1) * weights.flip(0)[row, :n]).sum().backward()
+        (
+            picked * weights[row, :n] - (log_probs.exp() * log_probs).sum(-1) * weights.flip(0)[row, :n]
+        ).sum().backward()
     for name, parameter in policy.adapter_parameters().items():
         scale = parameter.grad.abs().max().clamp_min(1e-3)
         assert (ours[name] - parameter.grad).abs().max() < 2e-4 * scale, name
@@ -76,18 +89,28 @@ def test_a_conditioned_output_projection_is_scored_and_trained_as_it_is_sampled(
     policy = build_policy("llama", target_modules=["lm_head", "v_proj"])
     drawn = rollout(policy, PROMPTS, MIXED, num_generations=2, sampling=SamplingParams(6), seed=4)
     _, stats = completion_stats(policy, drawn, MIXED)
-    torch.testing.assert_close(unpacked(stats.logprob, drawn.completion_mask).detach(), drawn.logprobs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        unpacked(stats.logprob, drawn.completion_mask).detach(), drawn.logprobs, rtol=1e-4, atol=1e-4
+    )
     stats.logprob.sum().backward()
     assert policy.layers["lm_head"].lora_b.grad.abs().sum() > 0
 
 
 def test_a_completion_does_not_depend_on_what_else_is_in_the_batch():
     policy = build_policy("qwen2")
-    together = rollout(policy, PROMPTS, MIXED, num_generations=2, sampling=SamplingParams(10), row_seeds=torch.arange(8))
+    together = rollout(
+        policy, PROMPTS, MIXED, num_generations=2, sampling=SamplingParams(10), row_seeds=torch.arange(8)
+    )
     for p, prompt in enumerate(PROMPTS):
-        alone = rollout(policy, [prompt], MIXED[p:p + 1], num_generations=2, sampling=SamplingParams(10),
-                        row_seeds=torch.arange(2 * p, 2 * p + 2))
-        assert alone.token_lists() == together.token_lists()[2 * p:2 * p + 2]
+        alone = rollout(
+            policy,
+            [prompt],
+            MIXED[p : p + 1],
+            num_generations=2,
+            sampling=SamplingParams(10),
+            row_seeds=torch.arange(2 * p, 2 * p + 2),
+        )
+        assert alone.token_lists() == together.token_lists()[2 * p : 2 * p + 2]
 
 
 def test_completions_end_at_an_end_token_and_say_so():
@@ -105,15 +128,20 @@ def test_greedy_is_the_argmax_and_the_same_every_time():
     first, second = (rollout(policy, PROMPTS, MIXED, sampling=greedy, seed=s) for s in (0, 1))
     assert first.token_lists() == second.token_lists()
     for p, completion in enumerate(first.token_lists()):
-        assert plain_log_softmax(policy, PROMPTS[p], completion, MIXED[p:p + 1]).argmax(-1).tolist() == completion
+        assert (
+            plain_log_softmax(policy, PROMPTS[p], completion, MIXED[p : p + 1]).argmax(-1).tolist()
+            == completion
+        )
 
 
 def test_generate_agrees_with_transformers_generate_on_the_merged_model():
     policy = build_policy("llama")
     merged, text = policy.merge({"a": 0.5, "b": 0.5}), "w1 w2 w3 w4"
     encoded = policy.tokenizer(text, return_tensors="pt")
-    theirs = merged.generate(encoded.input_ids, attention_mask=encoded.attention_mask, do_sample=False, max_new_tokens=8)
-    expected = policy.tokenizer.decode(theirs[0, encoded.input_ids.shape[1]:], skip_special_tokens=True)
+    theirs = merged.generate(
+        encoded.input_ids, attention_mask=encoded.attention_mask, do_sample=False, max_new_tokens=8
+    )
+    expected = policy.tokenizer.decode(theirs[0, encoded.input_ids.shape[1] :], skip_special_tokens=True)
     assert policy.generate(text, {"a": 0.5, "b": 0.5}, temperature=0, max_new_tokens=8) == [expected]
 
 

@@ -11,21 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.conftest import build_model, build_policy, build_tokenizer
+from transformers import TrainerCallback
+
 from clp_engine import checkpoint
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rewards import RewardSet
 from clp_engine.trainer import CLPTrainer
-from engine.conftest import build_model, build_policy, build_tokenizer
-from transformers import TrainerCallback
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{2 * i % 50}", "tag": i} for i in range(12)]
 
 
 def low_words(completions, **_):
     """Share of words below w30."""
-    return [sum(int(w[1:]) < 30 for w in c.split() if w[1:].isdigit()) / max(len(c.split()), 1) for c in completions]
+    return [
+        sum(int(w[1:]) < 30 for w in c.split() if w[1:].isdigit()) / max(len(c.split()), 1)
+        for c in completions
+    ]
 
 
 def high_words(completions, **_):
@@ -33,16 +37,38 @@ def high_words(completions, **_):
 
 
 def settings(tmp_path, **changes):
-    return CLPConfig(**{"output_dir": str(tmp_path), "num_generations": 4, "per_device_train_batch_size": 16, "max_steps": 4,
-                        "max_completion_length": 8, "logging_steps": 1, "learning_rate": 5e-3, "rank": 4, "disable_tqdm": True,
-                        "save_strategy": "no", "lr_scheduler_type": "constant", **changes})
+    return CLPConfig(
+        **{
+            "output_dir": str(tmp_path),
+            "num_generations": 4,
+            "per_device_train_batch_size": 16,
+            "max_steps": 4,
+            "max_completion_length": 8,
+            "logging_steps": 1,
+            "learning_rate": 5e-3,
+            "rank": 4,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "lr_scheduler_type": "constant",
+            **changes,
+        }
+    )
 
 
 def build_trainer(tmp_path, *, family="qwen2", rewards=None, model=None, **changes):
-    extra = {k: changes.pop(k) for k in ("callbacks", "eval_dataset", "peft_config", "processing_class") if k in changes}
+    extra = {
+        k: changes.pop(k)
+        for k in ("callbacks", "eval_dataset", "peft_config", "processing_class")
+        if k in changes
+    }
     extra.setdefault("processing_class", build_tokenizer())
-    return CLPTrainer(model or build_model(family), {"low": low_words, "high": high_words} if rewards is None else rewards,
-                      settings(tmp_path, **changes), ROWS, **extra)
+    return CLPTrainer(
+        model or build_model(family),
+        {"low": low_words, "high": high_words} if rewards is None else rewards,
+        settings(tmp_path, **changes),
+        ROWS,
+        **extra,
+    )
 
 
 def log_of(path):
@@ -50,23 +76,47 @@ def log_of(path):
 
 
 def test_training_makes_the_policy_heed_its_weights(tmp_path):
-    trainer = build_trainer(tmp_path, max_steps=60, per_device_train_batch_size=32, alpha=0.005, learning_rate=3e-2, max_grad_norm=0)
+    trainer = build_trainer(
+        tmp_path,
+        max_steps=60,
+        per_device_train_batch_size=32,
+        alpha=0.005,
+        learning_rate=3e-2,
+        max_grad_norm=0,
+    )
     trainer.train()
     prompts = [row["prompt"] for row in ROWS] * 2
-    means = [sum(low_words(trainer.policy.generate(prompts, w, max_new_tokens=8))) / len(prompts)
-             for w in ({"low": 1.0}, {"low": 0.5, "high": 0.5}, {"high": 1.0})]
+    means = [
+        sum(low_words(trainer.policy.generate(prompts, w, max_new_tokens=8))) / len(prompts)
+        for w in ({"low": 1.0}, {"low": 0.5, "high": 0.5}, {"high": 1.0})
+    ]
     assert means[0] > means[1] > means[2] and means[0] - means[2] > 0.25, means
     reloaded = ConditionedPolicy.load(tmp_path / "policy", base_model=build_model("qwen2"))
-    assert reloaded.generate(prompts, {"low": 1.0}, max_new_tokens=8) == trainer.policy.generate(prompts, {"low": 1.0}, max_new_tokens=8)
+    assert reloaded.generate(prompts, {"low": 1.0}, max_new_tokens=8) == trainer.policy.generate(
+        prompts, {"low": 1.0}, max_new_tokens=8
+    )
 
 
-@pytest.mark.parametrize("changes", [
-    {"kl_estimator": "exact"}, {"kl_estimator": "mixed"}, {"kl_estimator": "k2"}, {"kl_estimator": "k3"},
-    {"num_iterations": 2}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}, {"beta": 0.1},
-    {"alpha_range": [0.05, 0.5], "kl_conditioning": "odds"}, {"loss_type": "dapo", "scale_rewards": "group"},
-    {"mask_truncated_completions": True, "loss_type": "dr_grpo"}, {"weight_sampler": "grid"}, {"baseline": "none"},
-    {"weight_sampler": "fixed", "fixed_weights": [0.3, 0.7]}, {"target_modules": ["q_proj", "down_proj"]},
-], ids=lambda c: next(iter(c)) + "=" + str(next(iter(c.values()))))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kl_estimator": "exact"},
+        {"kl_estimator": "mixed"},
+        {"kl_estimator": "k2"},
+        {"kl_estimator": "k3"},
+        {"num_iterations": 2},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
+        {"beta": 0.1},
+        {"alpha_range": [0.05, 0.5], "kl_conditioning": "odds"},
+        {"loss_type": "dapo", "scale_rewards": "group"},
+        {"mask_truncated_completions": True, "loss_type": "dr_grpo"},
+        {"weight_sampler": "grid"},
+        {"baseline": "none"},
+        {"weight_sampler": "fixed", "fixed_weights": [0.3, 0.7]},
+        {"target_modules": ["q_proj", "down_proj"]},
+    ],
+    ids=lambda c: next(iter(c)) + "=" + str(next(iter(c.values()))),
+)
 def test_every_option_trains(tmp_path, changes):
     trainer = build_trainer(tmp_path, **changes)
     before = {n: p.clone() for n, p in trainer.policy.adapter_parameters().items()}
@@ -83,10 +133,15 @@ def test_other_families_train(tmp_path, family):
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
     adapters = []
-    for split in ({"per_device_train_batch_size": 16}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}):
+    for split in (
+        {"per_device_train_batch_size": 16},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+    ):
         trainer = build_trainer(tmp_path, max_steps=2, max_grad_norm=0, **split)
         trainer.train()
-        adapters.append(torch.cat([p.detach().flatten() for p in trainer.policy.adapter_parameters().values()]))
+        adapters.append(
+            torch.cat([p.detach().flatten() for p in trainer.policy.adapter_parameters().values()])
+        )
     # Adam's first steps are sign-like, so compare where the gradient is not negligible.
     assert (adapters[0] - adapters[1]).abs().median() < 1e-6
 
@@ -94,10 +149,29 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
 def test_metrics_have_trl_s_names_and_ours(tmp_path):
     build_trainer(tmp_path, max_steps=2).train()
     names = set(log_of(tmp_path)[0])
-    trl = {"num_tokens", "step_time", "completions/mean_length", "completions/min_length", "completions/max_length",
-           "completions/clipped_ratio", "rewards/low/mean", "rewards/low/std", "rewards/high/mean", "reward", "reward_std",
-           "frac_reward_zero_std", "kl", "entropy", "sampling/sampling_logp_difference/mean", "loss", "grad_norm",
-           "sampling/sampling_logp_difference/max", "learning_rate", "epoch", "step"}
+    trl = {
+        "num_tokens",
+        "step_time",
+        "completions/mean_length",
+        "completions/min_length",
+        "completions/max_length",
+        "completions/clipped_ratio",
+        "rewards/low/mean",
+        "rewards/low/std",
+        "rewards/high/mean",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "kl",
+        "entropy",
+        "sampling/sampling_logp_difference/mean",
+        "loss",
+        "grad_norm",
+        "sampling/sampling_logp_difference/max",
+        "learning_rate",
+        "epoch",
+        "step",
+    }
     ours = {"time/rollout", "time/reward", "time/update", "time/optimizer", "kl_sequence"}
     assert trl | ours <= names, (trl | ours) - names
     assert any(n.startswith("rewards/low/weight_") for n in names)
@@ -120,7 +194,15 @@ def test_reward_functions_are_called_as_trl_calls_them(tmp_path):
 
     trainer = build_trainer(tmp_path, rewards=[recording, asynchronous], max_steps=1, log_completions=True)
     trainer.train()
-    assert {"prompts", "completions", "completion_ids", "tag", "trainer_state", "log_extra", "log_metric"} <= set(seen)
+    assert {
+        "prompts",
+        "completions",
+        "completion_ids",
+        "tag",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+    } <= set(seen)
     assert len(seen["prompts"]) == len(seen["completions"]) == len(seen["tag"]) == 16
     assert seen["tag"][:4] == [seen["tag"][0]] * 4 and seen["trainer_state"] is trainer.state
     entry = log_of(tmp_path)[0]
@@ -133,29 +215,42 @@ def test_a_sequence_classifier_is_a_reward(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=67, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         num_labels=1, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=67,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=0,
+    )
     model = LlamaForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path / "judge")
     build_tokenizer().save_pretrained(tmp_path / "judge")
     texts = (["w1 w2", "w3"], [" w4", " w5 w6"])
     scores = RewardSet(str(tmp_path / "judge"))(*texts, [[1], [1]], {})
     with torch.no_grad():
-        expected = [model(**build_tokenizer()(p + c, return_tensors="pt")).logits[0, 0].item() for p, c in zip(*texts)]
+        expected = [
+            model(**build_tokenizer()(p + c, return_tensors="pt")).logits[0, 0].item() for p, c in zip(*texts)
+        ]
     torch.testing.assert_close(scores[:, 0], torch.tensor(expected))
     assert RewardSet(str(tmp_path / "judge")).names == ("judge",)
 
 
 def test_chat_prompts_go_through_the_template_and_rewards_see_messages(tmp_path):
     tokenizer, seen = build_tokenizer(), []
-    tokenizer.chat_template = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
+    )
 
     def judge(prompts, completions, **_):
         seen.append((prompts[0], completions[0]))
         return [float(len(c[0]["content"])) for c in completions]
 
     rows = [{"prompt": [{"role": "user", "content": "w9 w8"}]}] * 4
-    trainer = CLPTrainer(build_model("qwen2"), judge, settings(tmp_path, max_steps=1), rows, processing_class=tokenizer)
+    trainer = CLPTrainer(
+        build_model("qwen2"), judge, settings(tmp_path, max_steps=1), rows, processing_class=tokenizer
+    )
     trainer.train()
     assert trainer.train_dataset.encode(rows[0]["prompt"]) == tokenizer("w1 w9 w8 w2").input_ids
     assert seen[0][0] == rows[0]["prompt"] and seen[0][1][0]["role"] == "assistant"
@@ -177,8 +272,17 @@ def test_transformers_callbacks_are_heard_and_can_stop_the_run(tmp_path):
 
     result = build_trainer(tmp_path, max_steps=6, callbacks=[Recorder]).train()
     assert result.global_step == 2
-    assert {"on_init_end", "on_train_begin", "on_epoch_begin", "on_step_begin", "on_pre_optimizer_step", "on_optimizer_step",
-            "on_step_end", "on_log", "on_train_end"} <= set(Recorder.events)
+    assert {
+        "on_init_end",
+        "on_train_begin",
+        "on_epoch_begin",
+        "on_step_begin",
+        "on_pre_optimizer_step",
+        "on_optimizer_step",
+        "on_step_end",
+        "on_log",
+        "on_train_end",
+    } <= set(Recorder.events)
 
 
 def test_evaluate_reports_under_eval_and_changes_nothing(tmp_path):
@@ -211,8 +315,9 @@ from clp_engine.trainer import CLPTrainer
 def noisy(completions, **_):
     return [x + random.random() for x in low_words(completions)]
 
-trainer = CLPTrainer(build_model("qwen2"), {{"low": noisy, "high": high_words}}, settings({out!r}, max_steps={steps}, save_steps=3,
-                     save_strategy="steps", kl_estimator="mixed", logging_steps=2, lr_scheduler_type="linear"), ROWS,
+config = settings({out!r}, max_steps={steps}, save_steps=3, save_strategy="steps", kl_estimator="mixed",
+                  logging_steps=2, lr_scheduler_type="linear")
+trainer = CLPTrainer(build_model("qwen2"), {{"low": noisy, "high": high_words}}, config, ROWS,
                      processing_class=build_tokenizer())
 trainer.train(resume_from_checkpoint={resume!r})
 """
@@ -220,7 +325,9 @@ trainer.train(resume_from_checkpoint={resume!r})
 
 def launch(out, steps, resume=None):
     code = RUN.format(tests=str(Path(__file__).parents[1]), out=str(out), steps=steps, resume=resume)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process):
@@ -239,7 +346,11 @@ def test_n_steps_a_kill_and_n_more_are_2n_steps_to_the_bit(tmp_path):
     found = checkpoint.find_all(killed)
     assert found and not (killed / "policy").exists(), "the run ended before it could be killed"
     finish(launch(killed, 12, resume=True))
-    for name in ("policy/adapters.safetensors", "checkpoint-12/training.safetensors", "checkpoint-12/policy/adapters.safetensors"):
+    for name in (
+        "policy/adapters.safetensors",
+        "checkpoint-12/training.safetensors",
+        "checkpoint-12/policy/adapters.safetensors",
+    ):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
     timeless = [[{k: v for k, v in e.items() if "time" not in k} for e in log_of(p)] for p in (whole, killed)]
     assert timeless[0] == timeless[1]
@@ -290,50 +401,78 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"alpha": 0.1, "beta": 0.1}, "alpha and beta were both given"),
-    ({"alpha": 1.5}, "alpha=1.5: expected between 0 and 1"),
-    ({"beta": -1.0}, "beta=-1.0: expected 0 or more"),
-    ({"alpha_range": [0.5, 0.1]}, "low before high"),
-    ({"kl_estimator": "k9"}, "kl_estimator='k9': expected one of return, exact, mixed, k2, k3"),
-    ({"num_generations": 3}, "16 completions do not divide into groups of num_generations = 3"),
-    ({"num_generations": 1}, "num_generations must be at least 2"),
-    ({"weight_sampler": "fixed"}, "needs fixed_weights"),
-    ({"learning_rate": float("nan")}, "learning_rate=nan"),
-    ({"kl_conditioning": "odds", "alpha": 0.0}, "needs a KL coefficient above 0"),
-])
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 0.1, "beta": 0.1}, "alpha and beta were both given"),
+        ({"alpha": 1.5}, "alpha=1.5: expected between 0 and 1"),
+        ({"beta": -1.0}, "beta=-1.0: expected 0 or more"),
+        ({"alpha_range": [0.5, 0.1]}, "low before high"),
+        ({"kl_estimator": "k9"}, "kl_estimator='k9': expected one of return, exact, mixed, k2, k3"),
+        ({"num_generations": 3}, "16 completions do not divide into groups of num_generations = 3"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"weight_sampler": "fixed"}, "needs fixed_weights"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"kl_conditioning": "odds", "alpha": 0.0}, "needs a KL coefficient above 0"),
+    ],
+)
 def test_settings_are_checked_where_they_are_made(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(tmp_path, **changes)
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"learning_rat": 1}, "unknown setting learning_rat; did you mean learning_rate?"),
-    ({"max_steps": "many"}, "max_steps='many': expected int"),
-    ({"alpha_range": 3}, "alpha_range=3: expected list"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1}, "unknown setting learning_rat; did you mean learning_rate?"),
+        ({"max_steps": "many"}, "max_steps='many': expected int"),
+        ({"alpha_range": 3}, "alpha_range=3: expected list"),
+    ],
+)
 def test_settings_from_a_file_are_checked(values, message):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         CLPConfig.from_dict(values)
 
 
 def test_settings_from_a_file_take_what_yaml_gives():
-    config = CLPConfig.from_dict({"learning_rate": "1e-4", "max_steps": 3, "alpha": 1, "target_modules": ["q_proj"]})
+    config = CLPConfig.from_dict(
+        {"learning_rate": "1e-4", "max_steps": 3, "alpha": 1, "target_modules": ["q_proj"]}
+    )
     assert (config.learning_rate, config.alpha, config.target_modules) == (1e-4, 1.0, ["q_proj"])
     assert CLPConfig.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda p: build_trainer(p, rewards=[]), "reward_funcs is empty"),
-    (lambda p: build_trainer(p, rewards=[low_words, low_words]), "the same name"),
-    (lambda p: build_trainer(p, rewards=[3]), "neither a function, a model"),
-    (lambda p: build_trainer(p, model=build_policy(objectives=("high", "low"))), "the same in the same order"),
-    (lambda p: CLPTrainer(build_model("qwen2"), low_words, settings(p), [], processing_class=build_tokenizer()), "dataset is empty"),
-    (lambda p: CLPTrainer(build_model("qwen2"), low_words, settings(p), [{"text": 1}], processing_class=build_tokenizer()),
-     "needs a 'prompt'; the first one has the columns text"),
-    (lambda p: CLPTrainer(build_model("qwen2"), low_words, settings(p), ROWS), "no tokenizer"),
-    (lambda p: CLPTrainer(build_model("qwen2"), None, settings(p), ROWS), "reward_funcs is missing"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: build_trainer(p, rewards=[]), "reward_funcs is empty"),
+        (lambda p: build_trainer(p, rewards=[low_words, low_words]), "the same name"),
+        (lambda p: build_trainer(p, rewards=[3]), "neither a function, a model"),
+        (
+            lambda p: build_trainer(p, model=build_policy(objectives=("high", "low"))),
+            "the same in the same order",
+        ),
+        (
+            lambda p: CLPTrainer(
+                build_model("qwen2"), low_words, settings(p), [], processing_class=build_tokenizer()
+            ),
+            "dataset is empty",
+        ),
+        (
+            lambda p: CLPTrainer(
+                build_model("qwen2"),
+                low_words,
+                settings(p),
+                [{"text": 1}],
+                processing_class=build_tokenizer(),
+            ),
+            "needs a 'prompt'; the first one has the columns text",
+        ),
+        (lambda p: CLPTrainer(build_model("qwen2"), low_words, settings(p), ROWS), "no tokenizer"),
+        (lambda p: CLPTrainer(build_model("qwen2"), None, settings(p), ROWS), "reward_funcs is missing"),
+    ],
+)
 def test_construction_errors_say_what_to_do(tmp_path, make, message):
     with pytest.raises(ConfigError, match=message):
         make(tmp_path)
@@ -355,4 +494,6 @@ def test_a_failing_reward_function_is_named(tmp_path):
 
 def test_a_reward_that_is_not_finite_stops_the_run_with_the_cause(tmp_path):
     with pytest.raises(RuntimeError, match="gradient norm is nan at step 0"):
-        build_trainer(tmp_path, rewards={"bad": lambda completions, **_: [float("inf")] * len(completions)}).train()
+        build_trainer(
+            tmp_path, rewards={"bad": lambda completions, **_: [float("inf")] * len(completions)}
+        ).train()
