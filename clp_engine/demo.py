@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 TASK = "docsum"
 # Settings of the demo's training; everything else is CLPConfig's default.
 TRAINING: dict[str, Any] = {
-    "max_steps": 120,
+    "max_steps": 60,
     "num_generations": 8,
     "per_device_train_batch_size": 64,
-    "gradient_accumulation_steps": 2,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 5,
@@ -43,7 +42,7 @@ TRAINING: dict[str, Any] = {
     "concentration": 0.7,
     "corner_probability": 0.2,
     "logging_steps": 10,
-    "save_steps": 40,
+    "save_steps": 20,
     "save_total_limit": 1,
 }
 EVALUATION: dict[str, Any] = {"prompts": 96, "num_generations": 1, "margin": 0.1, "batch_rows": 192}
@@ -51,8 +50,14 @@ EXAMPLES = 3
 _WIDEST = 110  # columns of text, however wide the terminal
 
 
-def run_demo(out: str | Path, objectives: Sequence[str], *, steps: int | None = None,
-             prompts: int | None = None, seed: int = 0) -> ParetoReport:
+def run_demo(
+    out: str | Path,
+    objectives: Sequence[str],
+    *,
+    steps: int | None = None,
+    prompts: int | None = None,
+    seed: int = 0,
+) -> ParetoReport:
     """The whole demo in the run folder `out`, with its output on stdout.
 
     Raises ConfigError for unknown objectives, a folder that holds something else, or a size below one.
@@ -65,16 +70,25 @@ def run_demo(out: str | Path, objectives: Sequence[str], *, steps: int | None = 
     task = runs.find_task(TASK)
     from clp_engine.config import CLPConfig
 
-    settings = {**TRAINING, "max_completion_length": task.max_completion_length,
-                "max_prompt_length": task.max_prompt_length, "output_dir": str(out), "seed": seed}
+    settings = {
+        **TRAINING,
+        "max_completion_length": task.max_completion_length,
+        "max_prompt_length": task.max_prompt_length,
+        "output_dir": str(out),
+        "seed": seed,
+    }
     config = CLPConfig.from_dict(settings | ({"max_steps": steps} if steps else {}))
     spec = replace(spec, config=config.to_dict(), command="demo")
     resume = _prepare(Path(out), spec)
 
-    _say(f"Training one model to be steered between {_listed(spec.objectives)}: {config.max_steps} steps of "
-         f"{config.batch_size} summaries, each group of {config.num_generations} under its own weighting.")
+    _say(
+        f"Training one model to be steered between {_listed(spec.objectives)}: {config.max_steps} steps of "
+        f"{config.batch_size} summaries, each group of {config.num_generations} under its own weighting."
+    )
     again = shlex.join(["clp-engine", *(sys.argv[1:] if sys.argv[1:2] == ["demo"] else ["demo"])])
-    policy = runs.train(spec, config, resume=resume, again=again).policy
+    # More prompts than the run gets to see would only take time to prepare.
+    limit = config.max_steps * config.batch_size // config.num_generations
+    policy = runs.train(spec, config, resume=resume, again=again, limit=limit).policy
     rows = spec.eval_rows((prompts or EVALUATION["prompts"]) + EXAMPLES, seed=seed)
     examples, held_out = rows[:EXAMPLES], rows[EXAMPLES:]
 
@@ -112,17 +126,26 @@ def _prepare(out: Path, spec: runs.RunSpec) -> bool:
     return False
 
 
-def _evaluate(policy: ConditionedPolicy, spec: runs.RunSpec, config: CLPConfig, rows: list[dict],
-              out: str | Path) -> ParetoReport:
+def _evaluate(
+    policy: ConditionedPolicy, spec: runs.RunSpec, config: CLPConfig, rows: list[dict], out: str | Path
+) -> ParetoReport:
     from clp_engine.evaluate import evaluate
     from clp_engine.rollout import SamplingParams
 
     trained = runs.RunSpec.load(out)
     options = {name: value for name, value in EVALUATION.items() if name != "prompts"}
-    return evaluate(policy, spec.reward_functions(), rows, seed=config.seed, output_dir=out, task=TASK,
-                    sampling=SamplingParams(config.max_completion_length),
-                    max_prompt_length=config.max_prompt_length, train_seconds=trained.train_seconds,
-                    **options)
+    return evaluate(
+        policy,
+        spec.reward_functions(),
+        rows,
+        seed=config.seed,
+        output_dir=out,
+        task=TASK,
+        sampling=SamplingParams(config.max_completion_length),
+        max_prompt_length=config.max_prompt_length,
+        train_seconds=trained.train_seconds,
+        **options,
+    )
 
 
 # --- what is printed ---------------------------------------------------------------------------------------
@@ -162,8 +185,9 @@ def _shown_weightings(count: int) -> list[list[float]]:
 def _show_examples(policy: ConditionedPolicy, rows: list[dict], max_new_tokens: int) -> None:
     weightings = _shown_weightings(len(policy.objectives))
     prompts = [row["prompt"] for row in rows for _ in weightings]
-    texts = iter(policy.generate(prompts, weightings * len(rows), temperature=0.0,
-                                 max_new_tokens=max_new_tokens))
+    texts = iter(
+        policy.generate(prompts, weightings * len(rows), temperature=0.0, max_new_tokens=max_new_tokens)
+    )
     print(f"\n{_bold('Held-out documents, and the likeliest summary at each weighting')}")
     for row in rows:
         print(f"\n{_bold(row['name'])}")
@@ -182,7 +206,9 @@ def _show_next(out: Path, report: ParetoReport, seconds: float) -> None:
     weights = ",".join(f"{name}={w:g}" for name, w in zip(report.objectives, share))
     picture = f" and {out}/pareto.png" if (out / "pareto.png").is_file() else ""
     prompt = "Return the largest element of the list. If the list is empty, raise ValueError."
-    print(f"\n{_bold(f'Done in {seconds / 60:.1f} minutes.')} The report is {out}/report.md{picture}. Next:\n"
-          f"\n  clp-engine generate {out} --weights {weights}\n"
-          f"  clp-engine generate {out} --weights {weights} --prompt \"{prompt}\"\n"
-          f"  clp-engine export {out} --weights {weights} --to adapter    # for peft, transformers, vLLM\n")
+    print(
+        f"\n{_bold(f'Done in {seconds / 60:.1f} minutes.')} The report is {out}/report.md{picture}. Next:\n"
+        f"\n  clp-engine generate {out} --weights {weights}\n"
+        f'  clp-engine generate {out} --weights {weights} --prompt "{prompt}"\n'
+        f"  clp-engine export {out} --weights {weights} --to adapter    # for peft, transformers, vLLM\n"
+    )

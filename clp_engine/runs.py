@@ -1,10 +1,10 @@
 """A run as the command line sees it: what is trained, on what, for which rewards, and in which folder.
 
-    RUN/run.json        this, with the settings of training (CLPConfig) and how long it took
-    RUN/policy/         the trained policy
-    RUN/checkpoint-N/   where training can go on
-    RUN/log.jsonl       metrics of training
-    RUN/report.json, report.md, pareto.png    written by evaluation
+RUN/run.json        this, with the settings of training (CLPConfig) and how long it took
+RUN/policy/         the trained policy
+RUN/checkpoint-N/   where training can go on
+RUN/log.jsonl       metrics of training
+RUN/report.json, report.md, pareto.png    written by evaluation
 """
 
 from __future__ import annotations
@@ -81,8 +81,13 @@ class RunSpec:
         for name in ("dataset", "eval_dataset"):
             if name in values and not Path(values[name]).is_file():
                 raise ConfigError(f"{name}: there is no file {values[name]}")
-        return cls(str(values["model"]), tuple(rewards), dataset=str(values["dataset"]), rewards=rewards,
-                   eval_dataset=None if "eval_dataset" not in values else str(values["eval_dataset"]))
+        return cls(
+            str(values["model"]),
+            tuple(rewards),
+            dataset=str(values["dataset"]),
+            rewards=rewards,
+            eval_dataset=None if "eval_dataset" not in values else str(values["eval_dataset"]),
+        )
 
     @classmethod
     def load(cls, directory: str | Path) -> RunSpec | None:
@@ -102,6 +107,7 @@ class RunSpec:
 
     def same_training(self, other: RunSpec) -> bool:
         """Whether both describe the same training; where it is written and how long it took do not count."""
+
         def essence(spec: RunSpec) -> RunSpec:
             config = {k: v for k, v in spec.config.items() if k not in ("output_dir", "disable_tqdm")}
             return replace(spec, config=config, train_seconds=None)
@@ -114,10 +120,11 @@ class RunSpec:
             return _select(find_task(self.task), self.objectives)
         return {name: load_reward(spec) for name, spec in self.rewards.items()}
 
-    def train_rows(self, seed: int = 0) -> list[dict[str, Any]]:
+    def train_rows(self, limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+        """Training rows: of the task, or of the dataset; the first `limit` of them."""
         if self.task is not None:
-            return find_task(self.task).load_dataset("train", seed=seed)
-        return read_rows(self.dataset)
+            return find_task(self.task).load_dataset("train", limit=limit, seed=seed)
+        return read_rows(self.dataset)[:limit]
 
     def eval_rows(self, limit: int | None = None, seed: int = 0, split: str = "test") -> list[dict[str, Any]]:
         """Held-out rows: of the task's split, or the first of eval_dataset."""
@@ -260,8 +267,11 @@ def is_finished(directory: str | Path) -> bool:
 
 def checkpoints(directory: str | Path) -> list[Path]:
     """Checkpoints of a run folder, oldest first."""
-    found = [(int(p.name.removeprefix("checkpoint-")), p) for p in Path(directory).glob("checkpoint-*")
-             if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [
+        (int(p.name.removeprefix("checkpoint-")), p)
+        for p in Path(directory).glob("checkpoint-*")
+        if p.name.removeprefix("checkpoint-").isdigit()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -274,14 +284,15 @@ def clear(directory: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def train(spec: RunSpec, config: CLPConfig, *, resume: str | bool | None, again: str) -> CLPTrainer:
+def train(spec: RunSpec, config: CLPConfig, *, resume: str | bool | None, again: str,
+          limit: int | None = None) -> CLPTrainer:
     """Train and leave the policy in config.output_dir. again: the command that resumes, for Interrupted to
     say."""
     quiet_transformers()
     from clp_engine.trainer import CLPTrainer
 
     held_out = spec.eval_rows(split="validation") if config.eval_strategy != "no" else None
-    trainer = CLPTrainer(spec.model, spec.reward_functions(), config, spec.train_rows(config.seed), held_out)
+    trainer = CLPTrainer(spec.model, spec.reward_functions(), config, spec.train_rows(limit, config.seed), held_out)
     spec = replace(spec, config=config.to_dict())
     spec.save(config.output_dir)
     try:

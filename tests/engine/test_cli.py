@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,8 +95,10 @@ def refused(argv, capsys) -> str:
 def test_train_writes_a_policy_and_what_is_needed_to_evaluate_it(trained):
     spec = runs.RunSpec.load(trained)
     assert spec.objectives == ("even", "small") and spec.train_seconds > 0 and spec.config["max_steps"] == 4
-    assert runs.is_finished(trained) and [p.name for p in runs.checkpoints(trained)] == ["checkpoint-2",
-    "checkpoint-4"]
+    assert runs.is_finished(trained) and [p.name for p in runs.checkpoints(trained)] == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
     adapters = load_file(trained / "policy" / "adapters.safetensors")
     assert any(t.abs().max() > 0 for name, t in adapters.items() if name.endswith("lora_b"))
 
@@ -109,9 +112,28 @@ def test_evaluate_writes_the_report_into_the_run_and_prints_the_table(trained, c
 
 
 def test_evaluate_takes_a_policy_alone_with_dataset_and_rewards(trained, tmp_path):
-    assert main(["evaluate", "run/policy", "--dataset", "prompts.jsonl", "--prompts", "2", "--bootstrap", "5",
-                 "--grid", "2", "--rewards", "small=toy_rewards.py:small", "even=toy_rewards.py:even",
-                 "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "run/policy",
+                "--dataset",
+                "prompts.jsonl",
+                "--prompts",
+                "2",
+                "--bootstrap",
+                "5",
+                "--grid",
+                "2",
+                "--rewards",
+                "small=toy_rewards.py:small",
+                "even=toy_rewards.py:even",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "report.json").read_text())["objectives"] == ["even", "small"]
 
 
@@ -147,8 +169,19 @@ def test_export_writes_an_adapter_or_a_model_and_does_not_replace_a_folder_unask
 
 def test_a_flag_overrides_the_file_and_an_earlier_run_is_not_replaced_unasked(workplace, trained, capsys):
     assert "earlier run" in refused(["train", "config.yaml"], capsys)
-    arguments = ["train", "config.yaml", "--output-dir", "other", "--max-steps", "1", "--no-disable-tqdm",
-                 "--target-modules", "q_proj,v_proj", "--objectives", "small"]
+    arguments = [
+        "train",
+        "config.yaml",
+        "--output-dir",
+        "other",
+        "--max-steps",
+        "1",
+        "--no-disable-tqdm",
+        "--target-modules",
+        "q_proj,v_proj",
+        "--objectives",
+        "small",
+    ]
     assert main(arguments) == 0
     spec = runs.RunSpec.load("other")
     assert spec.config["max_steps"] == 1 and spec.config["disable_tqdm"] is False
@@ -164,7 +197,11 @@ def test_interrupting_says_where_the_checkpoint_is_and_resuming_gives_the_same_p
     (workplace / "slow_rewards.py").write_text(slow)
     process = subprocess.Popen(
         [*command, "--rewards", "even=slow_rewards.py:even", "small=slow_rewards.py:small"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
     deadline = time.monotonic() + 60
     while not (workplace / "stopped" / "checkpoint-2").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -179,70 +216,148 @@ def test_interrupting_says_where_the_checkpoint_is_and_resuming_gives_the_same_p
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+# --- the demo ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_demo(workplace, monkeypatch, tmp_path):
+    """The demo on a tiny model and a made-up task; returns its run folder."""
+    from clp_engine import demo, tasks
+    from clp_engine.tasks import docsum
+
+    def share(remainder):
+        return lambda completion_ids, **_: [sum(i % 3 == remainder for i in ids) / len(ids) for ids in completion_ids]
+
+    def load_dataset(split, limit=None, seed=0):
+        return [{"prompt": f"w{i} w{i + 1}", "document": f"text {i} of {split}", "reference": f"summary {i}",
+                 "name": f"module.name{i}"} for i in range(20)][:limit]
+
+    task = tasks.Task(
+        name="docsum", objectives={n: share(i) for i, n in enumerate(("coverage", "brevity", "faithfulness"))},
+        default_objectives=("coverage", "brevity"), checkpoint_path=workplace / "base",
+        load_dataset=load_dataset, max_prompt_length=16, max_completion_length=5)
+    monkeypatch.setattr(tasks, "get_task", lambda name: task)
+    monkeypatch.setattr(docsum, "checkpoint_path", lambda: workplace / "base")
+    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING | {"max_steps": 2, "num_generations": 2, "rank": 2,
+                                                           "per_device_train_batch_size": 4})
+    monkeypatch.setattr(demo, "EVALUATION", demo.EVALUATION | {"prompts": 3, "bootstrap": 10})
+    return tmp_path / "demo"
+
+
+def test_the_demo_shows_front_and_summaries_and_what_to_type_next(small_demo, capsys):
+    assert main(["demo", "--out", str(small_demo)]) == 0
+    shown = capsys.readouterr().out
+    raw = json.loads((small_demo / "report.json").read_text())
+    assert raw["task"] == "docsum" and len(raw["points"]) == 11 and raw["setup"]["prompts"] == 3
+    assert shown.count("its own summary: summary") == 3
+    assert shown.count("coverage 1.00:") == shown.count("coverage 0.50, brevity 0.50:") == 3
+    commands = [shlex.split(line, comments=True)[1:] for line in shown.splitlines() if line.startswith("  clp-engine")]
+    assert [command[0] for command in commands] == ["generate", "generate", "export"]
+    for command in commands:
+        assert main([str(small_demo.parent / "adapter") if word == "adapter" else word for word in command]) == 0
+
+
+def test_the_demo_goes_on_with_an_unfinished_run_and_replaces_a_finished_one(small_demo, capsys):
+    assert main(["demo", "--out", str(small_demo)]) == 0
+    first = load_file(small_demo / "policy" / "adapters.safetensors")
+    capsys.readouterr()
+    assert main(["demo", "--out", str(small_demo)]) == 0
+    assert "holds an earlier demo: starting over" in " ".join(capsys.readouterr().out.split())
+    shutil.rmtree(small_demo / "policy")
+    assert main(["demo", "--out", str(small_demo)]) == 0
+    assert "going on at checkpoint-2" in " ".join(capsys.readouterr().out.split())
+    again = load_file(small_demo / "policy" / "adapters.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_demo, capsys):
+    assert main(["demo", "--out", str(small_demo), "--faithfulness", "--prompts", "1", "--steps", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert len([line for line in shown.splitlines() if line.startswith("|")]) == 2 + 3 + 1
+    assert len(json.loads((small_demo / "report.json").read_text())["points"]) == 66
+
+
 # --- mistakes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv, complaint", [
-    (["generate", "run", "--prompt", "w1", "--weights", "even=0.5,tone=0.5"], "unknown objective 'tone'"),
-    (["generate", "run", "--prompt", "w1", "--weights", "even=1.5,small=-0.5"], "must not be negative"),
-    (["generate", "run", "--prompt", "w1", "--weights", "even=0.5,small=0.2"], "must sum to 1"),
-    (["generate", "run", "--prompt", "w1", "--weights", "0.5"], "1 entries; expected 2"),
-    (["generate", "run", "--prompt", "w1", "--weights", "even"], "expected numbers by objective"),
-    (["generate", "run", "--prompt", "w1", "--kl", "7"], "alpha between 0 and 1"),
-    (["generate", "run", "--prompt", "w1", "--temperature", "-1"], "temperature=-1.0"),
-    (["generate", "run"], "give --prompt TEXT or --prompts FILE"),
-    (["generate", "run", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
-    (["generate", "nowhere", "--prompt", "w1"], "there is no folder nowhere"),
-    (["generate", "base", "--prompt", "w1"], "base holds no trained policy"),
-    (["export", "run", "--weights", "even=2,small=-1", "--to", "x"], "must not be negative"),
-    (["export", "run", "--to", "x"], "--weights is missing; the objectives are even, small"),
-    (["export", "run", "--weights", "1,0"], "required: --to"),
-    (["evaluate", "run", "--reference-point", "even=0"], "reference_point is for even; expected even, small"),
-    (["evaluate", "run/policy", "--rewards", "even=toy_rewards.py:even", "--dataset", "prompts.jsonl"],
-     "unknown objective 'small'"),
-    (["evaluate", "run", "--prompts", "many"], "invalid int value: 'many'"),
-    (["train"], "model is missing; give a task, or model, dataset and rewards"),
-    (["train", "nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
-    (["train", "prompts.txt"], "expected names and values"),
-    (["train", "config.yaml", "--task", "docsum"], "task and dataset were both given"),
-    (["train", "--task", "chess"], "unknown task 'chess'"),
-    (["train", "--task", "docsum", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
-    (["train", "config.yaml", "--objectives", "even,rhyme"], "unknown objective 'rhyme'; the rewards"),
-    (["train", "config.yaml", "--alpha", "0.1", "--beta", "0.1"], "alpha and beta were both given"),
-    (["train", "config.yaml", "--alpha", "1.5"], "between 0 and 1"),
-    (["train", "config.yaml", "--max-steps", "many"], "max_steps='many': expected int"),
-    (["train", "config.yaml", "--kl-estimator", "k4"], "kl_estimator='k4': expected one of return"),
-    (["train", "config.yaml", "--dataset", "nowhere.jsonl"], "dataset: there is no file nowhere.jsonl"),
-    (["train", "config.yaml", "--rewards", "nowhere:even", "--output-dir", "x"], "cannot import nowhere"),
-    (["train", "config.yaml", "--rewards", "toy_rewards.py:odd", "--output-dir", "x"], "no function 'odd'"),
-    (["train", "config.yaml", "--output-dir", "x", "--resume"], "no checkpoint to resume from"),
-    (["train", "config.yaml", "--learning-rat", "1"], "did you mean --learning-rate?"),
-    (["demo", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
-    (["demo", "--out", "base"], "base is not empty and holds no run"),
-    (["demo", "--out", "run"], "run holds a run of yours"),
-    (["demo", "--steps", "0"], "--steps 0: expected at least 1"),
-    (["dmeo"], "invalid choice: 'dmeo'"),
-    ([], "required: COMMAND"),
-])
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["generate", "run", "--prompt", "w1", "--weights", "even=0.5,tone=0.5"], "unknown objective 'tone'"),
+        (["generate", "run", "--prompt", "w1", "--weights", "even=1.5,small=-0.5"], "must not be negative"),
+        (["generate", "run", "--prompt", "w1", "--weights", "even=0.5,small=0.2"], "must sum to 1"),
+        (["generate", "run", "--prompt", "w1", "--weights", "0.5"], "1 entries; expected 2"),
+        (["generate", "run", "--prompt", "w1", "--weights", "even"], "expected numbers by objective"),
+        (["generate", "run", "--prompt", "w1", "--kl", "7"], "alpha between 0 and 1"),
+        (["generate", "run", "--prompt", "w1", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "run"], "give --prompt TEXT or --prompts FILE"),
+        (["generate", "run", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["generate", "nowhere", "--prompt", "w1"], "there is no folder nowhere"),
+        (["generate", "base", "--prompt", "w1"], "base holds no trained policy"),
+        (["export", "run", "--weights", "even=2,small=-1", "--to", "x"], "must not be negative"),
+        (["export", "run", "--to", "x"], "--weights is missing; the objectives are even, small"),
+        (["export", "run", "--weights", "1,0"], "required: --to"),
+        (
+            ["evaluate", "run", "--reference-point", "even=0"],
+            "reference_point is for even; expected even, small",
+        ),
+        (
+            ["evaluate", "run/policy", "--rewards", "even=toy_rewards.py:even", "--dataset", "prompts.jsonl"],
+            "unknown objective 'small'",
+        ),
+        (["evaluate", "run", "--prompts", "many"], "invalid int value: 'many'"),
+        (["train"], "model is missing; give a task, or model, dataset and rewards"),
+        (["train", "nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
+        (["train", "prompts.txt"], "expected names and values"),
+        (["train", "config.yaml", "--task", "docsum"], "task and dataset were both given"),
+        (["train", "--task", "chess"], "unknown task 'chess'"),
+        (["train", "--task", "docsum", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
+        (["train", "config.yaml", "--objectives", "even,rhyme"], "unknown objective 'rhyme'; the rewards"),
+        (["train", "config.yaml", "--alpha", "0.1", "--beta", "0.1"], "alpha and beta were both given"),
+        (["train", "config.yaml", "--alpha", "1.5"], "between 0 and 1"),
+        (["train", "config.yaml", "--max-steps", "many"], "max_steps='many': expected int"),
+        (["train", "config.yaml", "--kl-estimator", "k4"], "kl_estimator='k4': expected one of return"),
+        (["train", "config.yaml", "--dataset", "nowhere.jsonl"], "dataset: there is no file nowhere.jsonl"),
+        (["train", "config.yaml", "--rewards", "nowhere:even", "--output-dir", "x"], "cannot import nowhere"),
+        (
+            ["train", "config.yaml", "--rewards", "toy_rewards.py:odd", "--output-dir", "x"],
+            "no function 'odd'",
+        ),
+        (["train", "config.yaml", "--output-dir", "x", "--resume"], "no checkpoint to resume from"),
+        (["train", "config.yaml", "--learning-rat", "1"], "did you mean --learning-rate?"),
+        (["demo", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
+        (["demo", "--out", "base"], "base is not empty and holds no run"),
+        (["demo", "--out", "run"], "run holds a run of yours"),
+        (["demo", "--steps", "0"], "--steps 0: expected at least 1"),
+        (["dmeo"], "invalid choice: 'dmeo'"),
+        ([], "required: COMMAND"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(argv, complaint, trained, capsys):
     assert complaint in refused(argv, capsys)
 
 
-@pytest.mark.parametrize("line, complaint", [
-    ("max_stepps: 3", "unknown setting max_stepps; did you mean max_steps?"),
-    ("alpha: 0.1\nbeta: 0.2", "alpha and beta were both given"),
-    ("task: [", "is not YAML"),
-])
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("max_stepps: 3", "unknown setting max_stepps; did you mean max_steps?"),
+        ("alpha: 0.1\nbeta: 0.2", "alpha and beta were both given"),
+        ("task: [", "is not YAML"),
+    ],
+)
 def test_a_mistake_in_the_file_is_one_line_too(line, complaint, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(line)
     assert complaint in refused(["train", str(tmp_path / "c.yaml")], capsys)
 
 
-@pytest.mark.parametrize("content, complaint", [
-    ('{"prompt": "w1"}\nw2\n', "line 2: not JSON"),
-    ('{"prompt": "w1"}\n{"text": "w2"}\n', "line 2: expected an object with a 'prompt'"),
-    ("\n", "is empty"),
-])
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ('{"prompt": "w1"}\nw2\n', "line 2: not JSON"),
+        ('{"prompt": "w1"}\n{"text": "w2"}\n', "line 2: expected an object with a 'prompt'"),
+        ("\n", "is empty"),
+    ],
+)
 def test_a_mistake_in_a_dataset_names_the_line(content, complaint, tmp_path):
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=complaint):
@@ -267,10 +382,12 @@ def test_weights_that_cannot_be_read_are_refused(text):
 
 
 def test_help_and_version_need_neither_torch_nor_numpy():
-    code = ("import sys; from clp_engine.cli import main\n"
-            "try: main(sys.argv[1:])\n"
-            "except SystemExit as end: assert end.code == 0\n"
-            "assert not {'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)")
+    code = (
+        "import sys; from clp_engine.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)"
+    )
     for argv in (["--help"], ["--version"], ["generate", "--help"], ["demo", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -298,8 +415,10 @@ def test_info_names_versions_devices_and_every_back_end(capsys):
 
 
 def test_a_reader_that_leaves_early_is_not_an_error():
-    much = ("import sys, clp_engine.cli as cli; cli._info = lambda arguments: print('x' * 100000); "
-            "sys.exit(cli.main(['info']))")
+    much = (
+        "import sys, clp_engine.cli as cli; cli._info = lambda arguments: print('x' * 100000); "
+        "sys.exit(cli.main(['info']))"
+    )
     for command in ([sys.executable, "-m", "clp_engine", "--help"], [sys.executable, "-c", much]):
         shell = f"{shlex.join(command)} | true; echo ${{PIPESTATUS[0]}}"
         done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
