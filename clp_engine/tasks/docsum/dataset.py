@@ -41,7 +41,13 @@ def make_prompt(name: str, document: str, tokenizer: Any, max_prompt_tokens: int
     )
     if budget <= 0:
         raise ValueError(f"max_prompt_tokens={max_prompt_tokens} leaves no room for the document of {name!r}")
-    encoded = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(
+        document,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        truncation=True,
+        max_length=budget + 1,
+    )
     if len(encoded["input_ids"]) > budget:
         end = encoded["offset_mapping"][budget][0]
         # A cut inside a word would give other tokens when the text is tokenised again.

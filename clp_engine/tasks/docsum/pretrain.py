@@ -33,7 +33,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from clp_engine.tasks.docsum.corpus import (
     Docstring,
@@ -50,8 +56,10 @@ from clp_engine.tasks.docsum.dataset import (
     MAX_PROMPT_TOKENS,
     PAD_TOKEN,
     SUMMARY_TOKEN,
+    make_prompt,
     title,
 )
+from clp_engine.tasks.docsum.rewards import REWARDS, rouge_1
 
 TEXT_SHARE = 0.1
 MAX_LENGTH = 256
@@ -68,14 +76,14 @@ class Recipe:
     layers: int = 5
     heads: int = 8
     kv_heads: int = 2
-    lm_steps: int = 600
-    sft_steps: int = 700
+    lm_steps: int = 2200
+    sft_steps: int = 1800
     batch_tokens: int = 4096
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
-    eval_every: int = 50
+    eval_every: int = 100
     seed: int = 0
 
     @property
@@ -549,6 +557,40 @@ def train(
     return state
 
 
+@torch.no_grad()
+def measure(folder: Path, pairs: list[Pair], temperature: float) -> dict[str, float]:
+    """Mean rewards and properties of the exported model's summaries of `pairs` (temperature 0: greedy)."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
+    pairs = sorted(pairs, key=lambda p: len(p.document))
+    texts, ended = [], 0
+    for start in range(0, len(pairs), 64):
+        prompts = [make_prompt(p.name, p.document, tokenizer) for p in pairs[start : start + 64]]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True)
+        out = model.generate(**batch, **sampling, max_new_tokens=MAX_COMPLETION_TOKENS)
+        out = out[:, batch["input_ids"].shape[1] :]
+        ended += int((out == tokenizer.eos_token_id).any(1).sum())
+        texts += tokenizer.batch_decode(out, skip_special_tokens=True)
+    columns = {
+        "completions": texts,
+        "reference": [p.reference for p in pairs],
+        "document": [p.document for p in pairs],
+        "name": [p.name for p in pairs],
+    }
+    n = len(pairs)
+    result = {name: sum(reward(**columns)) / n for name, reward in REWARDS.items()}
+    result["rouge_1"] = sum(map(rouge_1, texts, columns["reference"])) / n
+    result["words"] = sum(len(words(t)) for t in texts) / n
+    result["ended"] = ended / n
+    result["empty"] = sum(not words(t) for t in texts) / n
+    result["distinct"] = len(set(texts)) / n
+    return {k: round(v, 4) for k, v in result.items()}
+
+
 def keep_large_blocks() -> None:
     """Let malloc reuse large blocks: glibc maps and faults in every big tensor anew (half of the time)."""
     try:
@@ -596,6 +638,9 @@ def main(argv: list[str] | None = None) -> None:
         "validation_summary_loss": state["best"],
         "minutes": round(state["seconds"] / 60, 1),
     }
+    validation = [p for p in pairs if p.split == "validation"]
+    summary["validation_greedy"] = measure(out, validation, temperature=0)
+    summary["validation_sampled"] = measure(out, validation, temperature=1)
     write_atomically(out / "recipe.json", json.dumps(summary, indent=2) + "\n")
 
 
