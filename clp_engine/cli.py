@@ -109,17 +109,31 @@ def _one_line(error: Exception) -> str:
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser; flags of CLPConfig are added only where `train` was asked for: importing it takes torch."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--traceback", action="store_true",
-                        help="show where an error came from (or set CLP_DEBUG=1)")
+    common.add_argument(
+        "--traceback", action="store_true", help="show where an error came from (or set CLP_DEBUG=1)"
+    )
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("clp-engine", epilog=_EPILOG, formatter_class=formatter, parents=[common], description=(
-        "Fine-tune one language model that can be steered, at inference time, between several rewards."))
+    parser = _Parser(
+        "clp-engine",
+        epilog=_EPILOG,
+        formatter_class=formatter,
+        parents=[common],
+        description=(
+            "Fine-tune one language model that can be steered, at inference time, between several rewards."
+        ),
+    )
     parser.add_argument("--version", action="version", version=f"clp-engine {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
 
     def command(name: str, run: Callable, help: str, epilog: str | None = None) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
-                                  epilog=epilog, parents=[common], formatter_class=formatter)
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=epilog,
+            parents=[common],
+            formatter_class=formatter,
+        )
         sub.set_defaults(run=run, parser=sub)
         return sub
 
@@ -138,8 +152,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--objectives", default="coverage,brevity", metavar="A,B",
-                       help="rewards to be steered between (default: %(default)s)")
+    which.add_argument(
+        "--objectives",
+        default="coverage,brevity",
+        metavar="A,B",
+        help="rewards to be steered between (default: %(default)s)",
+    )
     which.add_argument("--faithfulness", action="store_true", help="coverage, brevity and faithfulness")
     parser.add_argument("--steps", type=int, help="optimiser steps of training")
     parser.add_argument("--prompts", type=int, help="held-out documents to evaluate on")
@@ -152,16 +170,25 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     from clp_engine.config import CLPConfig
 
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings; flags take precedence")
-    parser.add_argument("--resume", nargs="?", const=True, metavar="CHECKPOINT",
-                        help="go on from a checkpoint, by default the newest of the run")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint, by default the newest of the run",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     run = parser.add_argument_group("what is trained")
     run.add_argument("--model", help="name or path of a causal language model (default: the task's)")
     run.add_argument("--task", help="an embedded task instead of dataset and rewards: docsum")
     run.add_argument("--dataset", metavar="FILE", help="JSON lines with a prompt each")
     run.add_argument("--eval-dataset", metavar="FILE", help="held-out prompts, for evaluation")
-    run.add_argument("--rewards", nargs="+", metavar="NAME=REWARD",
-                     help="REWARD: module:function, file.py:function, or a sequence classifier")
+    run.add_argument(
+        "--rewards",
+        nargs="+",
+        metavar="NAME=REWARD",
+        help="REWARD: module:function, file.py:function, or a sequence classifier",
+    )
     run.add_argument("--objectives", help="which rewards, comma-separated (default: all, or the task's)")
     settings = parser.add_argument_group("settings")
     for option in dataclasses.fields(CLPConfig):
@@ -178,14 +205,24 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
+
     def number(flag: str, kind: type, default: float, help: str) -> None:
-        parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(),
-                            help=f"{help} (default: {default})")
+        parser.add_argument(
+            flag,
+            type=kind,
+            default=default,
+            metavar=kind.__name__.upper(),
+            help=f"{help} (default: {default})",
+        )
 
     number("--prompts", int, 100, "held-out prompts")
     parser.add_argument("--split", default="test", help="of the task's data (default: %(default)s)")
-    parser.add_argument("--grid", type=int, metavar="N",
-                        help="weightings along an edge of the simplex (default: 11 for two or three)")
+    parser.add_argument(
+        "--grid",
+        type=int,
+        metavar="N",
+        help="weightings along an edge of the simplex (default: 11 for two or three)",
+    )
     parser.add_argument("--kl", type=float, help="KL coefficient of all points (default: that of training)")
     number("--num-generations", int, 1, "completions per prompt and weighting")
     number("--margin", float, 0.1, "the hypervolume's reference point is the base's mean reward minus this")
@@ -195,8 +232,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder of the report (default: RUN)")
     parser.add_argument("--task", help="where RUN is a policy alone: an embedded task")
     parser.add_argument("--dataset", metavar="FILE", help="prompts to evaluate on, as for train")
-    parser.add_argument("--rewards", nargs="+", metavar="NAME=REWARD",
-                        help="where RUN is a policy alone: as for train")
+    parser.add_argument(
+        "--rewards", nargs="+", metavar="NAME=REWARD", help="where RUN is a policy alone: as for train"
+    )
     _add_sampling(parser)
 
 
@@ -207,10 +245,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="one prompt; - reads it from the standard input")
     given.add_argument("--prompts", metavar="FILE", help="one prompt per line, or JSON lines with prompts")
-    given.add_argument("--examples", type=int, metavar="N",
-                       help="N held-out documents of the run's task (without a prompt: 3)")
-    parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N",
-                        help="completions per prompt")
+    given.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="N held-out documents of the run's task (without a prompt: 3)",
+    )
+    parser.add_argument(
+        "--num-return-sequences", type=int, default=1, metavar="N", help="completions per prompt"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
     _add_sampling(parser)
 
@@ -259,8 +302,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     from clp_engine.demo import run_demo
 
     objectives = "coverage,brevity,faithfulness" if arguments.faithfulness else arguments.objectives
-    run_demo(arguments.out, [name.strip() for name in objectives.split(",")], steps=arguments.steps,
-             prompts=arguments.prompts, seed=arguments.seed)
+    run_demo(
+        arguments.out,
+        [name.strip() for name in objectives.split(",")],
+        steps=arguments.steps,
+        prompts=arguments.prompts,
+        seed=arguments.seed,
+    )
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -279,8 +327,11 @@ def _train(arguments: argparse.Namespace) -> None:
     spec = runs.RunSpec.from_values(about)
     if spec.task is not None:
         task = runs.find_task(spec.task)
-        values = {"max_completion_length": task.max_completion_length,
-                  "max_prompt_length": task.max_prompt_length, **values}
+        values = {
+            "max_completion_length": task.max_completion_length,
+            "max_prompt_length": task.max_prompt_length,
+            **values,
+        }
     config = CLPConfig.from_dict(values)
     _check_output(Path(config.output_dir), arguments)
     words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
@@ -295,8 +346,10 @@ def _check_output(output: Path, arguments: argparse.Namespace) -> None:
     if arguments.overwrite:
         runs.clear(output)
     elif runs.is_finished(output) or runs.checkpoints(output):
-        raise ConfigError(f"{output} holds an earlier run; give --resume to go on with it, --overwrite to "
-                          "replace it, or another --output-dir")
+        raise ConfigError(
+            f"{output} holds an earlier run; give --resume to go on with it, --overwrite to "
+            "replace it, or another --output-dir"
+        )
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -334,18 +387,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         reference = parse_assignments(arguments.reference_point, "reference-point")
         if not isinstance(reference, dict):
             raise ConfigError("reference-point: give the numbers by objective, such as a=0.1,b=0.2")
-    rows = runs.read_rows(arguments.dataset)[:arguments.prompts] if arguments.dataset else \
-        spec.eval_rows(arguments.prompts, split=arguments.split)
+    rows = (
+        runs.read_rows(arguments.dataset)[: arguments.prompts]
+        if arguments.dataset
+        else spec.eval_rows(arguments.prompts, split=arguments.split)
+    )
     policy = runs.load_policy(arguments.run_folder, arguments.device)
     rewards = spec.reward_functions()
-    from clp_engine.evaluate import evaluate
+    from clp_engine.evaluation import evaluate
 
     out = arguments.out or arguments.run_folder
-    result = evaluate(policy, rewards, rows, grid=arguments.grid, kl=arguments.kl, margin=arguments.margin,
-                      num_generations=arguments.num_generations, sampling=_sampling(arguments, spec),
-                      max_prompt_length=spec.config.get("max_prompt_length"), batch_rows=arguments.batch_rows,
-                      reference_point=reference, bootstrap=arguments.bootstrap, seed=arguments.seed,
-                      output_dir=out, task=spec.task, train_seconds=spec.train_seconds)
+    result = evaluate(
+        policy,
+        rewards,
+        rows,
+        grid=arguments.grid,
+        kl=arguments.kl,
+        margin=arguments.margin,
+        num_generations=arguments.num_generations,
+        sampling=_sampling(arguments, spec),
+        max_prompt_length=spec.config.get("max_prompt_length"),
+        batch_rows=arguments.batch_rows,
+        reference_point=reference,
+        bootstrap=arguments.bootstrap,
+        seed=arguments.seed,
+        output_dir=out,
+        task=spec.task,
+        train_seconds=spec.train_seconds,
+    )
     print(f"{rendering.table(result)}\n\n{rendering.summary(result)}\n\nreport: {out}/report.md")
 
 
@@ -355,21 +424,30 @@ def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
     if arguments.task is None and arguments.rewards is None:
         spec = runs.RunSpec.load(arguments.run_folder) or runs.RunSpec.load(policy.parent)
         if spec is None:
-            raise ConfigError(f"{arguments.run_folder} has no run.json; say what to evaluate with --task, or "
-                              "--dataset and --rewards")
+            raise ConfigError(
+                f"{arguments.run_folder} has no run.json; say what to evaluate with --task, or "
+                "--dataset and --rewards"
+            )
         return spec
     objectives = json.loads((policy / "clp_config.json").read_text(encoding="utf-8"))["objectives"]
-    return runs.RunSpec.from_values({
-        "model": "unused", "task": arguments.task, "rewards": arguments.rewards, "objectives": objectives,
-        "dataset": None if arguments.task else arguments.dataset})
+    return runs.RunSpec.from_values(
+        {
+            "model": "unused",
+            "task": arguments.task,
+            "rewards": arguments.rewards,
+            "objectives": objectives,
+            "dataset": None if arguments.task else arguments.dataset,
+        }
+    )
 
 
 def _sampling(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> SamplingParams:
     from clp_engine.rollout import SamplingParams
 
     trained = spec.config.get("max_completion_length") if spec is not None else None
-    return SamplingParams(arguments.max_new_tokens or trained or 128, arguments.temperature, arguments.top_k,
-                          arguments.top_p)
+    return SamplingParams(
+        arguments.max_new_tokens or trained or 128, arguments.temperature, arguments.top_k, arguments.top_p
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -379,10 +457,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     policy.conditions(weights, arguments.kl)  # names and numbers are checked before anything is generated
     rows = _generation_rows(arguments, spec, policy.tokenizer)
     sampling = _sampling(arguments, spec)
-    texts = policy.generate([row["prompt"] for row in rows], weights, arguments.kl, seed=arguments.seed,
-                            max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-                            top_k=sampling.top_k, top_p=sampling.top_p,
-                            num_return_sequences=arguments.num_return_sequences)
+    texts = policy.generate(
+        [row["prompt"] for row in rows],
+        weights,
+        arguments.kl,
+        seed=arguments.seed,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        num_return_sequences=arguments.num_return_sequences,
+    )
     for row, completions in zip(rows, texts):
         completions = [completions] if isinstance(completions, str) else completions
         if arguments.json:

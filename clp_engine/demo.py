@@ -24,7 +24,7 @@ from clp_engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
-    from clp_engine.evaluate import ParetoReport
+    from clp_engine.evaluation import ParetoReport
     from clp_engine.policy import ConditionedPolicy
 
 TASK = "docsum"
@@ -129,7 +129,7 @@ def _prepare(out: Path, spec: runs.RunSpec) -> bool:
 def _evaluate(
     policy: ConditionedPolicy, spec: runs.RunSpec, config: CLPConfig, rows: list[dict], out: str | Path
 ) -> ParetoReport:
-    from clp_engine.evaluate import evaluate
+    from clp_engine.evaluation import evaluate
     from clp_engine.rollout import SamplingParams
 
     trained = runs.RunSpec.load(out)

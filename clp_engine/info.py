@@ -18,18 +18,28 @@ def collect() -> dict[str, Any]:
     import torch
     from clp_kernels import backends
 
-    from clp_engine.evaluate import source_commit
+    from clp_engine.evaluation import source_commit
     from clp_engine.tasks import task_names
 
-    devices = [{"device": "cpu", "name": _processor(), "memory_gib": None,
-                "threads": torch.get_num_threads()}]
+    devices = [
+        {"device": "cpu", "name": _processor(), "memory_gib": None, "threads": torch.get_num_threads()}
+    ]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(i)
-        devices.append({"device": f"cuda:{i}", "name": properties.name, "threads": None,
-                        "memory_gib": round(properties.total_memory / 2**30, 1)})
+        devices.append(
+            {
+                "device": f"cuda:{i}",
+                "name": properties.name,
+                "threads": None,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
     return {
-        "versions": {"clp_engine": __version__, "python": platform.python_version(),
-                     **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "clp_engine": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "commit": source_commit(),
         "platform": platform.platform(),
         "devices": devices,
@@ -68,7 +78,9 @@ def _version(package: str) -> str | None:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")),
-                        platform.machine())
+            return next(
+                (line.partition(":")[2].strip() for line in file if line.startswith("model name")),
+                platform.machine(),
+            )
     except OSError:
         return platform.processor() or platform.machine()

@@ -36,8 +36,9 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> Array:
     points = _front(points)
     reference = np.asarray(reference, dtype=np.float64)
     if reference.shape != points.shape[-1:]:
-        raise ValueError(f"reference has shape {reference.shape}; expected ({points.shape[-1]},), "
-                         "one entry per objective")
+        raise ValueError(
+            f"reference has shape {reference.shape}; expected ({points.shape[-1]},), one entry per objective"
+        )
     return _volume(np.maximum(points - reference, 0.0))
 
 
@@ -82,7 +83,7 @@ def expected_utility(points: ArrayLike, lattice: ArrayLike) -> Array:
 def realised_utility(points: ArrayLike, weights: ArrayLike) -> Array:
     """What a user gets who asks for w and takes the policy conditioned on w: (..., P, M) -> (...).
 
-        RU = mean over the grid of w . R(pi_w)
+    RU = mean over the grid of w . R(pi_w)
     """
     return _own_utility(_front(points), _weights(points, weights)).mean(-1)
 
@@ -90,7 +91,7 @@ def realised_utility(points: ArrayLike, weights: ArrayLike) -> Array:
 def regret(points: ArrayLike, weights: ArrayLike) -> Array:
     """Utility lost at each weighting against the best point of the front, >= 0: (..., P, M) -> (..., P).
 
-        regret_w = max_w' w . R(pi_w') - w . R(pi_w)
+    regret_w = max_w' w . R(pi_w') - w . R(pi_w)
     """
     points, weights = _front(points), _weights(points, weights)
     return (points @ weights.T).max(-2) - _own_utility(points, weights)
@@ -103,15 +104,16 @@ def _own_utility(points: Array, weights: Array) -> Array:
 def _weights(points: ArrayLike, weights: ArrayLike) -> Array:
     weights = np.asarray(weights, dtype=np.float64)
     if weights.shape != np.shape(points)[-2:]:
-        raise ValueError(f"weights has shape {weights.shape}; expected {np.shape(points)[-2:]}, "
-                         "one weighting per point")
+        raise ValueError(
+            f"weights has shape {weights.shape}; expected {np.shape(points)[-2:]}, one weighting per point"
+        )
     return weights
 
 
 def ranks(values: ArrayLike) -> Array:
     """Average ranks along the last axis, from 0; tied values share the mean of their ranks.
 
-        rank_i = #{j : x_j < x_i} + (#{j : x_j = x_i} - 1) / 2
+    rank_i = #{j : x_j < x_i} + (#{j : x_j = x_i} - 1) / 2
     """
     values = np.asarray(values, dtype=np.float64)
     mine, other = values[..., :, None], values[..., None, :]
@@ -154,8 +156,9 @@ def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.ndim != 3 or 0 in rewards.shape:
-        raise ValueError(f"rewards has shape {rewards.shape}; expected (policies, prompts, objectives), "
-                         "none of them zero")
+        raise ValueError(
+            f"rewards has shape {rewards.shape}; expected (policies, prompts, objectives), none of them zero"
+        )
     policies, prompts, objectives = rewards.shape
     counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
     counts = counts.astype(np.float64)
@@ -165,8 +168,9 @@ def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
     return means.reshape(resamples, policies, objectives)
 
 
-def chance_hypervolume(resampled_gains: ArrayLike, gains: ArrayLike, base: ArrayLike,
-                       reference: ArrayLike) -> Array:
+def chance_hypervolume(
+    resampled_gains: ArrayLike, gains: ArrayLike, base: ArrayLike, reference: ArrayLike
+) -> Array:
     """Hypervolumes of fronts that are no better than the base model, measured with the same noise.
 
         HV_b = HV( { base + resampled_gains[b, p] - gains[p] : p } )

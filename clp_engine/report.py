@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from clp_engine.evaluate import Base, Interval, ParetoReport, Point
+    from clp_engine.evaluation import Base, Interval, ParetoReport, Point
 
 # Corner colours of the weight simplex for three objectives and more; a weighting mixes them.
 _CORNERS = ("#d1495b", "#2b7bba", "#2a9d5c", "#b8860b", "#7b4fa3", "#4d4d4d")
@@ -39,8 +39,10 @@ def write_report(report: ParetoReport, directory: str | Path) -> list[Path]:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
         figure = None
-        print("clp-engine: pareto.png not written, matplotlib is missing: pip install 'clp-engine[plot]'",
-              file=sys.stderr)
+        print(
+            "clp-engine: pareto.png not written, matplotlib is missing: pip install 'clp-engine[plot]'",
+            file=sys.stderr,
+        )
     write_text(written[1], markdown(report, picture=figure is not None))
     if figure is not None:
         written.append(directory / "pareto.png")
@@ -66,21 +68,40 @@ def table(report: ParetoReport) -> str:
     """
     names = report.objectives
     header = [*(f"w {name}" for name in names), *names, "KL", "tokens", "front"]
-    rows = [[*(f"{p.weights[n]:.2f}" for n in names), *(_with_interval(p.rewards[n]) for n in names),
-             f"{p.kl:.2f}", f"{p.length:.1f}", "*" if p.non_dominated else ""] for p in report.points]
+    rows = [
+        [
+            *(f"{p.weights[n]:.2f}" for n in names),
+            *(_with_interval(p.rewards[n]) for n in names),
+            f"{p.kl:.2f}",
+            f"{p.length:.1f}",
+            "*" if p.non_dominated else "",
+        ]
+        for p in report.points
+    ]
     base = report.base
-    rows.append([*("base" if i == 0 else "" for i in range(len(names))),
-                 *(_with_interval(base.rewards[n]) for n in names), "0", f"{base.length:.1f}", ""])
+    rows.append(
+        [
+            *("base" if i == 0 else "" for i in range(len(names))),
+            *(_with_interval(base.rewards[n]) for n in names),
+            "0",
+            f"{base.length:.1f}",
+            "",
+        ]
+    )
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     rule = ["-" * (width - 1) + ":" for width in widths]
-    return "\n".join("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |"
-                     for line in (header, rule, *rows))
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |"
+        for line in (header, rule, *rows)
+    )
 
 
 def summary(report: ParetoReport) -> str:
     """The metrics of the front, one `name  value` per line, columns aligned."""
-    rho = ", ".join(f"{name} {'undefined' if value is None else f'{value:.2f}'}"
-                    for name, value in report.steerability.items())
+    rho = ", ".join(
+        f"{name} {'undefined' if value is None else f'{value:.2f}'}"
+        for name, value in report.steerability.items()
+    )
     reference = ", ".join(f"{name} {value:.3f}" for name, value in report.reference_point.items())
     lines = {
         "hypervolume": f"{_with_interval(report.hypervolume_interval, 4)}",
@@ -120,20 +141,29 @@ def markdown(report: ParetoReport, picture: bool = True) -> str:
     """report.md: table, metrics, and how to read them. picture: whether pareto.png lies beside it."""
     setup, count, each = report.setup, len(report.points), report.setup["num_generations"]
     seconds = [f"{phase} {value:.0f} s" for phase, value in report.seconds.items() if value is not None]
-    made = (f"Model {report.model or 'without a name'}, conditioned on {', '.join(report.objectives)}, and "
-            f"the base model. {count} weighting{'s' * (count > 1)}, {setup['prompts']} prompts, {each} "
-            f"completion{'s' * (each > 1)} for each pair. On {setup['device']}, {' and '.join(seconds)}.")
+    made = (
+        f"Model {report.model or 'without a name'}, conditioned on {', '.join(report.objectives)}, and "
+        f"the base model. {count} weighting{'s' * (count > 1)}, {setup['prompts']} prompts, {each} "
+        f"completion{'s' * (each > 1)} for each pair. On {setup['device']}, {' and '.join(seconds)}."
+    )
     reference = "The reference point was given."
     if setup["margin"] is not None:
         margins = ", ".join(f"{margin:g} ({name})" for name, margin in setup["margin"].items())
         reference = f"The reference point is the base model's mean reward minus {margins}."
     versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
     commit = f", commit {report.commit}" if report.commit else ""
-    return "\n\n".join([
-        "# Pareto front" + (f" on {report.task}" if report.task else ""), made,
-        *(["![Pareto front](pareto.png)"] if picture else []),
-        table(report), f"```\n{summary(report)}\n```", reference, _HOW_TO_READ,
-        f"Made with {versions}{commit}.\n"])
+    return "\n\n".join(
+        [
+            "# Pareto front" + (f" on {report.task}" if report.task else ""),
+            made,
+            *(["![Pareto front](pareto.png)"] if picture else []),
+            table(report),
+            f"```\n{summary(report)}\n```",
+            reference,
+            _HOW_TO_READ,
+            f"Made with {versions}{commit}.\n",
+        ]
+    )
 
 
 # --- picture ------------------------------------------------------------------------------------------------
@@ -160,8 +190,11 @@ def draw(report: ParetoReport) -> Figure:
     else:
         _corner_legend(figure, report)
     volume = _with_interval(report.hypervolume_interval)
-    figure.suptitle(f"{report.task or report.model or 'Pareto front'}: hypervolume {volume}, "
-                    f"base {report.base.hypervolume:.3f}", fontsize=11)
+    figure.suptitle(
+        f"{report.task or report.model or 'Pareto front'}: hypervolume {volume}, "
+        f"base {report.base.hypervolume:.3f}",
+        fontsize=11,
+    )
     figure.get_layout_engine().set(w_pad=0.1)  # inches between panels
     return figure
 
@@ -174,14 +207,37 @@ def _panel(axis: Axes, report: ParetoReport, x: str, y: str) -> None:
         axis.plot(across, up, color=_GREY, lw=1, zorder=1)
     for point in points:
         _error_bars(axis, point, x, y, _GREY, alpha=0.55 if two else 0.25)
-    axis.scatter(across, up, c=_colours(report, points), s=60 if two else 30, edgecolors="white",
-                 linewidths=0.7, zorder=3)
+    axis.scatter(
+        across,
+        up,
+        c=_colours(report, points),
+        s=60 if two else 30,
+        edgecolors="white",
+        linewidths=0.7,
+        zorder=3,
+    )
     base = report.base
     _error_bars(axis, base, x, y, "black", alpha=0.8)
-    axis.scatter(base.rewards[x].mean, base.rewards[y].mean, marker="*", s=190 if two else 120, color="black",
-                 edgecolors="white", linewidths=0.8, zorder=4, label="base model")
-    axis.scatter(report.reference_point[x], report.reference_point[y], marker="+", s=80, color="black",
-                 zorder=2, label="reference point")
+    axis.scatter(
+        base.rewards[x].mean,
+        base.rewards[y].mean,
+        marker="*",
+        s=190 if two else 120,
+        color="black",
+        edgecolors="white",
+        linewidths=0.8,
+        zorder=4,
+        label="base model",
+    )
+    axis.scatter(
+        report.reference_point[x],
+        report.reference_point[y],
+        marker="+",
+        s=80,
+        color="black",
+        zorder=2,
+        label="reference point",
+    )
     axis.set_xlabel(f"{x} (mean reward)")
     axis.set_ylabel(f"{y} (mean reward)")
     axis.grid(alpha=0.25, lw=0.6)
@@ -207,8 +263,10 @@ def _colours(report: ParetoReport, points: Sequence[Point]) -> list:
     if len(names) == 2:
         return [colormaps["viridis"](p.weights[names[0]]) for p in points]
     corners = [to_rgb(_CORNERS[i % len(_CORNERS)]) for i in range(len(names))]
-    return [tuple(sum(p.weights[n] * c[channel] for n, c in zip(names, corners)) for channel in range(3))
-            for p in points]
+    return [
+        tuple(sum(p.weights[n] * c[channel] for n, c in zip(names, corners)) for channel in range(3))
+        for p in points
+    ]
 
 
 def _colour_bar(figure: Figure, axis: Axes, report: ParetoReport) -> None:
@@ -226,20 +284,30 @@ def _corner_legend(figure: Figure, report: ParetoReport) -> None:
     def dot(colour: str, label: str, marker: str = "o") -> Line2D:
         return Line2D([], [], marker=marker, ls="", color=colour, ms=9, label=label)
 
-    handles = [dot(_CORNERS[i % len(_CORNERS)], f"all weight on {name}")
-               for i, name in enumerate(report.objectives)]
+    handles = [
+        dot(_CORNERS[i % len(_CORNERS)], f"all weight on {name}") for i, name in enumerate(report.objectives)
+    ]
     handles += [dot("black", "base model", "*"), dot("black", "reference point", "+")]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
 
 
 def _reward_against_kl(axis: Axes, report: ParetoReport) -> None:
     name = report.objectives[0]
-    for kl, at, marker, label in ((0.0, report.base, "*", "base model"),
-                                  *((p.kl, p, "o", "conditioned policy") for p in report.points)):
+    for kl, at, marker, label in (
+        (0.0, report.base, "*", "base model"),
+        *((p.kl, p, "o", "conditioned policy") for p in report.points),
+    ):
         value = at.rewards[name]
         axis.vlines(kl, value.low, value.high, color=_GREY, lw=1)
-        axis.scatter(kl, value.mean, marker=marker, s=120, label=label, zorder=3,
-                     color="black" if marker == "*" else _CORNERS[1])
+        axis.scatter(
+            kl,
+            value.mean,
+            marker=marker,
+            s=120,
+            label=label,
+            zorder=3,
+            color="black" if marker == "*" else _CORNERS[1],
+        )
     axis.set_xlabel("KL from the base model (nats per completion)")
     axis.set_ylabel(f"{name} (mean reward)")
     axis.grid(alpha=0.25, lw=0.6)

@@ -284,15 +284,18 @@ def clear(directory: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def train(spec: RunSpec, config: CLPConfig, *, resume: str | bool | None, again: str,
-          limit: int | None = None) -> CLPTrainer:
+def train(
+    spec: RunSpec, config: CLPConfig, *, resume: str | bool | None, again: str, limit: int | None = None
+) -> CLPTrainer:
     """Train and leave the policy in config.output_dir. again: the command that resumes, for Interrupted to
     say."""
     quiet_transformers()
     from clp_engine.trainer import CLPTrainer
 
     held_out = spec.eval_rows(split="validation") if config.eval_strategy != "no" else None
-    trainer = CLPTrainer(spec.model, spec.reward_functions(), config, spec.train_rows(limit, config.seed), held_out)
+    trainer = CLPTrainer(
+        spec.model, spec.reward_functions(), config, spec.train_rows(limit, config.seed), held_out
+    )
     spec = replace(spec, config=config.to_dict())
     spec.save(config.output_dir)
     try:

@@ -226,20 +226,37 @@ def small_demo(workplace, monkeypatch, tmp_path):
     from clp_engine.tasks import docsum
 
     def share(remainder):
-        return lambda completion_ids, **_: [sum(i % 3 == remainder for i in ids) / len(ids) for ids in completion_ids]
+        return lambda completion_ids, **_: [
+            sum(i % 3 == remainder for i in ids) / len(ids) for ids in completion_ids
+        ]
 
     def load_dataset(split, limit=None, seed=0):
-        return [{"prompt": f"w{i} w{i + 1}", "document": f"text {i} of {split}", "reference": f"summary {i}",
-                 "name": f"module.name{i}"} for i in range(20)][:limit]
+        return [
+            {
+                "prompt": f"w{i} w{i + 1}",
+                "document": f"text {i} of {split}",
+                "reference": f"summary {i}",
+                "name": f"module.name{i}",
+            }
+            for i in range(20)
+        ][:limit]
 
     task = tasks.Task(
-        name="docsum", objectives={n: share(i) for i, n in enumerate(("coverage", "brevity", "faithfulness"))},
-        default_objectives=("coverage", "brevity"), checkpoint_path=workplace / "base",
-        load_dataset=load_dataset, max_prompt_length=16, max_completion_length=5)
+        name="docsum",
+        objectives={n: share(i) for i, n in enumerate(("coverage", "brevity", "faithfulness"))},
+        default_objectives=("coverage", "brevity"),
+        checkpoint_path=workplace / "base",
+        load_dataset=load_dataset,
+        max_prompt_length=16,
+        max_completion_length=5,
+    )
     monkeypatch.setattr(tasks, "get_task", lambda name: task)
     monkeypatch.setattr(docsum, "checkpoint_path", lambda: workplace / "base")
-    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING | {"max_steps": 2, "num_generations": 2, "rank": 2,
-                                                           "per_device_train_batch_size": 4})
+    monkeypatch.setattr(
+        demo,
+        "TRAINING",
+        demo.TRAINING | {"max_steps": 2, "num_generations": 2, "rank": 2, "per_device_train_batch_size": 4},
+    )
     monkeypatch.setattr(demo, "EVALUATION", demo.EVALUATION | {"prompts": 3, "bootstrap": 10})
     return tmp_path / "demo"
 
@@ -251,10 +268,14 @@ def test_the_demo_shows_front_and_summaries_and_what_to_type_next(small_demo, ca
     assert raw["task"] == "docsum" and len(raw["points"]) == 11 and raw["setup"]["prompts"] == 3
     assert shown.count("its own summary: summary") == 3
     assert shown.count("coverage 1.00:") == shown.count("coverage 0.50, brevity 0.50:") == 3
-    commands = [shlex.split(line, comments=True)[1:] for line in shown.splitlines() if line.startswith("  clp-engine")]
+    commands = [
+        shlex.split(line, comments=True)[1:] for line in shown.splitlines() if line.startswith("  clp-engine")
+    ]
     assert [command[0] for command in commands] == ["generate", "generate", "export"]
     for command in commands:
-        assert main([str(small_demo.parent / "adapter") if word == "adapter" else word for word in command]) == 0
+        assert (
+            main([str(small_demo.parent / "adapter") if word == "adapter" else word for word in command]) == 0
+        )
 
 
 def test_the_demo_goes_on_with_an_unfinished_run_and_replaces_a_finished_one(small_demo, capsys):

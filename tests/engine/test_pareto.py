@@ -18,21 +18,24 @@ def lattice(num_objectives, edge):
 # --- hypervolume -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("points, reference, volume", [
-    ([[2.0, 3.0]], [0.0, 0.0], 6.0),
-    ([[2.0, 3.0]], [1.0, 1.0], 2.0),
-    # Staircase of (1, 3), (2, 2), (3, 1): 3 + 2 + 1.
-    ([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]], [0.0, 0.0], 6.0),
-    # The same with a dominated and a repeated point, in another order.
-    ([[3.0, 1.0], [1.0, 1.0], [2.0, 2.0], [1.0, 3.0], [2.0, 2.0]], [0.0, 0.0], 6.0),
-    ([[5.0, -1.0]], [0.0, 0.0], 0.0),  # worse than the reference in one objective: no box
-    ([[5.0, -1.0], [1.0, 1.0]], [0.0, 0.0], 1.0),
-    ([[0.5], [2.0], [1.0]], [0.25], 1.75),
-    ([[1.0, 2.0, 3.0]], [0.0, 0.0, 0.0], 6.0),
-    # Two unit-thick boxes 2x1x1 and 1x2x1 share a unit cube, the third adds one on top of it.
-    ([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 2.0]], [0.0, 0.0, 0.0], 4.0),
-    ([[2.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 2.0]], [0.0] * 4, 3.0),
-])
+@pytest.mark.parametrize(
+    "points, reference, volume",
+    [
+        ([[2.0, 3.0]], [0.0, 0.0], 6.0),
+        ([[2.0, 3.0]], [1.0, 1.0], 2.0),
+        # Staircase of (1, 3), (2, 2), (3, 1): 3 + 2 + 1.
+        ([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]], [0.0, 0.0], 6.0),
+        # The same with a dominated and a repeated point, in another order.
+        ([[3.0, 1.0], [1.0, 1.0], [2.0, 2.0], [1.0, 3.0], [2.0, 2.0]], [0.0, 0.0], 6.0),
+        ([[5.0, -1.0]], [0.0, 0.0], 0.0),  # worse than the reference in one objective: no box
+        ([[5.0, -1.0], [1.0, 1.0]], [0.0, 0.0], 1.0),
+        ([[0.5], [2.0], [1.0]], [0.25], 1.75),
+        ([[1.0, 2.0, 3.0]], [0.0, 0.0, 0.0], 6.0),
+        # Two unit-thick boxes 2x1x1 and 1x2x1 share a unit cube, the third adds one on top of it.
+        ([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 2.0]], [0.0, 0.0, 0.0], 4.0),
+        ([[2.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 2.0]], [0.0] * 4, 3.0),
+    ],
+)
 def test_hypervolume_has_the_value_computed_by_hand(points, reference, volume):
     assert pareto.hypervolume(points, reference) == pytest.approx(volume, abs=1e-12)
 

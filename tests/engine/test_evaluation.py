@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import build_policy
 
-from clp_engine import evaluate as module
+from clp_engine import evaluation as module
 from clp_engine import pareto
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
-from clp_engine.evaluate import ParetoReport, default_grid, evaluate, source_commit
+from clp_engine.evaluation import ParetoReport, default_grid, evaluate, source_commit
 from clp_engine.report import table
 from clp_engine.rewards import RewardSet
 from clp_engine.rollout import SamplingParams, rollout
@@ -46,10 +46,29 @@ def report():
 
 def test_report_has_the_published_keys(report):
     raw = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    published = {"task", "model", "objectives", "reference_point", "points", "base", "hypervolume",
-                 "expected_utility", "realised_utility", "steerability", "seconds", "versions", "commit"}
-    additions = {"hypervolume_interval", "hypervolume_gain", "hypervolume_chance",
-                 "realised_utility_interval", "regret", "setup"}
+    published = {
+        "task",
+        "model",
+        "objectives",
+        "reference_point",
+        "points",
+        "base",
+        "hypervolume",
+        "expected_utility",
+        "realised_utility",
+        "steerability",
+        "seconds",
+        "versions",
+        "commit",
+    }
+    additions = {
+        "hypervolume_interval",
+        "hypervolume_gain",
+        "hypervolume_chance",
+        "realised_utility_interval",
+        "regret",
+        "setup",
+    }
     assert set(raw) == published | additions
     assert raw["task"] == "toy" and raw["objectives"] == ["a", "b"]
     assert set(raw["reference_point"]) == set(raw["steerability"]) == {"a", "b"}
@@ -86,8 +105,13 @@ def test_three_objectives_have_66_points_and_a_panel_per_pair(tmp_path):
         return [len(ids) / 6 for ids in completion_ids]
 
     policy = build_policy(objectives=("a", "b", "c"))
-    report = run(policy, [even, small, long], PROMPTS[:3], output_dir=tmp_path,
-                 sampling=SamplingParams(max_new_tokens=2))
+    report = run(
+        policy,
+        [even, small, long],
+        PROMPTS[:3],
+        output_dir=tmp_path,
+        sampling=SamplingParams(max_new_tokens=2),
+    )
     assert len(report.points) == 66 and len(default_grid(3)) == 66 and len(default_grid(2)) == 11
     assert (tmp_path / "pareto.png").stat().st_size > 0
 
@@ -204,21 +228,27 @@ def test_none_leaves_a_completion_out_of_its_objective():
 # --- what it refuses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, complaint", [
-    ({"rewards": {"a": even, "c": small}}, "differ in b, c"),
-    ({"rewards": [even]}, "1 reward functions for 2 objectives"),
-    ({"rewards": RewardSet({"b": even, "a": small})}, "b, a are not the objectives"),
-    ({"prompts": []}, "empty"),
-    ({"prompts": [{"text": "w1"}]}, "needs a 'prompt'"),
-    ({"grid": []}, "grid is empty"),
-    ({"grid": 1}, "at least 2 points per edge"),
-    ({"grid": [{"a": 0.5, "z": 0.5}]}, "unknown objective 'z'"),
-    ({"grid": [[0.7, 0.7]]}, "must sum to 1"),
-    ({"kl": 2.0}, "alpha between 0 and 1"),
-    ({"reference_point": {"a": 0.0}}, "reference_point is for a; expected a, b"),
-    ({"num_generations": 0}, "expected at least 1"),
-    ({"rewards": {"a": even, "b": lambda prompts, **_: [None] * len(prompts)}}, "'b': the reward function"),
-])
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"rewards": {"a": even, "c": small}}, "differ in b, c"),
+        ({"rewards": [even]}, "1 reward functions for 2 objectives"),
+        ({"rewards": RewardSet({"b": even, "a": small})}, "b, a are not the objectives"),
+        ({"prompts": []}, "empty"),
+        ({"prompts": [{"text": "w1"}]}, "needs a 'prompt'"),
+        ({"grid": []}, "grid is empty"),
+        ({"grid": 1}, "at least 2 points per edge"),
+        ({"grid": [{"a": 0.5, "z": 0.5}]}, "unknown objective 'z'"),
+        ({"grid": [[0.7, 0.7]]}, "must sum to 1"),
+        ({"kl": 2.0}, "alpha between 0 and 1"),
+        ({"reference_point": {"a": 0.0}}, "reference_point is for a; expected a, b"),
+        ({"num_generations": 0}, "expected at least 1"),
+        (
+            {"rewards": {"a": even, "b": lambda prompts, **_: [None] * len(prompts)}},
+            "'b': the reward function",
+        ),
+    ],
+)
 def test_arguments_that_do_not_fit_are_named(options, complaint):
     with pytest.raises(ConfigError, match=complaint):
         run(**options)
@@ -226,8 +256,11 @@ def test_arguments_that_do_not_fit_are_named(options, complaint):
 
 def test_the_commit_is_that_of_a_tracked_source_tree_only(tmp_path, monkeypatch):
     def git(*arguments):
-        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
-                       check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
+            check=True,
+            capture_output=True,
+        )
 
     installed = tmp_path / "venv" / "clp_engine"
     installed.mkdir(parents=True)
@@ -243,3 +276,9 @@ def test_the_commit_is_that_of_a_tracked_source_tree_only(tmp_path, monkeypatch)
     assert len(clean) == 40
     (installed / "__init__.py").write_text("changed")
     assert source_commit() == clean + "-dirty"
+
+
+def test_the_package_offers_the_function_however_it_was_imported_before():
+    import clp_engine
+
+    assert clp_engine.evaluate is evaluate and clp_engine.ParetoReport is ParetoReport

@@ -127,8 +127,13 @@ class ParetoReport:
             values = {f.name: raw[f.name] for f in dataclasses.fields(cls)}
             values["points"] = [Point(**{**p, "rewards": _intervals(p["rewards"])}) for p in raw["points"]]
             base = raw["base"]
-            values["base"] = Base(**{**base, "rewards": _intervals(base["rewards"]),
-                                     "hypervolume_interval": Interval(**base["hypervolume_interval"])})
+            values["base"] = Base(
+                **{
+                    **base,
+                    "rewards": _intervals(base["rewards"]),
+                    "hypervolume_interval": Interval(**base["hypervolume_interval"]),
+                }
+            )
             for name in ("hypervolume_interval", "hypervolume_gain", "realised_utility_interval"):
                 values[name] = Interval(**raw[name])
         except (KeyError, TypeError) as error:
@@ -186,14 +191,26 @@ class _Measured:
     truncated: np.ndarray  # (P + 1, N)
 
 
-def evaluate(policy: ConditionedPolicy, reward_funcs: RewardSet | Mapping[str, Callable] | Sequence[Callable],
-             prompts: Sequence[str | Row], *, grid: int | Sequence | None = None,
-             kl: float | None = None, num_generations: int = 1, sampling: SamplingParams | None = None,
-             max_prompt_length: int | None = None, batch_rows: int = 128,
-             reference_point: Mapping[str, float] | None = None,
-             margin: float | Mapping[str, float] = 0.1, bootstrap: int = 1000, seed: int = 0,
-             output_dir: str | Path | None = None, task: str | None = None,
-             train_seconds: float | None = None, progress: bool = True) -> ParetoReport:
+def evaluate(
+    policy: ConditionedPolicy,
+    reward_funcs: RewardSet | Mapping[str, Callable] | Sequence[Callable],
+    prompts: Sequence[str | Row],
+    *,
+    grid: int | Sequence | None = None,
+    kl: float | None = None,
+    num_generations: int = 1,
+    sampling: SamplingParams | None = None,
+    max_prompt_length: int | None = None,
+    batch_rows: int = 128,
+    reference_point: Mapping[str, float] | None = None,
+    margin: float | Mapping[str, float] = 0.1,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    task: str | None = None,
+    train_seconds: float | None = None,
+    progress: bool = True,
+) -> ParetoReport:
     """Rewards, KL and length of the policy over a grid of weightings and of the base model, and the metrics.
 
     reward_funcs: one per objective of the policy, in its order, or a mapping by objective name.
@@ -228,16 +245,27 @@ def evaluate(policy: ConditionedPolicy, reward_funcs: RewardSet | Mapping[str, C
             raise ConfigError(f"objective {name!r}: the reward function returned None for every completion")
     reference = means[-1] - margins if reference_point is None else reference_point
     setup = {
-        "prompts": len(rows), "num_generations": num_generations, "sampling": dataclasses.asdict(sampling),
+        "prompts": len(rows),
+        "num_generations": num_generations,
+        "sampling": dataclasses.asdict(sampling),
         "margin": None if reference_point is not None else dict(zip(policy.objectives, margins.tolist())),
-        "bootstrap": bootstrap, "confidence": CONFIDENCE, "seed": seed, "device": str(policy.device),
+        "bootstrap": bootstrap,
+        "confidence": CONFIDENCE,
+        "seed": seed,
+        "device": str(policy.device),
         "random_numbers": "common: completion g of prompt n has the same random stream at every point",
     }
     summary = _summary(measured, means, conditions, reference, policy.objectives, bootstrap, seed)
     report = ParetoReport(
-        task=task, model=policy.spec.base_model, objectives=list(policy.objectives), **summary,
+        task=task,
+        model=policy.spec.base_model,
+        objectives=list(policy.objectives),
+        **summary,
         seconds={"train": train_seconds, "evaluate": round(time.perf_counter() - start, 3)},
-        setup=setup, versions=versions(), commit=source_commit())
+        setup=setup,
+        versions=versions(),
+        commit=source_commit(),
+    )
     if output_dir is not None:
         report.save(output_dir)
     return report
@@ -251,19 +279,24 @@ def _reward_set(reward_funcs, objectives: Sequence[str]) -> RewardSet:
     """The rewards under the policy's names and in its order."""
     if isinstance(reward_funcs, RewardSet):
         if reward_funcs.names != tuple(objectives):
-            raise ConfigError(f"reward functions {', '.join(reward_funcs.names)} are not the objectives "
-                              f"of the policy, {', '.join(objectives)}, in that order")
+            raise ConfigError(
+                f"reward functions {', '.join(reward_funcs.names)} are not the objectives "
+                f"of the policy, {', '.join(objectives)}, in that order"
+            )
         return reward_funcs
     if isinstance(reward_funcs, Mapping):
         odd = sorted(set(reward_funcs) ^ set(objectives))
         if odd:
-            raise ConfigError(f"reward functions {', '.join(reward_funcs)} do not match the objectives "
-                              f"of the policy, {', '.join(objectives)} (they differ in {', '.join(odd)})")
+            raise ConfigError(
+                f"reward functions {', '.join(reward_funcs)} do not match the objectives "
+                f"of the policy, {', '.join(objectives)} (they differ in {', '.join(odd)})"
+            )
         return RewardSet({name: reward_funcs[name] for name in objectives})
     funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if len(funcs) != len(objectives):
-        raise ConfigError(f"{len(funcs)} reward functions for {len(objectives)} objectives "
-                          f"({', '.join(objectives)})")
+        raise ConfigError(
+            f"{len(funcs)} reward functions for {len(objectives)} objectives ({', '.join(objectives)})"
+        )
     return RewardSet(dict(zip(objectives, funcs)))
 
 
@@ -293,8 +326,13 @@ def _by_objective(value, objectives: Sequence[str], name: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------
 
 
-def _measure(policy: ConditionedPolicy, reward_set: RewardSet, dataset: PromptDataset,
-             conditions: Conditions, plan: _Plan) -> _Measured:
+def _measure(
+    policy: ConditionedPolicy,
+    reward_set: RewardSet,
+    dataset: PromptDataset,
+    conditions: Conditions,
+    plan: _Plan,
+) -> _Measured:
     """Run every prompt at every condition and at the base."""
     generations = plan.num_generations
     everyone = Conditions.cat([conditions, Conditions.reference(1, len(policy.objectives))])
@@ -307,11 +345,18 @@ def _measure(policy: ConditionedPolicy, reward_set: RewardSet, dataset: PromptDa
             batch = _select(whole, prompts.tolist())
             # Equal streams at every point: the seed does not know the point.
             seeds = derive(plan.seed, prompts.unsqueeze(-1), torch.arange(generations)).flatten()
-            drawn = rollout(policy, batch.token_ids, everyone[points], num_generations=generations,
-                            sampling=plan.sampling, row_seeds=seeds)
+            drawn = rollout(
+                policy,
+                batch.token_ids,
+                everyone[points],
+                num_generations=generations,
+                sampling=plan.sampling,
+                row_seeds=seeds,
+            )
             # Greedy decoding (temperature 0) has no KL of its own: that of the model is given.
-            stats = score(policy, drawn, everyone[points], outputs=("kl",),
-                          temperature=plan.sampling.temperature or 1.0)
+            stats = score(
+                policy, drawn, everyone[points], outputs=("kl",), temperature=plan.sampling.temperature or 1.0
+            )
             at, group = (points.numpy(), prompts.numpy()), (len(points), generations)
             kl[at] = stats.kl.sum(-1).reshape(group).cpu()
             length[at] = drawn.lengths.reshape(group).cpu()
@@ -323,8 +368,9 @@ def _measure(policy: ConditionedPolicy, reward_set: RewardSet, dataset: PromptDa
     return _Measured(mean, kl.mean(-1), length.mean(-1), truncated.mean(-1))
 
 
-def _batches(encoded: Sequence[Sequence[int]], policies: int,
-             size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(
+    encoded: Sequence[Sequence[int]], policies: int, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(points, prompts), at most `size` pairs at a time. Prompts of like length lie together, all points
     of one prompt beside each other: little padding, and the same mixture of points in every batch."""
     order = torch.tensor(sorted(range(len(encoded)), key=lambda n: len(encoded[n])))
@@ -334,12 +380,16 @@ def _batches(encoded: Sequence[Sequence[int]], policies: int,
 
 
 def _select(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
-    return PromptBatch([batch.prompts[i] for i in indices], [batch.token_ids[i] for i in indices],
-                       {name: [values[i] for i in indices] for name, values in batch.columns.items()})
+    return PromptBatch(
+        [batch.prompts[i] for i in indices],
+        [batch.token_ids[i] for i in indices],
+        {name: [values[i] for i in indices] for name, values in batch.columns.items()},
+    )
 
 
-def _rewards(policy: ConditionedPolicy, reward_set: RewardSet, drawn: Rollout,
-             batch: PromptBatch) -> np.ndarray:
+def _rewards(
+    policy: ConditionedPolicy, reward_set: RewardSet, drawn: Rollout, batch: PromptBatch
+) -> np.ndarray:
     """(B, M) rewards of a rollout."""
     prompts, columns = batch.repeated(drawn.group)
     ids = drawn.token_lists()
@@ -351,19 +401,32 @@ def _rewards(policy: ConditionedPolicy, reward_set: RewardSet, drawn: Rollout,
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _summary(measured: _Measured, means: np.ndarray, conditions: Conditions, reference: np.ndarray,
-             objectives: Sequence[str], bootstrap: int, seed: int) -> dict[str, Any]:
+def _summary(
+    measured: _Measured,
+    means: np.ndarray,
+    conditions: Conditions,
+    reference: np.ndarray,
+    objectives: Sequence[str],
+    bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
     """The fields of ParetoReport that are computed from the measurements."""
     front, weights = means[:-1], conditions.weights.double().numpy()
     resampled = pareto.bootstrap_means(measured.rewards, bootstrap, seed)  # (bootstrap, P + 1, M)
     resampled_front, resampled_base = resampled[:, :-1], resampled[:, -1:]
     volumes, base_volumes = (pareto.hypervolume(r, reference) for r in (resampled_front, resampled_base))
     volume, base_volume = pareto.hypervolume(front, reference), pareto.hypervolume(means[-1:], reference)
-    chance = pareto.chance_hypervolume(resampled_front - resampled_base, front - means[-1], means[-1],
-                                       reference)
+    chance = pareto.chance_hypervolume(
+        resampled_front - resampled_base, front - means[-1], means[-1], reference
+    )
     low, high = pareto.interval(resampled, CONFIDENCE)
-    rewards = [{name: Interval(float(means[p, i]), float(low[p, i]), float(high[p, i]))
-                for i, name in enumerate(objectives)} for p in range(len(means))]
+    rewards = [
+        {
+            name: Interval(float(means[p, i]), float(low[p, i]), float(high[p, i]))
+            for i, name in enumerate(objectives)
+        }
+        for p in range(len(means))
+    ]
     kl, length, truncated = (getattr(measured, f).mean(-1).tolist() for f in ("kl", "length", "truncated"))
     alone = pareto.non_dominated(front).tolist()
     # Six digits: weights and KL coefficients are float32, and 0.1 should read as 0.1.
@@ -376,8 +439,9 @@ def _summary(measured: _Measured, means: np.ndarray, conditions: Conditions, ref
     return {
         "reference_point": dict(zip(objectives, reference.tolist())),
         "points": points,
-        "base": Base(rewards[-1], float(base_volume), _interval(base_volume, base_volumes), length[-1],
-                     truncated[-1]),
+        "base": Base(
+            rewards[-1], float(base_volume), _interval(base_volume, base_volumes), length[-1], truncated[-1]
+        ),
         "hypervolume": float(volume),
         "hypervolume_interval": _interval(volume, volumes),
         "hypervolume_gain": _interval(volume - base_volume, volumes - base_volumes),
@@ -412,8 +476,9 @@ def source_commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True,
-                                  timeout=10)
+            done = subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
