@@ -1,3 +1,24 @@
 """clp-engine: one language model, steerable at inference time between several rewards."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+# The public names, imported when first used: `clp-engine --help` should not wait for torch.
+_WHERE = {
+    "CLPConfig": "config",
+    "CLPTrainer": "trainer",
+    "ConditionedPolicy": "policy",
+    "Conditions": "conditions",
+    "ConfigError": "errors",
+    "ParetoReport": "evaluation",
+    "SamplingParams": "rollout",
+    "evaluate": "evaluation",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'clp_engine' has no attribute {name!r}")
+    return getattr(import_module(f"clp_engine.{_WHERE[name]}"), name)

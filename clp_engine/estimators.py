@@ -113,8 +113,10 @@ def scalarise(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     of zero: the weights of the others are renormalised.
     """
     if rewards.shape != weights.shape or rewards.dim() != 2:
-        raise ValueError(f"scalarise needs rewards and weights of one shape (B, M); "
-                         f"got {tuple(rewards.shape)} and {tuple(weights.shape)}")
+        raise ValueError(
+            f"scalarise needs rewards and weights of one shape (B, M); "
+            f"got {tuple(rewards.shape)} and {tuple(weights.shape)}"
+        )
     applies = ~rewards.isnan()
     weights = weights.to(rewards.dtype) * applies
     return (weights * torch.where(applies, rewards, 0.0)).sum(-1) / weights.sum(-1)
@@ -163,10 +165,21 @@ def rescale_rewards(rewards: torch.Tensor, group_size: int, scale_rewards: str) 
 
 
 @torch.no_grad()
-def coefficients(tokens: Tokens, rewards: torch.Tensor, kl_coef: torch.Tensor, reward_scale: torch.Tensor,
-                 group_size: int, *, estimator: str = "return", baseline: str = "leave_one_out",
-                 scale_rewards: str = "none", mix: float = 0.5, old_logprob: torch.Tensor | None = None,
-                 epsilon: float = 0.2, epsilon_high: float | None = None) -> Coefficients:
+def coefficients(
+    tokens: Tokens,
+    rewards: torch.Tensor,
+    kl_coef: torch.Tensor,
+    reward_scale: torch.Tensor,
+    group_size: int,
+    *,
+    estimator: str = "return",
+    baseline: str = "leave_one_out",
+    scale_rewards: str = "none",
+    mix: float = 0.5,
+    old_logprob: torch.Tensor | None = None,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+) -> Coefficients:
     """The coefficients that estimate the gradient of J (formulas at the top of the module).
 
     rewards, kl_coef, reward_scale: (B,); rewards may be NaN (see `scalarise`). Such a row, and with a group
@@ -214,8 +227,9 @@ def coefficients(tokens: Tokens, rewards: torch.Tensor, kl_coef: torch.Tensor, r
 
 
 @torch.no_grad()
-def loss_weights(mask: torch.Tensor, loss_type: str = "sequence",
-                 max_completion_length: int | None = None) -> torch.Tensor:
+def loss_weights(
+    mask: torch.Tensor, loss_type: str = "sequence", max_completion_length: int | None = None
+) -> torch.Tensor:
     """Weight of each token's term in the loss: (B, T) float32, 0 outside the mask.
 
     With n_b the tokens of row b that count:
@@ -267,8 +281,9 @@ class MixController:
 
     def __init__(self, initial: float = 0.5, decay: float = 0.95):
         if not 0 <= initial <= 1 or not 0 <= decay < 1:
-            raise ValueError(f"MixController needs initial in [0, 1] and decay in [0, 1); "
-                             f"got {initial} and {decay}")
+            raise ValueError(
+                f"MixController needs initial in [0, 1] and decay in [0, 1); got {initial} and {decay}"
+            )
         self.initial, self.decay = float(initial), float(decay)
         self.dot = self.norm = 0.0
 
@@ -282,8 +297,9 @@ class MixController:
         """Takes in a step's sum of g1 . (g1 - g2) and of |g1 - g2|^2; returns the mix for the next step."""
         dot, norm = float(dot), float(norm)
         if not (math.isfinite(dot) and math.isfinite(norm)) or norm < 0:
-            raise ValueError(f"MixController.update needs finite sums with norm >= 0; "
-                             f"got dot={dot}, norm={norm}")
+            raise ValueError(
+                f"MixController.update needs finite sums with norm >= 0; got dot={dot}, norm={norm}"
+            )
         # Both averages start at zero, so what they lack in the first steps cancels in their ratio.
         self.dot = self.decay * self.dot + (1 - self.decay) * dot
         self.norm = self.decay * self.norm + (1 - self.decay) * norm
@@ -294,8 +310,10 @@ class MixController:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         if set(state) != {"dot", "norm"}:
-            raise ValueError(f"state of a MixController has the keys dot and norm; "
-                             f"got {', '.join(sorted(state)) or 'none'}")
+            raise ValueError(
+                f"state of a MixController has the keys dot and norm; "
+                f"got {', '.join(sorted(state)) or 'none'}"
+            )
         self.dot, self.norm = float(state["dot"]), float(state["norm"])
 
 
@@ -309,12 +327,15 @@ def _advantage(returns: torch.Tensor, group_size: int, baseline: str) -> tuple[t
     return subtract(returns, group_size), present & compared
 
 
-def _clipped(score: torch.Tensor, tokens: Tokens, old_logprob: torch.Tensor, epsilon: float,
-             epsilon_high: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _clipped(
+    score: torch.Tensor, tokens: Tokens, old_logprob: torch.Tensor, epsilon: float, epsilon_high: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient of the clipped surrogate with respect to logprob, and the fractions clipped low and high."""
     if old_logprob.shape != tokens.logprob.shape:
-        raise ValueError(f"old_logprob must have the shape of logprob, {tuple(tokens.logprob.shape)}; "
-                         f"got {tuple(old_logprob.shape)}")
+        raise ValueError(
+            f"old_logprob must have the shape of logprob, {tuple(tokens.logprob.shape)}; "
+            f"got {tuple(old_logprob.shape)}"
+        )
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     ratio = torch.where(tokens.mask, tokens.logprob - old_logprob, 0.0).exp()
     low = (ratio < 1 - epsilon) & (score < 0)
@@ -342,15 +363,25 @@ def _check_groups(values: torch.Tensor, group_size: int) -> None:
         raise ValueError(f"{values.shape[0]} rows do not divide into groups of {group_size}")
 
 
-def _check(tokens: Tokens, rewards: torch.Tensor, kl_coef: torch.Tensor, reward_scale: torch.Tensor,
-           group_size: int, estimator: str, baseline: str, mix: float) -> None:
+def _check(
+    tokens: Tokens,
+    rewards: torch.Tensor,
+    kl_coef: torch.Tensor,
+    reward_scale: torch.Tensor,
+    group_size: int,
+    estimator: str,
+    baseline: str,
+    mix: float,
+) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}: expected one of {', '.join(ESTIMATORS)}")
     if baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r}: expected one of {', '.join(BASELINES)}")
     if baseline != "none" and group_size < 2:
-        raise ValueError(f"baseline={baseline!r} compares the completions of a prompt and needs a group_size "
-                         f"of at least 2; got {group_size}. Use more completions, or baseline='none'")
+        raise ValueError(
+            f"baseline={baseline!r} compares the completions of a prompt and needs a group_size "
+            f"of at least 2; got {group_size}. Use more completions, or baseline='none'"
+        )
     if not 0 <= mix <= 1:
         raise ValueError(f"mix must be in [0, 1]; got {mix}")
     if estimator in ("exact", "mixed") and tokens.kl is None:
@@ -359,8 +390,10 @@ def _check(tokens: Tokens, rewards: torch.Tensor, kl_coef: torch.Tensor, reward_
     for name in ("ref_logprob", "kl", "mask"):
         value = getattr(tokens, name)
         if value is not None and value.shape != shape:
-            raise ValueError(f"tokens.{name} must have the shape of tokens.logprob, {tuple(shape)}; "
-                             f"got {tuple(value.shape)}")
+            raise ValueError(
+                f"tokens.{name} must have the shape of tokens.logprob, {tuple(shape)}; "
+                f"got {tuple(value.shape)}"
+            )
     for name, value in (("rewards", rewards), ("kl_coef", kl_coef), ("reward_scale", reward_scale)):
         if value.shape != shape[:1]:
             raise ValueError(f"{name} must be ({shape[0]},), one per row; got {tuple(value.shape)}")

@@ -25,15 +25,18 @@ def simplex_lattice(num_objectives: int, points_per_edge: int) -> torch.Tensor:
     and 66 of three.
     """
     if num_objectives < 1 or points_per_edge < 2:
-        raise ValueError(f"simplex_lattice needs at least 1 objective and 2 points per edge; "
-                         f"got {num_objectives} and {points_per_edge}")
+        raise ValueError(
+            f"simplex_lattice needs at least 1 objective and 2 points per edge; "
+            f"got {num_objectives} and {points_per_edge}"
+        )
     steps = points_per_edge - 1
 
     def compositions(parts: int, total: int) -> list[tuple[int, ...]]:
         if parts == 1:
             return [(total,)]
-        return [(first, *rest) for first in range(total + 1)
-                for rest in compositions(parts - 1, total - first)]
+        return [
+            (first, *rest) for first in range(total + 1) for rest in compositions(parts - 1, total - first)
+        ]
 
     return torch.tensor(compositions(num_objectives, steps), dtype=torch.float64).div(steps).float()
 
@@ -58,8 +61,9 @@ class Dirichlet:
 
     def __post_init__(self) -> None:
         if not all(c > 0 and math.isfinite(c) for c in self.concentration):
-            raise ValueError("concentration must be positive; "
-                             f"got {', '.join(f'{c:g}' for c in self.concentration)}")
+            raise ValueError(
+                f"concentration must be positive; got {', '.join(f'{c:g}' for c in self.concentration)}"
+            )
 
     def __call__(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         concentration = torch.tensor(self.concentration, dtype=torch.float64).expand(rows, -1)
@@ -107,8 +111,9 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.resolution < 1:
-            raise ValueError("resolution must be at least 1 (steps of 1 / resolution); "
-                             f"got {self.resolution}")
+            raise ValueError(
+                f"resolution must be at least 1 (steps of 1 / resolution); got {self.resolution}"
+            )
         object.__setattr__(self, "points", simplex_lattice(self.num_objectives, self.resolution + 1))
 
     def __call__(self, rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -141,8 +146,10 @@ class Fixed:
 
     def __post_init__(self) -> None:
         if not all(w >= 0 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-3:
-            raise ValueError(f"fixed_weights must not be negative and must sum to 1; "
-                             f"got {', '.join(f'{w:g}' for w in self.weights)}")
+            raise ValueError(
+                f"fixed_weights must not be negative and must sum to 1; "
+                f"got {', '.join(f'{w:g}' for w in self.weights)}"
+            )
 
     def __call__(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         weights = torch.tensor(self.weights, dtype=torch.float64)
@@ -195,8 +202,9 @@ class GridKL:
 
     def __post_init__(self) -> None:
         if not self.values or not all(v >= 0 and math.isfinite(v) for v in self.values):
-            raise ValueError("a list of kl needs at least one value and none negative; "
-                             f"got {list(self.values)}")
+            raise ValueError(
+                f"a list of kl needs at least one value and none negative; got {list(self.values)}"
+            )
 
     @property
     def smallest(self) -> float:
@@ -229,15 +237,21 @@ class ConditionSampler:
 
     def load_state_dict(self, state: dict) -> None:
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state; "
-                             f"the checkpoint has {', '.join(sorted(state))}")
+            raise ValueError(
+                f"{type(self).__name__} keeps no state; the checkpoint has {', '.join(sorted(state))}"
+            )
 
 
-def build_sampler(num_objectives: int, kind: str = "dirichlet", concentration: float | Sequence[float] = 1.0,
-                  corner_probability: float = 0.0, resolution: int = 10,
-                  fixed_weights: Sequence[float] | None = None,
-                  kl: float | tuple[float, float] | list[float] = 0.1,
-                  stratified: bool = False) -> ConditionSampler:
+def build_sampler(
+    num_objectives: int,
+    kind: str = "dirichlet",
+    concentration: float | Sequence[float] = 1.0,
+    corner_probability: float = 0.0,
+    resolution: int = 10,
+    fixed_weights: Sequence[float] | None = None,
+    kl: float | tuple[float, float] | list[float] = 0.1,
+    stratified: bool = False,
+) -> ConditionSampler:
     """The sampler of a run.
 
     kind: "dirichlet" (concentration: one number or one per objective), "uniform" (optionally `stratified`),
@@ -257,8 +271,14 @@ def build_sampler(num_objectives: int, kind: str = "dirichlet", concentration: f
     return ConditionSampler(weights, _kl_sampler(kl))
 
 
-def _weight_sampler(num_objectives: int, kind: str, concentration: float | Sequence[float], resolution: int,
-                    fixed_weights: Sequence[float] | None, stratified: bool) -> WeightSampler:
+def _weight_sampler(
+    num_objectives: int,
+    kind: str,
+    concentration: float | Sequence[float],
+    resolution: int,
+    fixed_weights: Sequence[float] | None,
+    stratified: bool,
+) -> WeightSampler:
     if stratified and kind != "uniform":
         raise ValueError(f"stratified draws exist for kind='uniform'; got kind={kind!r}")
     if kind == "dirichlet":
@@ -278,16 +298,18 @@ def _weight_sampler(num_objectives: int, kind: str, concentration: float | Seque
 
 def _one_per_objective(name: str, values: Sequence[float], num_objectives: int) -> tuple[float, ...]:
     if len(values) != num_objectives:
-        raise ValueError(f"{name} has {len(values)} entries; "
-                         f"expected one for each of {num_objectives} objectives")
+        raise ValueError(
+            f"{name} has {len(values)} entries; expected one for each of {num_objectives} objectives"
+        )
     return tuple(float(v) for v in values)
 
 
 def _kl_sampler(kl: float | tuple[float, float] | list[float]) -> KLSampler:
     if isinstance(kl, tuple):
         if len(kl) != 2:
-            raise ValueError(f"kl as a tuple is a range (low, high); got {kl}. "
-                             "For values to choose from give a list")
+            raise ValueError(
+                f"kl as a tuple is a range (low, high); got {kl}. For values to choose from give a list"
+            )
         return LogUniformKL(float(kl[0]), float(kl[1]))
     if isinstance(kl, list):
         return GridKL(tuple(float(v) for v in kl))

@@ -75,8 +75,12 @@ def test_one_run_over_all_weightings_reaches_every_optimum(estimator):
 
 def over_alpha_and_weights(kl_conditioning):
     trained = one_token(build_sampler(2, "uniform", kl=(0.1, 0.6)), kl_conditioning=kl_conditioning)
-    return torch.tensor([[trained.kl_to_optimum(torch.tensor([i / 4, 1 - i / 4]), alpha)
-                          for i in range(5)] for alpha in (0.1, 0.25, 0.4, 0.6)])
+    return torch.tensor(
+        [
+            [trained.kl_to_optimum(torch.tensor([i / 4, 1 - i / 4]), alpha) for i in range(5)]
+            for alpha in (0.1, 0.25, 0.4, 0.6)
+        ]
+    )
 
 
 def test_one_run_over_all_weightings_and_alphas_reaches_every_optimum_with_odds():

@@ -69,13 +69,16 @@ def test_odds_without_a_kl_penalty_is_an_error():
         blend_coefficients(conditions([0.1, 0.0]), "odds", min_kl=0.1)
 
 
-@pytest.mark.parametrize("form, options, message", [
-    ("inverse", {}, "expected one of none, linear, odds"),
-    ("odds", {}, "alpha between 0 and 1; got None"),
-    ("odds", dict(min_kl=0.0), "alpha between 0 and 1; got 0.0"),
-    ("odds", dict(min_kl=1.0), "alpha between 0 and 1; got 1.0"),
-    ("odds", dict(min_kl=0.0, kl_is_beta=True), "beta > 0; got 0.0"),
-])
+@pytest.mark.parametrize(
+    "form, options, message",
+    [
+        ("inverse", {}, "expected one of none, linear, odds"),
+        ("odds", {}, "alpha between 0 and 1; got None"),
+        ("odds", dict(min_kl=0.0), "alpha between 0 and 1; got 0.0"),
+        ("odds", dict(min_kl=1.0), "alpha between 0 and 1; got 1.0"),
+        ("odds", dict(min_kl=0.0, kl_is_beta=True), "beta > 0; got 0.0"),
+    ],
+)
 def test_blend_errors(form, options, message):
     with pytest.raises(ValueError, match=message):
         blend_coefficients(conditions([0.1]), form, **options)
@@ -91,14 +94,17 @@ def test_weights_that_nearly_sum_to_one_are_normalised():
     assert parse_weights([0.333, 0.333, 0.333], NAMES).sum().item() == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("weights, message", [
-    ({"coverge": 1.0}, "unknown objective 'coverge'; this policy has coverage, brevity, faithfulness"),
-    ({"a": 0.5, "b": 0.5}, "unknown objectives 'a', 'b'"),
-    ({"coverage": 1.2, "brevity": -0.2}, "must not be negative; got coverage=1.2, brevity=-0.2"),
-    ({"coverage": 0.7, "brevity": 0.7}, "must sum to 1; got .*, which sums to 1.4"),
-    ([0.5, 0.5], "2 entries; expected 3, in the order coverage, brevity, faithfulness"),
-    ([float("nan"), 0.5, 0.5], "must not be negative"),
-])
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"coverge": 1.0}, "unknown objective 'coverge'; this policy has coverage, brevity, faithfulness"),
+        ({"a": 0.5, "b": 0.5}, "unknown objectives 'a', 'b'"),
+        ({"coverage": 1.2, "brevity": -0.2}, "must not be negative; got coverage=1.2, brevity=-0.2"),
+        ({"coverage": 0.7, "brevity": 0.7}, "must sum to 1; got .*, which sums to 1.4"),
+        ([0.5, 0.5], "2 entries; expected 3, in the order coverage, brevity, faithfulness"),
+        ([float("nan"), 0.5, 0.5], "must not be negative"),
+    ],
+)
 def test_weight_errors(weights, message):
     with pytest.raises(ValueError, match=message):
         parse_weights(weights, NAMES)

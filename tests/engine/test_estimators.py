@@ -74,14 +74,16 @@ class Enumerated:
 UNBIASED = [("return", 0.5), ("exact", 0.5), ("mixed", 0.0), ("mixed", 0.3), ("mixed", 1.0)]
 
 
-@pytest.mark.parametrize("baseline, group_size",
-                         [("none", 1), ("none", 2), ("leave_one_out", 2), ("leave_one_out", 3)])
+@pytest.mark.parametrize(
+    "baseline, group_size", [("none", 1), ("none", 2), ("leave_one_out", 2), ("leave_one_out", 3)]
+)
 @pytest.mark.parametrize("estimator, mix", UNBIASED)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_expected_gradient_is_the_gradient_of_the_objective(estimator, mix, baseline, group_size, alpha):
     policy = Enumerated.random()
-    expected = policy.expected_gradient(group_size, 1 - alpha, alpha, estimator=estimator, mix=mix,
-                                        baseline=baseline)
+    expected = policy.expected_gradient(
+        group_size, 1 - alpha, alpha, estimator=estimator, mix=mix, baseline=baseline
+    )
     torch.testing.assert_close(expected, policy.gradient(1 - alpha, alpha), atol=1e-10, rtol=0)
 
 
@@ -94,8 +96,14 @@ def test_group_mean_shrinks_the_gradient_by_the_share_of_the_others():
 def test_group_mean_shrinks_the_score_term_but_not_the_differentiated_kl():
     policy = Enumerated.random()
     whole = policy.expected_gradient(2, 0.7, 0.3, estimator="exact", baseline="group_mean")
-    without_kl = policy.expected_gradient(2, 0.7, 0.3, estimator="exact", baseline="group_mean",
-                                          change=lambda c: type(c)(c.logprob, None, c.advantage))
+    without_kl = policy.expected_gradient(
+        2,
+        0.7,
+        0.3,
+        estimator="exact",
+        baseline="group_mean",
+        change=lambda c: type(c)(c.logprob, None, c.advantage),
+    )
     restored = 2 * without_kl + (whole - without_kl)
     torch.testing.assert_close(restored, policy.gradient(0.7, 0.3), atol=1e-10, rtol=0)
 
@@ -112,8 +120,13 @@ def test_exact_kl_without_its_score_term_is_biased_exactly_like_k2():
     policy = Enumerated.random()
     rewards_only = policy.expected_gradient(2, 1.0, 0.0, estimator="return")
     k2 = policy.expected_gradient(2, 0.0, 1.0, estimator="k2")
-    exact = policy.expected_gradient(2, 0.0, 1.0, estimator="exact",
-                                     change=lambda c: type(c)(torch.zeros_like(c.logprob), c.kl, c.advantage))
+    exact = policy.expected_gradient(
+        2,
+        0.0,
+        1.0,
+        estimator="exact",
+        change=lambda c: type(c)(torch.zeros_like(c.logprob), c.kl, c.advantage),
+    )
     torch.testing.assert_close(k2, exact, atol=1e-10, rtol=0)
     assert (rewards_only + exact - policy.gradient(1.0, 1.0)).norm() > 0.05
 
@@ -135,15 +148,22 @@ def test_return_has_no_variance_at_the_optimum():
     log_reference = (tokens.ref_logprob * tokens.mask).sum(-1)
     optimum = (log_reference + (1 - alpha) / alpha * policy.rewards).softmax(-1).detach()
     first = torch.stack([optimum[0], optimum[1:4].sum(), optimum[4:].sum()])
-    at_optimum = Enumerated(torch.stack([first, first, optimum[1:4], optimum[4:]]).log().requires_grad_(),
-                            policy.reference, policy.rewards)
+    at_optimum = Enumerated(
+        torch.stack([first, first, optimum[1:4], optimum[4:]]).log().requires_grad_(),
+        policy.reference,
+        policy.rewards,
+    )
     tokens = at_optimum.tokens()
     assert at_optimum.gradient(1 - alpha, alpha).abs().max() < 1e-12
     one = torch.ones(7, dtype=torch.float64)
     c = coefficients(tokens, policy.rewards, alpha * one, (1 - alpha) * one, 7, estimator="return")
     assert c.logprob.abs().max() < 1e-12
-    assert coefficients(tokens, policy.rewards, alpha * one, (1 - alpha) * one, 7,
-                        estimator="exact").logprob.abs().max() > 0.1
+    assert (
+        coefficients(tokens, policy.rewards, alpha * one, (1 - alpha) * one, 7, estimator="exact")
+        .logprob.abs()
+        .max()
+        > 0.1
+    )
 
 
 def random_tokens(rows, length, seed=0):
@@ -166,8 +186,15 @@ def test_masked_entries_are_never_read(estimator):
     rewards = torch.tensor([1.0, 2.0, 0.0, 5.0])
 
     def run(logprob, ref_logprob, kl, old_logprob):
-        return coefficients(Tokens(logprob, ref_logprob, kl, tokens.mask), rewards, row(0.1), row(0.9), 2,
-                            estimator=estimator, old_logprob=old_logprob)
+        return coefficients(
+            Tokens(logprob, ref_logprob, kl, tokens.mask),
+            rewards,
+            row(0.1),
+            row(0.9),
+            2,
+            estimator=estimator,
+            old_logprob=old_logprob,
+        )
 
     clean, dirty = run(*values), run(*(value.masked_fill(~tokens.mask, NAN) for value in values))
     assert torch.equal(clean.logprob, dirty.logprob)
@@ -249,8 +276,16 @@ def test_scaling_ignores_missing_rewards():
 def test_scaled_advantages_are_those_of_trl():
     """Group mean and group std, KL out of the return: the advantage GRPOTrainer computes."""
     rewards = torch.tensor([1.0, 2.0, 6.0, 3.0, 3.5, 9.0])
-    c = coefficients(random_tokens(6, 3), rewards, row(0.1, 6), row(1.0, 6), 3, estimator="k3",
-                     baseline="group_mean", scale_rewards="group")
+    c = coefficients(
+        random_tokens(6, 3),
+        rewards,
+        row(0.1, 6),
+        row(1.0, 6),
+        3,
+        estimator="k3",
+        baseline="group_mean",
+        scale_rewards="group",
+    )
     groups = rewards.double().view(2, 3)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(c.advantage, expected.flatten())
@@ -281,8 +316,16 @@ def test_clipped_coefficients_are_the_gradient_of_the_ppo_surrogate(epsilon, eps
     generator = torch.Generator().manual_seed(3)
     old = tokens.logprob + 0.4 * torch.randn(32, 6, dtype=torch.float64, generator=generator)
     rewards = torch.randn(32, dtype=torch.float64, generator=generator)
-    c = coefficients(tokens, rewards, row(0.0, 32), row(1.0, 32), 4, old_logprob=old, epsilon=epsilon,
-                     epsilon_high=epsilon_high)
+    c = coefficients(
+        tokens,
+        rewards,
+        row(0.0, 32),
+        row(1.0, 32),
+        4,
+        old_logprob=old,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+    )
 
     logprob = tokens.logprob.clone().requires_grad_()
     ratio = (logprob - old).exp()
@@ -303,15 +346,17 @@ def test_clipped_coefficients_are_the_gradient_of_the_ppo_surrogate(epsilon, eps
 def test_a_policy_that_has_not_moved_is_not_clipped(estimator):
     tokens, rewards = random_tokens(4, 3), torch.tensor([1.0, 2.0, 4.0, 8.0])
     fresh = coefficients(tokens, rewards, row(0.3), row(0.7), 2, estimator=estimator)
-    ratio_one = coefficients(tokens, rewards, row(0.3), row(0.7), 2, estimator=estimator,
-                             old_logprob=tokens.logprob)
+    ratio_one = coefficients(
+        tokens, rewards, row(0.3), row(0.7), 2, estimator=estimator, old_logprob=tokens.logprob
+    )
     assert torch.equal(fresh.logprob, ratio_one.logprob)
     assert ratio_one.clip_low == 0 and ratio_one.clip_high == 0
     assert fresh.clip_low is None and fresh.clip_high is None
 
 
-@pytest.mark.parametrize("estimator, value",
-                         [("k2", lambda d: d.square() / 2), ("k3", lambda d: (-d).exp() + d - 1)])
+@pytest.mark.parametrize(
+    "estimator, value", [("k2", lambda d: d.square() / 2), ("k3", lambda d: (-d).exp() + d - 1)]
+)
 def test_kl_in_the_loss_is_the_derivative_of_its_value(estimator, value):
     tokens = random_tokens(4, 3)
     c = coefficients(tokens, row(0.0), row(0.3), row(1.0), 2, estimator=estimator)
@@ -373,19 +418,23 @@ def test_mix_stays_between_the_two_estimators(dot, expected):
 # ---- errors
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(estimator="k1"), "expected one of return, exact, mixed, k2, k3"),
-    (dict(baseline="mean"), "expected one of leave_one_out, group_mean, none"),
-    (dict(scale_rewards=True), "expected one of none, group, batch"),
-    (dict(mix=1.5), r"mix must be in \[0, 1\]; got 1.5"),
-    (dict(group_size=3), "4 rows do not divide into groups of 3"),
-    (dict(group_size=1), "group_size of at least 2; got 1. Use more completions, or baseline='none'"),
-    (dict(rewards=torch.zeros(4, 1)), r"rewards must be \(4,\), one per row; got \(4, 1\)"),
-    (dict(old_logprob=torch.zeros(4, 2)), r"have the shape of logprob, \(4, 3\); got \(4, 2\)"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(estimator="k1"), "expected one of return, exact, mixed, k2, k3"),
+        (dict(baseline="mean"), "expected one of leave_one_out, group_mean, none"),
+        (dict(scale_rewards=True), "expected one of none, group, batch"),
+        (dict(mix=1.5), r"mix must be in \[0, 1\]; got 1.5"),
+        (dict(group_size=3), "4 rows do not divide into groups of 3"),
+        (dict(group_size=1), "group_size of at least 2; got 1. Use more completions, or baseline='none'"),
+        (dict(rewards=torch.zeros(4, 1)), r"rewards must be \(4,\), one per row; got \(4, 1\)"),
+        (dict(old_logprob=torch.zeros(4, 2)), r"have the shape of logprob, \(4, 3\); got \(4, 2\)"),
+    ],
+)
 def test_errors_say_what_was_given_and_what_was_expected(options, message):
-    arguments = dict(tokens=random_tokens(4, 3), rewards=row(0.0), kl_coef=row(0.1), reward_scale=row(0.9),
-                     group_size=2)
+    arguments = dict(
+        tokens=random_tokens(4, 3), rewards=row(0.0), kl_coef=row(0.1), reward_scale=row(0.9), group_size=2
+    )
     with pytest.raises(ValueError, match=message):
         coefficients(**{**arguments, **options})
 

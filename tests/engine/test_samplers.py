@@ -8,10 +8,15 @@ import torch
 from clp_engine.samplers import ConditionSampler, build_sampler, simplex_lattice
 
 ROWS = 20000
-KINDS = [dict(kind="dirichlet"), dict(kind="dirichlet", concentration=[0.2, 1.0, 5.0]),
-         dict(kind="dirichlet", corner_probability=0.3), dict(kind="uniform"),
-         dict(kind="uniform", stratified=True), dict(kind="grid"),
-         dict(kind="fixed", fixed_weights=[0.2, 0.3, 0.5])]
+KINDS = [
+    dict(kind="dirichlet"),
+    dict(kind="dirichlet", concentration=[0.2, 1.0, 5.0]),
+    dict(kind="dirichlet", corner_probability=0.3),
+    dict(kind="uniform"),
+    dict(kind="uniform", stratified=True),
+    dict(kind="grid"),
+    dict(kind="fixed", fixed_weights=[0.2, 0.3, 0.5]),
+]
 
 
 def generator(seed=0):
@@ -46,16 +51,18 @@ def test_draws_depend_on_the_given_generator_alone(options):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("options", [dict(kind="dirichlet"), dict(kind="uniform"),
-                                     dict(kind="uniform", stratified=True)])
+@pytest.mark.parametrize(
+    "options", [dict(kind="dirichlet"), dict(kind="uniform"), dict(kind="uniform", stratified=True)]
+)
 @pytest.mark.parametrize("num_objectives", [2, 3, 4])
 def test_uniform_on_the_simplex(options, num_objectives):
     """The marginal of one entry is P(w_i > t) = (1 - t)^(M - 1); tolerance: 4 standard errors."""
     weights = draw(num_objectives=num_objectives, **options).weights
     for threshold in (0.1, 0.3, 0.7):
         expected = torch.full((num_objectives,), (1 - threshold) ** (num_objectives - 1))
-        torch.testing.assert_close((weights > threshold).float().mean(0), expected,
-                                   atol=4 * 0.5 / math.sqrt(ROWS), rtol=0)
+        torch.testing.assert_close(
+            (weights > threshold).float().mean(0), expected, atol=4 * 0.5 / math.sqrt(ROWS), rtol=0
+        )
 
 
 def test_dirichlet_has_the_moments_of_its_concentration():
@@ -136,23 +143,26 @@ def test_a_sampler_without_state_refuses_the_state_of_another():
         sampler.load_state_dict({"visits": [1, 2]})
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(kind="gaussian"), "expected one of dirichlet, uniform, grid, fixed"),
-    (dict(concentration=0.0), "concentration must be positive; got 0, 0"),
-    (dict(concentration=[1.0]), "concentration has 1 entries; expected one for each of 2 objectives"),
-    (dict(kind="fixed"), "needs fixed_weights"),
-    (dict(kind="fixed", fixed_weights=[0.5, 0.7]), "must sum to 1; got 0.5, 0.7"),
-    (dict(kind="fixed", fixed_weights=[1.5, -0.5]), "must not be negative"),
-    (dict(kind="fixed", fixed_weights=[1.0, 0.0], corner_probability=0.1), "contradicts kind='fixed'"),
-    (dict(corner_probability=1.5), r"corner_probability must be in \[0, 1\]; got 1.5"),
-    (dict(kind="grid", resolution=0), "resolution must be at least 1"),
-    (dict(kind="grid", stratified=True), "stratified draws exist for kind='uniform'; got kind='grid'"),
-    (dict(kl=-0.1), "kl must not be negative; got -0.1"),
-    (dict(kl=(0.6, 0.1)), r"0 < low <= high; got \(0.6, 0.1\)"),
-    (dict(kl=(0.1, 0.2, 0.3)), "For values to choose from give a list"),
-    (dict(kl=[]), "at least one value"),
-    (dict(num_objectives=0), "num_objectives must be at least 1; got 0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(kind="gaussian"), "expected one of dirichlet, uniform, grid, fixed"),
+        (dict(concentration=0.0), "concentration must be positive; got 0, 0"),
+        (dict(concentration=[1.0]), "concentration has 1 entries; expected one for each of 2 objectives"),
+        (dict(kind="fixed"), "needs fixed_weights"),
+        (dict(kind="fixed", fixed_weights=[0.5, 0.7]), "must sum to 1; got 0.5, 0.7"),
+        (dict(kind="fixed", fixed_weights=[1.5, -0.5]), "must not be negative"),
+        (dict(kind="fixed", fixed_weights=[1.0, 0.0], corner_probability=0.1), "contradicts kind='fixed'"),
+        (dict(corner_probability=1.5), r"corner_probability must be in \[0, 1\]; got 1.5"),
+        (dict(kind="grid", resolution=0), "resolution must be at least 1"),
+        (dict(kind="grid", stratified=True), "stratified draws exist for kind='uniform'; got kind='grid'"),
+        (dict(kl=-0.1), "kl must not be negative; got -0.1"),
+        (dict(kl=(0.6, 0.1)), r"0 < low <= high; got \(0.6, 0.1\)"),
+        (dict(kl=(0.1, 0.2, 0.3)), "For values to choose from give a list"),
+        (dict(kl=[]), "at least one value"),
+        (dict(num_objectives=0), "num_objectives must be at least 1; got 0"),
+    ],
+)
 def test_errors_say_what_was_given_and_what_was_expected(options, message):
     with pytest.raises(ValueError, match=message):
         build_sampler(**{"num_objectives": 2, **options})
