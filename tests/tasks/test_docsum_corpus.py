@@ -160,6 +160,9 @@ def test_no_text_straddles_the_splits():
     holders = {p.split for p in pairs if shared in p.document}
     assert len(holders) == 1, f"one paragraph in {holders}"
     held_out = [p for p in pairs if p.split != "train"]
+    # no pair, and not alike to one, but its summary belongs to the test split
+    docs.append(Docstring("m.alone", "Return the first of items in it.", ""))
+    assert split_of(docs[-1].summary) == "test"
     kept = training_docstrings(docs, pairs)
     assert kept and all(split_of(d.summary) == "train" for d in kept)
     assert not {d.document for d in kept} & {p.document for p in held_out}

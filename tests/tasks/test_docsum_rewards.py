@@ -142,3 +142,10 @@ def test_column_of_another_length_raises():
 
 def test_name_is_optional():
     assert brevity(completions=["Count the edges."], document=["number of edges"]) == [1.0]
+
+
+def test_a_phrase_that_fits_every_document_is_not_about_this_one():
+    document = "The value that is returned is a new instance of the given class; the edges were counted."
+    for phrase in ("Return the value.", "Return a new instance of the given class."):
+        assert score(brevity, phrase, document=document) == [0.0]
+    assert score(brevity, "Return the edges.", document=document) == [1.0]
