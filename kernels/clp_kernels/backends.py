@@ -1,7 +1,8 @@
 """Which back-end serves a call: the reference (plain torch), the C++ CPU kernels, or Triton.
 
-The choice is made per call from device, dtype and shape. `CLP_KERNELS_BACKEND` (environment) or `use_backend(...)`
-force one; a forced back-end that cannot serve a call raises and says what would, and never hands the call on.
+The choice is made per call from device, dtype and shape. `CLP_KERNELS_BACKEND` (environment) or
+`use_backend(...)` force one; a forced back-end that cannot serve a call raises and says what would, and never
+hands the call on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Backend:
 
 
 class Implementation(Protocol):
-    """A back-end's module for one op: `unsupported(**call)` says why it cannot serve this call, or None if it can."""
+    """A back-end's module for one op: `unsupported(**call)` says why it cannot serve a call, if so."""
 
     def unsupported(self, **call) -> str | None: ...
 
@@ -81,7 +82,7 @@ _forced: list[str | None] = []
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force one back-end ("reference", "cpu", "triton"; "auto" or None lifts an outer force) inside the block.
+    """Force one back-end ("reference", "cpu", "triton"; "auto" or None lifts an outer force) in the block.
 
     Raises ValueError for an unknown name; RuntimeError where the back-end is not available in this process.
     """
@@ -109,19 +110,20 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def plain_eager(*tensors: torch.Tensor) -> bool:
-    """True where an op may call its implementation itself: nobody is tracing, and every tensor is one with memory.
+    """True where an op may call its implementation itself: nobody is tracing, and every tensor has memory.
 
-    torch's dispatcher hands a call to whoever watches (torch.compile, FakeTensorMode, functorch, tensor subclasses) and takes
-    4 to 30 microseconds to do so, more than a decode-size kernel.
+    torch's dispatcher hands a call to whoever watches (torch.compile, FakeTensorMode, functorch, tensor
+    subclasses) and takes 4 to 30 microseconds to do so, more than a decode-size kernel.
     """
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-                or torch._C._functorch.peek_interpreter_stack() is not None) and {*map(type, tensors)} <= _PLAIN
+    watched = (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+               or torch._C._functorch.peek_interpreter_stack() is not None)
+    return not watched and {*map(type, tensors)} <= _PLAIN
 
 
 def select(op: str, table: Mapping[str, str], device: torch.device, **call) -> Implementation:
     """The implementation module that serves this call.
 
-    table: back-end name -> module name; modules are imported on first use, so that a missing Triton costs nothing.
+    table: back-end name -> module name; imported on first use, so that a missing Triton costs nothing.
     call: whatever the op's implementations look at in `unsupported(device=..., **call)`.
     Raises RuntimeError where the forced back-end cannot serve the call.
     """

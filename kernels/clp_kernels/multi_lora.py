@@ -2,12 +2,13 @@
 
     y = x W^T + bias + ((x A^T) * gate) B^T
 
-A is all adapters' A_i stacked to (R, K), B all B_i side by side (N, R), and a gate row holds the blend's coefficients, each
-repeated r_i times and times the adapter's scaling. Every row of x uses every adapter, so rows with different blends share
-one batch with no gather, sort or segment. A row whose gate is zero is the frozen layer, to the last bit.
+A is all adapters' A_i stacked to (R, K), B all B_i side by side (N, R), and a gate row holds the blend's
+coefficients, each repeated r_i times and times the adapter's scaling. Every row of x uses every adapter, so
+rows with different blends share one batch with no gather, sort or segment. A row whose gate is zero is the
+frozen layer, to the last bit.
 
-The (rows, R) product h = x A^T is kept for the backward pass rather than recomputed: it is R / K of what x itself takes
-(5% at K = 1024, R = 48) and would cost one more read of x.
+The (rows, R) product h = x A^T is kept for the backward pass rather than recomputed: it is R / K of what x
+itself takes (5% at K = 1024, R = 48) and would cost one more read of x.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from clp_kernels.backends import plain_eager, select
 _TABLE = {
     "reference": "clp_kernels.reference.multi_lora",
     "cpu": "clp_kernels.cpu.multi_lora",
+    "triton": "clp_kernels.triton_kernels.multi_lora",
 }
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 _LIBRARY.define(
@@ -30,8 +32,8 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "multi_lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor gate, "
-    "Tensor? gate_index, Tensor h, bool[6] needs) -> Tensor[]",
+    "multi_lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, "
+    "Tensor gate, Tensor? gate_index, Tensor h, bool[6] needs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -52,17 +54,17 @@ def multi_lora_linear(
     weight      (N, K);  bias (N,) or None
     lora_a      (R, K), lora_b (N, R): the adapters, stacked; R = 0 is the plain linear layer
     gate        (G, R), in x's dtype or float32 (see `expand_gate`)
-    gate_index  the gate row of each row of x, an integer tensor of `rows` elements, (rows,) or x's leading shape; or None
-                where G is 1, `rows`, or x's first dimension (a gate row then serves all positions of its sequence)
+    gate_index  the gate row of each row of x, int64 or int32, (rows,) or x's leading shape; or None where G
+                is 1, `rows`, or x's first dimension (a gate row then serves all positions of its sequence)
     returns     (..., N), contiguous, in x's dtype
 
-    Gradients reach x, lora_a, lora_b and gate (summed over the rows that a gate row served), and weight and bias where they
-    ask for it. Products are in x's dtype with float32 accumulation; the gate is applied in float32. Under autocast every
-    floating-point argument but the gate is cast to the autocast dtype, as torch.nn.functional.linear does. Twice-differentiable
-    it is not. No dropout: apply it to x, outside.
+    Gradients reach x, lora_a, lora_b and gate (summed over the rows that a gate row served), and weight and
+    bias where they ask for it; there are no second derivatives. Products are in x's dtype with float32
+    accumulation; the gate is applied in float32. Under autocast every floating-point argument but the gate is
+    cast to the autocast dtype, as torch.nn.functional.linear does. No dropout: apply it to x, outside.
 
-    Raises ValueError (shapes, devices), TypeError (dtypes); IndexError for a gate_index out of range on a CPU. On a GPU,
-    where finding out would stall the stream, such a row becomes NaN.
+    Raises ValueError (shapes, devices), TypeError (dtypes), IndexError (a gate_index out of range, on a CPU).
+    On a GPU, where finding out would stall the stream, such a row becomes NaN.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -118,11 +120,12 @@ def expand_gate(blend: Tensor, ranks: Sequence[int], scalings: Sequence[float]) 
     scalings  M factors (lora_alpha / rank, say)
     returns   (G, sum of ranks), in blend's dtype; differentiable in blend
 
-    Raises ValueError where the lengths disagree with M or a rank is negative; TypeError where blend is not floating point.
+    Raises ValueError where the lengths disagree with M or a rank is negative; TypeError where blend is not
+    floating point.
     """
     if blend.dim() != 2:
         raise ValueError(
-            f"expand_gate: blend is {tuple(blend.shape)}; expected (G, M), a row per blend and a column per adapter"
+            f"expand_gate: blend is {tuple(blend.shape)}; expected (G, M), a column for each adapter"
         )
     if not blend.dtype.is_floating_point:
         raise TypeError(
@@ -181,7 +184,8 @@ def _explain(
     rank = lora_a.shape[0]
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(
-            f"{op}: x is {_describe(x)}; expected (..., {in_features}) to go with weight {tuple(weight.shape)}"
+            f"{op}: x is {_describe(x)}; expected (..., {in_features}) "
+            f"to go with weight {tuple(weight.shape)}"
         )
     for name, tensor, expected in (
         ("lora_a", lora_a, (rank, in_features)),
@@ -213,7 +217,8 @@ def _explain(
     rows = _count(x.shape)
     if gate_index is None:
         raise ValueError(
-            f"{op}: gate has {gate.shape[0]} rows and x is {tuple(x.shape)}; expected 1, {rows} (one per row of x)"
+            f"{op}: gate has {gate.shape[0]} rows and x is {tuple(x.shape)}; "
+            f"expected 1, {rows} (one per row of x)"
             + (f" or {x.shape[0]} (one per sequence)" if x.dim() > 2 else "")
             + ", or a gate_index"
         )

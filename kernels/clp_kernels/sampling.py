@@ -4,16 +4,17 @@
     token = first v, in index order, at which  sum_{j <= v, j kept} p_j  >  u * sum_{j kept} p_j
     logprob = log p_token
 
-u is one uniform per row. The log-prob is that of the untruncated distribution at the temperature, whatever top_k, top_p and
-min_p left out: it is what a training pass computes from the same logits, and importance ratios are formed with.
+u is one uniform per row. The log-prob is that of the untruncated distribution at the temperature, whatever
+top_k, top_p and min_p left out: it is what a training pass computes from the same logits, and importance
+ratios are formed with.
 
 What is kept is decided by a threshold on the logit, hence does not depend on the order of equal logits:
     top_k  logits no smaller than the k-th largest (ties at the k-th are all kept)
-    top_p  the largest logits whose mass, of what top_k kept, reaches p (ties are all kept; the most likely always is)
+    top_p  the fewest of the largest logits whose mass, of what top_k kept, reaches p (and all their ties)
     min_p  p_v >= min_p * max p
 
-The C++ and Triton back-ends draw the same token as the reference for the same u, except where u falls within rounding
-(about 1e-6 of the row's mass) of the border between two tokens.
+The C++ and Triton back-ends draw the same token as the reference for the same u, except where u falls within
+rounding (about 1e-6 of the row's mass) of the border between two tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from clp_kernels.backends import plain_eager, select
 _TABLE = {
     "reference": "clp_kernels.reference.sampling",
     "cpu": "clp_kernels.cpu.sampling",
+    "triton": "clp_kernels.triton_kernels.sampling",
 }
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "sample_tokens(Tensor logits, Tensor draws, float temperature, Tensor? temperature_rows, int top_k, Tensor? top_k_rows, "
-    "float top_p, Tensor? top_p_rows, float min_p, Tensor? min_p_rows) -> (Tensor, Tensor)",
+    "sample_tokens(Tensor logits, Tensor draws, float temperature, Tensor? temperature_rows, int top_k, "
+    "Tensor? top_k_rows, float top_p, Tensor? top_p_rows, float min_p, Tensor? min_p_rows) "
+    "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -46,24 +49,25 @@ def sample_tokens(
     seeds: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """token ~ softmax(logits / temperature), truncated by top_k, then top_p, then min_p; and log p_token untruncated.
+    """token ~ softmax(logits / temperature), truncated by top_k, top_p and min_p; log p_token, untruncated.
 
     logits       (rows, V), floating point; rows may be strided
-    temperature  a float or (rows,); 0 takes the largest logit (the first of equals), with its log-prob at temperature 1
+    temperature  a float or (rows,); 0 takes the largest logit (the first of equals), with its log-prob at
+                 temperature 1
     top_k        an int or (rows,); None, 0 or V keeps all
     top_p        in (0, 1], a float or (rows,); None or 1 keeps all
     min_p        in [0, 1], a float or (rows,); None or 0 keeps all
     generator    gives one uniform per row: the same state, the same tokens
-    seeds        (rows,) int64, instead of a generator: a row's token is then a function of its logits and its seed alone,
-                 whatever else is in the batch. Every draw wants a seed of its own; consecutive ones are fine
+    seeds        (rows,) int64, instead of a generator: a row's token then depends on its logits and its seed
+                 alone, whatever else is in the batch. Each draw wants its own; consecutive ones will do
     out          (tokens, logprob) to write into, contiguous
     returns      tokens (rows,) int64, logprob (rows,) float32
 
     Not differentiable. Under torch.compile use seeds or the default generator.
 
-    Raises ValueError (shapes, values given as numbers, both generator and seeds; on a CPU also a row whose largest logit is
-    not finite: on a GPU, where finding out would stall the stream, such a row's token is -1 and its log-prob NaN) and
-    TypeError (dtypes). Values of per-row options are not looked at.
+    Raises ValueError (shapes, values given as numbers, both generator and seeds; on a CPU also a row whose
+    largest logit is not finite) and TypeError (dtypes). On a GPU, where finding out would stall the stream,
+    such a row's token is -1 and its log-prob NaN. Values of per-row options are not looked at.
     """
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"sample_tokens: logits is {tuple(logits.shape)}; expected (rows, V) with V > 0")
@@ -112,8 +116,8 @@ def sample_tokens(
                 or not tensor.is_contiguous()
             ):
                 raise ValueError(
-                    f"sample_tokens: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides "
-                    f"{tensor.stride()}; expected ({rows},) {dtype} on {logits.device}, contiguous"
+                    f"sample_tokens: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
+                    f"strides {tensor.stride()}; expected ({rows},) {dtype} on {logits.device}, contiguous"
                 )
     _run(logits, draws, temperature, top_k, top_p, min_p, tokens, logprob)
     return tokens, logprob
@@ -130,8 +134,8 @@ def _option(name, value, unset, dtype, logits, allowed, expected):
         return number
     if tuple(value.shape) != (logits.shape[0],) or value.device != logits.device or value.dtype is torch.bool:
         raise ValueError(
-            f"sample_tokens: {name} is {tuple(value.shape)} {value.dtype} on {value.device}; expected a number or "
-            f"({logits.shape[0]},) on {logits.device}"
+            f"sample_tokens: {name} is {tuple(value.shape)} {value.dtype} on {value.device}; "
+            f"expected a number or ({logits.shape[0]},) on {logits.device}"
         )
     return value.detach().to(dtype).contiguous()
 

@@ -1,7 +1,7 @@
 """multi_lora_linear on the CPU: torch's BLAS for the products, C++ for everything between them.
 
-The adapter products accumulate into the base product (`addmm_`), so there is no further pass over (rows, N). The gate
-is applied, or the backward's three row-wise results are made, in one pass over (rows, R).
+The adapter products accumulate into the base product (`addmm_`), so there is no further pass over (rows, N).
+The gate is applied, or the backward's three row-wise results are made, in one pass over (rows, R).
 """
 
 from __future__ import annotations

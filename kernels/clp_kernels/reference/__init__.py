@@ -1,1 +1,1 @@
-"""Plain torch, any device and dtype, float64 included: the specification that every other back-end is compared with."""
+"""Plain torch, any device and dtype: the specification that every other back-end is compared with."""

@@ -55,7 +55,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients that `needs` asks for, of (x, weight, bias, lora_a, lora_b, gate), in this order.
 
-    weight may be None where the gradient of x is not asked for; x where neither that of weight nor of lora_a is.
+    weight may be None where x's gradient is not asked for; x where neither weight's nor lora_a's is.
     """
     lead, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
     rows = dy.shape[0]

@@ -1,4 +1,4 @@
-"""sample_tokens in plain torch: the specification. Sums are in float64, where the logits are float32 and less."""
+"""sample_tokens in plain torch: the specification. Masses are summed in float64."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def sample(
     tokens: Tensor,
     logprob: Tensor,
 ) -> int | None:
-    """Writes tokens (rows,) and logprob (rows,); returns the first row without a finite largest logit, or None.
+    """Writes tokens and logprob, (rows,); returns the first row without a finite largest logit, or None.
 
-    draws: float64 uniforms in [0, 1), or int64 seeds. Finding a bad row is skipped on a GPU; its token is -1 and its
-    log-prob NaN everywhere.
+    draws: float64 uniforms in [0, 1), or int64 seeds. The token of a bad row is -1 and its log-prob NaN; on a
+    GPU they are not looked for.
     """
     rows, vocab = logits.shape
     if rows == 0:
