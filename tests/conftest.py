@@ -1,4 +1,4 @@
-"""Shared by all tests: without a GPU, Triton kernels run in Triton's interpreter, which must be asked for before the import."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, which must be asked for before the import."""
 
 import os
 
@@ -13,7 +13,7 @@ import clp_kernels  # noqa: E402
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request):
-    """The test runs once with each back-end forced; one that this process cannot use is skipped, with its reason.
+    """The test runs once with each back-end forced; one that this process cannot use is skipped.
 
     A test for some of them only: @pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True).
     """

@@ -4,7 +4,7 @@ import torch
 
 
 def assert_as_accurate(got, plain, exact, what="", factor=1.5):
-    """max |got - exact| <= factor * max |plain - exact|, plus one rounding of the largest value for where torch happens to be exact.
+    """max |got - exact| <= factor * max |plain - exact|, plus one rounding (torch may happen to be exact).
 
     got: the kernel's; plain: torch's in the same dtype; exact: the float64 computation on the same inputs.
     """

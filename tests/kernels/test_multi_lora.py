@@ -35,7 +35,7 @@ def run(tensors, dy, wanted=NAMES, gate_index=None):
 
 
 def assert_right(tensors, wanted=NAMES, gate_index=None):
-    """Output and gradients of the back-end in force against the reference in float64 and in the same dtype."""
+    """Output and gradients of the back-end in force against the reference in float64 and in its dtype."""
     dy = torch.randn(*tensors["x"].shape[:-1], tensors["weight"].shape[0]).to(tensors["x"])
     got = run(tensors, dy, wanted, gate_index)
     with use_backend("reference"):
@@ -96,6 +96,13 @@ def test_many_rows_and_sizes_that_no_tile_divides():
     assert_right(inputs((13, 149), k=896, n=150, groups=13))
     assert_right(inputs((1937,), k=150, n=89, groups=1937))
     assert_right(inputs((1937,), k=150, n=89, groups=1))
+
+
+def test_contractions_long_enough_to_be_split_over_programs(backend):
+    # The Triton launchers cut the contraction over K (few rows), over the rows, and over one gate's rows.
+    assert_right(inputs((5,), k=1500, n=33, ranks=(4, 3), groups=5))
+    assert_right(inputs((2, 300), k=33, n=17, ranks=(4, 3), groups=2))
+    assert_right(inputs((600,), k=33, n=17, ranks=(4, 3), groups=40), gate_index=torch.arange(600) // 19)
 
 
 def test_rows_with_a_zero_gate_equal_the_frozen_layer_bit_for_bit(backend):
@@ -233,6 +240,15 @@ def test_the_same_bits_every_time(backend):
     dy, index = torch.randn(64, 45), torch.randint(0, 4, (64,))
     first, second = run(tensors, dy, gate_index=index), run(tensors, dy, gate_index=index)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
+def test_a_gate_index_out_of_range_is_nan_where_it_cannot_be_an_error():
+    index = torch.zeros(37, dtype=torch.int64)
+    index[20], index[30] = 4, -1
+    with use_backend("triton"):
+        y = call(inputs(groups=4), index)
+    assert y[[20, 30]].isnan().all() and y.isnan().any(-1).sum() == 2
 
 
 @pytest.mark.parametrize(

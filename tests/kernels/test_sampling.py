@@ -1,4 +1,4 @@
-"""sample_tokens: draws from the truncated softmax, returns the untruncated log-prob, in every back-end alike."""
+"""sample_tokens draws from the truncated softmax and returns the untruncated log-prob, everywhere alike."""
 
 import clp_kernels
 import pytest
@@ -22,7 +22,7 @@ def draw(name, logits, **options):
 
 
 def kept(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """What the truncations leave of one row, by sorting: the definition, once more and apart from the reference."""
+    """What the truncations leave of one row, by sorting: the definition, once more and independently."""
     order = logits.double().sort(descending=True)
     z = order.values / (temperature or 1.0)
     keep = torch.ones_like(z, dtype=torch.bool)
@@ -79,7 +79,7 @@ def test_frequencies_are_the_softmax():
     p = (logits[0].double() / 0.9).softmax(-1)
     for drawn in (tokens, seeded):
         frequency = torch.bincount(drawn, minlength=30) / count
-        # Five standard deviations; Pearson's statistic with 29 degrees of freedom has mean 29 and deviation 7.6.
+        # Five standard deviations; Pearson's statistic (29 degrees of freedom) has mean 29, deviation 7.6.
         assert ((frequency - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()
         assert count * ((frequency - p) ** 2 / p).sum() < 29 + 5 * 7.6
 

@@ -1,0 +1,48 @@
+"""Every Triton kernel, in every configuration of its tables, compiles for GPUs that are not there."""
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import clp_kernels.triton_kernels  # noqa: E402
+
+MODULES = [m.name for m in pkgutil.iter_modules(clp_kernels.triton_kernels.__path__) if m.name != "aot"]
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# A few registers put aside at the edges of a kernel cost nothing; an accumulator that does not fit is
+# hundreds of bytes.
+SPILLS = 32
+
+
+def compile_all(module):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "aot.py"), f"clp_kernels.triton_kernels.{module}"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_for_every_generation_within_its_shared_memory_and_registers(module):
+    reports = compile_all(module)
+    assert {report["target"] for report in reports} == set(SHARED)
+    problems = []
+    for report in reports:
+        name = report["name"]
+        if report["error"]:
+            problems.append(f"{name}: {report['error']}")
+            continue
+        if report["shared"] > SHARED[report["target"]]:
+            problems.append(f"{name}: {report['shared']} bytes of shared memory")
+        if report["spills"] > SPILLS:
+            problems.append(f"{name}: spills {report['spills']}")
+        if report["matrix"] and report["target"] == "sm_90" and not report["wgmma"]:
+            problems.append(f"{name}: no wgmma instructions")
+    assert not problems, "\n".join(problems)
