@@ -117,11 +117,12 @@ def test_a_traced_call_goes_through_the_dispatcher():
     assert seen == [False]
 
 
-def test_the_package_imports_torch_alone():
-    heavy = ("triton", "transformers", "clp_engine", "numpy.testing")
+def test_the_package_needs_torch_alone():
     code = (
-        "import sys, torch; before = set(sys.modules); import clp_kernels; "
-        f"print(sorted(m for m in {heavy} if m in sys.modules and m not in before))"
+        "import sys\n"
+        "for name in ('triton', 'transformers', 'clp_engine', 'yaml'): sys.modules[name] = None\n"
+        "import torch, clp_kernels\n"
+        "print(clp_kernels.multi_lora_linear(*[torch.ones(2, 2)] * 5).sum().item())"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
+    assert float(output) == 24.0
