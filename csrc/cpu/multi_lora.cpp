@@ -4,26 +4,33 @@
 
 #include "kernels.hpp"
 #include "vecmath.hpp"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace clp::CLP_ISA {
 namespace {
 
 CLP_INLINE int64_t group_of(const GateRows& g, int64_t row) { return g.index ? g.index[row] : row / g.span; }
 
+// Work for one thread is called outside any parallel region: entering one, even for a single thread, costs more than a
+// decode-size call, and a team of another size may have libgomp rebuild the pool it shares with torch.
+
 template <class T, class G>
-void apply_gate(const GateRows& g, const T* h, T* out, int threads) {
+void apply_gate_rows(const GateRows& g, int64_t first, int64_t last, const T* h, T* out) {
   const G* gate = static_cast<const G*>(g.gate);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t row = 0; row < g.rows; ++row) {
+  for (int64_t row = first; row < last; ++row) {
     const G* gate_row = gate + group_of(g, row) * g.rank;
     const T* from = h + row * g.rank;
     T* to = out + row * g.rank;
 #pragma omp simd
     for (int64_t r = 0; r < g.rank; ++r) store(to + r, load(from + r) * load(gate_row + r));
   }
+}
+
+template <class T, class G>
+void apply_gate(const GateRows& g, const T* h, T* out, int threads) {
+  if (threads == 1) return apply_gate_rows<T, G>(g, 0, g.rows, h, out);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int t = 0; t < threads; ++t)
+    apply_gate_rows<T, G>(g, g.rows * t / threads, g.rows * (t + 1) / threads, h, out);
 }
 
 // One row's three results; sum (float64, of this row's group) may be null like the others.
@@ -55,8 +62,7 @@ bool gate_backward(const GateRows& g, const T* h, const T* ds, T* gated, T* scal
   double* sums = nullptr;
   if (d_gate && !(sums = static_cast<double*>(std::calloc(threads * length, sizeof(double))))) return false;
   const int64_t unit = own_groups ? g.span : 1, units = g.rows / unit;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int t = 0; t < threads; ++t) {
+  const auto share = [=, &g](int t) {
     double* own = sums ? sums + t * length : nullptr;
     for (int64_t u = units * t / threads; u < units * (t + 1) / threads; ++u) {
       for (int64_t row = u * unit; row < (u + 1) * unit; ++row) {
@@ -71,6 +77,12 @@ bool gate_backward(const GateRows& g, const T* h, const T* ds, T* gated, T* scal
         }
       }
     }
+  };
+  if (threads == 1) {
+    share(0);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t) share(t);
   }
   if (sums && !own_groups) {
     for (int64_t i = 0; i < length; ++i) {

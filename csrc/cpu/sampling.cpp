@@ -6,9 +6,6 @@
 
 #include "kernels.hpp"
 #include "vecmath.hpp"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace clp::CLP_ISA {
 namespace {
@@ -165,12 +162,26 @@ bool sample_row(const SampleCall& c, int64_t r) {
   return true;
 }
 
-int64_t sample(const SampleCall& call, int threads) {
+// Rows [first, last); returns the first bad one, or call.rows.
+int64_t sample_rows(const SampleCall& call, int64_t first, int64_t last) {
   int64_t bad = call.rows;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(min : bad)
-  for (int64_t r = 0; r < call.rows; ++r) {
+  for (int64_t r = first; r < last; ++r) {
     const bool ok = call.dtype == DType::f32 ? sample_row<float>(call, r) : sample_row<uint16_t>(call, r);
     if (!ok && r < bad) bad = r;
+  }
+  return bad;
+}
+
+int64_t sample(const SampleCall& call, int threads) {
+  int64_t bad = call.rows;
+  if (threads == 1) {
+    bad = sample_rows(call, 0, call.rows);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : bad)
+    for (int t = 0; t < threads; ++t) {
+      const int64_t here = sample_rows(call, call.rows * t / threads, call.rows * (t + 1) / threads);
+      bad = here < bad ? here : bad;
+    }
   }
   return bad < call.rows ? bad : -1;
 }
