@@ -44,8 +44,12 @@ def _native() -> Backend:
     try:
         native = importlib.import_module("clp_kernels._native")
     except ImportError as error:
-        return Backend("cpu", False, f"the native extension is not built or does not load ({error}); "
-                                     "reinstall clp-engine with a C++ compiler, or use a wheel")
+        return Backend(
+            "cpu",
+            False,
+            f"the native extension is not built or does not load ({error}); "
+            "reinstall clp-engine with a C++ compiler, or use a wheel",
+        )
     return Backend("cpu", True, f"C++ kernels, {native.isa()}")
 
 
@@ -57,15 +61,22 @@ def _triton() -> Backend:
     if interpreting():
         return Backend("triton", True, f"triton {triton.__version__}, interpreter (slow; for tests)")
     if not torch.cuda.is_available():
-        return Backend("triton", False, "no CUDA or ROCm device is visible to torch; "
-                                        "TRITON_INTERPRET=1 runs the kernels on the CPU for tests")
+        return Backend(
+            "triton",
+            False,
+            "no CUDA or ROCm device is visible to torch; "
+            "TRITON_INTERPRET=1 runs the kernels on the CPU for tests",
+        )
     return Backend("triton", True, f"triton {triton.__version__} on {torch.cuda.get_device_name()}")
 
 
 def backends() -> dict[str, Backend]:
     """Every back-end by name, with whether it is usable here and why it is not."""
-    return {"reference": Backend("reference", True, "plain torch, any device and dtype"),
-            "cpu": _native(), "triton": _triton()}
+    return {
+        "reference": Backend("reference", True, "plain torch, any device and dtype"),
+        "cpu": _native(),
+        "triton": _triton(),
+    }
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -115,8 +126,11 @@ def plain_eager(*tensors: torch.Tensor) -> bool:
     torch's dispatcher hands a call to whoever watches (torch.compile, FakeTensorMode, functorch, tensor
     subclasses) and takes 4 to 30 microseconds to do so, more than a decode-size kernel.
     """
-    watched = (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-               or torch._C._functorch.peek_interpreter_stack() is not None)
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
     return not watched and {*map(type, tensors)} <= _PLAIN
 
 
@@ -124,10 +138,14 @@ def select(op: str, table: Mapping[str, str], device: torch.device, **call) -> I
     """The implementation module that serves this call.
 
     table: back-end name -> module name; imported on first use, so that a missing Triton costs nothing.
-    call: whatever the op's implementations look at in `unsupported(device=..., **call)`.
+    call: whatever the op's implementations look at in `unsupported(device=..., **call)`; hashable, and few
+    different values (a dtype, not a shape), as the choice is made once for each.
     Raises RuntimeError where the forced back-end cannot serve the call.
     """
     forced = forced_backend()
+    key = (op, device.type, forced, *call.values())
+    if key in _CHOSEN:
+        return _CHOSEN[key]
     names = (forced,) if forced else _PREFERENCE.get(device.type, ("reference",))
     refusals = []
     for name in names:
@@ -141,10 +159,15 @@ def select(op: str, table: Mapping[str, str], device: torch.device, **call) -> I
         module = importlib.import_module(table[name])
         reason = module.unsupported(device=device, **call)
         if reason is None:
+            _CHOSEN[key] = module
             return module
         refusals.append(f"{name}: {reason}")
-    raise RuntimeError(f"{op}: no back-end serves this call. " + "; ".join(refusals)
-                       + ". Use clp_kernels.use_backend('auto'), or 'reference' for the plain-torch version.")
+    raise RuntimeError(
+        f"{op}: no back-end serves this call. "
+        + "; ".join(refusals)
+        + ". Use clp_kernels.use_backend('auto'), or 'reference' for the plain-torch version."
+    )
 
 
+_CHOSEN: dict[tuple, Implementation] = {}
 _AVAILABLE: dict[str, Backend] = {}

@@ -158,7 +158,8 @@ def _sample(
                 m = tl.load(min_p_rows + index)
             else:
                 m = tl.full((), min_p, tl.float32)
-            threshold = tl.maximum(threshold, largest + temperature * tl.log(m))
+            if m > 0:
+                threshold = tl.maximum(threshold, largest + temperature * tl.log(m))
         if (top_p is not None) | (min_p is not None):
             kept = _mass(row, vocab, stride, threshold, largest, inverse, BLOCK)
 
