@@ -135,6 +135,28 @@ def test_non_contiguous_inputs(backend):
         torch.testing.assert_close(got[name], plain[name])
 
 
+def test_nothing_around_the_operands_is_read(backend):
+    tensors = inputs((37,), k=70, n=45, ranks=(5, 6), groups=37)
+    inside = {}
+    for name, t in tensors.items():
+        padded = torch.full([size + 70 for size in t.shape], torch.nan)
+        inside[name] = padded[tuple(slice(0, size) for size in t.shape)].copy_(t)
+    dy = torch.full((107, 115), torch.nan)[:37, :45].copy_(torch.randn(37, 45))
+    got, plain = run(inside, dy), run(tensors, dy.contiguous())
+    for name in got:
+        torch.testing.assert_close(got[name], plain[name])
+
+
+def test_memory_that_is_nan_before_the_call_leaves_no_trace(backend):
+    torch.use_deterministic_algorithms(True)  # and torch.empty is then filled with NaN
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+        assert_right(inputs((37,), ranks=(5, 6), groups=4), gate_index=torch.arange(37) % 3)
+        assert_right(inputs((2, 300), k=33, n=17, ranks=(4, 3), groups=2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_frozen_weight_costs_no_gradient_product(backend, monkeypatch):
     asked = []
     module = clp_kernels.multi_lora.select(
