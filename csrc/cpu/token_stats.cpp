@@ -14,6 +14,13 @@ namespace {
 
 constexpr int64_t kBlock = 1024;             // columns per block: four arrays of a block are 16 KB
 constexpr int64_t kSerialElements = 1 << 15;  // below this a parallel region costs more than it saves
+// Columns summed in float32 before they join the double state. A lane of a narrow vector adds up more of them, with an
+// error that grows with their number.
+#ifdef __AVX2__
+constexpr int64_t kPiece = kBlock;
+#else
+constexpr int64_t kPiece = 64;
+#endif
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 // tanh to about 1 ulp: Cephes' polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
@@ -139,7 +146,6 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
       const float top_q = transform(reference + j0, fq, n, zq, tanhs);
       m_q = top_q > state[kMq * S] ? top_q : static_cast<float>(state[kMq * S]);
     }
-    const Sums sums = accumulate_as_asked(c.flags, zp, zq, finite_or_zero(m_p), finite_or_zero(m_q), n);
 
     if (state[kSp * S] != 0.0) {
       const double shift = state[kMp * S] - m_p, k = rescale(state[kMp * S], m_p);
@@ -148,9 +154,6 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
       state[kDp * S] *= k;
     }
     state[kMp * S] = m_p;
-    state[kSp * S] += sums.s_p;
-    state[kAp * S] += sums.a_p;
-    state[kDp * S] += sums.d_p;
     if (with_reference) {
       if (state[kSq * S] != 0.0) {
         const double k = rescale(state[kMq * S], m_q);
@@ -158,6 +161,13 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
         state[kDq * S] *= k;
       }
       state[kMq * S] = m_q;
+    }
+    for (int64_t k = 0; k < n; k += kPiece) {
+      const int64_t width = n - k < kPiece ? n - k : kPiece;
+      const Sums sums = accumulate_as_asked(c.flags, zp + k, zq + k, finite_or_zero(m_p), finite_or_zero(m_q), width);
+      state[kSp * S] += sums.s_p;
+      state[kAp * S] += sums.a_p;
+      state[kDp * S] += sums.d_p;
       state[kSq * S] += sums.s_q;
       state[kDq * S] += sums.d_q;
     }
@@ -227,8 +237,12 @@ void backward_row(const TokenStatsChunk& c, int64_t row) {
 
 template <typename Row>
 void each_row(const TokenStatsChunk& c, Row row) {
-  const int threads = c.rows * c.cols < kSerialElements ? 1 : c.threads;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  if (c.threads == 1 || c.rows * c.cols < kSerialElements) {
+    // Outside any parallel region: entering one for a single thread is not free, and has libgomp rebuild its pool.
+    for (int64_t i = 0; i < c.rows; ++i) row(c, i);
+    return;
+  }
+#pragma omp parallel for num_threads(c.threads) schedule(static)
   for (int64_t i = 0; i < c.rows; ++i) row(c, i);
 }
 
