@@ -20,7 +20,9 @@ from clp_kernels.reference import token_stats as reference
 from clp_kernels.token_stats import (
     DIFFERENTIABLE,
     OUTPUTS,
+    Head,
     HeadLoRA,
+    Rows,
     TokenStats,
     as_token_stats,
     backend_module,
@@ -31,27 +33,53 @@ from clp_kernels.token_stats import (
     kept_rows,
 )
 
-_TABLE = (("reference", "clp_kernels.reference.token_stats"), ("cpu", "clp_kernels.cpu.token_stats"))
+_TABLE = (
+    ("reference", "clp_kernels.reference.token_stats"),
+    ("cpu", "clp_kernels.cpu.token_stats"),
+    ("triton", "clp_kernels.triton_kernels.token_stats"),
+)
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? gate, Tensor? ref_hidden, "
     "Tensor? ref_weight, Tensor? ref_bias, Tensor? targets, Tensor inv_temperature, float? softcap, float logit_scale, "
-    "int ignore_index")
+    "int ignore_index"
+)
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 _LIBRARY.define(
     f"linear_logprob({_ARGUMENTS}, str asked, SymInt kept_rows, int kept_copies, str backend) -> "
     f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor kept)",
-    tags=(torch.Tag.pt2_compliant_tag,))
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _LIBRARY.define(
     f"linear_logprob_backward({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, {_ARGUMENTS}, Tensor saved, "
     "Tensor kept, bool[6] needs, str backend) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,))
-_NEEDS = ("hidden", "weight", "bias", "lora_a", "lora_b", "gate")  # the differentiable arguments, in the schema's order
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_NEEDS = (
+    "hidden",
+    "weight",
+    "bias",
+    "lora_a",
+    "lora_b",
+    "gate",
+)  # the differentiable arguments, in the schema's order
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor | None, *, bias: Tensor | None = None,
-                   temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
-                   ref_hidden: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None,
-                   lora: HeadLoRA | None = None, outputs: Sequence[str] = ("logprob",), ignore_index: int = -100) -> TokenStats:
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    lora: HeadLoRA | None = None,
+    outputs: Sequence[str] = ("logprob",),
+    ignore_index: int = -100,
+) -> TokenStats:
     """Any of logprob, entropy, ref_logprob, kl, reverse_kl, lse and top1 of each token, in one pass over the vocabulary.
 
     hidden       (..., H); the leading dimensions are the rows
@@ -81,7 +109,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor | None, *, bi
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = (
             t if t is None or t.dtype is torch.float64 else t.to(dtype)
-            for t in (hidden, weight, bias, ref_hidden, ref_weight, ref_bias))
+            for t in (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        )
     names = check_outputs(op, outputs, targets, ref_hidden, "ref_hidden")
     lead = hidden.shape[:-1]
     _check_head(op, "", hidden, weight, bias, hidden)
@@ -90,8 +119,10 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor | None, *, bi
         ref_weight = weight if ref_weight is None else ref_weight
         _check_head(op, "ref_", ref_hidden, ref_weight, ref_bias, hidden)
         if ref_hidden.shape[:-1] != lead or ref_weight.shape[0] != weight.shape[0]:
-            raise ValueError(f"{op}: ref_hidden is {tuple(ref_hidden.shape)} and ref_weight {tuple(ref_weight.shape)}; expected "
-                             f"rows {tuple(lead)} and a vocabulary of {weight.shape[0]}, as the policy's")
+            raise ValueError(
+                f"{op}: ref_hidden is {tuple(ref_hidden.shape)} and ref_weight {tuple(ref_weight.shape)}; expected "
+                f"rows {tuple(lead)} and a vocabulary of {weight.shape[0]}, as the policy's"
+            )
         ref_hidden = ref_hidden.detach().reshape(math.prod(lead), ref_hidden.shape[-1])
         ref_weight = ref_weight.detach()
         ref_bias = None if ref_bias is None else ref_bias.detach()
@@ -103,40 +134,81 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor | None, *, bi
 
     module = backend_module(op, _TABLE, hidden.device.type, hidden.dtype)
     if module == reference.__name__:
-        stats = reference.linear_logprob(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lora, targets, inv_temperature,
-                                         softcap, logit_scale, frozenset(names), ignore_index)
+        stats = reference.linear_logprob(
+            hidden,
+            weight,
+            bias,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            lora,
+            targets,
+            inv_temperature,
+            softcap,
+            logit_scale,
+            frozenset(names),
+            ignore_index,
+        )
         return TokenStats(*(None if value is None else value.reshape(lead) for value in stats))
     lora_a, lora_b, gate = (None, None, None) if lora is None else lora
     copies = 2 if "kl" in names or "reverse_kl" in names else 1
     kept = 0
     if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (hidden, weight, bias, lora_a, lora_b, gate)):
+        t is not None and t.requires_grad for t in (hidden, weight, bias, lora_a, lora_b, gate)
+    ):
         kept = kept_rows(module, rows, weight.shape[0], copies)
     values = torch.ops.clp_kernels.linear_logprob(
-        hidden, weight, bias, lora_a, lora_b, gate, ref_hidden, ref_weight, ref_bias, targets, inv_temperature, softcap,
-        logit_scale, ignore_index, ",".join(names), kept, copies, module)
+        hidden,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        gate,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        targets,
+        inv_temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        ",".join(names),
+        kept,
+        copies,
+        module,
+    )
     return as_token_stats(values, names, lead)
 
 
-def _check_head(op: str, prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor) -> None:
+def _check_head(
+    op: str, prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor
+) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: {prefix}hidden is {tuple(hidden.shape)} and {prefix}weight {tuple(weight.shape)}; expected "
-                         "(..., H) and (V, H)")
+        raise ValueError(
+            f"{op}: {prefix}hidden is {tuple(hidden.shape)} and {prefix}weight {tuple(weight.shape)}; expected "
+            "(..., H) and (V, H)"
+        )
     if weight.shape[0] == 0:
         raise ValueError(f"{op}: {prefix}weight is {tuple(weight.shape)}; expected at least one row (token)")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"{op}: {prefix}bias is {tuple(bias.shape)}; expected ({weight.shape[0]},) for {prefix}weight "
-                         f"{tuple(weight.shape)}")
+        raise ValueError(
+            f"{op}: {prefix}bias is {tuple(bias.shape)}; expected ({weight.shape[0]},) for {prefix}weight "
+            f"{tuple(weight.shape)}"
+        )
     if not first.dtype.is_floating_point:
         raise TypeError(f"{op}: hidden is {first.dtype}; expected a floating-point dtype")
     for name, tensor in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight), (f"{prefix}bias", bias)):
         if tensor is None:
             continue
         if tensor.dtype is not first.dtype and not (name.endswith("bias") and tensor.dtype is torch.float32):
-            raise TypeError(f"{op}: {name} is {tensor.dtype} and hidden {first.dtype}; expected one dtype: cast with "
-                            f".to({first.dtype}), or run under torch.autocast")
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype} and hidden {first.dtype}; expected one dtype: cast with "
+                f".to({first.dtype}), or run under torch.autocast"
+            )
         if tensor.device != first.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} and hidden on {first.device}; expected one device")
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} and hidden on {first.device}; expected one device"
+            )
 
 
 def _check_lora(op: str, lora: HeadLoRA, lead: Sequence[int], hidden: Tensor, weight: Tensor) -> HeadLoRA:
@@ -144,31 +216,55 @@ def _check_lora(op: str, lora: HeadLoRA, lead: Sequence[int], hidden: Tensor, we
     a, b, gate = lora
     rank = a.shape[0]
     if a.dim() != 2 or a.shape[1] != hidden.shape[1] or tuple(b.shape) != (weight.shape[0], rank):
-        raise ValueError(f"{op}: lora.a is {tuple(a.shape)} and lora.b {tuple(b.shape)}; expected (R, {hidden.shape[1]}) and "
-                         f"({weight.shape[0]}, R)")
+        raise ValueError(
+            f"{op}: lora.a is {tuple(a.shape)} and lora.b {tuple(b.shape)}; expected (R, {hidden.shape[1]}) and "
+            f"({weight.shape[0]}, R)"
+        )
     for name, tensor in (("a", a), ("b", b), ("gate", gate)):
         if tensor.dtype not in (hidden.dtype, torch.float32):
-            raise TypeError(f"{op}: lora.{name} is {tensor.dtype}; expected hidden's dtype {hidden.dtype} or torch.float32")
+            raise TypeError(
+                f"{op}: lora.{name} is {tensor.dtype}; expected hidden's dtype {hidden.dtype} or torch.float32"
+            )
         if tensor.device != hidden.device:
-            raise ValueError(f"{op}: lora.{name} is on {tensor.device} and hidden on {hidden.device}; expected one device")
+            raise ValueError(
+                f"{op}: lora.{name} is on {tensor.device} and hidden on {hidden.device}; expected one device"
+            )
     try:
         gate = gate.expand(*lead, rank)
     except RuntimeError:
-        raise ValueError(f"{op}: lora.gate is {tuple(gate.shape)}; expected {(*lead, rank)}, or what broadcasts to it") from None
+        raise ValueError(
+            f"{op}: lora.gate is {tuple(gate.shape)}; expected {(*lead, rank)}, or what broadcasts to it"
+        ) from None
     return HeadLoRA(a, b, gate.reshape(math.prod(lead), rank))
 
 
-def _problem(module, hidden, weight, bias, lora_a, lora_b, gate, ref_hidden, ref_weight, ref_bias, targets, inv_temperature,
-             softcap, logit_scale, ignore_index):
+def _problem(
+    hidden,
+    weight,
+    bias,
+    lora_a,
+    lora_b,
+    gate,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    targets,
+    inv_temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+):
     lora = None if lora_a is None else HeadLoRA(lora_a, lora_b, gate)
-    return (module.Head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lora),
-            module.Rows(targets, inv_temperature, softcap, logit_scale, ignore_index))
+    return (
+        Head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lora),
+        Rows(targets, inv_temperature, softcap, logit_scale, ignore_index),
+    )
 
 
 def _forward(*arguments):
     *inputs, asked, kept_rows, kept_copies, backend = arguments
     module = importlib.import_module(backend)
-    head, rows = _problem(module, *inputs)
+    head, rows = _problem(*inputs)
     kept = head.hidden.new_empty(kept_copies, kept_rows, head.weight.shape[0], dtype=torch.float32)
     outputs, saved = module.linear_forward(head, rows, frozenset(asked.split(",")), kept)
     return *outputs, saved, kept
@@ -176,22 +272,30 @@ def _forward(*arguments):
 
 def _fake_forward(*arguments):
     hidden, weight, *_, asked, kept_rows, kept_copies, _ = arguments
-    return *empty_outputs(asked, hidden, hidden.shape[0]), hidden.new_empty(kept_copies, kept_rows, weight.shape[0],
-                                                                            dtype=torch.float32)
+    return *empty_outputs(asked, hidden, hidden.shape[0]), hidden.new_empty(
+        kept_copies, kept_rows, weight.shape[0], dtype=torch.float32
+    )
 
 
 def _backward(*arguments):
     count = len(DIFFERENTIABLE)
-    grads, (*inputs, saved, kept, needs, backend) = dict(zip(DIFFERENTIABLE, arguments[:count])), arguments[count:]
+    grads, (*inputs, saved, kept, needs, backend) = (
+        dict(zip(DIFFERENTIABLE, arguments[:count])),
+        arguments[count:],
+    )
     module = importlib.import_module(backend)
-    head, rows = _problem(module, *inputs)
-    result = module.linear_backward(head, rows, grads, saved, kept, frozenset(n for n, need in zip(_NEEDS, needs) if need))
+    head, rows = _problem(*inputs)
+    result = module.linear_backward(
+        head, rows, grads, saved, kept, frozenset(n for n, need in zip(_NEEDS, needs) if need)
+    )
     return [getattr(result, name) for name, need in zip(_NEEDS, needs) if need]
 
 
 def _fake_backward(*arguments):
-    inputs, needs = arguments[len(DIFFERENTIABLE):], arguments[-2]
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(inputs, needs) if need]
+    inputs, needs = arguments[len(DIFFERENTIABLE) :], arguments[-2]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(inputs, needs) if need
+    ]
 
 
 def _setup_context(ctx, inputs, output):
@@ -211,19 +315,26 @@ def _autograd_backward(ctx, *grads):
     needs = list(ctx.needs_input_grad[: len(_NEEDS)])
     if all(g is None for g in incoming) or not any(needs):
         return (None,) * arguments
-    result = iter(torch.ops.clp_kernels.linear_logprob_backward(*incoming, *tensors, *ctx.options, saved, kept, needs,
-                                                                ctx.backend))
+    result = iter(
+        torch.ops.clp_kernels.linear_logprob_backward(
+            *incoming, *tensors, *ctx.options, saved, kept, needs, ctx.backend
+        )
+    )
     return *(next(result) if need else None for need in needs), *(None,) * (arguments - len(needs))
 
 
 def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("linear_logprob: second derivatives are not implemented; use create_graph=False, or the plain-"
-                              "torch formula with clp_kernels.use_backend('reference')")
+    raise NotImplementedError(
+        "linear_logprob: second derivatives are not implemented; use create_graph=False, or the plain-"
+        "torch formula with clp_kernels.use_backend('reference')"
+    )
 
 
 _LIBRARY.impl("linear_logprob", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_logprob_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("clp_kernels::linear_logprob", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("clp_kernels::linear_logprob_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("clp_kernels::linear_logprob", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd(
+    "clp_kernels::linear_logprob", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
+)
 torch.library.register_autograd("clp_kernels::linear_logprob_backward", _no_second_derivative, lib=_LIBRARY)

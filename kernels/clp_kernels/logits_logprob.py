@@ -18,6 +18,7 @@ from clp_kernels.reference import token_stats as reference
 from clp_kernels.token_stats import (
     DIFFERENTIABLE,
     OUTPUTS,
+    Rows,
     TokenStats,
     as_token_stats,
     backend_module,
@@ -27,21 +28,39 @@ from clp_kernels.token_stats import (
     empty_outputs,
 )
 
-_TABLE = (("reference", "clp_kernels.reference.token_stats"), ("cpu", "clp_kernels.cpu.token_stats"))
-_ARGUMENTS = ("Tensor logits, Tensor? ref_logits, Tensor? targets, Tensor inv_temperature, float? softcap, float logit_scale, "
-              "int ignore_index")
+_TABLE = (
+    ("reference", "clp_kernels.reference.token_stats"),
+    ("cpu", "clp_kernels.cpu.token_stats"),
+    ("triton", "clp_kernels.triton_kernels.token_stats"),
+)
+_ARGUMENTS = (
+    "Tensor logits, Tensor? ref_logits, Tensor? targets, Tensor inv_temperature, float? softcap, float logit_scale, "
+    "int ignore_index"
+)
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 _LIBRARY.define(
     f"logits_logprob({_ARGUMENTS}, str asked, str backend) -> "
-    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved)", tags=(torch.Tag.pt2_compliant_tag,))
+    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _LIBRARY.define(
     f"logits_logprob_backward({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, {_ARGUMENTS}, Tensor saved, "
-    "str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    "str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
-def logits_logprob(logits: Tensor, targets: Tensor | None, *, temperature: float | Tensor = 1.0, softcap: float | None = None,
-                   logit_scale: float = 1.0, ref_logits: Tensor | None = None, outputs: Sequence[str] = ("logprob",),
-                   ignore_index: int = -100) -> TokenStats:
+def logits_logprob(
+    logits: Tensor,
+    targets: Tensor | None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logits: Tensor | None = None,
+    outputs: Sequence[str] = ("logprob",),
+    ignore_index: int = -100,
+) -> TokenStats:
     """Any of logprob, entropy, ref_logprob, kl, reverse_kl, lse and top1 of each row of logits, in one pass.
 
     logits       (..., V); the leading dimensions are the rows; -inf masks a token
@@ -61,16 +80,22 @@ def logits_logprob(logits: Tensor, targets: Tensor | None, *, temperature: float
     op = "logits_logprob"
     names = check_outputs(op, outputs, targets, ref_logits, "ref_logits")
     if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"{op}: logits is {tuple(logits.shape)}; expected (..., V) with at least one column (token)")
+        raise ValueError(
+            f"{op}: logits is {tuple(logits.shape)}; expected (..., V) with at least one column (token)"
+        )
     if not logits.dtype.is_floating_point:
         raise TypeError(f"{op}: logits is {logits.dtype}; expected a floating-point dtype")
     if ref_logits is not None:
         if ref_logits.shape != logits.shape:
-            raise ValueError(f"{op}: ref_logits is {tuple(ref_logits.shape)}; expected logits' shape {tuple(logits.shape)}")
+            raise ValueError(
+                f"{op}: ref_logits is {tuple(ref_logits.shape)}; expected logits' shape {tuple(logits.shape)}"
+            )
         if ref_logits.dtype is not logits.dtype:
             raise TypeError(f"{op}: ref_logits is {ref_logits.dtype}; expected logits' dtype {logits.dtype}")
         if ref_logits.device != logits.device:
-            raise ValueError(f"{op}: ref_logits is on {ref_logits.device}; expected logits' device {logits.device}")
+            raise ValueError(
+                f"{op}: ref_logits is on {ref_logits.device}; expected logits' device {logits.device}"
+            )
     lead, vocabulary = logits.shape[:-1], logits.shape[-1]
     targets, inv_temperature = check_rows(op, lead, logits.device, targets, temperature, softcap)
     flat = logits.reshape(math.prod(lead), vocabulary)
@@ -78,11 +103,13 @@ def logits_logprob(logits: Tensor, targets: Tensor | None, *, temperature: float
 
     module = backend_module(op, _TABLE, logits.device.type, logits.dtype)
     if module == reference.__name__:
-        stats = reference.logits_logprob(flat, targets, ref_flat, inv_temperature, softcap, logit_scale, frozenset(names),
-                                         ignore_index)
+        stats = reference.logits_logprob(
+            flat, targets, ref_flat, inv_temperature, softcap, logit_scale, frozenset(names), ignore_index
+        )
         return TokenStats(*(None if value is None else value.reshape(lead) for value in stats))
-    values = torch.ops.clp_kernels.logits_logprob(flat, ref_flat, targets, inv_temperature, softcap, logit_scale, ignore_index,
-                                                  ",".join(names), module)
+    values = torch.ops.clp_kernels.logits_logprob(
+        flat, ref_flat, targets, inv_temperature, softcap, logit_scale, ignore_index, ",".join(names), module
+    )
     return as_token_stats(values, names, lead)
 
 
@@ -90,25 +117,34 @@ def _columns_contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _forward(logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, backend):
+def _forward(
+    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, backend
+):
     module = importlib.import_module(backend)
-    rows = module.Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
-    outputs, saved = module.logits_forward(_columns_contiguous(logits), _columns_contiguous(ref_logits), rows,
-                                           frozenset(asked.split(",")))
+    rows = Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
+    outputs, saved = module.logits_forward(
+        _columns_contiguous(logits), _columns_contiguous(ref_logits), rows, frozenset(asked.split(","))
+    )
     return *outputs, saved
 
 
-def _fake_forward(logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, backend):
+def _fake_forward(
+    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, backend
+):
     return tuple(empty_outputs(asked, logits, logits.shape[0]))
 
 
 def _backward(*arguments):
     count = len(DIFFERENTIABLE)
     grads = dict(zip(DIFFERENTIABLE, arguments[:count]))
-    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, saved, backend = arguments[count:]
+    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, saved, backend = (
+        arguments[count:]
+    )
     module = importlib.import_module(backend)
-    rows = module.Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
-    return module.logits_backward(_columns_contiguous(logits), _columns_contiguous(ref_logits), rows, grads, saved)
+    rows = Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
+    return module.logits_backward(
+        _columns_contiguous(logits), _columns_contiguous(ref_logits), rows, grads, saved
+    )
 
 
 def _fake_backward(*arguments):
@@ -131,17 +167,23 @@ def _autograd_backward(ctx, *grads):
     others = (None,) * (len(tensors) + len(ctx.options) + 1)
     if all(g is None for g in incoming) or not ctx.needs_input_grad[0]:
         return None, *others
-    return torch.ops.clp_kernels.logits_logprob_backward(*incoming, *tensors, *ctx.options, saved, ctx.backend), *others
+    return torch.ops.clp_kernels.logits_logprob_backward(
+        *incoming, *tensors, *ctx.options, saved, ctx.backend
+    ), *others
 
 
 def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("logits_logprob: second derivatives are not implemented; use create_graph=False, or the plain-"
-                              "torch formula with clp_kernels.use_backend('reference')")
+    raise NotImplementedError(
+        "logits_logprob: second derivatives are not implemented; use create_graph=False, or the plain-"
+        "torch formula with clp_kernels.use_backend('reference')"
+    )
 
 
 _LIBRARY.impl("logits_logprob", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("logits_logprob_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("clp_kernels::logits_logprob", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("clp_kernels::logits_logprob_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("clp_kernels::logits_logprob", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd(
+    "clp_kernels::logits_logprob", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
+)
 torch.library.register_autograd("clp_kernels::logits_logprob_backward", _no_second_derivative, lib=_LIBRARY)

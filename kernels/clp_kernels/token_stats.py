@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,42 @@ class HeadLoRA(NamedTuple):
     gate: Tensor
 
 
+@dataclass(frozen=True)
+class Head:
+    """A linear_logprob call, rows flattened: hidden (T, H), weight (V, H), biases (V,), the row options as logits' below."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    lora: HeadLoRA | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What every row has: targets (T,) int64 or None, inv_temperature (T,), and how its logits become z."""
+
+    targets: Tensor | None
+    inv_temperature: Tensor
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+
+
+@dataclass
+class HeadGradients:
+    """Gradients of a linear_logprob call; None where not asked for."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    gate: Tensor | None = None
+
+
 class Sums(NamedTuple):
     """A row's running sums, each (rows,); the reference's are None where there is none.
 
@@ -75,18 +112,27 @@ class Sums(NamedTuple):
 
 
 KEEP_BYTES = 64 << 20  # of logits that the CPU back-end may keep between forward and backward
-SAVED = 6  # rows of the tensor kept for the backward pass: m_p, 1/s_p, m_q, 1/s_q, E_p[z_p - m_p], E_p[z_p - z_q]
+SAVED = (
+    6  # rows of the tensor kept for the backward pass: m_p, 1/s_p, m_q, 1/s_q, E_p[z_p - m_p], E_p[z_p - z_q]
+)
 
 
-def statistics(sums: Sums, top1: Tensor, asked: frozenset[str] | set[str], ignored: Tensor | None,
-               dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+def statistics(
+    sums: Sums,
+    top1: Tensor,
+    asked: frozenset[str] | set[str],
+    ignored: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[Tensor], Tensor]:
     """-> the outputs in the order of OUTPUTS (empty where not asked), and the (SAVED, rows) tensor of the backward pass."""
     log_s_p = sums.s_p.log()
     mean_a, mean_d = sums.a_p / sums.s_p, sums.d_p / sums.s_p
     log_ratio = None
     if asked.intersection(NEED_REFERENCE):
         log_s_q = sums.s_q.log()
-        log_ratio = (sums.m_p - sums.m_q) + (log_s_p - log_s_q)  # lse_p - lse_q, small where the two are close
+        log_ratio = (sums.m_p - sums.m_q) + (
+            log_s_p - log_s_q
+        )  # lse_p - lse_q, small where the two are close
     formulas = {
         "logprob": lambda: (sums.t_p - sums.m_p) - log_s_p,
         "entropy": lambda: log_s_p - mean_a,
@@ -139,10 +185,14 @@ def backend_module(op: str, table: tuple[tuple[str, str], ...], device: str, dty
     return select(op, dict(table), torch.device(device), dtype=dtype).__name__
 
 
-def check_outputs(op: str, outputs: Sequence[str], targets: Tensor | None, reference: Tensor | None, name: str) -> tuple[str, ...]:
+def check_outputs(
+    op: str, outputs: Sequence[str], targets: Tensor | None, reference: Tensor | None, name: str
+) -> tuple[str, ...]:
     """`outputs` in the order of OUTPUTS. Raises ValueError for an unknown one or one whose input is missing."""
     if isinstance(outputs, str):
-        raise ValueError(f"{op}: outputs is the string {outputs!r}; expected a sequence of names, such as ({outputs!r},)")
+        raise ValueError(
+            f"{op}: outputs is the string {outputs!r}; expected a sequence of names, such as ({outputs!r},)"
+        )
     if not outputs:
         raise ValueError(f"{op}: outputs is empty; expected some of {', '.join(OUTPUTS)}")
     for output in outputs:
@@ -155,8 +205,14 @@ def check_outputs(op: str, outputs: Sequence[str], targets: Tensor | None, refer
     return tuple(output for output in OUTPUTS if output in outputs)
 
 
-def check_rows(op: str, lead: Sequence[int], device: torch.device, targets: Tensor | None, temperature: float | Tensor,
-               softcap: float | None) -> tuple[Tensor | None, Tensor]:
+def check_rows(
+    op: str,
+    lead: Sequence[int],
+    device: torch.device,
+    targets: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> tuple[Tensor | None, Tensor]:
     """-> targets (T,) or None, and 1 / temperature (T,) float32, both contiguous. Raises ValueError, TypeError."""
     rows = math.prod(lead)
     if targets is not None:
@@ -173,11 +229,15 @@ def check_rows(op: str, lead: Sequence[int], device: torch.device, targets: Tens
         try:
             per_row = temperature.detach().to(torch.float32).expand(*lead)
         except RuntimeError:
-            raise ValueError(f"{op}: temperature is {tuple(temperature.shape)}; expected a number, or a tensor that "
-                             f"broadcasts to {tuple(lead)}, one per row") from None
+            raise ValueError(
+                f"{op}: temperature is {tuple(temperature.shape)}; expected a number, or a tensor that "
+                f"broadcasts to {tuple(lead)}, one per row"
+            ) from None
         return targets, per_row.reshape(-1).reciprocal().contiguous()
     if not temperature > 0:
-        raise ValueError(f"{op}: temperature is {temperature}; expected a positive number (top1 gives the greedy token)")
+        raise ValueError(
+            f"{op}: temperature is {temperature}; expected a positive number (top1 gives the greedy token)"
+        )
     return targets, torch.full((rows,), 1.0 / temperature, dtype=torch.float32, device=device)
 
 
@@ -193,8 +253,10 @@ def kept_rows(module: str, rows: int, vocabulary: int, copies: int) -> int:
 def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:
     """What a forward op returns, as to shape and dtype: OUTPUTS, then `saved`."""
     names = asked.split(",")
-    outputs = [like.new_empty(rows if name in names else 0, dtype=torch.int64 if name == "top1" else torch.float32)
-               for name in OUTPUTS]
+    outputs = [
+        like.new_empty(rows if name in names else 0, dtype=torch.int64 if name == "top1" else torch.float32)
+        for name in OUTPUTS
+    ]
     return [*outputs, like.new_empty(SAVED, rows, dtype=torch.float32)]
 
 

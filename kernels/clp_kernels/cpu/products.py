@@ -29,7 +29,7 @@ class Products:
             torch.mm(a, b, out=out)
         else:
             hi, lo = self._hi_lo(a, b)
-            torch.add(hi.float(), lo, out=out)
+            out.copy_(hi).add_(lo)
 
     def accumulate(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         if a.dtype is torch.float32:

@@ -12,14 +12,13 @@ computed again: all of them in small problems, a few in large ones. Rows with an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clp_kernels import _native
 from clp_kernels.cpu.products import Products, splits_bfloat16
-from clp_kernels.token_stats import HeadLoRA, Sums, coefficients, statistics
+from clp_kernels.token_stats import OUTPUTS, Head, HeadGradients, Rows, Sums, coefficients, statistics
 
 ROWS = 512
 COLUMNS = 512
@@ -36,47 +35,36 @@ def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | No
     return None
 
 
-@dataclass(frozen=True)
-class Head:
-    """A linear_logprob call, rows flattened: hidden (T, H), weight (V, H), biases (V,), the row options as logits' below."""
+def check_rows(rows: Rows, vocabulary: int) -> Tensor | None:
+    """Which rows are ignored (None: there are no targets).
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    ref_hidden: Tensor | None
-    ref_weight: Tensor | None
-    ref_bias: Tensor | None
-    lora: HeadLoRA | None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What every row has: targets (T,) int64 or None, inv_temperature (T,), and how its logits become z."""
-
-    targets: Tensor | None
-    inv_temperature: Tensor
-    softcap: float | None
-    logit_scale: float
-    ignore_index: int
-
-
-def check_targets(rows: Rows, vocabulary: int) -> Tensor | None:
-    """Which rows are ignored (None: there are no targets). Raises IndexError for a target outside the vocabulary."""
+    Raises IndexError for a target outside the vocabulary, ValueError for a temperature that is not positive.
+    """
+    if (rows.inv_temperature <= 0).any() or not rows.inv_temperature.isfinite().all():
+        raise ValueError(
+            "temperature has an entry that is not positive and finite; expected positive numbers"
+        )
     if rows.targets is None:
         return None
     ignored = rows.targets == rows.ignore_index
     wrong = ((rows.targets < 0) | (rows.targets >= vocabulary)) & ~ignored
     if wrong.any():
         at = int(wrong.nonzero()[0])
-        raise IndexError(f"targets[{at}] (rows flattened) is {int(rows.targets[at])}; expected 0 to {vocabulary - 1}, or "
-                         f"ignore_index={rows.ignore_index} for a row to leave out")
+        raise IndexError(
+            f"targets[{at}] (rows flattened) is {int(rows.targets[at])}; expected 0 to {vocabulary - 1}, or "
+            f"ignore_index={rows.ignore_index} for a row to leave out"
+        )
     return ignored
 
 
 def _flags(asked: frozenset[str]) -> int:
     reference = bool(asked & {"ref_logprob", "kl", "reverse_kl"})
-    return (_REFERENCE * reference | _ENTROPY * ("entropy" in asked) | _KL * ("kl" in asked)
-            | _REVERSE_KL * ("reverse_kl" in asked))
+    return (
+        _REFERENCE * reference
+        | _ENTROPY * ("entropy" in asked)
+        | _KL * ("kl" in asked)
+        | _REVERSE_KL * ("reverse_kl" in asked)
+    )
 
 
 def _chunk(rows: Rows, flags: int) -> _native.TokenStatsChunk:
@@ -86,11 +74,23 @@ def _chunk(rows: Rows, flags: int) -> _native.TokenStatsChunk:
     return chunk
 
 
-def _point_at(chunk: _native.TokenStatsChunk, rows: Rows, policy: Tensor, reference: Tensor | None, row: int, column: int,
-              bias: Tensor | None, ref_bias: Tensor | None) -> None:
+def _point_at(
+    chunk: _native.TokenStatsChunk,
+    rows: Rows,
+    policy: Tensor,
+    reference: Tensor | None,
+    row: int,
+    column: int,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
     chunk.rows, chunk.cols = policy.shape
     chunk.first_column = column
-    chunk.policy, chunk.policy_stride, chunk.dtype = policy.data_ptr(), policy.stride(0), _DTYPES[policy.dtype]
+    chunk.policy, chunk.policy_stride, chunk.dtype = (
+        policy.data_ptr(),
+        policy.stride(0),
+        _DTYPES[policy.dtype],
+    )
     if reference is not None:
         chunk.reference, chunk.reference_stride = reference.data_ptr(), reference.stride(0)
     chunk.bias = 0 if bias is None else bias[column:].data_ptr()
@@ -112,8 +112,15 @@ class _ForwardState:
         self._chunk = _chunk(rows, _flags(asked))
         self._chunk.state_stride = count
 
-    def fold(self, policy: Tensor, reference: Tensor | None, row: int, column: int,
-             bias: Tensor | None = None, ref_bias: Tensor | None = None) -> None:
+    def fold(
+        self,
+        policy: Tensor,
+        reference: Tensor | None,
+        row: int,
+        column: int,
+        bias: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+    ) -> None:
         chunk = self._chunk
         _point_at(chunk, self._rows, policy, reference, row, column, bias, ref_bias)
         chunk.state = self._sums[:, row:].data_ptr()
@@ -134,8 +141,16 @@ class _BackwardState:
         self._chunk = _chunk(rows, _REFERENCE * self.with_reference)
         self._chunk.row_stride = saved.shape[1]
 
-    def differentiate(self, policy: Tensor, reference: Tensor | None, out: Tensor, row: int, column: int,
-                      bias: Tensor | None = None, ref_bias: Tensor | None = None) -> None:
+    def differentiate(
+        self,
+        policy: Tensor,
+        reference: Tensor | None,
+        out: Tensor,
+        row: int,
+        column: int,
+        bias: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+    ) -> None:
         chunk = self._chunk
         _point_at(chunk, self._rows, policy, reference, row, column, bias, ref_bias)
         chunk.saved, chunk.coefs = self._saved[:, row:].data_ptr(), self._coefs[:, row:].data_ptr()
@@ -147,13 +162,20 @@ class _LinearProblem:
     """One linear_logprob call without its ignored rows, ready to fill any chunk of logits."""
 
     def __init__(self, head: Head, rows: Rows, needs_reference: bool) -> None:
-        self.ignored = check_targets(rows, head.weight.shape[0])
+        self.ignored = check_rows(rows, head.weight.shape[0])
         self.index = None
         if self.ignored is not None and self.ignored.any():
             self.index = (~self.ignored).nonzero()[:, 0]
-        self.rows = Rows(None if rows.targets is None else self.pick(rows.targets).contiguous(),
-                         self.pick(rows.inv_temperature).contiguous(), rows.softcap, rows.logit_scale, rows.ignore_index)
-        self.product_dtype = torch.bfloat16 if head.weight.dtype is torch.bfloat16 and splits_bfloat16() else torch.float32
+        self.rows = Rows(
+            None if rows.targets is None else self.pick(rows.targets).contiguous(),
+            self.pick(rows.inv_temperature).contiguous(),
+            rows.softcap,
+            rows.logit_scale,
+            rows.ignore_index,
+        )
+        self.product_dtype = (
+            torch.bfloat16 if head.weight.dtype is torch.bfloat16 and splits_bfloat16() else torch.float32
+        )
         self.hidden = self.pick(head.hidden).to(self.product_dtype)
         self.weight = head.weight
         self.bias = None if head.bias is None else head.bias.float().contiguous()
@@ -170,8 +192,10 @@ class _LinearProblem:
             self.ref_hidden = self.pick(head.ref_hidden).to(self.product_dtype)
             self.ref_weight = head.ref_weight
             self.ref_bias = None if head.ref_bias is None else head.ref_bias.float().contiguous()
-            self.shares_weight = (head.ref_weight.data_ptr() == head.weight.data_ptr()
-                                  and head.ref_weight.stride() == head.weight.stride())
+            self.shares_weight = (
+                head.ref_weight.data_ptr() == head.weight.data_ptr()
+                and head.ref_weight.stride() == head.weight.stride()
+            )
         else:
             self.ref_bias = None
 
@@ -212,7 +236,9 @@ class _LinearProblem:
         self.products.multiply(self.ref_hidden[r0:r1], ref_piece.t(), out)
 
 
-def linear_forward(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor) -> tuple[list[Tensor], Tensor]:
+def linear_forward(
+    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
+) -> tuple[list[Tensor], Tensor]:
     """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
 
     kept (copies, K, V) float32: filled with the raw logits of the first K rows that count, policy's and reference's.
@@ -231,27 +257,28 @@ def linear_forward(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor) 
             problem.fill(places[0], r0, r1, c0, c1, piece)
             if problem.needs_reference:
                 problem.fill_reference(places[1], r0, r1, ref_piece)
-            state.fold(places[0], places[1] if problem.needs_reference else None, r0, c0, problem.bias, problem.ref_bias)
+            state.fold(
+                places[0],
+                places[1] if problem.needs_reference else None,
+                r0,
+                c0,
+                problem.bias,
+                problem.ref_bias,
+            )
     outputs, saved = state.finish(None)
-    if problem.index is not None:
-        outputs = [problem.spread(o, problem.ignored.shape[0]) if o.numel() else o for o in outputs]
-    return outputs, problem.spread(saved.t(), rows.inv_temperature.shape[0]).t().contiguous()
+    total = rows.inv_temperature.shape[0]
+    outputs = [problem.spread(o, total) if name in asked else o for name, o in zip(OUTPUTS, outputs)]
+    return outputs, problem.spread(saved.t(), total).t().contiguous()
 
 
-@dataclass
-class HeadGradients:
-    """None where not asked for."""
-
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    gate: Tensor | None = None
-
-
-def linear_backward(head: Head, rows: Rows, grads: dict[str, Tensor | None], saved: Tensor, kept: Tensor,
-                    needs: frozenset[str]) -> HeadGradients:
+def linear_backward(
+    head: Head,
+    rows: Rows,
+    grads: dict[str, Tensor | None],
+    saved: Tensor,
+    kept: Tensor,
+    needs: frozenset[str],
+) -> HeadGradients:
     """Gradients of the arguments named in `needs` (fields of HeadGradients), each in its argument's dtype."""
     needs_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
     problem = _LinearProblem(head, rows, needs_reference)
@@ -285,7 +312,15 @@ def linear_backward(head: Head, rows: Rows, grads: dict[str, Tensor | None], sav
             elif needs_reference:
                 problem.fill_reference(reference, r0, r1, ref_piece)
             wide_out = places[0]
-            state.differentiate(policy, reference if needs_reference else None, wide_out, r0, c0, problem.bias, problem.ref_bias)
+            state.differentiate(
+                policy,
+                reference if needs_reference else None,
+                wide_out,
+                r0,
+                c0,
+                problem.bias,
+                problem.ref_bias,
+            )
             out = wide_out
             if problem.product_dtype is not torch.float32:
                 out = narrow[:size].view(r1 - r0, c1 - c0).copy_(wide_out)
@@ -310,7 +345,9 @@ def linear_backward(head: Head, rows: Rows, grads: dict[str, Tensor | None], sav
         if "lora_a" in needs:
             result.lora_a = torch.mm(d_down.t(), problem.hidden32).to(head.lora.a.dtype)
         if "gate" in needs:
-            result.gate = problem.spread(d_gated * problem.down, head.lora.gate.shape[0]).to(head.lora.gate.dtype)
+            result.gate = problem.spread(d_gated * problem.down, head.lora.gate.shape[0]).to(
+                head.lora.gate.dtype
+            )
     if d_hidden is not None:
         result.hidden = problem.spread(d_hidden.to(head.hidden.dtype), head.hidden.shape[0])
     if d_bias is not None:
@@ -320,16 +357,19 @@ def linear_backward(head: Head, rows: Rows, grads: dict[str, Tensor | None], sav
     return result
 
 
-def logits_forward(logits: Tensor, ref_logits: Tensor | None, rows: Rows, asked: frozenset[str]) -> tuple[list[Tensor], Tensor]:
+def logits_forward(
+    logits: Tensor, ref_logits: Tensor | None, rows: Rows, asked: frozenset[str]
+) -> tuple[list[Tensor], Tensor]:
     """logits, ref_logits (T, V), the last dimension contiguous; read once, where they are."""
-    ignored = check_targets(rows, logits.shape[1])
+    ignored = check_rows(rows, logits.shape[1])
     state = _ForwardState(rows, asked)
     state.fold(logits, ref_logits if _flags(asked) & _REFERENCE else None, 0, 0)
     return state.finish(ignored)
 
 
-def logits_backward(logits: Tensor, ref_logits: Tensor | None, rows: Rows, grads: dict[str, Tensor | None],
-                    saved: Tensor) -> Tensor:
+def logits_backward(
+    logits: Tensor, ref_logits: Tensor | None, rows: Rows, grads: dict[str, Tensor | None], saved: Tensor
+) -> Tensor:
     """d(loss)/d(logits), in logits' dtype."""
     state = _BackwardState(rows, grads, saved)
     out = torch.empty(logits.shape, dtype=logits.dtype)

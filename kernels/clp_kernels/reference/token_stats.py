@@ -33,8 +33,16 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).masked_fill(masked, 0).sum(-1)
 
 
-def logits_logprob(logits: Tensor, targets: Tensor | None, ref_logits: Tensor | None, inv_temperature: Tensor,
-                   softcap: float | None, logit_scale: float, asked: frozenset[str], ignore_index: int) -> TokenStats:
+def logits_logprob(
+    logits: Tensor,
+    targets: Tensor | None,
+    ref_logits: Tensor | None,
+    inv_temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    asked: frozenset[str],
+    ignore_index: int,
+) -> TokenStats:
     """logits, ref_logits (T, V); targets, inv_temperature (T,)."""
     z = _scaled(_wide(logits), inv_temperature, softcap, logit_scale)
     log_p = z.log_softmax(-1)
@@ -66,9 +74,21 @@ def logits_logprob(logits: Tensor, targets: Tensor | None, ref_logits: Tensor | 
     return TokenStats(**outputs)
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-                   ref_bias: Tensor | None, lora: HeadLoRA | None, targets: Tensor | None, inv_temperature: Tensor,
-                   softcap: float | None, logit_scale: float, asked: frozenset[str], ignore_index: int) -> TokenStats:
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    lora: HeadLoRA | None,
+    targets: Tensor | None,
+    inv_temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    asked: frozenset[str],
+    ignore_index: int,
+) -> TokenStats:
     """hidden (T, H), weight (V, H); the rest as in logits_logprob."""
     logits = _wide(hidden @ weight.t())
     if bias is not None:
@@ -80,4 +100,6 @@ def linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidd
         ref_logits = _wide(ref_hidden.detach() @ ref_weight.detach().t())
         if ref_bias is not None:
             ref_logits = ref_logits + _wide(ref_bias.detach())
-    return logits_logprob(logits, targets, ref_logits, inv_temperature, softcap, logit_scale, asked, ignore_index)
+    return logits_logprob(
+        logits, targets, ref_logits, inv_temperature, softcap, logit_scale, asked, ignore_index
+    )
