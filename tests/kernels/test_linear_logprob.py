@@ -17,6 +17,8 @@ from token_cases import (
     targets_for,
 )
 
+# The interpreter's numpy warns of -inf - -inf in columns beyond the vocabulary, whose result is selected away.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
 ALL = ("hidden", "weight", "bias", "a", "b", "gate")
 NATIVE = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 

@@ -5,6 +5,9 @@ import torch
 from clp_kernels import linear_logprob, logits_logprob
 from token_cases import DIFFERENTIABLE, FUSED, OUTPUTS, assert_right, call_logits, run_all, targets_for
 
+# The interpreter's numpy warns of -inf - -inf in columns beyond the vocabulary, whose result is selected away.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
+
 
 def logit_tensors(rows, vocabulary, *, spread=2.0, apart=0.1, dtype=torch.float32):
     logits = torch.randn(rows, vocabulary) * spread
