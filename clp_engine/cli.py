@@ -260,7 +260,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="default: as in training, or 128")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: as in training, or 1")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the nucleus of this mass")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -444,9 +444,13 @@ def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
 def _sampling(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> SamplingParams:
     from clp_engine.rollout import SamplingParams
 
-    trained = spec.config.get("max_completion_length") if spec is not None else None
+    trained = {} if spec is None else spec.config
+    temperature = arguments.temperature if arguments.temperature is not None else trained.get("temperature", 1.0)
     return SamplingParams(
-        arguments.max_new_tokens or trained or 128, arguments.temperature, arguments.top_k, arguments.top_p
+        arguments.max_new_tokens or trained.get("max_completion_length", 128),
+        temperature,
+        arguments.top_k,
+        arguments.top_p,
     )
 
 

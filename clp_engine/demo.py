@@ -30,22 +30,23 @@ if TYPE_CHECKING:
 TASK = "docsum"
 # Settings of the demo's training; everything else is CLPConfig's default.
 TRAINING: dict[str, Any] = {
-    "max_steps": 60,
+    "max_steps": 240,
     "num_generations": 8,
     "per_device_train_batch_size": 64,
-    "learning_rate": 2e-3,
+    "temperature": 0.7,
+    "learning_rate": 3e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 5,
-    "alpha": 0.02,
+    "alpha": 0.01,
     "rank": 16,
     "weight_sampler": "dirichlet",
     "concentration": 0.7,
-    "corner_probability": 0.2,
+    "corner_probability": 0.3,
     "logging_steps": 10,
     "save_steps": 20,
     "save_total_limit": 1,
 }
-EVALUATION: dict[str, Any] = {"prompts": 96, "num_generations": 1, "margin": 0.1, "batch_rows": 192}
+EVALUATION: dict[str, Any] = {"prompts": 256, "num_generations": 1, "margin": 0.1, "batch_rows": 192}
 EXAMPLES = 3
 _WIDEST = 110  # columns of text, however wide the terminal
 
@@ -141,7 +142,7 @@ def _evaluate(
         seed=config.seed,
         output_dir=out,
         task=TASK,
-        sampling=SamplingParams(config.max_completion_length),
+        sampling=SamplingParams(config.max_completion_length, config.temperature),
         max_prompt_length=config.max_prompt_length,
         train_seconds=trained.train_seconds,
         **options,

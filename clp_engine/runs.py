@@ -123,7 +123,8 @@ class RunSpec:
     def train_rows(self, limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
         """Training rows: of the task, or of the dataset; the first `limit` of them."""
         if self.task is not None:
-            return find_task(self.task).load_dataset("train", limit=limit, seed=seed)
+            task = find_task(self.task)
+            return task.load_dataset(task.rl_split, limit=limit, seed=seed)
         return read_rows(self.dataset)[:limit]
 
     def eval_rows(self, limit: int | None = None, seed: int = 0, split: str = "test") -> list[dict[str, Any]]:
@@ -292,7 +293,7 @@ def train(
     quiet_transformers()
     from clp_engine.trainer import CLPTrainer
 
-    held_out = spec.eval_rows(split="validation") if config.eval_strategy != "no" else None
+    held_out = spec.eval_rows() if config.eval_strategy != "no" else None
     trainer = CLPTrainer(
         spec.model, spec.reward_functions(), config, spec.train_rows(limit, config.seed), held_out
     )

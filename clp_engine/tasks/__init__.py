@@ -21,6 +21,8 @@ class Task:
     default_objectives      the names a run uses unless told otherwise
     checkpoint_path         transformers directory of the model to start from
     load_dataset            (split, limit=None, seed=0, ...) -> rows with a "prompt" and the rewards' columns
+    rl_split                split whose prompts RL trains on: one the checkpoint was not fitted to, so that rewards are
+                            those of text it has not seen; "test" is for evaluation
     max_prompt_length       tokens of the longest prompt
     max_completion_length   tokens at which a completion is cut
     """
@@ -30,6 +32,7 @@ class Task:
     default_objectives: tuple[str, ...]
     checkpoint_path: Path
     load_dataset: Callable[..., list[dict[str, Any]]]
+    rl_split: str
     max_prompt_length: int
     max_completion_length: int
 
@@ -53,6 +56,8 @@ def _docsum() -> Task:
         default_objectives=("coverage", "brevity"),
         checkpoint_path=docsum.checkpoint_path(),
         load_dataset=docsum.load_dataset,
+        # The checkpoint was chosen, not fitted, on these; of the train split it remembers many summaries.
+        rl_split="validation",
         max_prompt_length=docsum.MAX_PROMPT_TOKENS,
         max_completion_length=docsum.MAX_COMPLETION_TOKENS,
     )

@@ -247,6 +247,7 @@ def small_demo(workplace, monkeypatch, tmp_path):
         default_objectives=("coverage", "brevity"),
         checkpoint_path=workplace / "base",
         load_dataset=load_dataset,
+        rl_split="validation",
         max_prompt_length=16,
         max_completion_length=5,
     )

@@ -79,7 +79,7 @@ def test_brevity_falls_linearly_from_target_to_limit():
     words = "Count edges that can be reached from one source while nodes".split()
     words += "seen before are skipped and never again visited".split()
     for n in (6, 9, 11, 12, 15, 19):  # prefixes that end in a noun or a verb
-        expected = min(1.0, (LIMIT_WORDS - n) / (LIMIT_WORDS - TARGET_WORDS))
+        expected = min(1.0, max(0.0, (LIMIT_WORDS - n) / (LIMIT_WORDS - TARGET_WORDS)))
         assert score(brevity, " ".join(words[:n])) == [pytest.approx(expected)], words[:n]
     assert score(brevity, "Return reachable edges.", "Count the reachable edges.") == [1.0, 1.0]
     assert score(brevity, "Count the edges " + " ".join(f"w{chr(97 + i)}" for i in range(LIMIT_WORDS))) == [

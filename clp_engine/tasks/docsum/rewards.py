@@ -24,7 +24,7 @@ from clp_engine.tasks.docsum.corpus import content_words, words
 from clp_engine.tasks.docsum.dataset import title
 
 TARGET_WORDS = 4
-LIMIT_WORDS = 20
+LIMIT_WORDS = 12
 MIN_WORDS = 3
 MIN_DISTINCT = 0.7
 STEM = 5  # letters by which words are compared: "returns" supports "returned"
