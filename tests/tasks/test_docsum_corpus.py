@@ -19,16 +19,17 @@ from clp_engine.tasks.docsum.corpus import (
 
 
 @pytest.fixture
-def stdlib_only(monkeypatch, tmp_path):
-    """The corpus of a few standard packages, in a cache of its own: seconds instead of half a minute."""
+def few_sources(monkeypatch):
+    """The corpus of a few standard packages: seconds instead of half a minute."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    monkeypatch.setattr(
-        corpus,
-        "_source_roots",
-        lambda: [(n, root / n) for n in ("asyncio", "email", "importlib", "logging", "xml")],
-    )
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path
+    packages = ("asyncio", "email", "importlib", "logging", "xml")
+    monkeypatch.setattr(corpus, "_source_roots", lambda: [(name, root / name) for name in packages])
+
+
+@pytest.fixture
+def stdlib_only(few_sources, monkeypatch, tmp_path_factory):
+    """`few_sources` in a cache that the tests of this process share."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "docsum"))
 
 
 def test_docstring_with_numpy_sections():
@@ -182,10 +183,11 @@ def test_pairs_are_prose():
         assert not corpus._is_pair(Docstring("m.f", summary, text)), (summary, text)
 
 
-def test_cache_round_trip(stdlib_only, monkeypatch):
+def test_cache_round_trip(few_sources, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = docsum.build()
     assert len(built) > 100
-    (file,) = (stdlib_only / "clp-engine").iterdir()
+    (file,) = (tmp_path / "clp-engine").iterdir()
     assert all(set(json.loads(line)) == {"name", "document", "reference", "split"} for line in file.open())
     assert docsum.build(cache=False) == built
     monkeypatch.setattr(corpus, "collect", lambda: pytest.fail("read the sources again"))
