@@ -37,7 +37,7 @@ TRAINING: dict[str, Any] = {
     "learning_rate": 3e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 5,
-    "alpha": 0.01,
+    "alpha": 0.025,
     "rank": 16,
     "weight_sampler": "dirichlet",
     "concentration": 0.7,
@@ -46,7 +46,7 @@ TRAINING: dict[str, Any] = {
     "save_steps": 20,
     "save_total_limit": 1,
 }
-EVALUATION: dict[str, Any] = {"prompts": 256, "num_generations": 1, "margin": 0.1, "batch_rows": 192}
+EVALUATION: dict[str, Any] = {"prompts": 256, "num_generations": 2, "margin": 0.1, "batch_rows": 192}
 EXAMPLES = 3
 _WIDEST = 110  # columns of text, however wide the terminal
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class MicroBatch:
     """Whole groups of completions and what their gradient needs.
 
-    conditions: one row per prompt. rewards: (B,) w.R, scaled as the run scales it. weights: (B, T), see `estimators.loss_weights`.
+    conditions: one row per prompt. rewards: (B,) w.R, scaled as the run scales it.
+    weights: (B, T), see `estimators.loss_weights`.
     old_logprob: (B, T), from the first pass over these completions; None in that pass.
     """
 
