@@ -244,10 +244,14 @@ def check_rows(
 def kept_rows(module: str, rows: int, vocabulary: int, copies: int) -> int:
     """How many rows' float32 logits stay in memory between forward and backward; `copies` is 2 with the reference's.
 
-    A kept row saves its products in the backward pass and costs its logits in memory. On a GPU nothing is kept: there
+    A kept row saves its products in the backward pass and costs its logits in memory: all rows where that fits in
+    KEEP_BYTES, else what fits and takes no more than a sixteenth of the policy's logits. On a GPU nothing is kept: there
     the traffic costs about what the product does, and memory is what callers want to save.
     """
-    return min(rows, KEEP_BYTES // (vocabulary * 4 * copies)) if ".cpu." in module else 0
+    if ".cpu." not in module:
+        return 0
+    fitting = KEEP_BYTES // (vocabulary * 4 * copies)
+    return rows if rows <= fitting else min(fitting, rows // (16 * copies))
 
 
 def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:
