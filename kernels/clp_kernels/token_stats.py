@@ -242,16 +242,13 @@ def check_rows(
 
 
 def kept_rows(module: str, rows: int, vocabulary: int, copies: int) -> int:
-    """How many rows' float32 logits stay in memory between forward and backward; `copies` is 2 with the reference's.
+    """How many rows' float32 logits stay in memory between forward and backward: all or none.
 
-    A kept row saves its products in the backward pass and costs its logits in memory: all rows where that fits in
-    KEEP_BYTES, else what fits and takes no more than a sixteenth of the policy's logits. On a GPU nothing is kept: there
-    the traffic costs about what the product does, and memory is what callers want to save.
+    Kept logits save the backward pass their products (`copies` is 2 where it needs the reference's too) and cost memory:
+    they are kept where they fit in KEEP_BYTES. Not on a GPU: there the traffic costs about what the product does, and
+    memory is what callers want to save.
     """
-    if ".cpu." not in module:
-        return 0
-    fitting = KEEP_BYTES // (vocabulary * 4 * copies)
-    return rows if rows <= fitting else min(fitting, rows // (16 * copies))
+    return rows if ".cpu." in module and rows * vocabulary * 4 * copies <= KEEP_BYTES else 0
 
 
 def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:

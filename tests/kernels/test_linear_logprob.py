@@ -295,17 +295,19 @@ def test_nothing_around_the_operands_is_read(backend):
 
 
 @NATIVE
-@pytest.mark.parametrize("budget", [0, 40 * 700 * 8 - 1])
-def test_recomputed_logits_give_the_gradients_of_kept_ones(backend, budget, monkeypatch):
-    """With no row's logits kept, and with one row's."""
+@pytest.mark.parametrize("budget, chunk", [(0, 1 << 21), (0, 3000), (1 << 26, 3000)])
+def test_kept_or_recomputed_logits_and_any_chunks_give_the_same(backend, budget, chunk, monkeypatch):
+    import clp_kernels.cpu.token_stats as native
     from clp_kernels import token_stats
 
     tensors, targets = head_tensors(40, 16, 700, bias=True, lora=2), targets_for(40, 700)
-    kept = run_all(call_linear, tensors, targets, OUTPUTS, ALL)
+    usual = run_all(call_linear, tensors, targets, OUTPUTS, ALL)
     monkeypatch.setattr(token_stats, "KEEP_BYTES", budget)
-    recomputed = run_all(call_linear, tensors, targets, OUTPUTS, ALL)
-    for name, value in kept.items():
-        torch.testing.assert_close(recomputed[name], value, rtol=1e-5, atol=2e-6, msg=name)
+    monkeypatch.setattr(native, "CHUNK", chunk)
+    monkeypatch.setattr(native, "ROWS", 30)
+    got = run_all(call_linear, tensors, targets, OUTPUTS, ALL)
+    for name, value in usual.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=2e-6, msg=name)
 
 
 @NATIVE

@@ -1,12 +1,16 @@
 """linear_logprob and logits_logprob on the CPU: torch's BLAS for the products, C++ (csrc/cpu/token_stats.cpp) for the rest.
 
-linear_logprob walks over chunks of ROWS x COLUMNS logits that stay in the L2 cache: one product fills a reused float32
-buffer, one fused pass folds it into the rows' running sums. Backward fills the chunk again, one fused pass turns it into
-d(loss)/d(logits) in place, and products accumulate what was asked for: d_hidden over the vocabulary in float32, d_weight
-chunk by chunk. Beyond the inputs and the gradients themselves that takes a few chunks and O(rows) numbers.
+linear_logprob walks over chunks of at most CHUNK logits: one product fills a reused float32 buffer, one fused pass folds it
+into the rows' running sums. Backward fills the chunk again, one fused pass turns it into d(loss)/d(logits) in place, and
+products accumulate what was asked for: d_hidden over the vocabulary in float32, d_weight chunk by chunk. Beyond the inputs
+and the gradients themselves that takes a few chunks and O(rows) numbers.
 
-The logits of as many rows as `token_stats.kept_rows` allows are kept between forward and backward instead of being
-computed again: all of them in small problems, a few in large ones. Rows with an ignored target are left out of the products.
+Logits that fit in `token_stats.KEEP_BYTES` are kept between forward and backward instead of being computed again. Rows with
+an ignored target are left out of the products.
+
+The size of a chunk: 1 MB (which stays in L2) to 8 MB (L3) take the same time on one thread, within 3%. But every product and
+pass is a parallel region, and where the cores are shared with other processes each region waits for a descheduled thread:
+two threads on two busy cores were three times slower with 1 MB than with 8 MB.
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ from clp_kernels import _native
 from clp_kernels.cpu.products import Products, splits_bfloat16
 from clp_kernels.token_stats import OUTPUTS, Head, HeadGradients, Rows, Sums, coefficients, statistics
 
-ROWS = 512
-COLUMNS = 512
+CHUNK = 1 << 21  # logits, 8 MB of float32; twice that with a reference
+ROWS = 2048  # at most in a chunk
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _REFERENCE, _ENTROPY, _KL, _REVERSE_KL = 1, 2, 4, 8  # TokenStatFlag
@@ -209,22 +213,28 @@ class _LinearProblem:
             return tensor
         return tensor.new_zeros(count, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
 
-    def row_blocks(self, kept: int) -> list[tuple[int, int]]:
-        """Blocks of at most ROWS rows; none straddles the end of the kept rows."""
+    def row_blocks(self) -> list[tuple[int, int]]:
         count = self.hidden.shape[0]
-        edges = [*range(0, kept, ROWS), *range(kept, count, ROWS), count]
-        return list(zip(edges, edges[1:]))
+        return [(r0, min(r0 + ROWS, count)) for r0 in range(0, count, ROWS)]
+
+    def width(self) -> int:
+        """Columns of a chunk."""
+        return min(CHUNK // max(min(self.hidden.shape[0], ROWS), 1), self.weight.shape[0])
 
     def columns(self) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
         """Chunks of the vocabulary with the policy's and the reference's piece of the weight."""
         vocabulary = self.weight.shape[0]
-        for c0 in range(0, vocabulary, COLUMNS):
-            c1 = min(c0 + COLUMNS, vocabulary)
+        for c0 in range(0, vocabulary, self.width()):
+            c1 = min(c0 + self.width(), vocabulary)
             piece = self.weight[c0:c1].to(self.product_dtype)
             ref_piece = None
             if self.needs_reference:
                 ref_piece = piece if self.shares_weight else self.ref_weight[c0:c1].to(self.product_dtype)
             yield c0, c1, piece, ref_piece
+
+    def buffers(self, count: int) -> list[Tensor]:
+        size = min(self.hidden.shape[0], ROWS) * self.width()
+        return [torch.empty(size) for _ in range(count)]
 
     def fill(self, out: Tensor, r0: int, r1: int, c0: int, c1: int, piece: Tensor) -> None:
         """The policy's raw logits, before the bias."""
@@ -236,24 +246,25 @@ class _LinearProblem:
         self.products.multiply(self.ref_hidden[r0:r1], ref_piece.t(), out)
 
 
+def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
+
+
 def linear_forward(
     head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
 
-    kept (copies, K, V) float32: filled with the raw logits of the first K rows that count, policy's and reference's.
+    kept (copies, T, V) float32: filled with the raw logits of the rows that count, policy's and reference's; or (copies, 0, V).
     """
     problem = _LinearProblem(head, rows, bool(_flags(asked) & _REFERENCE))
     state = _ForwardState(problem.rows, asked)
-    count = problem.hidden.shape[0]
-    kept_count = min(kept.shape[1], count)
-    buffers = torch.empty(2, min(count, ROWS) * COLUMNS)
+    copies = kept.shape[0] if kept.shape[1] else 0
+    buffers = problem.buffers(2 if problem.needs_reference else 1)
     for c0, c1, piece, ref_piece in problem.columns():
-        for r0, r1 in problem.row_blocks(kept_count):
-            size = (r1 - r0) * (c1 - c0)
-            places = [buffer[:size].view(r1 - r0, c1 - c0) for buffer in buffers]
-            for copy in range(kept.shape[0] if r0 < kept_count else 0):
-                places[copy] = kept[copy, r0:r1, c0:c1]
+        for r0, r1 in problem.row_blocks():
+            places = [_shaped(buffer, r1 - r0, c1 - c0) for buffer in buffers]
+            places[:copies] = kept[:copies, r0:r1, c0:c1]
             problem.fill(places[0], r0, r1, c0, c1, piece)
             if problem.needs_reference:
                 problem.fill_reference(places[1], r0, r1, ref_piece)
@@ -285,7 +296,7 @@ def linear_backward(
     grads = {name: None if g is None else problem.pick(g) for name, g in grads.items()}
     state = _BackwardState(problem.rows, grads, problem.pick(saved.t()).t())
     count, width = problem.hidden.shape
-    kept_count = min(kept.shape[1], count)
+    copies = kept.shape[0] if kept.shape[1] else 0
     wide = {"dtype": torch.float32}
     d_hidden = torch.zeros(count, width, **wide) if "hidden" in needs else None
     d_weight = torch.empty(head.weight.shape, dtype=head.weight.dtype) if "weight" in needs else None
@@ -293,37 +304,28 @@ def linear_backward(
     d_b = torch.empty(problem.b.shape, **wide) if "lora_b" in needs else None
     through_lora = problem.lora is not None and needs & {"hidden", "lora_a", "gate"}
     d_gated = torch.zeros_like(problem.gated) if through_lora else None
-    buffers = torch.empty(2, min(count, ROWS) * COLUMNS)
-    narrow = torch.empty(buffers.shape[1], dtype=problem.product_dtype)
+    buffers = problem.buffers(2 if needs_reference and copies < 2 else 1)
+    narrow = None
+    if problem.product_dtype is not torch.float32:
+        narrow = torch.empty_like(buffers[0], dtype=problem.product_dtype)
     for c0, c1, piece, ref_piece in problem.columns():
         d_piece = torch.zeros(c1 - c0, width, **wide) if "weight" in needs else None
         if d_b is not None:
             d_b[c0:c1] = 0
-        for r0, r1 in problem.row_blocks(kept_count):
-            size = (r1 - r0) * (c1 - c0)
-            places = [buffer[:size].view(r1 - r0, c1 - c0) for buffer in buffers]
-            policy, reference = places
-            if r0 < kept_count:
+        for r0, r1 in problem.row_blocks():
+            wide_out = _shaped(buffers[0], r1 - r0, c1 - c0)
+            policy, reference = wide_out, None
+            if copies:
                 policy = kept[0, r0:r1, c0:c1]
             else:
                 problem.fill(policy, r0, r1, c0, c1, piece)
-            if needs_reference and r0 < kept_count and kept.shape[0] > 1:
+            if needs_reference and copies > 1:
                 reference = kept[1, r0:r1, c0:c1]
             elif needs_reference:
+                reference = _shaped(buffers[1], r1 - r0, c1 - c0)
                 problem.fill_reference(reference, r0, r1, ref_piece)
-            wide_out = places[0]
-            state.differentiate(
-                policy,
-                reference if needs_reference else None,
-                wide_out,
-                r0,
-                c0,
-                problem.bias,
-                problem.ref_bias,
-            )
-            out = wide_out
-            if problem.product_dtype is not torch.float32:
-                out = narrow[:size].view(r1 - r0, c1 - c0).copy_(wide_out)
+            state.differentiate(policy, reference, wide_out, r0, c0, problem.bias, problem.ref_bias)
+            out = wide_out if narrow is None else _shaped(narrow, r1 - r0, c1 - c0).copy_(wide_out)
             if d_hidden is not None:
                 problem.products.accumulate(out, piece, d_hidden[r0:r1])
             if d_piece is not None:
