@@ -6,7 +6,8 @@ With z the policy's logits and z' the reference's (after bias, scale, softcap an
     ref_logprob = z'[target] - lse(z')      reverse_kl = sum q (log q - log p)      lse = log sum e^z      top1 = argmax z
 
 A back-end reduces each row to `Sums`. Those of two pieces of the vocabulary merge associatively: with m = max(m1, m2) and
-k_i = e^(m_i - m), s = sum k_i s_i, a = sum k_i (a_i + (m_i - m) s_i), d = sum k_i d_i, t = sum t_i. `statistics` turns sums into outputs, and `coefficients` gathers the
+k_i = e^(m_i - m), s = sum k_i s_i, a = sum k_i (a_i + (m_i - m) s_i), d = sum k_i d_i, t = sum t_i.
+`statistics` turns sums into outputs, and `coefficients` gathers the
 outputs' incoming gradients into five numbers per row:
 
     dz_v = p_v (c0 + c1 (z_v - m_p) + c2 (z_v - z'_v)) + c3 q_v + ct [v is the target]
