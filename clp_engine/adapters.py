@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -179,5 +179,11 @@ def attach(
 
 def detach(model: nn.Module, layers: dict[str, ConditionedLinear]) -> None:
     """Put the plain layers back."""
-    for name, layer in layers.items():
-        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base)
+    place(model, {name: layer.base for name, layer in layers.items()})
+
+
+def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put each module where its name says."""
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)

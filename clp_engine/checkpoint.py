@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clp_engine.errors import ConfigError
-from clp_engine.files import write_directory
+from clp_engine.files import checkpoints, write_directory
 
-_NAME = re.compile(r"checkpoint-(\d+)")
 _STATE, _TENSORS, _POLICY = "trainer_state.json", "training.safetensors", "policy"
 
 
@@ -67,7 +65,7 @@ def save(
             json.dumps({**state, "step": step, "random": plain}, indent=1) + "\n", encoding="utf-8"
         )
     if keep is not None:
-        for old in find_all(output_dir)[: -keep or None]:
+        for old in checkpoints(output_dir)[: -keep or None]:
             shutil.rmtree(old)
     return path
 
@@ -93,19 +91,11 @@ def load(path: str | Path, policy, optimizer: torch.optim.Optimizer) -> dict[str
     return state
 
 
-def find_all(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    found = [
-        (int(m.group(1)), p) for p in Path(output_dir).glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))
-    ]
-    return [p for _, p in sorted(found)]
-
-
 def resolve(output_dir: str | Path, resume: str | Path | bool) -> Path:
     """The checkpoint that `resume_from_checkpoint` means: a path, or True for the newest of the run."""
     if resume is not True:
         return Path(resume)
-    found = find_all(output_dir)
+    found = checkpoints(output_dir)
     if not found:
         raise ConfigError(f"{output_dir}: no checkpoint to resume from")
     return found[-1]

@@ -445,7 +445,9 @@ def _sampling(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> Sampl
     from clp_engine.rollout import SamplingParams
 
     trained = {} if spec is None else spec.config
-    temperature = arguments.temperature if arguments.temperature is not None else trained.get("temperature", 1.0)
+    temperature = (
+        arguments.temperature if arguments.temperature is not None else trained.get("temperature", 1.0)
+    )
     return SamplingParams(
         arguments.max_new_tokens or trained.get("max_completion_length", 128),
         temperature,

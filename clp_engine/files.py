@@ -52,3 +52,13 @@ def write_text(path: str | Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     _flush(temporary)
     temporary.replace(path)
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """Checkpoints of a run folder, oldest first."""
+    found = [
+        (int(p.name.removeprefix("checkpoint-")), p)
+        for p in Path(directory).glob("checkpoint-*")
+        if p.name.removeprefix("checkpoint-").isdigit()
+    ]
+    return [path for _, path in sorted(found)]

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clp_engine import peft_format
-from clp_engine.adapters import Blend, ConditionedLinear, attach, detach, find_targets
+from clp_engine.adapters import Blend, ConditionedLinear, attach, detach, find_targets, place
 from clp_engine.backbone import Backbone
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
 from clp_engine.errors import ConfigError
@@ -414,8 +414,7 @@ class ConditionedPolicy(nn.Module):
         try:
             merged = copy.deepcopy(self.model)
         finally:
-            for name, layer in self.layers.items():
-                setattr(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
+            place(self.model, self.layers)
         with torch.no_grad():
             for name, layer in self.layers.items():
                 weight = merged.get_submodule(name).weight

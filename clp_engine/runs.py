@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clp_engine.errors import ConfigError
-from clp_engine.files import write_text
+from clp_engine.files import checkpoints, write_text
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
@@ -264,16 +264,6 @@ def quiet_transformers() -> None:
 
 def is_finished(directory: str | Path) -> bool:
     return (Path(directory) / "policy" / "clp_config.json").is_file()
-
-
-def checkpoints(directory: str | Path) -> list[Path]:
-    """Checkpoints of a run folder, oldest first."""
-    found = [
-        (int(p.name.removeprefix("checkpoint-")), p)
-        for p in Path(directory).glob("checkpoint-*")
-        if p.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return [path for _, path in sorted(found)]
 
 
 def clear(directory: str | Path) -> None:
