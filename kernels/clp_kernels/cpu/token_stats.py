@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from clp_kernels import _native
-from clp_kernels.cpu.products import Products, splits_bfloat16
+from clp_kernels.backends import is_batch_invariant
+from clp_kernels.cpu.products import Products, along, matmul, matmul_serves
 from clp_kernels.token_stats import OUTPUTS, Head, HeadGradients, Rows, Sums, coefficients, statistics
 
 CHUNK = 1 << 21  # logits, 8 MB of float32; twice that with a reference
@@ -177,11 +178,9 @@ class _LinearProblem:
             rows.logit_scale,
             rows.ignore_index,
         )
-        self.product_dtype = (
-            torch.bfloat16 if head.weight.dtype is torch.bfloat16 and splits_bfloat16() else torch.float32
-        )
-        self.hidden = self.pick(head.hidden).to(self.product_dtype)
-        self.weight = head.weight
+        self.product_dtype = head.weight.dtype if Products.takes(head.weight.dtype) else torch.float32
+        self.hidden = along(self.pick(head.hidden).to(self.product_dtype))
+        self.weight = along(head.weight)
         self.bias = None if head.bias is None else head.bias.float().contiguous()
         self.products = Products()
         self.lora = head.lora
@@ -189,12 +188,13 @@ class _LinearProblem:
             self.hidden32 = self.hidden.float()
             self.a, self.b = head.lora.a.float(), head.lora.b.float()
             self.gate = self.pick(head.lora.gate).float()
-            self.down = torch.mm(self.hidden32, self.a.t())
+            self.down = self.hidden32.new_empty(self.hidden.shape[0], self.a.shape[0])
+            self.products.multiply(self.hidden32, self.a.t(), self.down)
             self.gated = self.down * self.gate
         self.needs_reference = needs_reference
         if needs_reference:
-            self.ref_hidden = self.pick(head.ref_hidden).to(self.product_dtype)
-            self.ref_weight = head.ref_weight
+            self.ref_hidden = along(self.pick(head.ref_hidden).to(self.product_dtype))
+            self.ref_weight = along(head.ref_weight)
             self.ref_bias = None if head.ref_bias is None else head.ref_bias.float().contiguous()
             self.shares_weight = (
                 head.ref_weight.data_ptr() == head.weight.data_ptr()
@@ -218,8 +218,9 @@ class _LinearProblem:
         return [(r0, min(r0 + ROWS, count)) for r0 in range(0, count, ROWS)]
 
     def width(self) -> int:
-        """Columns of a chunk."""
-        return min(CHUNK // max(min(self.hidden.shape[0], ROWS), 1), self.weight.shape[0])
+        """Columns of a chunk. The sums of a chunk are rounded once: in batch-invariant mode it may not depend on the rows."""
+        rows = ROWS if is_batch_invariant() else max(min(self.hidden.shape[0], ROWS), 1)
+        return min(CHUNK // rows, self.weight.shape[0])
 
     def columns(self) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
         """Chunks of the vocabulary with the policy's and the reference's piece of the weight."""
@@ -240,7 +241,7 @@ class _LinearProblem:
         """The policy's raw logits, before the bias."""
         self.products.multiply(self.hidden[r0:r1], piece.t(), out)
         if self.lora is not None:
-            torch.addmm(out, self.gated[r0:r1], self.b[c0:c1].t(), out=out)
+            self.products.accumulate(self.gated[r0:r1], self.b[c0:c1].t(), out)
 
     def fill_reference(self, out: Tensor, r0: int, r1: int, ref_piece: Tensor) -> None:
         self.products.multiply(self.ref_hidden[r0:r1], ref_piece.t(), out)
