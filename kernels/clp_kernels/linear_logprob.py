@@ -79,6 +79,7 @@ def linear_logprob(
     lora: HeadLoRA | None = None,
     outputs: Sequence[str] = ("logprob",),
     ignore_index: int = -100,
+    keep_bytes: int | None = None,
 ) -> TokenStats:
     """Any of logprob, entropy, ref_logprob, kl, reverse_kl, lse and top1 of each token, in one pass over the vocabulary.
 
@@ -90,6 +91,9 @@ def linear_logprob(
                  to bias, each on its own
     lora         a `HeadLoRA` that conditions the output projection, of the policy only
     outputs      names; kl is KL(policy || reference), reverse_kl KL(reference || policy), both exact over the vocabulary
+    keep_bytes   how much memory may hold logits between forward and backward, which saves the backward pass their products:
+                 those of as many rows as fit are kept (4 bytes each, twice that for kl or reverse_kl), the others computed
+                 again. 0 keeps none; None leaves it to the back-end (`token_stats.kept_rows`)
     returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for what was not asked for
 
     Each output but ref_logprob and top1 is differentiable in hidden, and in weight, bias and the fields of lora where they
@@ -101,8 +105,8 @@ def linear_logprob(
     are right near the reference, in bfloat16 too. A logit of -inf (through bias) is a masked token. Under autocast hidden,
     weight, bias and their ref_ counterparts are cast to the autocast dtype, as torch.nn.functional.linear does.
 
-    Raises ValueError (shapes, devices, names), TypeError (dtypes); IndexError for a target outside the vocabulary on a CPU
-    (on a GPU, where finding out would stall the stream, its log-prob is NaN).
+    Raises ValueError (shapes, devices, names, a negative keep_bytes), TypeError (dtypes); IndexError for a target outside the
+    vocabulary on a CPU (on a GPU, where finding out would stall the stream, its log-prob is NaN).
     """
     op = "linear_logprob"
     if torch.is_autocast_enabled(hidden.device.type):
@@ -112,6 +116,8 @@ def linear_logprob(
             for t in (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         )
     names = check_outputs(op, outputs, targets, ref_hidden, "ref_hidden")
+    if keep_bytes is not None and keep_bytes < 0:
+        raise ValueError(f"{op}: keep_bytes is {keep_bytes}; expected 0 or more, or None")
     lead = hidden.shape[:-1]
     _check_head(op, "", hidden, weight, bias, hidden)
     if ref_hidden is not None:
@@ -156,7 +162,7 @@ def linear_logprob(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias, lora_a, lora_b, gate)
     ):
-        kept = kept_rows(module, rows, weight.shape[0], copies)
+        kept = kept_rows(module, rows, *weight.shape, copies, keep_bytes)
     values = torch.ops.clp_kernels.linear_logprob(
         hidden,
         weight,

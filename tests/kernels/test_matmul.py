@@ -46,7 +46,9 @@ def test_product_is_as_accurate_as_torchs(instruction_sets, m, k, n):
             if more is not None:
                 plain = plain + more[0].float() @ more[1].float() + bias
             exact = exactly(a, b, more, bias, start)
-            size = exactly(a.abs(), b.abs(), more and [x.abs() for x in more], bias if bias is None else bias.abs(), start.abs())
+            size = exactly(
+                a.abs(), b.abs(), more and [x.abs() for x in more], bias if bias is None else bias.abs(), start.abs()
+            )
             error, torchs = ((x.double() - exact).norm().item() for x in (out, plain))
             allowed = 1.5 * torchs + torch.finfo(torch.float32).eps * size.norm().item()  # and one rounding
             what = f"{isa} {threads} threads {a_dtype} {b_dtype} transposed={transposed} extra={extra} accumulate={accumulate}"
@@ -94,7 +96,10 @@ def test_batch_invariant_rows_do_not_depend_on_their_batch(instruction_sets, bac
 
     def results(index):
         lora = HeadLoRA(a, b, gate[index])
-        stats = linear_logprob(x[index], weight, targets[index], bias=bias, ref_hidden=x[index].flip(1), lora=lora, outputs=names)
+        reference = x[index].flip(1)
+        stats = linear_logprob(
+            x[index], weight, targets[index], bias=bias, ref_hidden=reference, lora=lora, outputs=names
+        )
         return [multi_lora_linear(x[index], weight, a, b, gate[index], bias=bias), *stats]
 
     before = torch.get_num_threads()

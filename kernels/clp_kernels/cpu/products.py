@@ -1,7 +1,7 @@
 """Matrix products that end in float32, whatever the operands' dtype: by the C++ kernels or the BLAS that torch has.
 
-csrc/cpu/matmul.cpp has two versions. On AMX tiles a float32 product is six bfloat16 products of exact parts, 1.6 times as fast as
-float32 BLAS and five times as accurate (measured at 2048 x 1024 x 1024), and a bfloat16 product keeps its float32 sums, which
+csrc/cpu/matmul.cpp has two versions. On AMX tiles a float32 product is six bfloat16 products of exact parts, 1.6 times as fast
+as float32 BLAS with half its error (measured at 2048 x 1024 x 1024), and a bfloat16 product keeps its float32 sums, which
 torch.mm rounds: 2^-9 of a logit is tens of percent of a KL gradient near the reference. `torch.set_float32_matmul_precision`
 "high" and "medium" take fewer parts, as they do elsewhere in torch. The other version, plain float32, is for
 `batch_invariant()` alone, as BLAS sums in an order that depends on the number of rows.

@@ -5,7 +5,7 @@ into the rows' running sums. Backward fills the chunk again, one fused pass turn
 products accumulate what was asked for: d_hidden over the vocabulary in float32, d_weight chunk by chunk. Beyond the inputs
 and the gradients themselves that takes a few chunks and O(rows) numbers.
 
-Logits that fit in `token_stats.KEEP_BYTES` are kept between forward and backward instead of being computed again. Rows with
+Logits of the first rows are kept between forward and backward, as many as `token_stats.kept_rows` says. Rows with
 an ignored target are left out of the products.
 
 The size of a chunk: 1 MB (which stays in L2) to 8 MB (L3) take the same time on one thread, within 3%. But every product and
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clp_kernels import _native
 from clp_kernels.backends import is_batch_invariant
-from clp_kernels.cpu.products import Products, along, matmul, matmul_serves
+from clp_kernels.cpu.products import Products, along
 from clp_kernels.token_stats import OUTPUTS, Head, HeadGradients, Rows, Sums, coefficients, statistics
 
 CHUNK = 1 << 21  # logits, 8 MB of float32; twice that with a reference
@@ -213,9 +213,11 @@ class _LinearProblem:
             return tensor
         return tensor.new_zeros(count, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
 
-    def row_blocks(self) -> list[tuple[int, int]]:
+    def row_blocks(self, kept: int) -> list[tuple[int, int]]:
+        """Blocks of rows; `kept` ends one."""
         count = self.hidden.shape[0]
-        return [(r0, min(r0 + ROWS, count)) for r0 in range(0, count, ROWS)]
+        edges = sorted({*range(0, count, ROWS), min(kept, count), count})
+        return list(zip(edges, edges[1:]))
 
     def width(self) -> int:
         """Columns of a chunk. The sums of a chunk are rounded once: in batch-invariant mode it may not depend on the rows."""
@@ -256,16 +258,17 @@ def linear_forward(
 ) -> tuple[list[Tensor], Tensor]:
     """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
 
-    kept (copies, T, V) float32: filled with the raw logits of the rows that count, policy's and reference's; or (copies, 0, V).
+    kept (copies, K, V) float32: filled with the raw logits of the first K of the rows that count, policy's and reference's.
     """
     problem = _LinearProblem(head, rows, bool(_flags(asked) & _REFERENCE))
     state = _ForwardState(problem.rows, asked)
-    copies = kept.shape[0] if kept.shape[1] else 0
+    copies, kept_rows = kept.shape[:2]
     buffers = problem.buffers(2 if problem.needs_reference else 1)
     for c0, c1, piece, ref_piece in problem.columns():
-        for r0, r1 in problem.row_blocks():
+        for r0, r1 in problem.row_blocks(kept_rows):
             places = [_shaped(buffer, r1 - r0, c1 - c0) for buffer in buffers]
-            places[:copies] = kept[:copies, r0:r1, c0:c1]
+            if r0 < kept_rows:
+                places[:copies] = kept[:, r0:r1, c0:c1]
             problem.fill(places[0], r0, r1, c0, c1, piece)
             if problem.needs_reference:
                 problem.fill_reference(places[1], r0, r1, ref_piece)
@@ -297,7 +300,7 @@ def linear_backward(
     grads = {name: None if g is None else problem.pick(g) for name, g in grads.items()}
     state = _BackwardState(problem.rows, grads, problem.pick(saved.t()).t())
     count, width = problem.hidden.shape
-    copies = kept.shape[0] if kept.shape[1] else 0
+    copies, kept_rows = kept.shape[:2]
     wide = {"dtype": torch.float32}
     d_hidden = torch.zeros(count, width, **wide) if "hidden" in needs else None
     d_weight = torch.empty(head.weight.shape, dtype=head.weight.dtype) if "weight" in needs else None
@@ -305,7 +308,7 @@ def linear_backward(
     d_b = torch.empty(problem.b.shape, **wide) if "lora_b" in needs else None
     through_lora = problem.lora is not None and needs & {"hidden", "lora_a", "gate"}
     d_gated = torch.zeros_like(problem.gated) if through_lora else None
-    buffers = problem.buffers(2 if needs_reference and copies < 2 else 1)
+    buffers = problem.buffers(2 if needs_reference else 1)
     narrow = None
     if problem.product_dtype is not torch.float32:
         narrow = torch.empty_like(buffers[0], dtype=problem.product_dtype)
@@ -313,14 +316,14 @@ def linear_backward(
         d_piece = torch.zeros(c1 - c0, width, **wide) if "weight" in needs else None
         if d_b is not None:
             d_b[c0:c1] = 0
-        for r0, r1 in problem.row_blocks():
+        for r0, r1 in problem.row_blocks(kept_rows):
             wide_out = _shaped(buffers[0], r1 - r0, c1 - c0)
             policy, reference = wide_out, None
-            if copies:
+            if r0 < kept_rows:
                 policy = kept[0, r0:r1, c0:c1]
             else:
                 problem.fill(policy, r0, r1, c0, c1, piece)
-            if needs_reference and copies > 1:
+            if needs_reference and copies > 1 and r0 < kept_rows:
                 reference = kept[1, r0:r1, c0:c1]
             elif needs_reference:
                 reference = _shaped(buffers[1], r1 - r0, c1 - c0)
