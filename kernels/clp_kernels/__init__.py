@@ -6,6 +6,7 @@ from clp_kernels.logits_logprob import logits_logprob
 from clp_kernels.multi_lora import expand_gate, multi_lora_linear
 from clp_kernels.sampling import sample_tokens
 from clp_kernels.token_stats import HeadLoRA, TokenStats
+from clp_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
 __all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "batch_invariant", "expand_gate", "linear_logprob",
-           "logits_logprob", "multi_lora_linear", "sample_tokens", "use_backend"]
+           "logits_logprob", "multi_lora_linear", "sample_tokens", "use_backend", "vocab_parallel_linear_logprob"]

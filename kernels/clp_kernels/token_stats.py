@@ -6,7 +6,7 @@ With z the policy's logits and z' the reference's (after bias, scale, softcap an
     ref_logprob = z'[target] - lse(z')      reverse_kl = sum q (log q - log p)      lse = log sum e^z      top1 = argmax z
 
 A back-end reduces each row to `Sums`. Those of two pieces of the vocabulary merge associatively: with m = max(m1, m2) and
-k_i = e^(m_i - m), s = sum k_i s_i, a = sum k_i (a_i + (m_i - m) s_i), d = sum k_i d_i, t = sum t_i.
+k_i = e^(m_i - m), s = sum k_i s_i, a = sum k_i (a_i + (m_i - m) s_i), d = sum k_i d_i, t = sum t_i (`merge`).
 `statistics` turns sums into outputs, and `coefficients` gathers the
 outputs' incoming gradients into five numbers per row:
 
@@ -15,6 +15,7 @@ outputs' incoming gradients into five numbers per row:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,11 +82,12 @@ class Rows:
     softcap: float | None
     logit_scale: float
     ignore_index: int
+    shard: bool = False  # the columns are a shard of the vocabulary, and a target of -1 lies in another one
 
 
 @dataclass
 class HeadGradients:
-    """Gradients of a linear_logprob call; None where not asked for."""
+    """Gradients of a linear_logprob call; None where not asked for. The caller casts them to the arguments' dtypes."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -120,6 +122,35 @@ _WORTH_KEEPING = {"cpu": 128, "triton_kernels": 768}
 SAVED = (
     6  # rows of the tensor kept for the backward pass: m_p, 1/s_p, m_q, 1/s_q, E_p[z_p - m_p], E_p[z_p - z_q]
 )
+
+
+def merge(pieces: Sums) -> Sums:
+    """Sums of the pieces of a vocabulary, every field (pieces, rows), into those of the whole, added in the order given.
+
+    A piece that is empty or masked throughout has m = -inf and counts for nothing. Differentiable, with the maxima constant.
+    """
+
+    def finite(m: Tensor) -> Tensor:
+        return m.masked_fill(m == -torch.inf, 0)  # a stand-in: -inf - -inf would be NaN
+
+    def added(*fields: Tensor) -> tuple[Tensor, ...]:
+        return functools.reduce(torch.add, torch.stack(fields, 1).unbind()).unbind()
+
+    m_p = pieces.m_p.amax(0)
+    k = (pieces.m_p - finite(m_p)).exp()
+    a = pieces.a_p + (finite(pieces.m_p) - finite(m_p)) * pieces.s_p
+    s_p, a_p, d_p, t_p = added(k * pieces.s_p, k * a, k * pieces.d_p, pieces.t_p)
+    if pieces.m_q is None:
+        return Sums(m_p, s_p, a_p, d_p, None, None, None, t_p, None)
+    m_q = pieces.m_q.amax(0)
+    k = (pieces.m_q - finite(m_q)).exp()
+    s_q, d_q, t_q = added(k * pieces.s_q, k * pieces.d_q, pieces.t_q)
+    return Sums(m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q)
+
+
+def merge_top1(m_p: Tensor, top1: Tensor) -> Tensor:
+    """The lowest of the columns top1 (pieces, rows) in whose piece the row's largest z is; m_p (pieces, rows)."""
+    return top1.masked_fill(m_p < m_p.amax(0), torch.iinfo(top1.dtype).max).amin(0)
 
 
 def statistics(

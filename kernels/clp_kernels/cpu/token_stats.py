@@ -53,7 +53,7 @@ def check_rows(rows: Rows, vocabulary: int) -> Tensor | None:
         return None
     ignored = rows.targets == rows.ignore_index
     wrong = ((rows.targets < 0) | (rows.targets >= vocabulary)) & ~ignored
-    if wrong.any():
+    if wrong.any() and not rows.shard:
         at = int(wrong.nonzero()[0])
         raise IndexError(
             f"targets[{at}] (rows flattened) is {int(rows.targets[at])}; expected 0 to {vocabulary - 1}, or "
@@ -110,10 +110,10 @@ class _ForwardState:
     def __init__(self, rows: Rows, asked: frozenset[str]) -> None:
         count = rows.inv_temperature.shape[0]
         self._rows, self._asked = rows, asked
-        self._sums = torch.zeros(len(Sums._fields), count, dtype=torch.float64)
+        self.sums = torch.zeros(len(Sums._fields), count, dtype=torch.float64)
         for name in ("m_p", "m_q"):
-            self._sums[Sums._fields.index(name)] = -torch.inf
-        self._top1 = torch.full((count,), -1, dtype=torch.int64)
+            self.sums[Sums._fields.index(name)] = -torch.inf
+        self.top1 = torch.full((count,), -1, dtype=torch.int64)
         self._chunk = _chunk(rows, _flags(asked))
         self._chunk.state_stride = count
 
@@ -128,12 +128,12 @@ class _ForwardState:
     ) -> None:
         chunk = self._chunk
         _point_at(chunk, self._rows, policy, reference, row, column, bias, ref_bias)
-        chunk.state = self._sums[:, row:].data_ptr()
-        chunk.top1 = self._top1[row:].data_ptr() if "top1" in self._asked else 0
+        chunk.state = self.sums[:, row:].data_ptr()
+        chunk.top1 = self.top1[row:].data_ptr() if "top1" in self._asked else 0
         _native.token_stats_forward(chunk)
 
     def finish(self, ignored: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        return statistics(Sums(*self._sums), self._top1, self._asked, ignored)
+        return statistics(Sums(*self.sums), self.top1, self._asked, ignored)
 
 
 class _BackwardState:
@@ -253,10 +253,10 @@ def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
-def linear_forward(
+def _folded(
     head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
+) -> tuple[_LinearProblem, _ForwardState]:
+    """The whole vocabulary folded into the sums of the rows that count.
 
     kept (copies, K, V) float32: filled with the raw logits of the first K of the rows that count, policy's and reference's.
     """
@@ -280,6 +280,24 @@ def linear_forward(
                 problem.bias,
                 problem.ref_bias,
             )
+    return problem, state
+
+
+def linear_sums(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor) -> tuple[Sums, Tensor]:
+    """-> the sums in float64 and the column of the largest z, (T,) each; 0 in ignored rows. kept as for linear_forward."""
+    problem, state = _folded(head, rows, asked, kept)
+    total = rows.inv_temperature.shape[0]
+    return Sums(*problem.spread(state.sums.t(), total).t()), problem.spread(state.top1, total)
+
+
+def linear_forward(
+    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
+
+    kept (copies, T, V) float32: filled with the raw logits of the rows that count, policy's and reference's; or (copies, 0, V).
+    """
+    problem, state = _folded(head, rows, asked, kept)
     outputs, saved = state.finish(None)
     total = rows.inv_temperature.shape[0]
     outputs = [problem.spread(o, total) if name in asked else o for name, o in zip(OUTPUTS, outputs)]
@@ -294,7 +312,7 @@ def linear_backward(
     kept: Tensor,
     needs: frozenset[str],
 ) -> HeadGradients:
-    """Gradients of the arguments named in `needs` (fields of HeadGradients), each in its argument's dtype."""
+    """Gradients of the arguments named in `needs` (fields of HeadGradients), float32 or in their arguments' dtypes."""
     needs_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
     problem = _LinearProblem(head, rows, needs_reference)
     grads = {name: None if g is None else problem.pick(g) for name, g in grads.items()}
@@ -349,13 +367,11 @@ def linear_backward(
         if d_hidden is not None:
             torch.addmm(d_hidden, d_down, problem.a, out=d_hidden)
         if "lora_a" in needs:
-            result.lora_a = torch.mm(d_down.t(), problem.hidden32).to(head.lora.a.dtype)
+            result.lora_a = torch.mm(d_down.t(), problem.hidden32)
         if "gate" in needs:
-            result.gate = problem.spread(d_gated * problem.down, head.lora.gate.shape[0]).to(
-                head.lora.gate.dtype
-            )
+            result.gate = problem.spread(d_gated * problem.down, head.lora.gate.shape[0])
     if d_hidden is not None:
-        result.hidden = problem.spread(d_hidden.to(head.hidden.dtype), head.hidden.shape[0])
+        result.hidden = problem.spread(d_hidden, head.hidden.shape[0])
     if d_bias is not None:
         result.bias = d_bias.to(head.bias.dtype)
     if d_b is not None:

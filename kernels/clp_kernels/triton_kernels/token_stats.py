@@ -35,7 +35,10 @@ from clp_kernels.token_stats import (
     HeadGradients,
     HeadLoRA,
     Rows,
+    Sums,
     coefficients,
+    merge,
+    merge_top1,
 )
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
 
@@ -650,10 +653,7 @@ class _Operands:
         }
 
 
-def linear_forward(
-    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """-> outputs in the order of OUTPUTS, saved (SAVED, T). Nothing is kept: `kept` has no rows."""
+def _linear_partial(head: Head, rows: Rows, asked: frozenset[str]) -> _Partial:
     flags = _flags(asked)
     operands = _Operands(head, flags["REFERENCE"])
     count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
@@ -662,7 +662,24 @@ def linear_forward(
         _linear_forward[(triton.cdiv(count, operands.tile.rows) * partial.splits,)](
             *operands.tensors, rows.targets, rows.inv_temperature, partial.sums, partial.top, *operands.sizes, SPLIT,
             rows.softcap, rows.logit_scale, *operands.strides, **flags, **operands.constants)  # fmt: skip
-    return partial.finish(rows)
+    return partial
+
+
+def linear_forward(
+    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """-> outputs in the order of OUTPUTS, saved (SAVED, T). Nothing is kept: `kept` has no rows."""
+    return _linear_partial(head, rows, asked).finish(rows)
+
+
+def linear_sums(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor) -> tuple[Sums, Tensor]:
+    """-> the sums in float32 and the column of the largest z, (T,) each; `_combine`'s arithmetic, splits in order, in torch."""
+    partial = _linear_partial(head, rows, asked)
+    fields = Sums(*partial.sums.unbind(1))
+    if not _flags(asked)["REFERENCE"]:
+        fields = fields._replace(m_q=None, s_q=None, d_q=None, t_q=None)  # which the kernel has not written
+    top = partial.sums.new_zeros(partial.sums.shape[2], dtype=torch.int32)
+    return merge(fields), top if partial.top is None else merge_top1(fields.m_p, partial.top)
 
 
 def linear_backward(
@@ -673,7 +690,7 @@ def linear_backward(
     kept: Tensor,
     needs: frozenset[str],
 ) -> HeadGradients:
-    """Gradients of the arguments named in `needs` (fields of HeadGradients), each in its argument's dtype."""
+    """Gradients of the arguments named in `needs` (fields of HeadGradients), float32 or in their arguments' dtypes."""
     with_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
     operands = _Operands(head, with_reference)
     hidden, weight, tile = head.hidden, head.weight, operands.tile
@@ -721,11 +738,11 @@ def linear_backward(
         if "lora_a" in needs:
             d_a = wide(*operands.a.shape)
             _multiply(d_down.t(), hidden, d_a, add=False)
-            result.lora_a = d_a.to(head.lora.a.dtype)
+            result.lora_a = d_a
         if "gate" in needs:
-            result.gate = (d_gated * operands.down).to(head.lora.gate.dtype)
+            result.gate = d_gated * operands.down
     if d_hidden is not None:
-        result.hidden = d_hidden.to(hidden.dtype)
+        result.hidden = d_hidden
     if d_bias is not None:
         result.bias = d_bias.to(head.bias.dtype)
     if d_b is not None:
