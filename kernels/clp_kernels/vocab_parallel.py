@@ -250,9 +250,9 @@ def _exchange(
             given[0] is not None,
         )
         mine = [0, head.weight.shape[0], given[0] or 0, lowest, highest, *agreed]
-    everyone = torch.empty(ranks.count * len(mine), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(everyone, torch.tensor(mine, dtype=torch.int64, device=device), group=ranks.group)
-    refused, columns, starts, lowest, highest, *agreed = everyone.view(ranks.count, -1).t().tolist()
+    every = torch.empty(ranks.count, len(mine), dtype=torch.int64, device=device)
+    dist.all_gather([*every], torch.tensor(mine, dtype=torch.int64, device=device), group=ranks.group)
+    refused, columns, starts, lowest, highest, *agreed = every.t().tolist()
     if refusal is not None:
         raise refusal
     if any(refused):
@@ -325,7 +325,7 @@ def _gather(sums: Sums | None, top1: Tensor | None, call: _Call, ranks: _Ranks) 
         columns.copy_(top1 + ranks.start) if top1 is not None else columns.fill_(torch.iinfo(bits).max)
     every = mine.new_empty(ranks.count, *mine.shape)
     if mine.numel():
-        dist.all_gather_into_tensor(every.view(-1), mine.view(-1), group=ranks.group)
+        dist.all_gather([*every], mine, group=ranks.group)
     pieces = {field: every[:, place] for place, field in enumerate(fields)}
     whole_top1 = every.new_zeros(count, dtype=torch.int64)
     if asks_top1:
@@ -359,6 +359,11 @@ def _sum_over_ranks(ranks: _Ranks, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(t.shape) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
 
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"{_OP}: second derivatives are not implemented; use create_graph=False")
+
+
 class _SumGradients(torch.autograd.Function):
     """The identity; its gradient is summed over the ranks. What multiplies all columns passes through it."""
 
@@ -368,8 +373,8 @@ class _SumGradients(torch.autograd.Function):
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        _refuse_second_derivatives()
         needed = [g for g, need in zip(grads, ctx.needs_input_grad[1:]) if need]
         sums = iter(_sum_over_ranks(ctx.ranks, [g.clone() for g in needed]))
         return None, *(next(sums).to(g.dtype) if need else None for g, need in zip(grads, ctx.needs_input_grad[1:]))
@@ -386,7 +391,8 @@ def _plain(call: _Call, ranks: _Ranks, reduce_gradients: bool) -> list[Tensor]:
         head = replace(head, hidden=hidden, lora=HeadLoRA(a, head.lora.b, gate))
     sums, top1 = reference.linear_sums(head, _shard_rows(call, ranks), frozenset(call.names))
     sums, top1 = _gather(sums, top1 if head.weight.shape[0] else None, call, ranks)
-    return _statistics(sums, top1, call, ranks)[0]
+    values, _ = _statistics(sums, top1, call, ranks)
+    return [v if name in DIFFERENTIABLE else v.detach() for name, v in zip(OUTPUTS, values)]
 
 
 class _Fused(torch.autograd.Function):
@@ -416,8 +422,8 @@ class _Fused(torch.autograd.Function):
         return tuple(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        _refuse_second_derivatives()
         hidden, weight, bias, a, b, gate, *references, targets, inv_temperature, saved, kept = ctx.saved_tensors
         names = ("hidden", "weight", "bias", "lora_a", "lora_b", "gate")
         arguments = dict(zip(names, (hidden, weight, bias, a, b, gate)))

@@ -19,51 +19,32 @@ pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 RUNS = [(ranks, name) for ranks in (2, 3) for name, spec in CASES.items() if vocab_ranks.shard_bounds(spec, ranks)]
 
 
-def _meet(ranks, folder):
-    """All cases on so many processes -> what each rank got."""
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def met(tmp_path_factory):
+    """What each of the three processes got that ran all cases."""
+    folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the machine calls itself
     script = Path(vocab_ranks.__file__)
-    logs = [open(folder / f"{rank}.log", "w+") for rank in range(ranks)]
+    logs = [open(folder / f"{process}.log", "w+") for process in range(3)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", script.name, str(rank), str(ranks), str(folder)],
-            cwd=script.parent,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
+        subprocess.Popen([sys.executable, "-W", "ignore", script.name, str(number), str(folder)], cwd=script.parent,
+                         env=environment, stdout=log, stderr=subprocess.STDOUT)
+        for number, log in enumerate(logs)
+    ]  # fmt: skip
     try:
         for process in processes:
             process.wait(timeout=180)
     finally:
         for process, log in zip(processes, logs):
             process.kill()
-            process.wait()
-            log.seek(0)
-            text = log.read()
+            if process.wait():
+                log.seek(0)
+                print(log.read())
             log.close()
-            if process.returncode:
-                print(text)
     assert not any(process.returncode for process in processes), "a rank failed; its output is above"
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-
-
-@pytest.fixture(scope="module")
-def met(tmp_path_factory):
-    """ranks -> what each rank got; each number of processes is started once."""
-    results = {}
-
-    def get(ranks):
-        if ranks not in results:
-            results[ranks] = _meet(ranks, tmp_path_factory.mktemp("ranks") / str(ranks))
-        return results[ranks]
-
-    return get
+    return [torch.load(folder / f"{process}.pt", weights_only=True) for process in range(3)]
 
 
 def _of_all_ranks(spec, got, ranks):
@@ -106,12 +87,14 @@ def test_ranks_compute_what_one_process_does(met, ranks, name):
     spec = CASES[name]
     if not clp_kernels.backends()[spec["backend"]].available:
         pytest.skip(clp_kernels.backends()[spec["backend"]].reason)
-    got = _of_all_ranks(spec, [rank["cases"][name] for rank in met(ranks)], ranks)
+    got = _of_all_ranks(spec, [process[ranks][name] for process in met[-ranks:]], ranks)
     plain, exact = _in_one_process(spec)
     assert got.keys() == exact.keys()
     for what, value in got.items():
         if what == "top1":
             assert torch.equal(value, exact[what]), "top1"
+        elif value.dtype is torch.float64:  # plain and exact are one computation
+            torch.testing.assert_close(value, exact[what], rtol=1e-12, atol=1e-13, msg=what)
         else:
             assert_as_accurate(value, plain[what], exact[what], what)
 
@@ -120,17 +103,12 @@ def test_ranks_compute_what_one_process_does(met, ranks, name):
 def test_all_ranks_refuse_or_none(met, name):
     """No rank is left waiting: the next case of the same processes finds all of them."""
     for rank, (kind, message) in enumerate(ERRORS[name][1]):
-        got, text = met(2)[rank]["errors"][name]
+        got, text = met[1 + rank]["errors"][name]
         assert got == kind and message in text, f"rank {rank}: {got}: {text}"
 
 
-def test_a_group_may_be_some_of_the_ranks(met):
-    outside, *got = (rank["subgroup"] for rank in met(3))
-    assert "not in the group" in outside
-    plain, exact = _in_one_process({**CASES["reference-unequal"], "wanted": ("hidden",)})
-    for what in exact:
-        assert torch.equal(got[0][what], got[1][what])
-        assert_as_accurate(got[0][what], plain[what], exact[what], what)
+def test_a_process_outside_the_group_is_refused(met):
+    assert "this process is not in the group" in met[0]["outside"]
 
 
 def _sums(z_p, z_q, targets, first):
@@ -202,8 +180,8 @@ def test_one_rank_is_linear_logprob(alone, backend):
 def test_only_what_the_outputs_need_is_sent(alone, monkeypatch):
     """3 numbers per row for the log-prob, 10 for everything."""
     sent = []
-    gather = dist.all_gather_into_tensor
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, mine, group: (sent.append(mine), gather(out, mine, group)))
+    gather = dist.all_gather
+    monkeypatch.setattr(dist, "all_gather", lambda out, mine, group: (sent.append(mine), gather(out, mine, group)))
     hidden, weight, targets = torch.randn(5, 4), torch.randn(9, 4), targets_for(5, 9)
     for outputs, numbers in ((("logprob",), 3), (("logprob", "entropy"), 4), (OUTPUTS, 10)):
         sent.clear()
@@ -229,9 +207,8 @@ def test_torch_compile_leaves_the_call_as_it_is(alone):
 def test_second_derivatives_are_refused(alone, backend):
     hidden = torch.randn(3, 4, requires_grad=True)
     loss = vocab_parallel_linear_logprob(hidden, torch.randn(9, 4), torch.tensor([1, 2, 3])).logprob.sum()
-    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="second derivatives.*create_graph=False"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 def test_constant_outputs_do_not_require_grad(alone):

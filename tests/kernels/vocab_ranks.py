@@ -1,6 +1,7 @@
-"""The cases of test_vocab_parallel.py, and one rank that runs them all: python vocab_ranks.py RANK RANKS FOLDER.
+"""The cases of test_vocab_parallel.py, and one of three processes that run them all: python vocab_ranks.py PROCESS FOLDER.
 
-The ranks meet through a file in FOLDER; each leaves there what it got, RANK.pt: case -> name -> tensor, and the errors.
+The processes meet through a file in FOLDER, and each leaves there what it got, PROCESS.pt. All three are the ranks of the
+cases on 3 ranks; the last two, as a group of their own, are those of the cases on 2.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ for backend in ("reference", "cpu", "triton"):
     )
 for backend in ("reference", "cpu"):
     for name in DIFFERENTIABLE:
-        CASES[f"{backend}-{name} alone"] = case(backend, outputs=(name,))
+        CASES[f"{backend}-{name} alone"] = case(backend, outputs=(name,), wanted=("hidden", "weight", "gate"))
     CASES |= {
         f"{backend}-temperature per row": case(backend, options={"temperature": torch.linspace(0.5, 1.5, 40)}),
         f"{backend}-a reference apart": case(backend, own_head=12),
@@ -119,12 +120,12 @@ def autocast(spec):
     return torch.autocast("cpu", dtype=torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
-def run_case(spec, rank, ranks):
+def run_case(spec, rank, ranks, group):
     bounds = shard_bounds(spec, ranks)
     if bounds is None or not clp_kernels.backends()[spec["backend"]].available:
         return None
     (start, end), (tensors, targets) = bounds[rank], problem(spec)
-    options = dict(spec["options"])
+    options = dict(spec["options"]) | {"group": group}
     if options.pop("promised", False):
         options |= {"vocab_start": start, "vocab_size": VOCABULARY}
     if options.pop("backwards", False):
@@ -133,12 +134,12 @@ def run_case(spec, rank, ranks):
         return run_all(parallel, shard(tensors, start, end), targets, spec["outputs"], spec["wanted"], **options)
 
 
-def _wrong(rank, **change):
+def _wrong(rank, group, **change):
     """A call that is in order but for `change`; values that are functions are called with the rank."""
     arguments = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(10, 8), "targets": torch.tensor([0, 11, 19, -100])}
     arguments |= {name: value(rank) if callable(value) else value for name, value in change.items()}
     return vocab_parallel_linear_logprob(
-        arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), **arguments
+        arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), group=group, **arguments
     )
 
 
@@ -201,35 +202,23 @@ ERRORS = {  # on two ranks: what is wrong -> the calls' changes, and the error o
 }  # fmt: skip
 
 
-def run_errors(rank):
+def run_errors(rank, group):
     errors = {}
     for name, (change, _) in ERRORS.items():
         try:
-            _wrong(rank, **change)
+            _wrong(rank, group, **change)
             errors[name] = ("none", "")
         except Exception as error:
             errors[name] = (type(error).__name__, str(error))
     return errors
 
 
-def run_subgroup(rank):
-    """The last two of three ranks share a vocabulary; the first is not in their group."""
-    group = dist.new_group([1, 2])
-    spec = CASES["reference-unequal"]
-    tensors, targets = problem(spec)
-    bounds = ((0, 1), (0, 200), (200, VOCABULARY))[rank]
-    try:
-        with use_backend("reference"):
-            return run_all(parallel, shard(tensors, *bounds), targets, spec["outputs"], ("hidden",), group=group)
-    except ValueError as error:
-        return str(error)
-
-
-def main(rank, ranks, folder):
+def main(process, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=process, world_size=3, timeout=timedelta(seconds=60)
     )
+    pair = dist.new_group([1, 2])
     if clp_kernels.backends()["triton"].available:
         # Several splits in a shard; few and wide tiles, as the interpreter takes its time for each.
         from clp_kernels.triton_kernels import token_stats
@@ -237,12 +226,18 @@ def main(rank, ranks, folder):
         wide, tall = token_stats.Tile(16, 128, 32, 4, 2), token_stats.Tile(512, 16, 512, 4, 2)
         token_stats._TILES["plain"] = {"single": wide, "pair": wide, "product": tall}
         token_stats.SPLIT = 256
-    results = {"cases": {name: run_case(spec, rank, ranks) for name, spec in CASES.items()}}
-    results["errors"] = run_errors(rank) if ranks == 2 else {}
-    results["subgroup"] = run_subgroup(rank) if ranks == 3 else None
-    torch.save(results, os.path.join(folder, f"{rank}.pt"))
+    results = {3: {name: run_case(spec, process, 3, None) for name, spec in CASES.items()}}
+    if process > 0:
+        results[2] = {name: run_case(spec, process - 1, 2, pair) for name, spec in CASES.items()}
+        results["errors"] = run_errors(process - 1, pair)
+    else:
+        try:
+            _wrong(0, pair)
+        except ValueError as error:
+            results["outside"] = str(error)
+    torch.save(results, os.path.join(folder, f"{process}.pt"))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2])
