@@ -97,10 +97,11 @@ def vocab_parallel_linear_logprob(
 ) -> TokenStats:
     """`linear_logprob` of a vocabulary whose columns lie on the ranks of a torch.distributed group (tensor parallelism).
 
+    hidden, targets, ref_hidden, temperature, lora.a, lora.gate
+                      whole, and alike on every rank; targets are ids of the whole vocabulary, and so is top1
     weight            (V_r, H), this rank's tokens vocab_start to vocab_start + V_r. Shards may differ in size and be empty.
-    bias, ref_weight, ref_bias, lora.b          the same tokens' part of each
-    hidden, targets, ref_hidden, temperature, lora.a, lora.gate     whole, and alike on every rank; targets are ids of the whole
-                      vocabulary, and top1 is one
+    bias, ref_weight, ref_bias, lora.b
+                      the same tokens' part of each
     group             None: the default group. All its ranks make the call, with the same options and outputs.
     vocab_start       None: the shards follow each other in the order of the ranks
     vocab_size        V, the sum of all V_r; None: found out
@@ -117,12 +118,15 @@ def vocab_parallel_linear_logprob(
     with the CPU's and the reference's float64): the running sums that the outputs need, and top1. logprob takes 3 of
     them, entropy, kl, reverse_kl and ref_logprob add 1, 3, 3 and 3 (two of which they share), top1 adds 1. Backward, one
     all-reduce of d_hidden in float32 (4 T H bytes), rounded once to hidden's dtype after it, and with trained LoRA factors one
-    of their 4 R (H + T) bytes. Before the forward the ranks exchange a dozen integers, sizes and dtypes, to find the offsets
-    and to refuse together what does not fit. On a GPU that waits for the stream; it is left out where both vocab_start and
-    vocab_size are given, on all ranks. The offsets are not remembered from call to call: of two heads with one size on this
-    rank and two on another, this rank would skip the second exchange, and the other would wait in it.
+    of their 4 R (H + T) bytes.
 
-    Memory beside the inputs and gradients: what linear_logprob takes for (T, V_r), and the gathered sums, at most 40 k T bytes.
+    Before the forward the ranks exchange 13 integers each, sizes, dtypes and options, to find the offsets and to refuse
+    together what does not fit. On a GPU that waits for the stream; it is left out where both vocab_start and vocab_size are
+    given, on all ranks. The offsets are not remembered from call to call: of two heads with one size on this rank and two on
+    another, this rank would skip the second exchange, and the other would wait in it.
+
+    Memory beside the inputs and gradients: what linear_logprob takes for V_r tokens, and a few times the gathered sums, those
+    10 numbers per row and rank.
 
     Under torch.compile the call is a graph break and runs as it is; fullgraph=True refuses it.
 
@@ -136,7 +140,7 @@ def vocab_parallel_linear_logprob(
         call = _check(
             hidden, weight, targets, bias, temperature, softcap, logit_scale, ref_hidden, ref_weight, ref_bias, lora,
             outputs, ignore_index)  # fmt: skip
-    except Exception as error:  # noqa: BLE001 - raised below, after the other ranks have been told
+    except Exception as error:  # raised below, after the other ranks have been told
         refusal = error
     if vocab_start is None or vocab_size is None:
         given = (vocab_start, vocab_size)
@@ -179,8 +183,12 @@ def _check(hidden: Tensor, *arguments) -> _Call:
     names, lead, head, rows = checked_call(_OP, hidden, *arguments)
     inverse = rows.inv_temperature
     if hidden.device.type == "cpu" and not ((inverse > 0) & inverse.isfinite()).all():
-        raise ValueError(f"{_OP}: temperature has an entry that is not positive and finite; expected positive numbers")
-    return _Call(names, lead, head, rows, backend_module(_OP, TABLE, head.hidden.device.type, head.hidden.dtype))
+        raise ValueError(
+            f"{_OP}: temperature has an entry that is not positive and finite; expected positive numbers"
+        )
+    return _Call(
+        names, lead, head, rows, backend_module(_OP, TABLE, head.hidden.device.type, head.hidden.dtype)
+    )
 
 
 def _check_targets(rows: Rows, vocabulary: int) -> None:
@@ -256,7 +264,9 @@ def _exchange(
     if refusal is not None:
         raise refusal
     if any(refused):
-        raise RuntimeError(f"{_OP}: rank {refused.index(1)} of the group refused its arguments; its own error says why")
+        raise RuntimeError(
+            f"{_OP}: rank {refused.index(1)} of the group refused its arguments; its own error says why"
+        )
     for (what, show), values in zip(_AGREED.items(), agreed):
         if len(set(values)) > 1:
             raise ValueError(
@@ -308,9 +318,7 @@ def _fields(names: Sequence[str]) -> tuple[str, ...]:
 def _gather(sums: Sums | None, top1: Tensor | None, call: _Call, ranks: _Ranks) -> tuple[Sums, Tensor]:
     """The sums of the whole vocabulary and its top1, from those of this rank's shard; None where the shard is empty."""
     count, names = call.head.hidden.shape[0], call.names
-    dtype, bits = (
-        (torch.float32, torch.int32) if ".triton" in call.module else (torch.float64, torch.int64)
-    )
+    dtype, bits = (torch.float32, torch.int32) if ".triton" in call.module else (torch.float64, torch.int64)
     fields = _fields(names)
     asks_top1 = "top1" in names
     mine = torch.zeros(len(fields) + asks_top1, count, dtype=dtype, device=call.head.hidden.device)
@@ -344,7 +352,9 @@ def _statistics(sums: Sums, top1: Tensor, call: _Call, ranks: _Ranks) -> tuple[l
     ignored = None
     if rows.targets is not None:
         ignored, wrong = rows.targets == rows.ignore_index, _outside(rows, ranks.vocabulary)
-        sums = sums._replace(t_p=sums.t_p.masked_fill(wrong, torch.nan), t_q=sums.t_q.masked_fill(wrong, torch.nan))
+        sums = sums._replace(
+            t_p=sums.t_p.masked_fill(wrong, torch.nan), t_q=sums.t_q.masked_fill(wrong, torch.nan)
+        )
     dtype = torch.float64 if call.head.hidden.dtype is torch.float64 else torch.float32
     return statistics(sums, top1, frozenset(call.names), ignored, dtype)
 
@@ -377,7 +387,9 @@ class _SumGradients(torch.autograd.Function):
         _refuse_second_derivatives()
         needed = [g for g, need in zip(grads, ctx.needs_input_grad[1:]) if need]
         sums = iter(_sum_over_ranks(ctx.ranks, [g.clone() for g in needed]))
-        return None, *(next(sums).to(g.dtype) if need else None for g, need in zip(grads, ctx.needs_input_grad[1:]))
+        return None, *(
+            next(sums).to(g.dtype) if need else None for g, need in zip(grads, ctx.needs_input_grad[1:])
+        )
 
 
 def _plain(call: _Call, ranks: _Ranks, reduce_gradients: bool) -> list[Tensor]:
@@ -389,7 +401,7 @@ def _plain(call: _Call, ranks: _Ranks, reduce_gradients: bool) -> list[Tensor]:
     elif reduce_gradients:
         hidden, a, gate = _SumGradients.apply(ranks, head.hidden, head.lora.a, head.lora.gate)
         head = replace(head, hidden=hidden, lora=HeadLoRA(a, head.lora.b, gate))
-    sums, top1 = reference.linear_sums(head, _shard_rows(call, ranks), frozenset(call.names))
+    sums, top1 = reference.linear_sums(head, _shard_rows(call, ranks))
     sums, top1 = _gather(sums, top1 if head.weight.shape[0] else None, call, ranks)
     values, _ = _statistics(sums, top1, call, ranks)
     return [v if name in DIFFERENTIABLE else v.detach() for name, v in zip(OUTPUTS, values)]
@@ -414,7 +426,14 @@ class _Fused(torch.autograd.Function):
         )
         rows = call.rows
         ctx.save_for_backward(
-            *tensors, head.ref_hidden, head.ref_weight, head.ref_bias, rows.targets, rows.inv_temperature, saved, kept
+            *tensors,
+            head.ref_hidden,
+            head.ref_weight,
+            head.ref_bias,
+            rows.targets,
+            rows.inv_temperature,
+            saved,
+            kept,
         )
         # Without the tensors: held here they would outlive what save_for_backward frees.
         ctx.call = replace(call, head=None, rows=replace(rows, targets=None, inv_temperature=None))
@@ -424,7 +443,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         _refuse_second_derivatives()
-        hidden, weight, bias, a, b, gate, *references, targets, inv_temperature, saved, kept = ctx.saved_tensors
+        hidden, weight, bias, a, b, gate, *references, targets, inv_temperature, saved, kept = (
+            ctx.saved_tensors
+        )
         names = ("hidden", "weight", "bias", "lora_a", "lora_b", "gate")
         arguments = dict(zip(names, (hidden, weight, bias, a, b, gate)))
         needs = [name for name, need in zip(names, ctx.needs_input_grad[4:]) if need]

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import vocab_ranks
-from clp_kernels import use_backend, vocab_parallel_linear_logprob
+from clp_kernels import use_backend, vocab_parallel, vocab_parallel_linear_logprob
 from clp_kernels.token_stats import Sums, merge, merge_top1, statistics
 from token_cases import OUTPUTS, assert_as_accurate, run_all, targets_for
 from vocab_ranks import CASES, ERRORS, SHARDED
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo")
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
+)
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +143,21 @@ def test_sums_of_pieces_merge_into_those_of_the_whole(cuts, masked):
         return statistics(sums, no_top1, everything, None, torch.float64)[0]
 
     want = outputs(_sums(z_p, z_q, targets, 0))
-    for merged in (stacked(pieces), stacked([stacked(pieces[:-1]), pieces[-1]]) if len(pieces) > 1 else pieces[0]):
+    for merged in (
+        stacked(pieces),
+        stacked([stacked(pieces[:-1]), pieces[-1]]) if len(pieces) > 1 else pieces[0],
+    ):
         for name, got, value in zip(OUTPUTS, outputs(merged), want):
             torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_the_lowest_column_wins_a_tie_between_pieces_in_any_order():
-    m = torch.tensor([[3.0, 1.0, -torch.inf, torch.nan], [3.0, 2.0, -torch.inf, 0.0], [-torch.inf, 2.0, -torch.inf, 0.0]])
-    top1 = torch.tensor([[70, 71, 70, 70], [12, 13, 10, 10], [2**31 - 1, 3, 2**31 - 1, 2**31 - 1]], dtype=torch.int32)
+    m = torch.tensor(
+        [[3.0, 1.0, -torch.inf, torch.nan], [3.0, 2.0, -torch.inf, 0.0], [-torch.inf, 2.0, -torch.inf, 0.0]]
+    )
+    top1 = torch.tensor(
+        [[70, 71, 70, 70], [12, 13, 10, 10], [2**31 - 1, 3, 2**31 - 1, 2**31 - 1]], dtype=torch.int32
+    )
     assert merge_top1(m, top1).tolist() == [12, 3, 10, 10]
 
 
@@ -180,7 +189,9 @@ def test_only_what_the_outputs_need_is_sent(alone, monkeypatch):
     """3 numbers per row for the log-prob, 10 for everything."""
     sent = []
     gather = dist.all_gather
-    monkeypatch.setattr(dist, "all_gather", lambda out, mine, group: (sent.append(mine), gather(out, mine, group)))
+    monkeypatch.setattr(
+        dist, "all_gather", lambda out, mine, group: (sent.append(mine), gather(out, mine, group))
+    )
     hidden, weight, targets = torch.randn(5, 4), torch.randn(9, 4), targets_for(5, 9)
     for outputs, numbers in ((("logprob",), 3), (("logprob", "entropy"), 4), (OUTPUTS, 10)):
         sent.clear()
@@ -188,6 +199,19 @@ def test_only_what_the_outputs_need_is_sent(alone, monkeypatch):
             hidden, weight, targets, ref_hidden=hidden, outputs=outputs, vocab_start=0, vocab_size=9
         )
         assert [t.numel() for t in sent] == [5 * numbers]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"], indirect=True)
+def test_a_target_outside_the_vocabulary_is_nan_where_nobody_looked(alone, backend, monkeypatch):
+    """On a GPU nobody does. A sum of the shards' z at the target would be a plausible 0."""
+    monkeypatch.setattr(vocab_parallel, "_check_targets", lambda *_: None)
+    hidden, targets = torch.randn(4, 8), torch.tensor([3, 9, -1, -100])
+    stats = vocab_parallel_linear_logprob(
+        hidden, torch.randn(9, 8), targets, ref_hidden=hidden, outputs=OUTPUTS, vocab_start=0, vocab_size=9
+    )
+    for value in (stats.logprob, stats.ref_logprob):
+        assert value.isnan().tolist() == [False, True, True, False]
+    assert stats.entropy.isfinite().all() and stats.kl.isfinite().all()
 
 
 def test_torch_compile_leaves_the_call_as_it_is(alone):
@@ -219,6 +243,6 @@ def test_constant_outputs_do_not_require_grad(alone):
             stats = vocab_parallel_linear_logprob(
                 hidden, torch.randn(9, 4), torch.tensor([1, 2, 3]), ref_hidden=hidden, outputs=OUTPUTS
             )
-        assert all(getattr(stats, name).requires_grad == (name not in ("ref_logprob", "top1")) for name in OUTPUTS)
-
-
+        assert all(
+            getattr(stats, name).requires_grad == (name not in ("ref_logprob", "top1")) for name in OUTPUTS
+        )

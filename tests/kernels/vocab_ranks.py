@@ -51,7 +51,9 @@ for backend in ("reference", "cpu"):
     for name in DIFFERENTIABLE:
         CASES[f"{backend}-{name} alone"] = case(backend, outputs=(name,), wanted=("hidden", "weight", "gate"))
     CASES |= {
-        f"{backend}-temperature per row": case(backend, options={"temperature": torch.linspace(0.5, 1.5, 40)}),
+        f"{backend}-temperature per row": case(
+            backend, options={"temperature": torch.linspace(0.5, 1.5, 40)}
+        ),
         f"{backend}-a reference apart": case(backend, own_head=12),
         f"{backend}-bfloat16": case(backend, width=64, options={"softcap": 20.0}, dtype=torch.bfloat16),
         f"{backend}-an ignore_index that is a token": case(backend, options={"ignore_index": 0}),
@@ -77,7 +79,13 @@ def problem(spec):
     how = dict(spec["tensors"])
     reference, own_head, masked, ties, with_targets = (
         how.pop(name, usual)
-        for name, usual in (("reference", True), ("own_head", 0), ("masked", False), ("ties", False), ("targets", True))
+        for name, usual in (
+            ("reference", True),
+            ("own_head", 0),
+            ("masked", False),
+            ("ties", False),
+            ("targets", True),
+        )
     )
     how.pop("autocast", None)
     tensors = head_tensors(spec["rows"], spec["width"], VOCABULARY, **how)
@@ -127,12 +135,18 @@ def run_case(spec, rank, group):
     if options.pop("backwards", False):
         options |= {"vocab_start": start}
     with use_backend(spec["backend"]), autocast(spec):
-        return run_all(parallel, shard(tensors, start, end), targets, spec["outputs"], spec["wanted"], **options)
+        return run_all(
+            parallel, shard(tensors, start, end), targets, spec["outputs"], spec["wanted"], **options
+        )
 
 
 def _wrong(rank, group, **change):
     """A call that is in order but for `change`; values that are functions are called with the rank."""
-    arguments = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(10, 8), "targets": torch.tensor([0, 11, 19, -100])}
+    arguments = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(10, 8),
+        "targets": torch.tensor([0, 11, 19, -100]),
+    }
     arguments |= {name: value(rank) if callable(value) else value for name, value in change.items()}
     return vocab_parallel_linear_logprob(
         arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), group=group, **arguments

@@ -112,7 +112,7 @@ def _logits(head: Head) -> tuple[Tensor, Tensor | None]:
     return logits, ref_logits
 
 
-def linear_sums(head: Head, rows: Rows, asked: frozenset[str]) -> tuple[Sums, Tensor]:
+def linear_sums(head: Head, rows: Rows) -> tuple[Sums, Tensor]:
     """`Sums` of one shard of a vocabulary and the column of its largest z, (T,) each; the sums differentiable, m a constant.
 
     A shard may be empty: m = -inf, sums of 0, and a column of 0.
