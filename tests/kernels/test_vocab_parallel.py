@@ -15,9 +15,13 @@ from clp_kernels.token_stats import Sums, merge, merge_top1, statistics
 from token_cases import OUTPUTS, assert_as_accurate, run_all, targets_for
 from vocab_ranks import CASES, ERRORS, SHARDED
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo back-end"
+    ),
+    # The interpreter's numpy warns of -inf - -inf in columns beyond the vocabulary, whose result is selected away.
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton"),
+]
 
 
 @pytest.fixture(scope="module")
