@@ -178,8 +178,6 @@ def checked_call(
             for t in (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         )
     names = check_outputs(op, outputs, targets, ref_hidden, "ref_hidden")
-    if keep_bytes is not None and keep_bytes < 0:
-        raise ValueError(f"{op}: keep_bytes is {keep_bytes}; expected 0 or more, or None")
     lead = hidden.shape[:-1]
     _check_head(op, "", hidden, weight, bias, hidden)
     if ref_hidden is not None:
@@ -208,6 +206,8 @@ def checked_call(
 
 def kept_logits(module: str, head: Head, names: Sequence[str], keep_bytes: int | None) -> tuple[int, int]:
     """For how many rows to keep logits between forward and backward, and of how many heads."""
+    if keep_bytes is not None and keep_bytes < 0:
+        raise ValueError(f"linear_logprob: keep_bytes is {keep_bytes}; expected 0 or more, or None")
     copies = 2 if "kl" in names or "reverse_kl" in names else 1
     if not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias, *(head.lora or ()))

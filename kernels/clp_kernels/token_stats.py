@@ -280,12 +280,12 @@ def check_rows(
 def kept_rows(module: str, rows: int, vocabulary: int, width: int, copies: int, keep_bytes: int | None) -> int:
     """How many rows, the first ones, have their float32 logits kept between forward and backward.
 
-    A kept logit saves the backward pass its product (`copies` is 2 where it needs the reference's too) and costs 4 bytes, written
-    once and read once. As many rows as fit in keep_bytes, where the width makes it worth the traffic. Without a bound, all or
-    none: all where they fit in KEEP_BYTES on a CPU; none on a GPU, where memory is what callers want to save.
+    A kept logit saves the backward pass its product (`copies` is 2 where it needs the reference's too) and costs 4 bytes,
+    written once and read once. As many rows as fit in keep_bytes, where the width makes it worth the traffic. Without a
+    bound, all or none: all where they fit in KEEP_BYTES on a CPU; none on a GPU, where memory is what callers want to save.
     """
     backend = module.split(".")[1]
-    row_bytes = vocabulary * 4 * copies
+    row_bytes = max(vocabulary, 1) * 4 * copies
     if keep_bytes is None:
         return rows if backend == "cpu" and rows * row_bytes <= KEEP_BYTES else 0
     return min(rows, keep_bytes // row_bytes) if width >= _WORTH_KEEPING.get(backend, 0) else 0

@@ -94,6 +94,7 @@ def vocab_parallel_linear_logprob(
     lora: HeadLoRA | None = None,
     outputs: Sequence[str] = ("logprob",),
     ignore_index: int = -100,
+    keep_bytes: int | None = None,
 ) -> TokenStats:
     """`linear_logprob` of a vocabulary whose columns lie on the ranks of a torch.distributed group (tensor parallelism).
 
@@ -105,6 +106,7 @@ def vocab_parallel_linear_logprob(
     group             None: the default group. All its ranks make the call, with the same options and outputs.
     vocab_start       None: the shards follow each other in the order of the ranks
     vocab_size        V, the sum of all V_r; None: found out
+    keep_bytes        as in `linear_logprob`, of this rank's shard; ranks may differ in it
     reduce_gradients  True: d_hidden, d_lora.a and d_lora.gate are summed over the ranks. False: each rank gets its own term of
                       the sums, for a caller who adds them up himself (a reduce-scatter under sequence parallelism)
     returns           on every rank, to the bit, the `TokenStats` of the whole vocabulary; all else as in `linear_logprob`
@@ -161,7 +163,7 @@ def vocab_parallel_linear_logprob(
         else:
             lora_a, lora_b, gate = call.head.lora or (None, None, None)
             tensors = (call.head.hidden, call.head.weight, call.head.bias, lora_a, lora_b, gate)
-            kept = kept_logits(call.module, call.head, call.names)
+            kept = kept_logits(call.module, call.head, call.names, keep_bytes)
             values = _Fused.apply(call, ranks, reduce_gradients, kept, *tensors)
     return as_token_stats(values, call.names, call.lead)
 
