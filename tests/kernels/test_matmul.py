@@ -113,3 +113,17 @@ def test_batch_invariant_rows_do_not_depend_on_their_batch(instruction_sets, bac
                 for name, part, full in zip(("layer", *names), results(torch.tensor(index)), whole):
                     assert torch.equal(part, full[index]), f"{isa} {name} rows {index[:3]} of {len(index)}"
     torch.set_num_threads(before)
+
+
+def test_other_users_of_the_tiles_find_them_as_they_left_them(instruction_sets):
+    """oneDNN configures the tiles once and remembers that it did: its bfloat16 products around ours stay right."""
+    _native.select_isa(instruction_sets[-1])
+    a, b = torch.randn(256, 512), torch.randn(512, 384)
+    half = a.bfloat16(), b.bfloat16()
+    theirs, ours = half[0] @ half[1], products.matmul(a, b, torch.empty(256, 384)).clone()
+    small = half[0][:5] @ half[1]
+    for _ in range(3):
+        assert torch.equal(products.matmul(a, b, torch.empty(256, 384)), ours)
+        assert torch.equal(half[0] @ half[1], theirs)
+        assert torch.equal(products.matmul(*half, torch.empty(256, 384)), products.matmul(*half, torch.empty(256, 384)))
+        assert torch.equal(half[0][:5] @ half[1], small)
