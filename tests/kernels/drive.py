@@ -1,0 +1,63 @@
+"""Runs every call on the C++ back-end, for the memory tests: a process of its own, as it dies where a test should fail.
+
+    python drive.py sanitized EXTENSION    with that build of clp_kernels._native, in which ASan and UBSan are compiled in
+    python drive.py guarded                with every tensor between pages that may not be touched
+"""
+
+import contextlib
+import faulthandler
+import importlib.util
+import itertools
+import sys
+
+import torch
+
+
+def use_extension(path):
+    spec = importlib.util.spec_from_file_location("clp_kernels._native", path)
+    sys.modules["clp_kernels._native"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def instruction_sets():
+    from clp_kernels import _native
+
+    for name in ("avx512", "avx2", "portable"):
+        with contextlib.suppress(ValueError):  # this processor cannot run it
+            yield _native.select_isa(name)
+
+
+def drive(surroundings, thin):
+    """Each instruction set and dtype takes another share of the calls; together they run each of them twice or more."""
+    from clp_kernels import _native, use_backend
+    from every_call import every_call
+
+    torch.manual_seed(0)
+    count = 0
+    with use_backend("cpu"):
+        for share, (isa, dtype) in enumerate(itertools.product(instruction_sets(), (torch.float32, torch.bfloat16))):
+            _native.select_isa(isa)
+            for label, call in every_call(dtype, thin=thin, first=share):
+                print(f"{isa} {dtype} {label}", file=sys.stderr, flush=True)
+                for surrounding in surroundings:
+                    with surrounding():
+                        finite = [result.isfinite().all().item() for result in call()]
+                    assert all(finite), "a result is not finite"
+                    count += 1
+    print(count)
+
+
+def main(kind, *paths):
+    faulthandler.enable()
+    torch.set_num_threads(2)
+    if kind == "sanitized":
+        use_extension(*paths)
+        drive([contextlib.nullcontext], thin=2)
+    else:
+        from guarded import Pages
+
+        drive([lambda: Pages(at_end=True), lambda: Pages(at_end=False)], thin=3)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
