@@ -289,6 +289,7 @@ def _problem(
     ignore_index,
 ):
     lora = None if lora_a is None else HeadLoRA(lora_a, lora_b, gate)
+    bias, ref_bias = (None if each is None else each.contiguous() for each in (bias, ref_bias))
     return (
         Head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lora),
         Rows(targets, inv_temperature, softcap, logit_scale, ignore_index),

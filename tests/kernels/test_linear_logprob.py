@@ -206,16 +206,18 @@ def test_an_ignored_row_may_hold_nan(backend):
 
 @FUSED
 def test_layouts_and_leading_dimensions(backend):
-    """Strided hidden, transposed weight, expanded temperature and gate: as their dense copies."""
+    """Strided hidden and bias, transposed weight, expanded temperature and gate: as their dense copies."""
     hidden, weight = torch.randn(3, 16, 5).transpose(1, 2), torch.randn(16, 90).t()
     targets, temperature = torch.randint(0, 90, (5, 3)).t(), torch.rand(5) + 0.5
     lora = HeadLoRA(torch.randn(16, 4).t(), torch.randn(4, 90).t(), torch.rand(3, 1, 4))
     reference = hidden + 0.1
+    bias, ref_bias = torch.randn(90, 2)[:, 0], torch.randn(1).expand(90)
     options = {"temperature": temperature, "outputs": OUTPUTS}
-    got = linear_logprob(hidden, weight, targets, lora=lora, ref_hidden=reference, **options)
+    got = linear_logprob(hidden, weight, targets, bias=bias, lora=lora, ref_hidden=reference, ref_bias=ref_bias, **options)
     dense = HeadLoRA(lora.a.contiguous(), lora.b.contiguous(), lora.gate.expand(3, 5, 4).contiguous())
     want = linear_logprob(hidden.contiguous(), weight.contiguous(), targets.contiguous(), lora=dense,
-                          ref_hidden=reference.contiguous(), **options)  # fmt: skip
+                          bias=bias.contiguous(), ref_hidden=reference.contiguous(), ref_bias=ref_bias.contiguous(),
+                          **options)  # fmt: skip
     for name in OUTPUTS:
         assert getattr(got, name).shape == (3, 5)
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5)
