@@ -90,6 +90,13 @@ def test_any_total_rank(backend, ranks):
     assert_right(inputs(ranks=ranks, groups=37))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("k, n", [(0, 5), (5, 0), (0, 0)])
+def test_layers_without_inputs_or_outputs(backend, rows, k, n):
+    assert_right(inputs(rows, k=k, n=n, ranks=(2,)))
+
+
 def test_many_rows_and_sizes_that_no_tile_divides():
     # Above the size from which the C++ kernels use several threads.
     assert_right(inputs((1937,), k=150, n=896, groups=7), gate_index=torch.randint(0, 7, (1937,)))

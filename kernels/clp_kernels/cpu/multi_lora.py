@@ -8,6 +8,8 @@ applied, or the backward's three row-wise results are made, in one pass over (ro
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,7 +70,7 @@ def forward(
     keep_h: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As reference.multi_lora.forward; without keep_h, h is overwritten by h * gate."""
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     own = _own_product(x.dtype, flat.shape[0], weight.shape[0])
     if not own:
         y = F.linear(flat, weight, bias)
@@ -98,8 +100,9 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """As reference.multi_lora.backward."""
-    lead, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
-    rows = dy.shape[0]
+    lead = dy.shape[:-1]
+    rows = math.prod(lead)  # not -1 in the reshape: N may be 0
+    dy = dy.reshape(rows, dy.shape[-1])
     flat = None if x is None else x.reshape(rows, x.shape[-1])
     need_x, need_weight, need_bias, need_a, need_b, need_gate = needs
     scaled = _product(dy, lora_b) if is_batch_invariant() else torch.mm(dy, lora_b)

@@ -8,6 +8,8 @@ dW = dY^T X          d_bias = sum of dY
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +37,7 @@ def forward(
     keep_h: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """-> y (..., N), h = x A^T (rows, R). Where keep_h is false, a back-end may return anything for h."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: K may be 0
     h = F.linear(flat, lora_a)
     gated = (h * rows_of_gate(gate, gate_index, flat.shape[0])).to(h.dtype)
     y = F.linear(flat, weight, bias) + F.linear(gated, lora_b)
@@ -57,8 +59,9 @@ def backward(
 
     weight may be None where x's gradient is not asked for; x where neither weight's nor lora_a's is.
     """
-    lead, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
-    rows = dy.shape[0]
+    lead = dy.shape[:-1]
+    rows = math.prod(lead)
+    dy = dy.reshape(rows, dy.shape[-1])
     flat = None if x is None else x.reshape(rows, x.shape[-1])
     gate_rows = rows_of_gate(gate, gate_index, rows)
     ds = dy @ lora_b
