@@ -6,13 +6,20 @@ The examples are the same in every run. CLP_EXPLORE=20 takes new ones instead, t
 import contextlib
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import clp_kernels
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from clp_kernels import HeadLoRA, linear_logprob, logits_logprob, multi_lora_linear, sample_tokens, use_backend
+from clp_kernels import (
+    HeadLoRA,
+    linear_logprob,
+    logits_logprob,
+    multi_lora_linear,
+    sample_tokens,
+    use_backend,
+)
 from clp_kernels.backends import interpreting
 from clp_kernels.token_stats import Sums, statistics
 
@@ -83,13 +90,15 @@ def laid_out(tensor, layout):
     """The tensor's values in memory of another form; "expanded" repeats its first row instead."""
     if tensor.dim() == 0 or tensor.numel() == 0:
         return tensor
+    # oneDNN's bfloat16 products read a few columns past the contraction and multiply them with zero: NaN would stay NaN.
+    around = 1e4 if tensor.dtype is torch.bfloat16 else math.nan
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.mT.contiguous().mT
     if layout == "window":
-        wide = torch.full([size + 3 for size in tensor.shape], math.nan).to(tensor.dtype)
+        wide = torch.full([size + 3 for size in tensor.shape], around).to(tensor.dtype)
         return wide[tuple(slice(1, size + 1) for size in tensor.shape)].copy_(tensor)
     if layout == "step":
-        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), math.nan).to(tensor.dtype)
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), around).to(tensor.dtype)
         return wide[..., ::2].copy_(tensor)
     if layout == "expanded":
         return tensor[:1].expand_as(tensor)
@@ -109,7 +118,7 @@ class LoRACase:
     wide_gate: bool
     needs: tuple
     layouts: tuple
-    bias: bool = True
+    bias: bool
 
     def tensors(self):
         generator = torch.Generator().manual_seed(self.seed)
@@ -140,9 +149,11 @@ def lora_cases(draw, target, needs=None, most=67):
     else:
         groups = draw(st.sampled_from((1, rows, *lead[:1])))
         assume(groups or not rows)
-    return LoRACase(draw(st.integers(0, 999)), lead, draw(width), draw(width), draw(size), groups, indexed, draw(dtypes_of(target)),
-                    draw(st.booleans()), needs or draw(st.tuples(*[st.booleans()] * 6)), draw(st.tuples(*[LAYOUTS] * 7)),
-                    draw(st.booleans()))  # fmt: skip
+    return LoRACase(
+        seed=draw(st.integers(0, 999)), lead=lead, k=draw(width), n=draw(width), rank=draw(size), groups=groups, indexed=indexed,
+        dtype=draw(dtypes_of(target)), wide_gate=draw(st.booleans()), needs=needs or draw(st.tuples(*[st.booleans()] * 6)),
+        layouts=draw(st.tuples(*[LAYOUTS] * 7)), bias=draw(st.booleans()),
+    )  # fmt: skip
 
 
 def lora_results(tensors, index, dy, needs):
@@ -243,7 +254,7 @@ class StatsCase:
     outputs: tuple
     dtype: torch.dtype
     needs: tuple
-    layouts: tuple = field(default=())
+    layouts: tuple
 
     def generator(self):
         return torch.Generator().manual_seed(self.seed)
@@ -261,10 +272,11 @@ class StatsCase:
     def tensors(self):
         generator = self.generator()
         apart = self.reference == "apart"
-        shapes = {"hidden": (*self.lead, self.width), "weight": (self.vocabulary, self.width), "bias": (self.vocabulary,),
-                  "a": (self.rank or 0, self.width), "b": (self.vocabulary, self.rank or 0), "gate": (*self.lead, self.rank or 0),
-                  "ref_hidden": (*self.lead, self.width + apart), "ref_weight": (self.vocabulary, self.width + apart)}  # fmt: skip
-        scales = {"weight": self.spread / max(self.width, 1) ** 0.5, "ref_weight": self.spread / max(self.width, 1) ** 0.5}
+        rank, width, ref_width = self.rank or 0, self.width, self.width + apart
+        shapes = {"hidden": (*self.lead, width), "weight": (self.vocabulary, width), "bias": (self.vocabulary,),
+                  "a": (rank, width), "b": (self.vocabulary, rank), "gate": (*self.lead, rank),
+                  "ref_hidden": (*self.lead, ref_width), "ref_weight": (self.vocabulary, ref_width)}  # fmt: skip
+        scales = dict.fromkeys(("weight", "ref_weight"), self.spread / max(width, 1) ** 0.5)
         made = {}
         for (name, shape), layout in zip(shapes.items(), self.layouts):
             value = torch.randn(shape, generator=generator) * scales.get(name, 1.0)
@@ -287,9 +299,10 @@ class StatsCase:
 
 
 @st.composite
-def stats_cases(draw, target, outputs=None, linear=True):
-    rows = st.sampled_from((0, 1, 2, 3, 5, 7, 13) if target == "triton" else (0, 1, 2, 3, 7, 31, 67))
-    vocabulary = st.sampled_from((1, 2, 3, 17, 64, 67, 257) if target == "triton" else (1, 2, 3, 17, 67, 1021, 1024, 1025, 2053))
+def stats_cases(draw, target, outputs=None):
+    small = target == "triton"
+    rows = st.sampled_from((0, 1, 2, 3, 5, 7, 13) if small else (0, 1, 2, 3, 7, 31, 67))
+    vocabulary = st.sampled_from((1, 2, 3, 17, 64, 67, 257) if small else (1, 2, 3, 17, 67, 1021, 1024, 1025, 2053))
     reference = draw(st.sampled_from((None, "shared", "apart") if outputs is None else ("shared", "apart")))
     allowed = [name for name in OUTPUTS if reference or name not in ("ref_logprob", "kl", "reverse_kl")]
     return StatsCase(
@@ -361,12 +374,12 @@ def test_linear_logprob_and_its_gradients_equal_the_specification(target):
             plain, exact = linear_results(case, tensors), linear_results(case, wide(tensors))
         t = wide(tensors)
         logits = (t["hidden"].abs() @ t["weight"].abs().t()).max().item() if case.width and math.prod(case.lead) else 0.0
-        logits += largest(t["bias"]) + largest(t["a"]) * largest(t["b"]) * largest(t["gate"]) * case.width * largest(t["hidden"])
+        low = largest(t["a"]) * case.width * largest(t["hidden"])  # of hidden a^T
+        logits += largest(t["bias"]) + (case.rank or 0) * largest(t["b"]) * largest(t["gate"]) * low
         if t["ref_hidden"] is not None and t["ref_hidden"].numel():
             head = t["weight"] if t["ref_weight"] is None else t["ref_weight"]
             logits = max(logits, (t["ref_hidden"].abs() @ head.abs().t()).max().item() + largest(t["bias"]))
         rows, incoming = math.prod(case.lead), max(largest(g) for g in case.incoming().values())
-        low = largest(t["a"]) * case.width * largest(t["hidden"])  # of h = hidden a^T
         sizes = {"hidden": largest(t["weight"]) + (case.rank or 0) * largest(t["b"]) * largest(t["gate"]) * largest(t["a"]),
                  "weight": rows * largest(t["hidden"]), "bias": rows, "gate": largest(t["b"]) * low,
                  "a": rows * largest(t["b"]) * largest(t["gate"]) * largest(t["hidden"]),
