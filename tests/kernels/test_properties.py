@@ -150,8 +150,8 @@ def lora_cases(draw, target, needs=None, most=67):
         groups = draw(st.sampled_from((1, rows, *lead[:1])))
         assume(groups or not rows)
     return LoRACase(
-        seed=draw(st.integers(0, 999)), lead=lead, k=draw(width), n=draw(width), rank=draw(size), groups=groups, indexed=indexed,
-        dtype=draw(dtypes_of(target)), wide_gate=draw(st.booleans()), needs=needs or draw(st.tuples(*[st.booleans()] * 6)),
+        seed=draw(st.integers(0, 999)), lead=lead, k=draw(width), n=draw(width), rank=draw(size), groups=groups,
+        indexed=indexed, dtype=draw(dtypes_of(target)), wide_gate=draw(st.booleans()), needs=needs or draw(st.tuples(*[st.booleans()] * 6)),
         layouts=draw(st.tuples(*[LAYOUTS] * 7)), bias=draw(st.booleans()),
     )  # fmt: skip
 
@@ -573,10 +573,6 @@ def test_sampled_tokens_are_the_references_but_at_borders(target):
         with use_backend("reference"):
             expected, _ = sample_tokens(logits, seeds=seeds, **case.options())
         # A uniform within rounding of a border between two tokens: once in thousands of draws.
-        assert (tokens != expected).sum() <= (case.rows > 0)
-        if case.ties or case.temperature == 0:
-            return
-        different = (tokens != expected).nonzero()[:, 0]
-        assert all((tokens[row] - expected[row]).abs() >= 1 for row in different)
+        assert (tokens != expected).sum() <= (1 if case.temperature else 0)
 
     holds(target, draw_cases(target), claim)
