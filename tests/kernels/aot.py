@@ -1,12 +1,14 @@
-"""Compiles Triton kernels for GPUs that are not there: python aot.py MODULE prints one JSON object per
+"""Compiles Triton kernels for GPUs that are not there: python aot.py MODULE PROCESSES prints one JSON object per
 compilation.
 
-A process of its own, as a test process without a GPU has Triton's interpreter switched on, which compiles
-nothing.
+The modules list every configuration that a launcher can ask for; CLP_AOT=full compiles all of them (hours), otherwise
+`covering` picks some. A process of its own, as a test process without a GPU has Triton's interpreter switched on, which
+compiles nothing.
 """
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -56,6 +58,40 @@ def spilled(kernel) -> int:
     return int(stack) + int(local)
 
 
+def covering(specs):
+    """For each kernel and target: each tile, for 16 and for 32 bits, once with all it can be asked for, which needs the most
+    registers and shared memory, and further ones until every choice (an argument that is None, a type, whether a size is
+    divisible by 16, a flag) has been made in every way that the launchers make it."""
+    families = {}
+    for spec in specs:
+        families.setdefault((spec.kernel.__name__, spec.target), []).append(spec)
+    for family in families.values():
+        largest = {}
+        for spec in family:
+            largest[_tile(spec)] = max(largest.get(_tile(spec), spec), spec, key=_demands)
+        chosen = list(largest.values())
+        missing = set().union(*map(_choices, family)) - set().union(*map(_choices, chosen))
+        while missing:
+            chosen.append(max(family, key=lambda spec: len(_choices(spec) & missing)))
+            missing -= _choices(chosen[-1])
+        yield from chosen
+
+
+def _tile(spec) -> tuple:
+    blocks = tuple(value for name, value in spec.constants.items() if name.startswith("BLOCK") and value is not None)
+    pointer = next(kind for kind in spec.types.values() if kind.startswith("*"))
+    return blocks, spec.num_warps, spec.num_stages, "32" in pointer
+
+
+def _demands(spec) -> int:
+    return len(spec.types) + sum(value is True for value in spec.constants.values())
+
+
+def _choices(spec) -> frozenset:
+    flags = ((name, repr(value)) for name, value in spec.constants.items() if not name.startswith("BLOCK"))
+    return frozenset((*spec.types.items(), *flags))
+
+
 def report(spec) -> dict:
     started = time.perf_counter()
     result = {"name": spec.name, "target": spec.target, "matrix": spec.matrix, "error": None}
@@ -71,11 +107,20 @@ def report(spec) -> dict:
     }
 
 
-def main(module: str) -> None:
+_SPECS = []  # inherited by the processes: a kernel cannot be pickled
+
+
+def _report_at(place: int) -> dict:
+    return report(_SPECS[place])
+
+
+def main(module: str, processes: str) -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    specs = {spec.key: spec for spec in importlib.import_module(module).aot_specs()}
-    for spec in specs.values():
-        print(json.dumps(report(spec)), flush=True)
+    specs = {spec.key: spec for spec in importlib.import_module(module).aot_specs()}.values()
+    _SPECS.extend(specs if os.environ.get("CLP_AOT") == "full" else covering(specs))
+    with multiprocessing.get_context("fork").Pool(int(processes)) as pool:
+        for result in pool.imap(_report_at, range(len(_SPECS))):
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

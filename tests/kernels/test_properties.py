@@ -151,7 +151,8 @@ def lora_cases(draw, target, needs=None, most=67):
         assume(groups or not rows)
     return LoRACase(
         seed=draw(st.integers(0, 999)), lead=lead, k=draw(width), n=draw(width), rank=draw(size), groups=groups,
-        indexed=indexed, dtype=draw(dtypes_of(target)), wide_gate=draw(st.booleans()), needs=needs or draw(st.tuples(*[st.booleans()] * 6)),
+        indexed=indexed, dtype=draw(dtypes_of(target)), wide_gate=draw(st.booleans()),
+        needs=needs or draw(st.tuples(*[st.booleans()] * 6)),
         layouts=draw(st.tuples(*[LAYOUTS] * 7)), bias=draw(st.booleans()),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ compile for sm_80, sm_90, sm_100 and gfx942 (tests/kernels/test_aot.py) and have
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -584,27 +585,26 @@ def backward(
 
 
 def aot_specs() -> Iterator[AotSpec]:
-    """Every tile of the tables for sm_90, and the ends of them for the other generations."""
+    """Every tile of the tables, for every dtype, with and without what may be missing."""
 
-    def example(rows: int, dtype: torch.dtype, size: int = 1024, rank: int = 48):
+    def example(
+        rows: int, dtype: torch.dtype, size: int, rank: int, gate_dtype: torch.dtype, groups: int, indexed: bool, needs: str
+    ):
         def make(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         def call():
-            # Up to 64 rows come from decoding.
             x, weight, bias, a, b = (
                 make(rows, size),
                 make(size, size),
-                make(size),
+                make(size) if indexed else None,
                 make(rank, size),
                 make(size, rank),
             )
-            gate, index = make(4, rank, dtype=torch.float32), make(rows, dtype=torch.int64)
-            if rows <= 64:
-                forward(x, weight, None, a, b, gate, index, keep_h=False)
-            else:
-                y, h = forward(x, weight, bias, a, b, gate, None)
-                backward(y, x, weight, a, b, gate, index, h, [True, False, False, True, True, True])
+            gate, index = make(groups, rank, dtype=gate_dtype), make(rows, dtype=torch.int64) if indexed else None
+            y, h = forward(x, weight, bias, a, b, gate, index, keep_h=bool(needs))
+            if needs:
+                backward(y, x, weight, a, b, gate, index, h, [name in needs for name in ("x", "", "", "a", "b", "g")])
 
         return call
 
@@ -614,11 +614,16 @@ def aot_specs() -> Iterator[AotSpec]:
         return kernel in ("_skinny", "_linear", "_rank_grad") and rows >= 64
 
     half, single = torch.bfloat16, torch.float32
-    for rows in (16, 64, 8192):
-        yield from recorded(f"bfloat16 {rows} rows", example(rows, half), matrix=matrix)
-    for rows in (16, 8192):
-        yield from recorded(f"float32 {rows} rows", example(rows, single))
-    yield from recorded(
-        "bfloat16, nothing divisible by 16", example(8191, half, size=1937, rank=27), matrix=matrix
-    )
-    yield from recorded("bfloat16 8192 rows", example(8192, half), ("sm_80", "sm_100", "gfx942"))
+    tables = (_LINEAR, _SKINNY, _RANK_GRAD)
+    rows = sorted({most or 8192 for table in tables for tiles in table.values() for most, _ in tiles})
+    for target, dtype, most, (odd, rank), gate_dtype, groups, indexed, needs in itertools.product(
+        ("sm_80", "sm_90", "sm_100", "gfx942"), (half, torch.float16, single), rows, ((0, 48), (1, 27), (0, 0)), (None, single),
+        (4, 0), (True, False), ("", "x a b g", "x", "b", "g"),
+    ):  # fmt: skip
+        if rank == 0 and not (gate_dtype and groups and needs in ("", "x")):
+            continue
+        most, size = most - odd, 1024 + odd * 913
+        call = example(most, dtype, size, rank, gate_dtype or dtype, groups or most, indexed, needs)
+        label = f"{str(dtype)[6:]} {most} rows, rank {rank}, gradients {needs or 'none'}"
+        expected = matrix if dtype is not single else lambda kernel, constants: False
+        yield from recorded(label, call, (target,), expected)

@@ -12,6 +12,7 @@ Neither time nor result depends on the other rows. Not tuned on a device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -245,7 +246,7 @@ def sample(
 
 
 def aot_specs() -> Iterator[AotSpec]:
-    """Plain sampling and everything at once, for each kind of draw, over a large and a small vocabulary."""
+    """Every block, dtype and kind of draw, with each option left out, a number, and a tensor."""
 
     def example(vocab: int, dtype: torch.dtype, draws: torch.dtype, *options):
         def call():
@@ -257,11 +258,12 @@ def aot_specs() -> Iterator[AotSpec]:
     def rows(dtype):
         return torch.empty(32, dtype=dtype, device="meta")
 
-    generations = ("sm_80", "sm_90", "sm_100", "gfx942")
     plain, truncated = (0.7, 0, 1.0, 0.0), (0.7, 50, 0.9, 0.05)
     per_row = tuple(rows(d) for d in (torch.float32, torch.int64, torch.float32, torch.float32))
-    yield from recorded("plain bfloat16", example(151936, torch.bfloat16, torch.float64, *plain), generations)
-    yield from recorded("truncated float32", example(4099, torch.float32, torch.int64, *truncated))
-    yield from recorded(
-        "per row bfloat16", example(151936, torch.bfloat16, torch.int64, *per_row), generations
-    )
+    mixed = [tuple(per_row[i] if i == j else plain[i] for i in range(4)) for j in range(4)]
+    mixed += [tuple(truncated[i] if i == j else plain[i] for i in range(4)) for j in range(1, 4)]
+    for target, dtype, draws, vocab, options in itertools.product(
+        ("sm_80", "sm_90", "sm_100", "gfx942"), (torch.bfloat16, torch.float16, torch.float32), (torch.float64, torch.int64),
+        (151936, 4099, 1500, 50), (plain, truncated, per_row, *mixed),
+    ):  # fmt: skip
+        yield from recorded(f"{str(dtype)[6:]} {vocab}", example(vocab, dtype, draws, *options), (target,))

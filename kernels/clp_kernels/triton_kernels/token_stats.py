@@ -17,6 +17,7 @@ a device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
@@ -28,7 +29,9 @@ from torch import Tensor
 
 from clp_kernels.backends import interpreting
 from clp_kernels.token_stats import (
+    DIFFERENTIABLE,
     NEED_REFERENCE,
+    NEED_TARGETS,
     OUTPUTS,
     SAVED,
     Head,
@@ -786,67 +789,56 @@ def logits_backward(
 
 
 def aot_specs() -> Iterator[AotSpec]:
-    """Every tile, with the reference sharing the weight, apart from it, and absent."""
-    everything = frozenset(OUTPUTS)
+    """Every tile, for every dtype, with every set of flags, the reference sharing the weight, apart from it, and absent."""
 
     def example(
         dtype: torch.dtype,
         asked: frozenset[str],
         *,
-        rows: int = 2048,
-        width: int = 1024,
-        vocabulary: int = 50304,
-        rank: int = 48,
-        apart: bool = False,
-        softcap: float | None = None,
-        major: int = 9,
+        odd: bool,
+        apart: bool,
+        lora: bool,
+        bias: bool,
+        softcap: float | None,
+        target: str,
     ):
+        # Nothing divisible by 16 takes the other loads.
+        rows, width, vocabulary, rank = (1937, 897, 50257, 27) if odd else (2048, 1024, 50304, 48)
+
         def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        @mock.patch(f"{__name__}._major", lambda: major)
+        @mock.patch(f"{__name__}._major", lambda: 8 if target == "sm_80" else 9)
         def call() -> None:
             hidden, weight = make(rows, width), make(vocabulary, width)
-            lora = HeadLoRA(make(rank, width), make(vocabulary, rank), make(rows, rank)) if rank else None
+            adapters = HeadLoRA(make(rank, width), make(vocabulary, rank), make(rows, rank)) if lora else None
             ref_weight = make(vocabulary, 2 * width) if apart else weight
-            head = Head(
-                hidden,
-                weight,
-                make(vocabulary),
-                make(rows, ref_weight.shape[1]),
-                ref_weight,
-                make(vocabulary),
-                lora,
-            )
-            options = Rows(make(rows, dtype=torch.int64), make(rows, dtype=torch.float32), softcap, 1.0, -100)
+            biases = [make(vocabulary) if bias else None for _ in range(2)]
+            head = Head(hidden, weight, biases[0], make(rows, ref_weight.shape[1]), ref_weight, biases[1], adapters)
+            targets = make(rows, dtype=torch.int64) if asked.intersection(NEED_TARGETS) else None
+            options = Rows(targets, make(rows, dtype=torch.float32), softcap, 1.0, -100)
             outputs, saved = linear_forward(head, options, asked, None)
-            grads = {name: value for name, value in zip(OUTPUTS, outputs) if value.numel()}
-            needs = frozenset(("hidden", "weight", "bias", *(("lora_a", "lora_b", "gate") if rank else ())))
-            linear_backward(head, options, grads, saved, None, needs)
+            grads = {name: value for name, value in zip(OUTPUTS, outputs) if value.numel() and name in DIFFERENTIABLE}
+            needs = frozenset(("hidden", "weight", "bias", *(("lora_a", "lora_b", "gate") if lora else ())))
+            if grads:
+                linear_backward(head, options, grads, saved, None, needs if bias else needs - {"bias"})
             logits = make(rows, vocabulary)
             outputs, saved = logits_forward(logits, logits, options, asked)
-            logits_backward(logits, logits, options, grads, saved)
+            if grads:
+                logits_backward(logits, logits, options, grads, saved)
 
         return call
 
     def matrix(kernel: str, constants) -> bool:
         return kernel in ("_linear_forward", "_linear_gradient", "_product")
 
-    half, single = torch.bfloat16, torch.float32
-    yield from recorded(
-        "bfloat16 all outputs", example(half, everything), ("sm_90", "sm_100", "gfx942"), matrix
-    )
-    yield from recorded("bfloat16 all outputs", example(half, everything, major=8), ("sm_80",))
-    yield from recorded(
-        "bfloat16 log-prob", example(half, frozenset({"logprob"}), rank=0), ("sm_90", "gfx942"), matrix
-    )
-    yield from recorded(
-        "bfloat16 another head, softcap",
-        example(half, everything, rank=0, apart=True, softcap=30.0),
-        matrix=matrix,
-    )
-    yield from recorded("float32 all outputs", example(single, everything), ("sm_80", "sm_90"))
-    yield from recorded(
-        "bfloat16 nothing divisible by 16",
-        example(half, everything, rows=1937, width=897, vocabulary=50257, rank=27),
-    )
+    subsets = [frozenset(OUTPUTS), *(frozenset({name}) for name in OUTPUTS), frozenset({"entropy", "kl"})]
+    for target, dtype, asked, odd, apart, lora, bias, softcap in itertools.product(
+        ("sm_80", "sm_90", "sm_100", "gfx942"), (torch.bfloat16, torch.float16, torch.float32), subsets, (False, True),
+        (False, True), (True, False), (True, False), (30.0, None),
+    ):  # fmt: skip
+        if apart and not asked.intersection(NEED_REFERENCE):
+            continue
+        call = example(dtype, asked, odd=odd, apart=apart, lora=lora, bias=bias, softcap=softcap, target=target)
+        label = f"{str(dtype)[6:]} {','.join(sorted(asked))}{' odd' * odd}{' apart' * apart}{' lora' * lora}"
+        yield from recorded(label, call, (target,), matrix if dtype is not torch.float32 and not odd else lambda *_: False)
