@@ -136,7 +136,8 @@ bool sample_row(const SampleCall& c, int64_t r) {
     return false;
   }
   const float temperature = c.temperature[r];
-  const float inverse = temperature > 0 ? 1.0f / temperature : 1.0f;
+  float inverse = temperature > 0 ? 1.0f / temperature : 1.0f;
+  if (inverse == infinity) inverse = std::numeric_limits<float>::max();  // 0 * infinity would be NaN
   const double whole = total_mass(row, c.vocab, largest, inverse, -infinity);
   int64_t token = 0;
   if (temperature > 0) {

@@ -121,7 +121,7 @@ def _sample(
 
     greedy = temperature <= 0
     temperature = tl.where(greedy, 1.0, temperature).to(tl.float32)
-    inverse = 1.0 / temperature
+    inverse = tl.minimum(1.0 / temperature, 3.4028234663852886e38)  # 0 * infinity would be NaN
     whole = _mass(row, vocab, stride, float("-inf"), largest, inverse, BLOCK)
     token = first
     if fine & (greedy == 0):
