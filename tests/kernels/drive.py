@@ -1,7 +1,8 @@
-"""Runs every call on the C++ back-end, for the memory tests: a process of its own, as it dies where a test should fail.
+"""Runs every call on one back-end, for the memory tests: a process of its own, as it dies where a test should fail.
 
     python drive.py sanitized EXTENSION    with that build of clp_kernels._native, in which ASan and UBSan are compiled in
     python drive.py guarded                with every tensor between pages that may not be touched
+    python drive.py guarded-triton         likewise Triton's interpreter, which reads and writes at the kernels' own addresses
 """
 
 import contextlib
@@ -22,41 +23,56 @@ def use_extension(path):
 def instruction_sets():
     from clp_kernels import _native
 
-    for name in ("avx512", "avx2", "portable"):
+    for name in ("amx", "avx512", "avx2", "portable"):
         with contextlib.suppress(ValueError):  # this processor cannot run it
             yield _native.select_isa(name)
 
 
-def drive(surroundings, thin):
+def run_calls(what, calls, surroundings) -> int:
+    count = 0
+    for label, call in calls:
+        print(f"{what} {label}", file=sys.stderr, flush=True)
+        for surrounding in surroundings:
+            with surrounding():
+                finite = [result.isfinite().all().item() for result in call()]
+            assert all(finite), "a result is not finite"
+            count += 1
+    return count
+
+
+def drive_native(surroundings, thin) -> int:
     """Each instruction set and dtype takes another share of the calls; together they run each of them twice or more."""
     from clp_kernels import _native, use_backend
     from every_call import every_call
 
-    torch.manual_seed(0)
     count = 0
     with use_backend("cpu"):
         for share, (isa, dtype) in enumerate(itertools.product(instruction_sets(), (torch.float32, torch.bfloat16))):
             _native.select_isa(isa)
-            for label, call in every_call(dtype, thin=thin, first=share):
-                print(f"{isa} {dtype} {label}", file=sys.stderr, flush=True)
-                for surrounding in surroundings:
-                    with surrounding():
-                        finite = [result.isfinite().all().item() for result in call()]
-                    assert all(finite), "a result is not finite"
-                    count += 1
-    print(count)
+            count += run_calls(f"{isa} {dtype}", every_call(dtype, thin=thin, first=share), surroundings)
+    return count
+
+
+def drive_triton(surroundings, thin) -> int:
+    from clp_kernels import use_backend
+    from every_call import every_call
+
+    with use_backend("triton"):
+        return run_calls("triton", every_call(torch.float32, large=False, thin=thin), surroundings)
 
 
 def main(kind, *paths):
     faulthandler.enable()
     torch.set_num_threads(2)
+    torch.manual_seed(0)
     if kind == "sanitized":
         use_extension(*paths)
-        drive([contextlib.nullcontext], thin=2)
-    else:
-        from guarded import Pages
+        print(drive_native([contextlib.nullcontext], thin=2))
+        return
+    from guarded import Pages
 
-        drive([lambda: Pages(at_end=True), lambda: Pages(at_end=False)], thin=3)
+    both = [lambda: Pages(at_end=True), lambda: Pages(at_end=False)]
+    print(drive_triton(both, thin=7) if kind == "guarded-triton" else drive_native(both, thin=3))
 
 
 if __name__ == "__main__":

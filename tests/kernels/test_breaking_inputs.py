@@ -1,9 +1,21 @@
 """What breaks kernels and is not in the tests of one op: addresses beyond 32 bits, KL at 1e-4 in bfloat16, ragged counts."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 from clp_kernels import linear_logprob, logits_logprob, multi_lora_linear, sample_tokens, use_backend
-from token_cases import DIFFERENTIABLE, FUSED, OUTPUTS, assert_right, call_linear, head_tensors, run_all, targets_for
+from token_cases import (
+    DIFFERENTIABLE,
+    FUSED,
+    OUTPUTS,
+    assert_right,
+    call_linear,
+    head_tensors,
+    run_all,
+    targets_for,
+)
 
 # The interpreter's numpy warns of -inf - -inf in columns beyond the vocabulary, whose result is selected away.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
@@ -12,18 +24,24 @@ FAR = 1 << 30  # elements between two rows: the third starts beyond 2^31
 
 @pytest.fixture
 def far_apart():
-    """Makes (rows, columns) tensors whose rows are FAR elements apart, in address space of which only they are ever touched."""
+    """Makes (rows, columns) tensors whose rows are FAR elements apart, in address space of which only they are ever touched.
+    An address cut off to 32 bits, which may be negative then, falls into that space too."""
 
     def make(values):
+        before = 2 * FAR
+        count = before + (values.shape[0] - 1) * FAR + values.shape[1]
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
         try:
-            memory = torch.empty((values.shape[0] - 1) * FAR + values.shape[1], dtype=values.dtype)
-        except RuntimeError:
+            memory = mmap.mmap(-1, count * values.element_size(), flags=flags)
+        except OSError:
             pytest.skip("no such address space")
-        return memory.as_strided(values.shape, (FAR, 1)).copy_(values)
+        flat = torch.frombuffer(memory, dtype=values.dtype)
+        return flat.as_strided(values.shape, (FAR, 1), before).copy_(values)
 
     return make
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves no memory for the address space")
 def test_rows_whose_addresses_need_more_than_32_bits(backend, far_apart):
     logits, targets, seeds = torch.randn(4, 300), torch.tensor([5, 299, 0, 7]), torch.arange(4)
     far = far_apart(logits)
@@ -40,6 +58,7 @@ def test_rows_whose_addresses_need_more_than_32_bits(backend, far_apart):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves no memory for the address space")
 def test_operands_whose_addresses_need_more_than_32_bits(backend, far_apart):
     x, weight, a, b, gate = (torch.randn(*s) for s in ((4, 9), (4, 9), (3, 9), (4, 3), (4, 3)))
     want = multi_lora_linear(x, weight, a, b, gate)
