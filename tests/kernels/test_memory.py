@@ -3,7 +3,7 @@
 The C++ kernels run once with AddressSanitizer and UndefinedBehaviorSanitizer compiled in, and once, as they are installed,
 with every tensor between pages that may not be touched. Both are processes of their own. The sanitised one runs torch
 too, with the sanitiser's library preloaded: start-up takes three seconds, and sizes and addresses then come from the
-Python that computes them in earnest. Triton's interpreter runs between margins of NaN.
+Python that computes them in earnest. Triton's interpreter runs between such pages, and between margins of NaN.
 """
 
 import hashlib
