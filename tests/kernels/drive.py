@@ -41,8 +41,8 @@ def run_calls(what, calls, surroundings) -> int:
 
 
 def drive_native(surroundings, thin) -> int:
-    """Each instruction set and dtype takes another share of the calls; together they run each of them twice or more."""
-    from clp_kernels import _native, use_backend
+    """Each instruction set and dtype takes another share of the calls; together they run each of them or nearly."""
+    from clp_kernels import _native, batch_invariant, use_backend
     from every_call import every_call
 
     count = 0
@@ -50,6 +50,9 @@ def drive_native(surroundings, thin) -> int:
         for share, (isa, dtype) in enumerate(itertools.product(instruction_sets(), (torch.float32, torch.bfloat16))):
             _native.select_isa(isa)
             count += run_calls(f"{isa} {dtype}", every_call(dtype, thin=thin, first=share), surroundings)
+            with batch_invariant():  # no product is left to BLAS
+                calls = every_call(dtype, thin=4 * thin, first=share)
+                count += run_calls(f"{isa} {dtype} invariant", calls, surroundings)
     return count
 
 
@@ -67,12 +70,12 @@ def main(kind, *paths):
     torch.manual_seed(0)
     if kind == "sanitized":
         use_extension(*paths)
-        print(drive_native([contextlib.nullcontext], thin=2))
+        print(drive_native([contextlib.nullcontext], thin=5))
         return
     from guarded import Pages
 
     both = [lambda: Pages(at_end=True), lambda: Pages(at_end=False)]
-    print(drive_triton(both, thin=7) if kind == "guarded-triton" else drive_native(both, thin=3))
+    print(drive_triton(both, thin=7) if kind == "guarded-triton" else drive_native(both, thin=8))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def multi_lora_calls(dtype, large):
         yield f"needs {needs}", call, (lead, 7, 6, 3, groups, torch.float32, index, True, needs)
     sizes = [((1,), 1, 1, 1), ((3,), 33, 17, 13), ((0,), 4, 3, 2), ((4,), 4, 3, 0), ((37,), 70, 45, 88)]
     if large:  # several threads; the second has fewer groups than threads own rows
-        sizes += [((1937,), 9, 5, 27), ((13, 149), 5, 9, 19)]
+        sizes += [((1937,), 9, 5, 27), ((13, 149), 5, 9, 19), ((170,), 163, 161, 9)]  # the last: products on tiles
     for (lead, k, n, rank), gate_dtype, bias in itertools.product(sizes, {torch.float32, dtype}, (False, True)):
         for groups, index in ((1, None), (lead[0], None), (7, torch.int64)):
             yield (f"{lead} {k} {n} {rank} groups {groups}", call,

@@ -64,13 +64,13 @@ def test_sanitizers_find_nothing(request):
         pytest.skip("the compiler has no shared AddressSanitizer library")
     extension = sanitized_extension(request.config.cache.mkdir("sanitized"))
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    assert_passed(run(sys.executable, "drive.py", "sanitized", extension, LD_PRELOAD=library, **options), 2000)
+    assert_passed(run(sys.executable, "drive.py", "sanitized", extension, LD_PRELOAD=library, **options), 800)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="protects pages with mprotect")
 def test_pages_around_every_tensor_are_not_touched():
-    assert_passed(run(sys.executable, "drive.py", "guarded"), 2000)
+    assert_passed(run(sys.executable, "drive.py", "guarded"), 800)
 
 
 @pytest.mark.slow
