@@ -2,7 +2,7 @@
 
 The choice is made per call from device, dtype and shape. `CLP_KERNELS_BACKEND` (environment) or
 `use_backend(...)` force one; a forced back-end that cannot serve a call raises and says what would, and never
-hands the call on.
+hands the call on. `batch_invariant()` asks the back-ends for results that do not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -115,6 +115,34 @@ def forced_backend() -> str | None:
     if "CLP_KERNELS_BACKEND" not in os.environ:
         return None
     return _checked(os.environ["CLP_KERNELS_BACKEND"], "CLP_KERNELS_BACKEND")
+
+
+# Process-wide as _forced is, and for the same reason.
+_invariant: list[bool] = []
+
+
+@contextlib.contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """In the block, the same row gives the same bits whatever else is in its batch; False lifts an outer True.
+
+    Order of summation within a row is then a matter of the layer's shape and the dtype, never of the number of rows:
+    kernels keep to one tile where they would choose by rows, and no product is left to a BLAS, which chooses by rows
+    itself. Few rows pay for it (tiles made for many), many rows hardly do. What sums over the rows (gradients of
+    weights, adapters and shared gates) depends on all of them by its nature, and is merely the same every time.
+
+    The switch is read when a kernel is launched: a backward pass that is to be invariant runs in the block, too.
+    A back-end says in its module's docstring what it does about the switch.
+    """
+    _invariant.append(bool(enabled))
+    try:
+        yield
+    finally:
+        _invariant.pop()
+
+
+def is_batch_invariant() -> bool:
+    """Whether `batch_invariant` is in force."""
+    return bool(_invariant) and _invariant[-1]
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import clp_kernels
 import pytest
 import torch
 from clp_kernels import multi_lora_linear, use_backend
-from clp_kernels.backends import forced_backend, plain_eager, select
+from clp_kernels.backends import batch_invariant, forced_backend, is_batch_invariant, plain_eager, select
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 TABLE = {
@@ -104,6 +105,30 @@ def test_the_interpreter_is_not_trusted_with_bfloat16_products():
         pytest.raises(RuntimeError, match="interpreter computes bfloat16 products wrongly"),
     ):
         chosen(torch.bfloat16)
+
+
+def test_batch_invariance_nests_lifts_and_ends_with_its_block():
+    assert not is_batch_invariant()
+    with batch_invariant():
+        assert is_batch_invariant()
+        with batch_invariant(False):
+            assert not is_batch_invariant()
+        assert is_batch_invariant()
+    with pytest.raises(KeyError):
+        with clp_kernels.batch_invariant(True):
+            raise KeyError
+    assert not is_batch_invariant()
+
+
+def test_batch_invariance_holds_on_the_threads_of_a_backward_pass():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(is_batch_invariant()))
+    with batch_invariant():
+        thread = threading.Thread(target=lambda: x.sum().backward())
+        thread.start()
+        thread.join()
+    assert seen == [True]
 
 
 def test_a_traced_call_goes_through_the_dispatcher():
