@@ -67,6 +67,8 @@ def report(spec) -> dict:
         "shared": kernel.metadata.shared,
         "spills": spilled(kernel),
         "wgmma": "wgmma.mma_async" in kernel.asm.get("ptx", ""),
+        "tma": "cp.async.bulk.tensor" in kernel.asm.get("ptx", ""),
+        "described": any(kind.startswith("tensordesc") for kind in spec.types.values()),
         "seconds": round(time.perf_counter() - started, 2),
     }
 

@@ -1,0 +1,80 @@
+"""What the launchers have in common: tiles, what the device offers, tensor descriptors for the bulk copy engine (TMA).
+
+A tensor descriptor carries a tile's address, bounds and layout: one thread asks for a tile and the copy engine fetches it,
+zeros beyond the edges, where pointers cost every thread addresses and masks. It needs compute capability 9 and rows that
+start on 16 bytes; everything else loads through pointers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from clp_kernels.backends import interpreting
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    depth: int  # of the contraction
+    num_warps: int
+    num_stages: int
+
+
+def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"the Triton kernels take CUDA or ROCm tensors, not {device.type}"
+    if dtype not in DTYPES:
+        return f"the Triton kernels take float32, float16 and bfloat16, not {dtype}"
+    if interpreting() and dtype is torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly; use float16 or float32 there"
+    return None
+
+
+@functools.cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
+
+
+def major(device: torch.device) -> int:
+    """The device's compute capability (its first digit); 9 where the kernels do not run on a GPU."""
+    return _properties(device).major if device.type == "cuda" else 9
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent kernel to start: one for each multiprocessor; 132 without a GPU."""
+    return _properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def family(dtype: torch.dtype, device: torch.device, *operands: Tensor) -> str:
+    """Which rows of a table of tiles serve the operands: "tma", "half", "ampere", "hip" or "plain".
+
+    "plain" is for float32, which has no tensor cores here, and for rows that do not start on 16 elements: those are
+    loaded one by one, with an address each in a register.
+    """
+    aligned = all(stride == 1 or stride % 16 == 0 for operand in operands for stride in operand.stride())
+    if dtype is torch.float32 or not aligned:
+        return "plain"
+    if torch.version.hip:
+        return "hip"
+    if major(device) < 9:
+        return "ampere"
+    return "tma" if all(map(describable, operands)) else "half"
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can point at a matrix or its transpose."""
+    outer, inner = tensor.stride() if tensor.stride(1) == 1 else tensor.stride()[::-1]
+    wide = outer * tensor.element_size()
+    return inner == 1 and outer > 0 and wide % 16 == 0 and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of (rows, columns) of a matrix whose last dimension is contiguous."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
