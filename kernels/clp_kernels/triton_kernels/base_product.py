@@ -150,16 +150,12 @@ def _described_tile(rows: int, columns: int, device: torch.device) -> Tile:
 
 
 def family(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor) -> str:
-    """As launch.family, of all operands; "tma" where `_linear_described` can serve them."""
-    kind = launch.family(x.dtype, x.device, x, w)
-    if kind != "tma":
-        return kind
-    same_way = (w.stride(0) == 1) == (b.stride(0) == 1) or s is None
-    columns_fit = w.shape[1] * x.element_size() % 16 == 0  # y's rows
-    fits = x.stride(1) == 1 and columns_fit and same_way
-    fits = fits and (s is None or (launch.describable(s) and launch.describable(b)))
+    """ "tma" where `_linear_described` serves the call, else as launch.family, whose tiles `_linear` then takes."""
+    low_rank = () if s is None else (s, b)
+    transposed = [matrix.stride(0) == 1 for matrix in (w, *low_rank[1:])]
+    fits = x.stride(1) == 1 and len(set(transposed)) == 1 and w.shape[1] * x.element_size() % 16 == 0
     few = x.shape[0] < _DESCRIBED_FROM and not is_batch_invariant()
-    return "tma" if fits and not few else "half"
+    return "tma" if fits and not few and launch.describable(x, w, *low_rank) else launch.family(x, w)
 
 
 def linear(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -52,27 +52,32 @@ def multiprocessors(device: torch.device) -> int:
     return _properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def family(dtype: torch.dtype, device: torch.device, *operands: Tensor) -> str:
-    """Which rows of a table of tiles serve the operands: "tma", "half", "ampere", "hip" or "plain".
+def family(*operands: Tensor) -> str:
+    """Which row of a table of tiles serves a kernel that loads through pointers: "half", "ampere", "hip" or "plain".
 
-    "plain" is for float32, which has no tensor cores here, and for rows that do not start on 16 elements: those are
-    loaded one by one, with an address each in a register.
+    "plain" is for float32, which has no tensor cores here, and for rows that do not start on 16 elements: those are loaded
+    one by one, with an address each in a register.
     """
+    first = operands[0]
     aligned = all(stride == 1 or stride % 16 == 0 for operand in operands for stride in operand.stride())
-    if dtype is torch.float32 or not aligned:
+    if first.dtype is torch.float32 or not aligned:
         return "plain"
     if torch.version.hip:
         return "hip"
-    if major(device) < 9:
-        return "ampere"
-    return "tma" if all(map(describable, operands)) else "half"
+    return "half" if major(first.device) >= 9 else "ampere"
 
 
-def describable(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor can point at a matrix or its transpose."""
-    outer, inner = tensor.stride() if tensor.stride(1) == 1 else tensor.stride()[::-1]
-    wide = outer * tensor.element_size()
-    return inner == 1 and outer > 0 and wide % 16 == 0 and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+def describable(*operands: Tensor) -> bool:
+    """Whether tensor descriptors can point at the 16-bit matrices, or at their transposes."""
+    if torch.version.hip or operands[0].dtype is torch.float32 or major(operands[0].device) < 9:
+        return False
+    return all(map(_describable, operands))
+
+
+def _describable(matrix: Tensor) -> bool:
+    outer, inner = sorted(matrix.stride(), reverse=True)
+    in_bytes = outer * matrix.element_size()
+    return inner == 1 and in_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0 and matrix.numel() > 0
 
 
 def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

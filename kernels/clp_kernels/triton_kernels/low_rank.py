@@ -260,8 +260,8 @@ def _span(gate: Tensor, gate_index: Tensor | None, rows: int) -> int:
 
 def _family(*operands: Tensor) -> str:
     """A row of the tables here: those of "half" serve every generation of NVIDIA's."""
-    kind = launch.family(operands[0].dtype, operands[0].device, *operands)
-    return "half" if kind in ("tma", "ampere") else kind
+    kind = launch.family(*operands)
+    return "half" if kind == "ampere" else kind
 
 
 def _rank_block(rank: int, largest: int) -> int:
@@ -304,7 +304,7 @@ def apply_gate(partial: Tensor, gate: Tensor, gate_index: Tensor | None, **tenso
 
 def pieces_of_both(dy: Tensor, lora_b: Tensor) -> tuple[Tile, int, int] | None:
     """How `both` would cut dY: tile, blocks of the columns, pieces of the rows; None where it has no tile."""
-    tiles = _BOTH.get(_family(dy, lora_b.t()), ())
+    tiles = _BOTH.get(launch.family(dy, lora_b), ())
     tile = next((t for most, t in tiles if lora_b.shape[1] <= most), None)
     if tile is None:
         return None

@@ -55,7 +55,7 @@ def _intensity(major: int) -> float:
 
 
 def product(rows: int, depth: int, rank: int, dtype: torch.dtype, major: int, family: str) -> str:
-    """ "fused" or "blas" for x W (rows, depth) with `rank` further columns; family as launch.family has it.
+    """ "fused" or "blas" for x W (rows, depth) with `rank` further columns; family as base_product.family has it.
 
     Per output element: fused 2 (depth + rank) FLOPs at the kernel's rate, blas the same at full rate and two passes over
     it. The number of rows and columns cancels.
