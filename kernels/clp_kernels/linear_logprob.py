@@ -156,7 +156,7 @@ def linear_logprob(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias, lora_a, lora_b, gate)
     ):
-        kept = kept_rows(module, rows, weight.shape[0], copies)
+        kept = kept_rows(module, rows, weight.shape[0], copies, weight.shape[1])
     values = torch.ops.clp_kernels.linear_logprob(
         hidden,
         weight,

@@ -15,8 +15,9 @@ outputs' incoming gradients into five numbers per row:
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,7 +114,8 @@ class Sums(NamedTuple):
     t_q: Tensor
 
 
-KEEP_BYTES = 64 << 20  # of logits that the CPU back-end may keep between forward and backward
+KEEP_BYTES = 64 << 20  # of logits that a CPU keeps between forward and backward; see keep_logits
+_INTENSITY = 184  # 16-bit FLOPs that a GPU does in the time it moves a byte: measured on an H200
 SAVED = (
     6  # rows of the tensor kept for the backward pass: m_p, 1/s_p, m_q, 1/s_q, E_p[z_p - m_p], E_p[z_p - z_q]
 )
@@ -243,14 +245,40 @@ def check_rows(
     return targets, torch.full((rows,), 1.0 / temperature, dtype=torch.float32, device=device)
 
 
-def kept_rows(module: str, rows: int, vocabulary: int, copies: int) -> int:
-    """How many rows' float32 logits stay in memory between forward and backward: all or none.
+# Process-wide, as the choice of a back-end is.
+_limits: list[int] = []
 
-    Kept logits save the backward pass their products (`copies` is 2 where it needs the reference's too) and cost memory:
-    they are kept where they fit in KEEP_BYTES. Not on a GPU: there the traffic costs about what the product does, and
-    memory is what callers want to save.
+
+@contextlib.contextmanager
+def keep_logits(limit: int) -> Iterator[None]:
+    """In the block, each linear_logprob call may keep up to `limit` bytes of logits for its backward pass.
+
+    Without it a CPU keeps KEEP_BYTES and a GPU nothing: memory is what callers want to save there. Kept logits are
+    float32, 4 bytes a row and vocabulary entry, twice that for kl and reverse_kl; results do not depend on them but for
+    rounding. Raises ValueError for a negative limit.
     """
-    return rows if ".cpu." in module and rows * vocabulary * 4 * copies <= KEEP_BYTES else 0
+    if limit < 0:
+        raise ValueError(f"keep_logits: limit is {limit}; expected a number of bytes, 0 to keep nothing")
+    _limits.append(limit)
+    try:
+        yield
+    finally:
+        _limits.pop()
+
+
+def kept_rows(module: str, rows: int, vocabulary: int, copies: int, width: int) -> int:
+    """How many leading rows' float32 logits stay in memory between forward and backward.
+
+    Kept logits save the backward pass their products (`copies` is 2 where it needs the reference's too) and cost memory.
+    On a CPU all rows are kept where they fit in the limit, otherwise none; on a GPU as many as fit, provided that it
+    pays: writing and reading a logit is 8 bytes, computing it again 2 `width` FLOPs.
+    """
+    on_cpu = ".cpu." in module
+    limit = _limits[-1] if _limits else KEEP_BYTES if on_cpu else 0
+    fitting = limit // max(vocabulary * 4 * copies, 1)
+    if on_cpu:
+        return rows if rows <= fitting else 0
+    return min(rows, fitting) if width > 4 * _INTENSITY else 0
 
 
 def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:

@@ -20,11 +20,10 @@ from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.launch import Tile, descriptor
 from clp_kernels.triton_kernels.products import multiply
 from clp_kernels.triton_kernels.token_gradient import _store_gradient
-from clp_kernels.triton_kernels.token_sums import SPLIT, Partial, _fold_raw, _store_sums, flags
+from clp_kernels.triton_kernels.token_sums import SLICE, SPLIT, Partial, _fold_raw, _store_sums, flags
 
-# "pair": two accumulators, the policy's and the reference's. A tile of 128 x 256, or a pair of 128 x 128, is the least
-# that the L2 of compute capability 9 can feed at the tensor cores' rate; its registers leave room for a slice of SLICE
-# columns to be folded at a time.
+# "pair": two accumulators, the policy's and the reference's. Through descriptors a tile of 128 x 256, or a pair of 128 x
+# 128, which loads 3/4 of what 128 x 128 would for each product; the registers it leaves are why it is folded in slices.
 _TILES = {
     "tma": {"single": Tile(128, 256, 64, 8, 4), "pair": Tile(128, 128, 64, 8, 4)},
     "half": {"single": Tile(128, 128, 64, 8, 3), "pair": Tile(64, 128, 64, 8, 3)},
@@ -32,7 +31,6 @@ _TILES = {
     "hip": {"single": Tile(128, 128, 32, 8, 2), "pair": Tile(64, 64, 32, 4, 2)},
     "plain": {"single": Tile(64, 64, 32, 4, 2), "pair": Tile(32, 64, 16, 4, 2)},
 }
-SLICE = 64
 
 
 @triton.jit
@@ -260,9 +258,9 @@ class HeadLogits:
             ref_weight = None if shares else head.ref_weight
         matrices = (hidden, weight, parts, lora_b, ref_hidden, ref_weight)
         present = [matrix for matrix in matrices if matrix is not None]
-        described = launch.describable(*present) and all(matrix.stride(1) == 1 for matrix in present)
-        self.family = "tma" if described else launch.family(hidden, weight)
-        self.tile = tile = _TILES[self.family]["pair" if with_reference else "single"]
+        self.described = described = launch.describable(*present) and all(m.stride(1) == 1 for m in present)
+        tiles = _TILES["tma" if described else launch.family(hidden, weight)]
+        self.tile = tile = tiles["pair" if with_reference else "single"]
         strides = [(0, 0) if matrix is None else matrix.stride() for matrix in matrices]
         if described:
             heights = (tile.rows, tile.columns) * 3
@@ -281,7 +279,6 @@ class HeadLogits:
             "BLOCK_R": 16,
             "PARTS": count,
             "DESCRIBED": described,
-            "SLICE": min(SLICE, tile.columns) if described else tile.columns,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
@@ -290,12 +287,14 @@ class HeadLogits:
         """Every row's running sums into `partial`; raw logits of the leading rows into kept (copies, rows, V) float32."""
         if not self.rows:
             return
-        keeps = kept is not None and kept.shape[0] > 0 and kept.shape[1] > 0
+        keeps = kept is not None and kept.numel() > 0
+        # What a slice needs beside the accumulators: z and z', their statistics, and addresses where it is kept.
+        piece = SLICE // (1 + self.with_reference) // (1 + keeps) if self.described else self.tile.columns
         kept_q = kept[1] if keeps and kept.shape[0] > 1 else None
         _linear_forward[(triton.cdiv(self.rows, self.tile.rows) * partial.splits,)](
             *self._tensors, rows.targets, rows.inv_temperature, partial.sums, partial.top, kept[0] if keeps else None,
             kept_q, *self._sizes, *self._strides, kept.shape[1] if keeps else 0, SPLIT, rows.softcap, rows.logit_scale,
-            **flags(partial.asked), **self._constants)  # fmt: skip
+            SLICE=piece, **flags(partial.asked), **self._constants)  # fmt: skip
 
     def gradient(
         self, rows: Rows, saved: Tensor, coefs: Tensor, out: Tensor, first_row: int, first: int
@@ -306,4 +305,4 @@ class HeadLogits:
         _linear_gradient[grid](
             *self._tensors, rows.targets, rows.inv_temperature, saved, coefs, out, *self._sizes, *self._strides, first_row,
             first_row + height, first, first + width, rows.softcap, rows.logit_scale, rows.ignore_index, out.stride(0),
-            REFERENCE=self.with_reference, **self._constants)  # fmt: skip
+            SLICE=SLICE if self.described else self.tile.columns, REFERENCE=self.with_reference, **self._constants)  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.launch import Tile, descriptor
+from clp_kernels.triton_kernels.token_sums import SLICE, _halves
 
 _TILES = {
     "half": Tile(128, 128, 64, 8, 3),
@@ -25,12 +26,19 @@ _DESCRIBED = (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 
 
 
 @triton.jit
-def _add(acc, out, row, column, M, N, stride_out, ADD: tl.constexpr):
-    mask = (row < M)[:, None] & (column < N)[None, :]
-    at = out + row[:, None] * stride_out + column[None, :]
-    if ADD:
-        acc += tl.load(at, mask=mask, other=0.0)
-    tl.store(at, acc, mask=mask)
+def _add(acc, out, row, first, M, N, stride_out, SLICE: tl.constexpr, ADD: tl.constexpr):
+    """out += acc, or out = acc, for acc (rows, columns from `first` on), at most SLICE columns at a time."""
+    if acc.shape[1] > SLICE:
+        left, right = _halves(acc)
+        _add(left, out, row, first, M, N, stride_out, SLICE, ADD)
+        _add(right, out, row, first + left.shape[1], M, N, stride_out, SLICE, ADD)
+    else:
+        column = first + tl.arange(0, acc.shape[1]).to(tl.int64)
+        mask = (row < M)[:, None] & (column < N)[None, :]
+        at = out + row[:, None] * stride_out + column[None, :]
+        if ADD:
+            acc += tl.load(at, mask=mask, other=0.0)
+        tl.store(at, acc, mask=mask)
 
 
 @triton.jit
@@ -58,7 +66,8 @@ def _product(
             other=0.0,
         )
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-    _add(acc, out, row, column, M, N, stride_out, ADD)
+    first = tl.program_id(0) // blocks * BLOCK_N
+    _add(acc, out, row, first, M, N, stride_out, BLOCK_N, ADD)
 
 
 @triton.jit
@@ -68,7 +77,7 @@ def _product_described(
     out,  # (M, N) float32, rows any stride apart
     M, N, K, stride_out, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, X_ACROSS: tl.constexpr, W_ACROSS: tl.constexpr,
-    ADD: tl.constexpr,
+    SLICE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(M, BLOCK_M)
     for tile in tl.range(tl.program_id(0), blocks * tl.cdiv(N, BLOCK_N), programs, flatten=True):
@@ -86,7 +95,7 @@ def _product_described(
                 w_tile = w.load([k, column])
             acc = tl.dot(x_tile, w_tile, acc)
         rows = row + tl.arange(0, BLOCK_M).to(tl.int64)
-        _add(acc, out, rows, column + tl.arange(0, BLOCK_N).to(tl.int64), M, N, stride_out, ADD)
+        _add(acc, out, rows, column, M, N, stride_out, SLICE, ADD)
 
 
 def multiply(x: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
@@ -109,7 +118,8 @@ def multiply(x: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
     _product_described[(programs,)](
         descriptor(x.t(), tile.depth, tile.rows) if x_across else descriptor(x, tile.rows, tile.depth),
         descriptor(w.t(), tile.columns, tile.depth) if w_across else descriptor(w, tile.depth, tile.columns),
-        out, rows, columns, depth, out.stride(0), programs, X_ACROSS=x_across, W_ACROSS=w_across, **blocks, **options,
+        out, rows, columns, depth, out.stride(0), programs, X_ACROSS=x_across, W_ACROSS=w_across, SLICE=SLICE,
+        **blocks, **options,
     )  # fmt: skip
 
 

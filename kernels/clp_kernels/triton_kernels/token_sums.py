@@ -15,6 +15,7 @@ from torch import Tensor
 from clp_kernels.token_stats import NEED_REFERENCE, OUTPUTS, SAVED, Rows
 
 SPLIT = 4096  # columns of the vocabulary per program; a multiple of every tile's columns
+SLICE = 64  # columns of a wide tile that are looked at together
 _STATES = tl.constexpr(9)  # floats per row and split: the fields of token_stats.Sums, in order
 _COMBINE_ROWS = 64
 
