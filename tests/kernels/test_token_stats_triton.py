@@ -130,6 +130,23 @@ def test_kept_logits_keep_the_kl_gradient_right_near_the_reference(backend, monk
     assert (got["d_hidden"].double() - d_hidden).norm() < 0.005 * d_hidden.norm()
 
 
+def test_a_frozen_head_costs_no_product_and_a_trained_one_one_for_each_chunk(backend, monkeypatch):
+    shapes, inner = [], back_end.multiply
+
+    def multiply(x, w, out, add):
+        shapes.append((*x.shape, w.shape[1]))
+        inner(x, w, out, add)
+
+    monkeypatch.setattr(back_end, "multiply", multiply)
+    monkeypatch.setattr(back_end, "CHUNK", 256)
+    tensors, targets = head_tensors(20, 16, 300), targets_for(20, 300)
+    run_all(call_linear, tensors, targets, ("logprob",), ("hidden",))
+    assert shapes == [(20, 256, 16), (20, 44, 16)]
+    shapes.clear()
+    run_all(call_linear, tensors, targets, ("logprob",), ("weight",))
+    assert shapes == [(256, 20, 16), (44, 20, 16)]
+
+
 def test_how_many_rows_are_kept(backend):
     def rows(module, count, width=4096):
         return token_stats.kept_rows(module, count, 1000, 2, width)

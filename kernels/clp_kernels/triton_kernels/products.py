@@ -1,4 +1,4 @@
-"""out = x w or out += x w in float32: the products of linear_logprob's backward pass.
+"""out = x w, or out += x w in float32: the products of linear_logprob's backward pass.
 
 Through tensor descriptors where these can be had, by programs that stay and take tile after tile; otherwise through
 pointers with masks. A tile's product is formed first and then added to what is there, so that the sum over many chunks of
@@ -38,14 +38,14 @@ def _add(acc, out, row, first, M, N, stride_out, SLICE: tl.constexpr, ADD: tl.co
         at = out + row[:, None] * stride_out + column[None, :]
         if ADD:
             acc += tl.load(at, mask=mask, other=0.0)
-        tl.store(at, acc, mask=mask)
+        tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _product(
     x,  # (M, K), any strides
     w,  # (K, N), any strides
-    out,  # (M, N) float32, rows any stride apart
+    out,  # (M, N), rows any stride apart; float32 where ADD
     M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _product(
 def _product_described(
     x,  # descriptor of (M, K), or of (K, M) where X_ACROSS
     w,  # descriptor of (K, N), or of (N, K) where W_ACROSS
-    out,  # (M, N) float32, rows any stride apart
+    out,  # (M, N), rows any stride apart; float32 where ADD
     M, N, K, stride_out, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, X_ACROSS: tl.constexpr, W_ACROSS: tl.constexpr,
     SLICE: tl.constexpr, ADD: tl.constexpr,
@@ -99,7 +99,7 @@ def _product_described(
 
 
 def multiply(x: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
-    """out (M, N) float32 = x (M, K) w (K, N), or += it."""
+    """out (M, N) = x (M, K) w (K, N), or out, in float32, += it."""
     (rows, depth), columns = x.shape, w.shape[1]
     if rows == 0 or columns == 0:
         return

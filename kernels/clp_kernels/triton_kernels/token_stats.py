@@ -142,9 +142,7 @@ def linear_backward(
             if d_gated is not None:
                 multiply(out, logits.b[first:last], d_gated[top:bottom], add=True)
             if d_weight is not None:
-                piece = wide(last - first, width)
-                multiply(out.t(), hidden, piece, add=False)
-                d_weight[first:last] = piece
+                multiply(out.t(), hidden, d_weight[first:last], add=False)
             if d_bias is not None:
                 d_bias[first:last] = out.sum(0, dtype=torch.float32)
             if d_b is not None:
