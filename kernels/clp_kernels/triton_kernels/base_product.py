@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clp_kernels.backends import is_batch_invariant
 from clp_kernels.triton_kernels import launch
-from clp_kernels.triton_kernels.launch import Tile, descriptor
+from clp_kernels.triton_kernels.launch import SLICE, Tile, _halves, descriptor
 
 # (largest number of rows, tile), first that fits. Few rows are a question of bandwidth, so narrow column tiles (many
 # programs) and deep loads; many rows of arithmetic, so what fills the tensor cores.
@@ -39,7 +39,7 @@ _TILES = {
 _TILES["ampere"] = _TILES["half"]
 # For tensor descriptors, from the first number of rows on; the one with the least work in whole waves of programs is taken.
 _DESCRIBED_FROM = 65
-_DESCRIBED = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4))
+_DESCRIBED = (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4))
 _NARROW = 0.9  # rate of the second, which loads more for each product, to the first's: assumed, not measured
 
 
@@ -96,16 +96,31 @@ def _linear(
 
 
 @triton.jit
+def _store_described(acc, y, bias, row, column, N, SLICE: tl.constexpr):
+    """acc + bias to the tile of y at (row, column), SLICE columns at a time: what is being stored has to lie in shared
+    memory, which the loads of the next tile want."""
+    if acc.shape[1] > SLICE:
+        left, right = _halves(acc)
+        _store_described(left, y, bias, row, column, N, SLICE)
+        _store_described(right, y, bias, row, column + left.shape[1], N, SLICE)
+    else:
+        if bias is not None:
+            at = column + tl.arange(0, SLICE)
+            acc += tl.load(bias + at, mask=at < N, other=0.0).to(tl.float32)[None, :]
+        y.store([row, column], acc.to(y.dtype))
+
+
+@triton.jit
 def _linear_described(
     x,  # descriptor of (M, K), tiles (BLOCK_M, BLOCK_K)
     w,  # descriptor of (N, K), tiles (BLOCK_N, BLOCK_K), where TRANSPOSED; else of (K, N), tiles (BLOCK_K, BLOCK_N)
     s,  # descriptor of (M, R), tiles as x; or None
     b,  # descriptor of (N, R) or (R, N), tiles as w; or None
     bias,  # (N,) or None
-    y,  # descriptor of (M, N), tiles (BLOCK_M, BLOCK_N)
+    y,  # descriptor of (M, N), tiles (BLOCK_M, SLICE)
     M, N, K, R, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SPECIALIZE: tl.constexpr,
+    SLICE: tl.constexpr, TRANSPOSED: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     base_steps = tl.cdiv(K, BLOCK_K)
@@ -131,10 +146,7 @@ def _linear_described(
             else:
                 right_tile = right.load([k, column])
             acc = tl.dot(left_tile, right_tile, acc)
-        if bias is not None:
-            at = column + tl.arange(0, BLOCK_N)
-            acc += tl.load(bias + at, mask=at < N, other=0.0).to(tl.float32)[None, :]
-        y.store([row, column], acc.to(y.dtype))
+        _store_described(acc, y, bias, row, column, N, SLICE)
 
 
 def _described_tile(rows: int, columns: int, device: torch.device) -> Tile:
@@ -195,7 +207,7 @@ def _launch_described(
     _linear_described[(programs,)](
         descriptor(x, tile.rows, tile.depth), right(w),
         None if s is None else descriptor(s, tile.rows, tile.depth), None if s is None else right(b),
-        bias, descriptor(y, tile.rows, tile.columns), rows, columns, depth, rank, programs,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP_M=8, TRANSPOSED=transposed,
-        SPECIALIZE=launch.major(x.device) >= 10, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        bias, descriptor(y, tile.rows, SLICE), rows, columns, depth, rank, programs,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP_M=8, SLICE=SLICE,
+        TRANSPOSED=transposed, SPECIALIZE=launch.major(x.device) >= 10, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from clp_kernels.token_stats import Head, Rows
 from clp_kernels.triton_kernels import launch
-from clp_kernels.triton_kernels.launch import Tile, descriptor
+from clp_kernels.triton_kernels.launch import SLICE, Tile, descriptor
 from clp_kernels.triton_kernels.products import multiply
 from clp_kernels.triton_kernels.token_gradient import _store_gradient
-from clp_kernels.triton_kernels.token_sums import SLICE, SPLIT, Partial, _fold_raw, _store_sums, flags
+from clp_kernels.triton_kernels.token_sums import SPLIT, Partial, _fold_raw, _store_sums, flags
 
 # "pair": two accumulators, the policy's and the reference's. Through descriptors a tile of 128 x 256, or a pair of 128 x
 # 128, which loads 3/4 of what 128 x 128 would for each product; the registers it leaves are why it is folded in slices.

@@ -1,4 +1,4 @@
-"""What the launchers have in common: tiles, what the device offers, tensor descriptors for the bulk copy engine (TMA).
+"""What the kernels and their launchers share: tiles, what the device offers, descriptors for the bulk copy engine (TMA).
 
 A tensor descriptor carries a tile's address, bounds and layout: one thread asks for a tile and the copy engine fetches it,
 zeros beyond the edges, where pointers cost every thread addresses and masks. It needs compute capability 9 and rows that
@@ -11,11 +11,14 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clp_kernels.backends import interpreting
 
+SLICE = 64  # columns of a wide tile that are finished together, where its registers or its shared memory are scarce
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -83,3 +86,10 @@ def _describable(matrix: Tensor) -> bool:
 def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles of (rows, columns) of a matrix whose last dimension is contiguous."""
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of the columns: a choice of registers where tiles lie as the tensor cores leave them."""
+    pairs = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+    return tl.split(tl.permute(pairs, [0, 2, 1]))

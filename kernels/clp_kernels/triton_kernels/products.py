@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.triton_kernels import launch
-from clp_kernels.triton_kernels.launch import Tile, descriptor
-from clp_kernels.triton_kernels.token_sums import SLICE, _halves
+from clp_kernels.triton_kernels.launch import SLICE, Tile, _halves, descriptor
 
 _TILES = {
     "half": Tile(128, 128, 64, 8, 3),

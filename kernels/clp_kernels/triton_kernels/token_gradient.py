@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clp_kernels.triton_kernels.token_sums import _finite, _halves, _transform, _within
+from clp_kernels.triton_kernels.launch import _halves
+from clp_kernels.triton_kernels.token_sums import _finite, _transform, _within
 
 
 @triton.jit

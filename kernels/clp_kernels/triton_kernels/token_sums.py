@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.token_stats import NEED_REFERENCE, OUTPUTS, SAVED, Rows
+from clp_kernels.triton_kernels.launch import _halves
 
 SPLIT = 4096  # columns of the vocabulary per program; a multiple of every tile's columns
-SLICE = 64  # columns of a wide tile that are looked at together
 _STATES = tl.constexpr(9)  # floats per row and split: the fields of token_stats.Sums, in order
 _COMBINE_ROWS = 64
 
@@ -97,12 +97,6 @@ def _fold(
         m_q = m_new
         t_q += tl.sum(tl.where(is_target, z_q, 0.0), 1)
     return m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of the columns: a choice of registers where tiles lie as the tensor cores leave them."""
-    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
