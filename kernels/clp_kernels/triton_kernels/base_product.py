@@ -162,7 +162,7 @@ def _described_tile(rows: int, columns: int, device: torch.device) -> Tile:
 
 
 def family(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor) -> str:
-    """ "tma" where `_linear_described` serves the call, else as launch.family, whose tiles `_linear` then takes."""
+    """What serves the call: "tma" is `_linear_described`, anything else `_linear` with the tiles of launch.family."""
     low_rank = () if s is None else (s, b)
     transposed = [matrix.stride(0) == 1 for matrix in (w, *low_rank[1:])]
     fits = x.stride(1) == 1 and len(set(transposed)) == 1 and w.shape[1] * x.element_size() % 16 == 0

@@ -177,5 +177,6 @@ def aot_specs() -> Iterator[AotSpec]:
         yield from recorded(f"float32 {rows} rows", example(rows, single))
     yield from recorded("bfloat16 rank 27", example(8192, half, rank=27), matrix=matrix)
     yield from recorded("bfloat16, odd", example(8191, half, size=1937, rank=27), matrix=matrix)
+    yield from recorded("bfloat16 16 rows", example(16, half), ("sm_80", "sm_100", "gfx942"))
     yield from recorded("bfloat16 8192 rows", example(8192, half, dy="twice"), ("sm_80", "sm_100", "gfx942"))
     yield from recorded("bfloat16 rank 16", example(8192, half, rank=16, dy="once"), ("sm_100",))

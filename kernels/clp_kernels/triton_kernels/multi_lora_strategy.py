@@ -55,7 +55,7 @@ def _intensity(major: int) -> float:
 
 
 def product(rows: int, depth: int, rank: int, dtype: torch.dtype, major: int, family: str) -> str:
-    """ "fused" or "blas" for x W (rows, depth) with `rank` further columns; family as base_product.family has it.
+    """How to do x W (rows, depth) with `rank` further columns, "fused" or "blas"; family as base_product.family has it.
 
     Per output element: fused 2 (depth + rank) FLOPs at the kernel's rate, blas the same at full rate and two passes over
     it. The number of rows and columns cancels.
@@ -74,7 +74,7 @@ def product(rows: int, depth: int, rank: int, dtype: torch.dtype, major: int, fa
 def dy(
     rank: int, possible: bool, blocks: int, pieces: int, rows: int, columns: int, dtype: torch.dtype
 ) -> str:
-    """ "once" or "twice": which moves fewer bytes for dY (rows, columns).
+    """How often to read dY (rows, columns), "once" or "twice": which moves fewer bytes.
 
     possible        whether there is a tile for "once"
     blocks, pieces  of the columns and of the rows that its programs have; each block leaves a (rows, rank) partial sum
