@@ -91,7 +91,8 @@ def test_a_gate_index_out_of_range_reaches_the_gradient_of_the_adapters_as_nan(b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(backend, dtype, monkeypatch):
-    monkeypatch.setattr(low_rank, "_FILL", 8)  # a GPU so small that contractions are cut by the number of rows here
+    # A GPU so small that at these sizes the number of rows decides how often a contraction is cut.
+    monkeypatch.setattr(low_rank, "_FILL", 8)
     tensors = inputs((140,), k=1504, n=48, ranks=(8, 16), groups=140, dtype=dtype)
     dy = torch.randn(140, 48).to(dtype)
 
