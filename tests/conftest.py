@@ -34,7 +34,7 @@ def instruction_sets():
     """Every instruction set that this processor runs; the one in force is put back after the test."""
     native = pytest.importorskip("clp_kernels._native")
     before, runnable = native.isa(), []
-    for name in ("portable", "avx2", "avx512"):
+    for name in ("portable", "avx2", "avx512", "amx"):
         try:
             runnable.append(native.select_isa(name))
         except ValueError:

@@ -41,6 +41,29 @@ void gate_backward(uintptr_t h, uintptr_t ds, uintptr_t gated, uintptr_t scaled,
   if (!ok) throw std::bad_alloc();
 }
 
+clp::MatmulOperand operand(const py::tuple& x) {
+  return {at<void>(x[0].cast<uintptr_t>()), clp::DType(x[1].cast<int>()), x[2].cast<int64_t>(), x[3].cast<int64_t>()};
+}
+
+// An operand is (address, dtype, row stride, depth stride).
+void matmul(const py::tuple& a, const py::tuple& b, int64_t k, const py::object& more, int64_t m, int64_t n, uintptr_t bias, uintptr_t c,
+            int64_t c_stride, bool accumulate, int parts, int threads) {
+  clp::Matmul x;
+  x.terms[0] = {operand(a), operand(b), k};
+  if (!more.is_none()) {
+    const py::tuple second = more;
+    x.terms[1] = {operand(second[0]), operand(second[1]), second[2].cast<int64_t>()};
+  }
+  x.m = m, x.n = n, x.bias = at<float>(bias), x.c = at<float>(c), x.c_stride = c_stride;
+  x.accumulate = accumulate, x.parts = parts, x.threads = threads;
+  bool ok;
+  {
+    py::gil_scoped_release release;
+    ok = clp::table().matmul.matmul(x);
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
 template <class T>
 clp::PerRow<T> per_row(uintptr_t rows, T all) { return {at<T>(rows), all}; }
 
@@ -59,7 +82,9 @@ int64_t sample(uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of clp_kernels. Internal: the checked interface is clp_kernels itself.";
   m.def("isa", [] { return clp::table().name; }, "name of the instruction set in use");
-  m.def("select_isa", &clp::select_isa, py::arg("name"), "force an instruction set: portable, avx2 or avx512");
+  m.def("select_isa", &clp::select_isa, py::arg("name"), "force an instruction set: portable, avx2, avx512 or amx");
+  m.def("has_tiles", [] { return clp::table().matmul.tiles; }, "whether matmul runs on AMX tiles");
+  m.def("matmul", &matmul);
   // The GIL is kept where the work is a few microseconds, as releasing it costs one.
   m.def("apply_gate", &apply_gate);
   m.def("gate_backward", &gate_backward);

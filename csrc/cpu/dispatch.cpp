@@ -5,8 +5,26 @@
 
 #include "kernels.hpp"
 
+#ifdef CLP_HAVE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace clp {
 namespace {
+
+#ifdef CLP_HAVE_AMX
+// The processor has the tiles, and the kernel lets this process use them: their registers are large enough that it must ask.
+bool amx_permitted() {
+  unsigned a, b, c, d;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, avx512_bf16 = 1u << 5;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (amx_bf16 | amx_tile)) != (amx_bf16 | amx_tile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & avx512_bf16)) return false;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
 
 const KernelTable* find(const std::string& name) {
   if (name == "portable") return &portable::table();
@@ -16,10 +34,13 @@ const KernelTable* find(const std::string& name) {
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx2") return avx2_ok ? &avx2::table() : nullptr;
   if (name == "avx512") return avx512_ok ? &avx512::table() : nullptr;
-#else
-  if (name == "avx2" || name == "avx512") return nullptr;
+#ifdef CLP_HAVE_AMX
+  if (name == "amx") return avx512_ok && amx_permitted() ? &amx::table() : nullptr;
 #endif
-  throw std::invalid_argument("instruction set '" + name + "' is unknown; expected portable, avx2 or avx512");
+#endif
+  for (const char* known : {"avx2", "avx512", "amx"})
+    if (name == known) return nullptr;
+  throw std::invalid_argument("instruction set '" + name + "' is unknown; expected portable, avx2, avx512 or amx");
 }
 
 const KernelTable* initial() {
@@ -27,7 +48,7 @@ const KernelTable* initial() {
     if (const KernelTable* t = find(forced)) return t;
     throw std::invalid_argument(std::string("CLP_KERNELS_ISA=") + forced + ": this processor cannot run it; unset it or use portable");
   }
-  for (const char* name : {"avx512", "avx2"})
+  for (const char* name : {"amx", "avx512", "avx2"})
     if (const KernelTable* t = find(name)) return t;
   return &portable::table();
 }

@@ -1,4 +1,4 @@
-// Compiled once per instruction set with CLP_ISA = portable | avx2 | avx512.
+// Compiled once per instruction set with CLP_ISA = portable | avx2 | avx512 | amx.
 #include "kernels.hpp"
 
 #define CLP_STR2(x) #x
@@ -7,7 +7,7 @@
 namespace clp::CLP_ISA {
 
 const KernelTable& table() {
-  static const KernelTable t = {CLP_STR(CLP_ISA), multi_lora_kernels, sampling_kernels, token_stats_kernels};
+  static const KernelTable t = {CLP_STR(CLP_ISA), matmul_kernels, multi_lora_kernels, sampling_kernels, token_stats_kernels};
   return t;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "matmul.hpp"
 #include "multi_lora.hpp"
 #include "sampling.hpp"
 #include "token_stats.hpp"
@@ -14,16 +15,18 @@ enum class DType : int { f32 = 0, bf16 = 1 };
 struct KernelTable {
   const char* name;
   // One entry per kernel family; see its header for the contract.
+  MatmulKernels matmul;
   MultiLoraKernels multi_lora;
   SamplingKernels sampling;
   TokenStatsKernels token_stats;
 };
 
 const KernelTable& table();            // chosen at first use: CLP_KERNELS_ISA if set, else the widest this CPU runs
-const char* select_isa(const char*);   // forces one ("portable", "avx2", "avx512"); returns the name now in force; throws std::invalid_argument
+const char* select_isa(const char*);   // forces one ("portable", "avx2", "avx512", "amx"); returns the name now in force; throws std::invalid_argument
 
 namespace portable { const KernelTable& table(); }
 namespace avx2 { const KernelTable& table(); }
 namespace avx512 { const KernelTable& table(); }
+namespace amx { const KernelTable& table(); }
 
 }  // namespace clp

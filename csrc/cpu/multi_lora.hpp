@@ -29,5 +29,6 @@ struct MultiLoraKernels {
 namespace portable { extern const MultiLoraKernels multi_lora_kernels; }
 namespace avx2 { extern const MultiLoraKernels multi_lora_kernels; }
 namespace avx512 { extern const MultiLoraKernels multi_lora_kernels; }
+namespace amx { extern const MultiLoraKernels multi_lora_kernels; }
 
 }  // namespace clp

@@ -36,5 +36,6 @@ struct SamplingKernels {
 namespace portable { extern const SamplingKernels sampling_kernels; }
 namespace avx2 { extern const SamplingKernels sampling_kernels; }
 namespace avx512 { extern const SamplingKernels sampling_kernels; }
+namespace amx { extern const SamplingKernels sampling_kernels; }
 
 }  // namespace clp

@@ -61,5 +61,6 @@ struct TokenStatsKernels {
 namespace portable { extern const TokenStatsKernels token_stats_kernels; }
 namespace avx2 { extern const TokenStatsKernels token_stats_kernels; }
 namespace avx512 { extern const TokenStatsKernels token_stats_kernels; }
+namespace amx { extern const TokenStatsKernels token_stats_kernels; }
 
 }  // namespace clp

@@ -5,7 +5,9 @@ from clp_kernels.linear_logprob import linear_logprob
 from clp_kernels.logits_logprob import logits_logprob
 from clp_kernels.multi_lora import expand_gate, merged_weight, multi_lora_linear
 from clp_kernels.sampling import sample_tokens
-from clp_kernels.token_stats import HeadLoRA, TokenStats, keep_logits
+from clp_kernels.token_stats import HeadLoRA, TokenStats
+from clp_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
-__all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "batch_invariant", "expand_gate", "keep_logits", "linear_logprob",
-           "logits_logprob", "merged_weight", "multi_lora_linear", "sample_tokens", "use_backend"]
+__all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "batch_invariant", "expand_gate", "linear_logprob",
+           "logits_logprob", "merged_weight", "multi_lora_linear", "sample_tokens", "use_backend",
+           "vocab_parallel_linear_logprob"]

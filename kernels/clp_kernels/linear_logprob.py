@@ -33,7 +33,7 @@ from clp_kernels.token_stats import (
     kept_rows,
 )
 
-_TABLE = (
+TABLE = (
     ("reference", "clp_kernels.reference.token_stats"),
     ("cpu", "clp_kernels.cpu.token_stats"),
     ("triton", "clp_kernels.triton_kernels.token_stats"),
@@ -79,6 +79,7 @@ def linear_logprob(
     lora: HeadLoRA | None = None,
     outputs: Sequence[str] = ("logprob",),
     ignore_index: int = -100,
+    keep_bytes: int | None = None,
 ) -> TokenStats:
     """Any of logprob, entropy, ref_logprob, kl, reverse_kl, lse and top1 of each token, in one pass over the vocabulary.
 
@@ -90,6 +91,9 @@ def linear_logprob(
                  to bias, each on its own
     lora         a `HeadLoRA` that conditions the output projection, of the policy only
     outputs      names; kl is KL(policy || reference), reverse_kl KL(reference || policy), both exact over the vocabulary
+    keep_bytes   how much memory may hold logits between forward and backward, which saves the backward pass their products:
+                 those of as many rows as fit are kept (4 bytes each, twice that for kl or reverse_kl), the others computed
+                 again. 0 keeps none; None leaves it to the back-end (`token_stats.kept_rows`)
     returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for what was not asked for
 
     Each output but ref_logprob and top1 is differentiable in hidden, and in weight, bias and the fields of lora where they
@@ -101,10 +105,72 @@ def linear_logprob(
     are right near the reference, in bfloat16 too. A logit of -inf (through bias) is a masked token. Under autocast hidden,
     weight, bias and their ref_ counterparts are cast to the autocast dtype, as torch.nn.functional.linear does.
 
-    Raises ValueError (shapes, devices, names), TypeError (dtypes); IndexError for a target outside the vocabulary on a CPU
-    (on a GPU, where finding out would stall the stream, its log-prob is NaN).
+    Raises ValueError (shapes, devices, names, a negative keep_bytes), TypeError (dtypes); IndexError for a target outside the
+    vocabulary on a CPU (on a GPU, where finding out would stall the stream, its log-prob is NaN).
     """
     op = "linear_logprob"
+    names, lead, head, rows = checked_call(
+        op, hidden, weight, targets, bias, temperature, softcap, logit_scale, ref_hidden, ref_weight, ref_bias, lora,
+        outputs, ignore_index)  # fmt: skip
+    if weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight is {tuple(weight.shape)}; expected at least one row (token)")
+    module = backend_module(op, TABLE, head.hidden.device.type, head.hidden.dtype)
+    if module == reference.__name__:
+        stats = reference.linear_logprob(
+            head.hidden,
+            head.weight,
+            head.bias,
+            head.ref_hidden,
+            head.ref_weight,
+            head.ref_bias,
+            head.lora,
+            rows.targets,
+            rows.inv_temperature,
+            softcap,
+            logit_scale,
+            frozenset(names),
+            ignore_index,
+        )
+        return TokenStats(*(None if value is None else value.reshape(lead) for value in stats))
+    kept, copies = kept_logits(module, head, names, keep_bytes)
+    values = torch.ops.clp_kernels.linear_logprob(
+        head.hidden,
+        head.weight,
+        head.bias,
+        *((None, None, None) if head.lora is None else head.lora),
+        head.ref_hidden,
+        head.ref_weight,
+        head.ref_bias,
+        rows.targets,
+        rows.inv_temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        ",".join(names),
+        kept,
+        copies,
+        module,
+    )
+    return as_token_stats(values, names, lead)
+
+
+def checked_call(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    lora: HeadLoRA | None,
+    outputs: Sequence[str],
+    ignore_index: int,
+) -> tuple[tuple[str, ...], torch.Size, Head, Rows]:
+    """A call's arguments checked, cast as autocast asks, rows flattened -> outputs, the rows' shape, head, rows."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = (
@@ -127,57 +193,27 @@ def linear_logprob(
         ref_weight = ref_weight.detach()
         ref_bias = None if ref_bias is None else ref_bias.detach()
     targets, inv_temperature = check_rows(op, lead, hidden.device, targets, temperature, softcap)
-    rows = math.prod(lead)
-    hidden = hidden.reshape(rows, hidden.shape[-1])
+    hidden = hidden.reshape(math.prod(lead), hidden.shape[-1])
     if lora is not None:
         lora = _check_lora(op, lora, lead, hidden, weight)
-
-    module = backend_module(op, _TABLE, hidden.device.type, hidden.dtype)
-    if module == reference.__name__:
-        stats = reference.linear_logprob(
-            hidden,
-            weight,
-            bias,
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            lora,
-            targets,
-            inv_temperature,
-            softcap,
-            logit_scale,
-            frozenset(names),
-            ignore_index,
-        )
-        return TokenStats(*(None if value is None else value.reshape(lead) for value in stats))
-    lora_a, lora_b, gate = (None, None, None) if lora is None else lora
-    copies = 2 if "kl" in names or "reverse_kl" in names else 1
-    kept = 0
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden, weight, bias, lora_a, lora_b, gate)
-    ):
-        kept = kept_rows(module, rows, weight.shape[0], copies, weight.shape[1])
-    values = torch.ops.clp_kernels.linear_logprob(
-        hidden,
-        weight,
-        bias,
-        lora_a,
-        lora_b,
-        gate,
-        ref_hidden,
-        ref_weight,
-        ref_bias,
-        targets,
-        inv_temperature,
-        softcap,
-        logit_scale,
-        ignore_index,
-        ",".join(names),
-        kept,
-        copies,
-        module,
+    return (
+        names,
+        lead,
+        Head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lora),
+        Rows(targets, inv_temperature, softcap, logit_scale, ignore_index),
     )
-    return as_token_stats(values, names, lead)
+
+
+def kept_logits(module: str, head: Head, names: Sequence[str], keep_bytes: int | None) -> tuple[int, int]:
+    """For how many rows to keep logits between forward and backward, and of how many heads."""
+    if keep_bytes is not None and keep_bytes < 0:
+        raise ValueError(f"linear_logprob: keep_bytes is {keep_bytes}; expected 0 or more, or None")
+    copies = 2 if "kl" in names or "reverse_kl" in names else 1
+    if not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias, *(head.lora or ()))
+    ):
+        return 0, copies
+    return kept_rows(module, head.hidden.shape[0], *head.weight.shape, copies, keep_bytes), copies
 
 
 def _check_head(
@@ -188,8 +224,6 @@ def _check_head(
             f"{op}: {prefix}hidden is {tuple(hidden.shape)} and {prefix}weight {tuple(weight.shape)}; expected "
             "(..., H) and (V, H)"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{op}: {prefix}weight is {tuple(weight.shape)}; expected at least one row (token)")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(
             f"{op}: {prefix}bias is {tuple(bias.shape)}; expected ({weight.shape[0]},) for {prefix}weight "
@@ -288,7 +322,7 @@ def _backward(*arguments):
     result = module.linear_backward(
         head, rows, grads, saved, kept, frozenset(n for n, need in zip(_NEEDS, needs) if need)
     )
-    return [getattr(result, name) for name, need in zip(_NEEDS, needs) if need]
+    return [getattr(result, name).to(t.dtype) for name, t, need in zip(_NEEDS, inputs, needs) if need]
 
 
 def _fake_backward(*arguments):

@@ -6,7 +6,7 @@ With z the policy's logits and z' the reference's (after bias, scale, softcap an
     ref_logprob = z'[target] - lse(z')      reverse_kl = sum q (log q - log p)      lse = log sum e^z      top1 = argmax z
 
 A back-end reduces each row to `Sums`. Those of two pieces of the vocabulary merge associatively: with m = max(m1, m2) and
-k_i = e^(m_i - m), s = sum k_i s_i, a = sum k_i (a_i + (m_i - m) s_i), d = sum k_i d_i, t = sum t_i.
+k_i = e^(m_i - m), s = sum k_i s_i, a = sum k_i (a_i + (m_i - m) s_i), d = sum k_i d_i, t = sum t_i (`merge`).
 `statistics` turns sums into outputs, and `coefficients` gathers the
 outputs' incoming gradients into five numbers per row:
 
@@ -15,9 +15,9 @@ outputs' incoming gradients into five numbers per row:
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,11 +82,12 @@ class Rows:
     softcap: float | None
     logit_scale: float
     ignore_index: int
+    shard: bool = False  # the columns are a shard of the vocabulary, and a target of -1 lies in another one
 
 
 @dataclass
 class HeadGradients:
-    """Gradients of a linear_logprob call; None where not asked for."""
+    """Gradients of a linear_logprob call; None where not asked for. The caller casts them to the arguments' dtypes."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -114,11 +115,42 @@ class Sums(NamedTuple):
     t_q: Tensor
 
 
-KEEP_BYTES = 64 << 20  # of logits that a CPU keeps between forward and backward; see keep_logits
-_INTENSITY = 184  # 16-bit FLOPs that a GPU does in the time it moves a byte: measured on an H200
+KEEP_BYTES = 64 << 20  # of logits that the CPU back-end keeps between forward and backward without being asked, where all fit
+# Width (H) from which keeping a logit is faster than computing it again: 8 bytes of traffic against 2 H operations, at 10 GB/s
+# and 0.3 TFLOP/s on two CPU cores, 4.3 TB/s and 790 TFLOP/s on an H200.
+_WORTH_KEEPING = {"cpu": 128, "triton_kernels": 768}
 SAVED = (
     6  # rows of the tensor kept for the backward pass: m_p, 1/s_p, m_q, 1/s_q, E_p[z_p - m_p], E_p[z_p - z_q]
 )
+
+
+def merge(pieces: Sums) -> Sums:
+    """Sums of the pieces of a vocabulary, every field (pieces, rows), into those of the whole, added in the order given.
+
+    A piece that is empty or masked throughout has m = -inf and counts for nothing. Differentiable, with the maxima constant.
+    """
+
+    def finite(m: Tensor) -> Tensor:
+        return m.masked_fill(m == -torch.inf, 0)  # a stand-in: -inf - -inf would be NaN
+
+    def added(*fields: Tensor) -> tuple[Tensor, ...]:
+        return functools.reduce(torch.add, torch.stack(fields, 1).unbind()).unbind()
+
+    m_p = pieces.m_p.amax(0)
+    k = (pieces.m_p - finite(m_p)).exp()
+    a = pieces.a_p + (finite(pieces.m_p) - finite(m_p)) * pieces.s_p
+    s_p, a_p, d_p, t_p = added(k * pieces.s_p, k * a, k * pieces.d_p, pieces.t_p)
+    if pieces.m_q is None:
+        return Sums(m_p, s_p, a_p, d_p, None, None, None, t_p, None)
+    m_q = pieces.m_q.amax(0)
+    k = (pieces.m_q - finite(m_q)).exp()
+    s_q, d_q, t_q = added(k * pieces.s_q, k * pieces.d_q, pieces.t_q)
+    return Sums(m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q)
+
+
+def merge_top1(m_p: Tensor, top1: Tensor) -> Tensor:
+    """The lowest of the columns top1 (pieces, rows) in whose piece the row's largest z is; m_p (pieces, rows)."""
+    return top1.masked_fill(m_p < m_p.amax(0), torch.iinfo(top1.dtype).max).amin(0)
 
 
 def statistics(
@@ -245,40 +277,18 @@ def check_rows(
     return targets, torch.full((rows,), 1.0 / temperature, dtype=torch.float32, device=device)
 
 
-# Process-wide, as the choice of a back-end is.
-_limits: list[int] = []
+def kept_rows(module: str, rows: int, vocabulary: int, width: int, copies: int, keep_bytes: int | None) -> int:
+    """How many rows, the first ones, have their float32 logits kept between forward and backward.
 
-
-@contextlib.contextmanager
-def keep_logits(limit: int) -> Iterator[None]:
-    """In the block, each linear_logprob call may keep up to `limit` bytes of logits for its backward pass.
-
-    Without it a CPU keeps KEEP_BYTES and a GPU nothing: memory is what callers want to save there. Kept logits are
-    float32, 4 bytes a row and vocabulary entry, twice that for kl and reverse_kl; results do not depend on them but for
-    rounding. Raises ValueError for a negative limit.
+    A kept logit saves the backward pass its product (`copies` is 2 where it needs the reference's too) and costs 4 bytes,
+    written once and read once. As many rows as fit in keep_bytes, where the width makes it worth the traffic. Without a
+    bound, all or none: all where they fit in KEEP_BYTES on a CPU; none on a GPU, where memory is what callers want to save.
     """
-    if limit < 0:
-        raise ValueError(f"keep_logits: limit is {limit}; expected a number of bytes, 0 to keep nothing")
-    _limits.append(limit)
-    try:
-        yield
-    finally:
-        _limits.pop()
-
-
-def kept_rows(module: str, rows: int, vocabulary: int, copies: int, width: int) -> int:
-    """How many leading rows' float32 logits stay in memory between forward and backward.
-
-    Kept logits save the backward pass their products (`copies` is 2 where it needs the reference's too) and cost memory.
-    On a CPU all rows are kept where they fit in the limit, otherwise none; on a GPU as many as fit, provided that it
-    pays: writing and reading a logit is 8 bytes, computing it again 2 `width` FLOPs.
-    """
-    on_cpu = ".cpu." in module
-    limit = _limits[-1] if _limits else KEEP_BYTES if on_cpu else 0
-    fitting = limit // max(vocabulary * 4 * copies, 1)
-    if on_cpu:
-        return rows if rows <= fitting else 0
-    return min(rows, fitting) if width > 4 * _INTENSITY else 0
+    backend = module.split(".")[1]
+    row_bytes = max(vocabulary, 1) * 4 * copies
+    if keep_bytes is None:
+        return rows if backend == "cpu" and rows * row_bytes <= KEEP_BYTES else 0
+    return min(rows, keep_bytes // row_bytes) if width >= _WORTH_KEEPING.get(backend, 0) else 0
 
 
 def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """linear_logprob: statistics of softmax(hidden W^T) are right, and so is every gradient, without the logits."""
 
+import functools
+
 import pytest
 import torch
 from clp_kernels import HeadLoRA, TokenStats, linear_logprob, use_backend
@@ -296,19 +298,36 @@ def test_nothing_around_the_operands_is_read(backend):
 
 
 @NATIVE
-@pytest.mark.parametrize("budget, chunk", [(0, 1 << 21), (0, 3000), (1 << 26, 3000)])
-def test_kept_or_recomputed_logits_and_any_chunks_give_the_same(backend, budget, chunk, monkeypatch):
+@pytest.mark.parametrize("rows, chunk", [(0, 1 << 21), (0, 3000), (7, 3000), (33, 1 << 21), (40, 3000)])
+def test_kept_or_recomputed_logits_and_any_chunks_give_the_same(backend, rows, chunk, monkeypatch):
+    """Whatever the memory bound: logits of no row, of some rows (within a block of 30 and beyond it) and of all."""
     import clp_kernels.cpu.token_stats as native
     from clp_kernels import token_stats
 
     tensors, targets = head_tensors(40, 16, 700, bias=True, lora=2), targets_for(40, 700)
     usual = run_all(call_linear, tensors, targets, OUTPUTS, ALL)
-    monkeypatch.setattr(token_stats, "KEEP_BYTES", budget)
+    monkeypatch.setitem(token_stats._WORTH_KEEPING, "cpu", 0)
     monkeypatch.setattr(native, "CHUNK", chunk)
     monkeypatch.setattr(native, "ROWS", 30)
-    got = run_all(call_linear, tensors, targets, OUTPUTS, ALL)
+    call = functools.partial(call_linear, keep_bytes=rows * 700 * 4 * 2 + 5)
+    got = run_all(call, tensors, targets, OUTPUTS, ALL)
     for name, value in usual.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=2e-6, msg=name)
+
+
+def test_memory_bound_of_the_kept_logits():
+    """Rows within the bound, where a product costs more than the traffic; all or nothing without a bound."""
+    from clp_kernels.token_stats import KEEP_BYTES, kept_rows
+
+    cpu, gpu = "clp_kernels.cpu.token_stats", "clp_kernels.triton_kernels.token_stats"
+    assert kept_rows(cpu, 1000, 1 << 15, 512, 2, 10 << 20) == 40
+    assert kept_rows(cpu, 1000, 1 << 15, 512, 1, 1 << 40) == 1000
+    assert kept_rows(cpu, 1000, 1 << 15, 512, 2, 0) == 0
+    assert kept_rows(cpu, 1000, 1 << 15, 32, 2, 10 << 20) == 0
+    assert kept_rows(cpu, KEEP_BYTES >> 17, 1 << 15, 512, 1, None) == KEEP_BYTES >> 17
+    assert kept_rows(cpu, (KEEP_BYTES >> 17) + 1, 1 << 15, 512, 1, None) == 0
+    assert kept_rows(gpu, 10, 1 << 15, 4096, 1, None) == 0
+    assert kept_rows(gpu, 100, 1 << 15, 4096, 1, 10 << 20) == 80
 
 
 @NATIVE

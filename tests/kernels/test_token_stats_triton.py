@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from clp_kernels import keep_logits, token_stats
+from clp_kernels import token_stats
 from token_cases import (
     OUTPUTS,
     assert_right,
@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton"),
 ]
 ALL = ("hidden", "weight", "bias", "a", "b", "gate")
-MODULE = "clp_kernels.triton_kernels.token_stats"
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def test_kept_logits_of_some_rows_give_what_recomputed_ones_give(
     backend, dtype, outputs, wanted, monkeypatch
 ):
     """150 of 200 rows are kept: one block of 128 rows entirely, another in part, and no product is done for them."""
-    monkeypatch.setattr(token_stats, "_INTENSITY", 0)
+    monkeypatch.setitem(token_stats._WORTH_KEEPING, "triton_kernels", 0)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
     tensors = head_tensors(200, 24, 400, bias=True, lora=8, dtype=dtype)
     targets = targets_for(200, 400)
@@ -111,8 +110,8 @@ def test_kept_logits_of_some_rows_give_what_recomputed_ones_give(
         inner(self, rows, saved, coefs, out, top, first)
 
     monkeypatch.setattr(head_logits.HeadLogits, "gradient", gradient)
-    with keep_logits(150 * 400 * 4 * (2 if "kl" in outputs else 1)):
-        kept = run_all(call_linear, tensors, targets, outputs, wanted, softcap=8.0)
+    bound = 150 * 400 * 4 * (2 if "kl" in outputs else 1)
+    kept = run_all(call_linear, tensors, targets, outputs, wanted, softcap=8.0, keep_bytes=bound)
     assert products == [(150, 50)]
     for name, value in recomputed.items():
         # To the last bit but for narrower slices where descriptors are in use, and the rounding of 16 bits after those.
@@ -124,10 +123,9 @@ def test_kept_logits_of_some_rows_give_what_recomputed_ones_give(
 
 def test_kept_logits_keep_the_kl_gradient_right_near_the_reference(backend, monkeypatch):
     """float32, so that the difference of two logits is not that of two roundings; KL is about 1e-4."""
-    monkeypatch.setattr(token_stats, "_INTENSITY", 0)
+    monkeypatch.setitem(token_stats._WORTH_KEEPING, "triton_kernels", 0)
     tensors, targets = head_tensors(24, 64, 700, spread=2.0, apart=5e-3), targets_for(24, 700, False)
-    with keep_logits(1 << 30):
-        got = run_all(call_linear, tensors, targets, ("kl",), ("hidden",))
+    got = run_all(call_linear, tensors, targets, ("kl",), ("hidden",), keep_bytes=1 << 30)
     exact = {n: t if t is None else t.double() for n, t in tensors.items()}
     p, q = ((exact[name] @ exact["weight"].t()).log_softmax(-1) for name in ("hidden", "ref_hidden"))
     kl = (p.exp() * (p - q)).sum(-1)
@@ -152,19 +150,3 @@ def test_a_frozen_head_costs_no_product_and_a_trained_one_one_for_each_chunk(bac
     shapes.clear()
     run_all(call_linear, tensors, targets, ("logprob",), ("weight",))
     assert shapes == [(256, 20, 16), (44, 20, 16)]
-
-
-def test_how_many_rows_are_kept(backend):
-    def rows(module, count, width=4096):
-        return token_stats.kept_rows(module, count, 1000, 2, width)
-
-    cpu = "clp_kernels.cpu.token_stats"
-    assert rows(MODULE, 100) == 0 and rows(cpu, 100) == 100 and rows(cpu, 10**6) == 0
-    with keep_logits(50 * 8000):
-        assert rows(MODULE, 100) == 50 and rows(MODULE, 20) == 20 and rows(cpu, 100) == 0
-        assert rows(MODULE, 100, width=512) == 0  # cheaper to compute again than to write and read
-        with keep_logits(0):
-            assert rows(MODULE, 100) == rows(cpu, 100) == 0
-    with pytest.raises(ValueError, match="limit is -1; expected a number of bytes"):
-        with keep_logits(-1):
-            pass

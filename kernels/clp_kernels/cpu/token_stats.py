@@ -5,7 +5,7 @@ into the rows' running sums. Backward fills the chunk again, one fused pass turn
 products accumulate what was asked for: d_hidden over the vocabulary in float32, d_weight chunk by chunk. Beyond the inputs
 and the gradients themselves that takes a few chunks and O(rows) numbers.
 
-Logits that fit in `token_stats.KEEP_BYTES` are kept between forward and backward instead of being computed again. Rows with
+Logits of the first rows are kept between forward and backward, as many as `token_stats.kept_rows` says. Rows with
 an ignored target are left out of the products.
 
 The size of a chunk: 1 MB (which stays in L2) to 8 MB (L3) take the same time on one thread, within 3%. But every product and
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from clp_kernels import _native
-from clp_kernels.cpu.products import Products, splits_bfloat16
+from clp_kernels.backends import is_batch_invariant
+from clp_kernels.cpu.products import Products, along
 from clp_kernels.token_stats import OUTPUTS, Head, HeadGradients, Rows, Sums, coefficients, statistics
 
 CHUNK = 1 << 21  # logits, 8 MB of float32; twice that with a reference
@@ -52,7 +53,7 @@ def check_rows(rows: Rows, vocabulary: int) -> Tensor | None:
         return None
     ignored = rows.targets == rows.ignore_index
     wrong = ((rows.targets < 0) | (rows.targets >= vocabulary)) & ~ignored
-    if wrong.any():
+    if wrong.any() and not rows.shard:
         at = int(wrong.nonzero()[0])
         raise IndexError(
             f"targets[{at}] (rows flattened) is {int(rows.targets[at])}; expected 0 to {vocabulary - 1}, or "
@@ -109,10 +110,10 @@ class _ForwardState:
     def __init__(self, rows: Rows, asked: frozenset[str]) -> None:
         count = rows.inv_temperature.shape[0]
         self._rows, self._asked = rows, asked
-        self._sums = torch.zeros(len(Sums._fields), count, dtype=torch.float64)
+        self.sums = torch.zeros(len(Sums._fields), count, dtype=torch.float64)
         for name in ("m_p", "m_q"):
-            self._sums[Sums._fields.index(name)] = -torch.inf
-        self._top1 = torch.full((count,), -1, dtype=torch.int64)
+            self.sums[Sums._fields.index(name)] = -torch.inf
+        self.top1 = torch.full((count,), -1, dtype=torch.int64)
         self._chunk = _chunk(rows, _flags(asked))
         self._chunk.state_stride = count
 
@@ -127,12 +128,12 @@ class _ForwardState:
     ) -> None:
         chunk = self._chunk
         _point_at(chunk, self._rows, policy, reference, row, column, bias, ref_bias)
-        chunk.state = self._sums[:, row:].data_ptr()
-        chunk.top1 = self._top1[row:].data_ptr() if "top1" in self._asked else 0
+        chunk.state = self.sums[:, row:].data_ptr()
+        chunk.top1 = self.top1[row:].data_ptr() if "top1" in self._asked else 0
         _native.token_stats_forward(chunk)
 
     def finish(self, ignored: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        return statistics(Sums(*self._sums), self._top1, self._asked, ignored)
+        return statistics(Sums(*self.sums), self.top1, self._asked, ignored)
 
 
 class _BackwardState:
@@ -177,11 +178,9 @@ class _LinearProblem:
             rows.logit_scale,
             rows.ignore_index,
         )
-        self.product_dtype = (
-            torch.bfloat16 if head.weight.dtype is torch.bfloat16 and splits_bfloat16() else torch.float32
-        )
-        self.hidden = self.pick(head.hidden).to(self.product_dtype)
-        self.weight = head.weight
+        self.product_dtype = head.weight.dtype if Products.takes(head.weight.dtype) else torch.float32
+        self.hidden = along(self.pick(head.hidden).to(self.product_dtype))
+        self.weight = along(head.weight)
         self.bias = None if head.bias is None else head.bias.float().contiguous()
         self.products = Products()
         self.lora = head.lora
@@ -189,12 +188,13 @@ class _LinearProblem:
             self.hidden32 = self.hidden.float()
             self.a, self.b = head.lora.a.float(), head.lora.b.float()
             self.gate = self.pick(head.lora.gate).float()
-            self.down = torch.mm(self.hidden32, self.a.t())
+            self.down = self.hidden32.new_empty(self.hidden.shape[0], self.a.shape[0])
+            self.products.multiply(self.hidden32, self.a.t(), self.down)
             self.gated = self.down * self.gate
         self.needs_reference = needs_reference
         if needs_reference:
-            self.ref_hidden = self.pick(head.ref_hidden).to(self.product_dtype)
-            self.ref_weight = head.ref_weight
+            self.ref_hidden = along(self.pick(head.ref_hidden).to(self.product_dtype))
+            self.ref_weight = along(head.ref_weight)
             self.ref_bias = None if head.ref_bias is None else head.ref_bias.float().contiguous()
             self.shares_weight = (
                 head.ref_weight.data_ptr() == head.weight.data_ptr()
@@ -213,13 +213,16 @@ class _LinearProblem:
             return tensor
         return tensor.new_zeros(count, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
 
-    def row_blocks(self) -> list[tuple[int, int]]:
+    def row_blocks(self, kept: int) -> list[tuple[int, int]]:
+        """Blocks of rows; `kept` ends one."""
         count = self.hidden.shape[0]
-        return [(r0, min(r0 + ROWS, count)) for r0 in range(0, count, ROWS)]
+        edges = sorted({*range(0, count, ROWS), min(kept, count), count})
+        return list(zip(edges, edges[1:]))
 
     def width(self) -> int:
-        """Columns of a chunk."""
-        return min(CHUNK // max(min(self.hidden.shape[0], ROWS), 1), self.weight.shape[0])
+        """Columns of a chunk. The sums of a chunk are rounded once: in batch-invariant mode it may not depend on the rows."""
+        rows = ROWS if is_batch_invariant() else max(min(self.hidden.shape[0], ROWS), 1)
+        return min(CHUNK // rows, self.weight.shape[0])
 
     def columns(self) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
         """Chunks of the vocabulary with the policy's and the reference's piece of the weight."""
@@ -240,7 +243,7 @@ class _LinearProblem:
         """The policy's raw logits, before the bias."""
         self.products.multiply(self.hidden[r0:r1], piece.t(), out)
         if self.lora is not None:
-            torch.addmm(out, self.gated[r0:r1], self.b[c0:c1].t(), out=out)
+            self.products.accumulate(self.gated[r0:r1], self.b[c0:c1].t(), out)
 
     def fill_reference(self, out: Tensor, r0: int, r1: int, ref_piece: Tensor) -> None:
         self.products.multiply(self.ref_hidden[r0:r1], ref_piece.t(), out)
@@ -250,21 +253,22 @@ def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
-def linear_forward(
+def _folded(
     head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
+) -> tuple[_LinearProblem, _ForwardState]:
+    """The whole vocabulary folded into the sums of the rows that count.
 
-    kept (copies, T, V) float32: filled with the raw logits of the rows that count, policy's and reference's; or (copies, 0, V).
+    kept (copies, K, V) float32: filled with the raw logits of the first K of the rows that count, policy's and reference's.
     """
     problem = _LinearProblem(head, rows, bool(_flags(asked) & _REFERENCE))
     state = _ForwardState(problem.rows, asked)
-    copies = kept.shape[0] if kept.shape[1] else 0
+    copies, kept_rows = kept.shape[:2]
     buffers = problem.buffers(2 if problem.needs_reference else 1)
     for c0, c1, piece, ref_piece in problem.columns():
-        for r0, r1 in problem.row_blocks():
+        for r0, r1 in problem.row_blocks(kept_rows):
             places = [_shaped(buffer, r1 - r0, c1 - c0) for buffer in buffers]
-            places[:copies] = kept[:copies, r0:r1, c0:c1]
+            if r0 < kept_rows:
+                places[:copies] = kept[:, r0:r1, c0:c1]
             problem.fill(places[0], r0, r1, c0, c1, piece)
             if problem.needs_reference:
                 problem.fill_reference(places[1], r0, r1, ref_piece)
@@ -276,6 +280,24 @@ def linear_forward(
                 problem.bias,
                 problem.ref_bias,
             )
+    return problem, state
+
+
+def linear_sums(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor) -> tuple[Sums, Tensor]:
+    """-> the sums in float64 and the column of the largest z, (T,) each; 0 in ignored rows. kept as for linear_forward."""
+    problem, state = _folded(head, rows, asked, kept)
+    total = rows.inv_temperature.shape[0]
+    return Sums(*problem.spread(state.sums.t(), total).t()), problem.spread(state.top1, total)
+
+
+def linear_forward(
+    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
+
+    kept (copies, T, V) float32: filled with the raw logits of the rows that count, policy's and reference's; or (copies, 0, V).
+    """
+    problem, state = _folded(head, rows, asked, kept)
     outputs, saved = state.finish(None)
     total = rows.inv_temperature.shape[0]
     outputs = [problem.spread(o, total) if name in asked else o for name, o in zip(OUTPUTS, outputs)]
@@ -290,13 +312,13 @@ def linear_backward(
     kept: Tensor,
     needs: frozenset[str],
 ) -> HeadGradients:
-    """Gradients of the arguments named in `needs` (fields of HeadGradients), each in its argument's dtype."""
+    """Gradients of the arguments named in `needs` (fields of HeadGradients), float32 or in their arguments' dtypes."""
     needs_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
     problem = _LinearProblem(head, rows, needs_reference)
     grads = {name: None if g is None else problem.pick(g) for name, g in grads.items()}
     state = _BackwardState(problem.rows, grads, problem.pick(saved.t()).t())
     count, width = problem.hidden.shape
-    copies = kept.shape[0] if kept.shape[1] else 0
+    copies, kept_rows = kept.shape[:2]
     wide = {"dtype": torch.float32}
     d_hidden = torch.zeros(count, width, **wide) if "hidden" in needs else None
     d_weight = torch.empty(head.weight.shape, dtype=head.weight.dtype) if "weight" in needs else None
@@ -304,7 +326,7 @@ def linear_backward(
     d_b = torch.empty(problem.b.shape, **wide) if "lora_b" in needs else None
     through_lora = problem.lora is not None and needs & {"hidden", "lora_a", "gate"}
     d_gated = torch.zeros_like(problem.gated) if through_lora else None
-    buffers = problem.buffers(2 if needs_reference and copies < 2 else 1)
+    buffers = problem.buffers(2 if needs_reference else 1)
     narrow = None
     if problem.product_dtype is not torch.float32:
         narrow = torch.empty_like(buffers[0], dtype=problem.product_dtype)
@@ -312,14 +334,14 @@ def linear_backward(
         d_piece = torch.zeros(c1 - c0, width, **wide) if "weight" in needs else None
         if d_b is not None:
             d_b[c0:c1] = 0
-        for r0, r1 in problem.row_blocks():
+        for r0, r1 in problem.row_blocks(kept_rows):
             wide_out = _shaped(buffers[0], r1 - r0, c1 - c0)
             policy, reference = wide_out, None
-            if copies:
+            if r0 < kept_rows:
                 policy = kept[0, r0:r1, c0:c1]
             else:
                 problem.fill(policy, r0, r1, c0, c1, piece)
-            if needs_reference and copies > 1:
+            if needs_reference and copies > 1 and r0 < kept_rows:
                 reference = kept[1, r0:r1, c0:c1]
             elif needs_reference:
                 reference = _shaped(buffers[1], r1 - r0, c1 - c0)
@@ -345,13 +367,11 @@ def linear_backward(
         if d_hidden is not None:
             torch.addmm(d_hidden, d_down, problem.a, out=d_hidden)
         if "lora_a" in needs:
-            result.lora_a = torch.mm(d_down.t(), problem.hidden32).to(head.lora.a.dtype)
+            result.lora_a = torch.mm(d_down.t(), problem.hidden32)
         if "gate" in needs:
-            result.gate = problem.spread(d_gated * problem.down, head.lora.gate.shape[0]).to(
-                head.lora.gate.dtype
-            )
+            result.gate = problem.spread(d_gated * problem.down, head.lora.gate.shape[0])
     if d_hidden is not None:
-        result.hidden = problem.spread(d_hidden.to(head.hidden.dtype), head.hidden.shape[0])
+        result.hidden = problem.spread(d_hidden, head.hidden.shape[0])
     if d_bias is not None:
         result.bias = d_bias.to(head.bias.dtype)
     if d_b is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels.token_stats import HeadLoRA, TokenStats
+from clp_kernels.token_stats import Head, HeadLoRA, Rows, Sums, TokenStats
 
 
 def unsupported(**call) -> str | None:
@@ -90,16 +90,73 @@ def linear_logprob(
     ignore_index: int,
 ) -> TokenStats:
     """hidden (T, H), weight (V, H); the rest as in logits_logprob."""
-    logits = _wide(hidden @ weight.t())
-    if bias is not None:
-        logits = logits + _wide(bias)
-    if lora is not None:
-        logits = logits + ((_wide(hidden) @ _wide(lora.a).t()) * _wide(lora.gate)) @ _wide(lora.b).t()
-    ref_logits = None
-    if ref_hidden is not None:
-        ref_logits = _wide(ref_hidden.detach() @ ref_weight.detach().t())
-        if ref_bias is not None:
-            ref_logits = ref_logits + _wide(ref_bias.detach())
+    logits, ref_logits = _logits(Head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lora))
     return logits_logprob(
         logits, targets, ref_logits, inv_temperature, softcap, logit_scale, asked, ignore_index
     )
+
+
+def _logits(head: Head) -> tuple[Tensor, Tensor | None]:
+    """The policy's and the reference's logits (T, V), before scale, softcap and temperature."""
+    logits = _wide(head.hidden @ head.weight.t())
+    if head.bias is not None:
+        logits = logits + _wide(head.bias)
+    if head.lora is not None:
+        a, b, gate = map(_wide, head.lora)
+        logits = logits + ((_wide(head.hidden) @ a.t()) * gate) @ b.t()
+    ref_logits = None
+    if head.ref_hidden is not None:
+        ref_logits = _wide(head.ref_hidden.detach() @ head.ref_weight.detach().t())
+        if head.ref_bias is not None:
+            ref_logits = ref_logits + _wide(head.ref_bias.detach())
+    return logits, ref_logits
+
+
+def linear_sums(head: Head, rows: Rows) -> tuple[Sums, Tensor]:
+    """`Sums` of one shard of a vocabulary and the column of its largest z, (T,) each; the sums differentiable, m a constant.
+
+    A shard may be empty: m = -inf, sums of 0, and a column of 0.
+    """
+
+    def maximum(z: Tensor) -> Tensor:
+        return z.detach().amax(-1) if z.shape[1] else z.new_full((z.shape[0],), -torch.inf)
+
+    def exponential(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e^(z - m), z - m, and where z = -inf, which adds nothing, to the gradient either."""
+        shifted = z - m.masked_fill(m == -torch.inf, 0)[:, None]
+        return shifted.exp(), shifted, z == -torch.inf
+
+    def total(value: Tensor, masked: Tensor) -> Tensor:
+        return value.masked_fill(masked, 0).sum(-1)
+
+    logits, ref_logits = _logits(head)
+    z_p = _scaled(logits, rows.inv_temperature, rows.softcap, rows.logit_scale)
+    m_p = maximum(z_p)
+    e, shifted, masked = exponential(z_p, m_p)
+    is_target = torch.zeros_like(z_p, dtype=torch.bool)
+    if rows.targets is not None:
+        is_target = torch.arange(z_p.shape[1], device=z_p.device) == rows.targets[:, None]
+    sums = Sums(
+        m_p=m_p,
+        s_p=e.sum(-1),
+        a_p=total(e * shifted.masked_fill(masked, 0), masked),
+        d_p=torch.zeros_like(m_p),
+        m_q=None,
+        s_q=None,
+        d_q=None,
+        t_p=total(z_p, ~is_target),
+        t_q=None,
+    )
+    if ref_logits is not None:
+        z_q = _scaled(ref_logits, rows.inv_temperature, rows.softcap, rows.logit_scale)
+        m_q = maximum(z_q)
+        f, _, ref_masked = exponential(z_q, m_q)
+        sums = sums._replace(
+            d_p=total(e * (z_p.masked_fill(masked, 0) - z_q.masked_fill(masked, 0)), masked),
+            m_q=m_q,
+            s_q=f.sum(-1),
+            d_q=total(f * (z_q.masked_fill(ref_masked, 0) - z_p.masked_fill(ref_masked, 0)), ref_masked),
+            t_q=total(z_q, ~is_target),
+        )
+    top1 = z_p.detach().argmax(-1) if z_p.shape[1] else torch.zeros_like(m_p, dtype=torch.int64)
+    return sums, top1

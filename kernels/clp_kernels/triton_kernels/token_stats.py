@@ -29,7 +29,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clp_kernels.token_stats import OUTPUTS, Head, HeadGradients, HeadLoRA, Rows, coefficients
+from clp_kernels.token_stats import (
+    OUTPUTS,
+    Head,
+    HeadGradients,
+    HeadLoRA,
+    Rows,
+    Sums,
+    coefficients,
+    merge,
+    merge_top1,
+)
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
 from clp_kernels.triton_kernels.head_logits import HeadLogits
@@ -79,15 +89,29 @@ def _logits_forward(
     )
 
 
+def _head_partial(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | None) -> Partial:
+    logits = HeadLogits(head, flags(asked)["REFERENCE"])
+    partial = Partial(head.hidden, logits.rows, logits.vocabulary, asked)
+    logits.fold(rows, partial, kept)
+    return partial
+
+
 def linear_forward(
     head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
     """-> outputs in the order of OUTPUTS, saved (SAVED, T). kept (copies, T_kept, V) float32 is filled with the raw logits of
     the leading T_kept rows, the policy's and, where copies is 2, the reference's."""
-    logits = HeadLogits(head, flags(asked)["REFERENCE"])
-    partial = Partial(head.hidden, logits.rows, logits.vocabulary, asked)
-    logits.fold(rows, partial, kept)
-    return partial.finish(rows)
+    return _head_partial(head, rows, asked, kept).finish(rows)
+
+
+def linear_sums(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | None) -> tuple[Sums, Tensor]:
+    """-> the sums in float32 and the column of the largest z, (T,) each; `_combine`'s arithmetic, splits in order, in torch."""
+    partial = _head_partial(head, rows, asked, kept)
+    fields = Sums(*partial.sums.unbind(1))
+    if not flags(asked)["REFERENCE"]:
+        fields = fields._replace(m_q=None, s_q=None, d_q=None, t_q=None)  # which the kernel has not written
+    top = partial.sums.new_zeros(partial.sums.shape[2], dtype=torch.int32)
+    return merge(fields), top if partial.top is None else merge_top1(fields.m_p, partial.top)
 
 
 def _chunk(vocabulary: int) -> int:
@@ -108,7 +132,7 @@ def linear_backward(
     kept: Tensor | None,
     needs: frozenset[str],
 ) -> HeadGradients:
-    """Gradients of the arguments named in `needs` (fields of HeadGradients), each in its argument's dtype."""
+    """Gradients of the arguments named in `needs` (fields of HeadGradients), float32 or in their arguments' dtypes."""
     with_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
     logits = HeadLogits(head, with_reference)
     hidden, weight = head.hidden, head.weight
@@ -158,11 +182,11 @@ def linear_backward(
         if "lora_a" in needs:
             d_a = wide(*logits.a.shape)
             multiply(d_down.t(), hidden, d_a, add=False)
-            result.lora_a = d_a.to(head.lora.a.dtype)
+            result.lora_a = d_a
         if "gate" in needs:
-            result.gate = (d_gated * logits.down).to(head.lora.gate.dtype)
+            result.gate = d_gated * logits.down
     if d_hidden is not None:
-        result.hidden = d_hidden.to(hidden.dtype)
+        result.hidden = d_hidden
     if d_bias is not None:
         result.bias = d_bias.to(head.bias.dtype)
     if d_b is not None:

@@ -1,0 +1,426 @@
+// Both versions follow the same plan. B is packed, `kColumns` columns and `kDepth` of the contraction at a time, into panels that
+// all threads share; each thread packs kRows rows of A into panels of its own, which stay in its L2, and runs the micro-kernel over
+// every pair of panels. kDepth bounds a chain of float32 additions: C gathers one partial sum for each kDepth of the contraction.
+// Threads own rows of C, or columns where there are too few rows.
+#include "matmul.hpp"
+
+#include <cstdlib>
+
+#include "kernels.hpp"
+#include "vecmath.hpp"
+
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#endif
+
+namespace clp::CLP_ISA {
+namespace {
+
+constexpr int64_t kDepth = 512;
+
+CLP_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+CLP_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+#ifdef __AMX_BF16__
+
+// A panel is 32 rows of an operand: for each step of 32 along the contraction and each part, two tiles of 16 rows. A tile of A
+// holds a row's 32 elements side by side; one of B holds them in pairs, (pair, row), which is what the instruction wants.
+constexpr int64_t kPanelA = 32, kPanelB = 32, kTile = 1024, kStep = 32;
+
+CLP_INLINE int64_t steps_of(int64_t depth) { return (depth + kStep - 1) / kStep; }
+CLP_INLINE int64_t panel_bytes_a(int64_t steps, int parts) { return steps * parts * 2 * kTile; }
+CLP_INLINE int64_t panel_bytes_b(int64_t steps, int parts) { return steps * parts * 2 * kTile; }
+
+// 16 x 16 doublewords in 16 registers.
+CLP_INLINE void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+CLP_INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+CLP_INLINE __m512 widen(__m256i half) {  // bfloat16 to float32
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+CLP_INLINE __m512 load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+CLP_INLINE __m512 load16(const uint16_t* p, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, p)); }
+
+// The next bfloat16 part of 32 numbers, and what it leaves of them. An infinity leaves NaN.
+CLP_INLINE __m512i take_part(__m512& lo, __m512& hi) {
+  const __m512i part = (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
+  lo = _mm512_sub_ps(lo, widen(_mm512_castsi512_si256(part)));
+  hi = _mm512_sub_ps(hi, widen(_mm512_extracti64x4_epi64(part, 1)));
+  return part;
+}
+
+// One tile of every part, out of `rows` rows (at most 16) and `depth` of the contraction (at most 32), zeros around them.
+template <class T, int PARTS, bool PAIRED, bool ALONG>
+CLP_INLINE void pack_tile(const T* from, int64_t stride, int64_t rows, int64_t depth, char* to, int64_t part_stride) {
+  __m512i tiles[PARTS][16];
+  alignas(64) static constexpr uint16_t interleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(interleave);
+  for (int i = 0; i < 16; ++i) {
+    __m512 lo = _mm512_setzero_ps(), hi = lo;
+    if (ALONG) {  // a row's contraction is contiguous: register i is row i
+      if (i < rows) {
+        lo = load16(from + i * stride, first(depth));
+        if (depth > 16) hi = load16(from + i * stride + 16, first(depth - 16));
+      }
+    } else {  // rows are contiguous: register i is the pair (2i, 2i + 1) of every row
+      if (2 * i < depth) lo = load16(from + 2 * i * stride, first(rows));
+      if (2 * i + 1 < depth) hi = load16(from + (2 * i + 1) * stride, first(rows));
+    }
+    for (int part = 0; part < PARTS; ++part) {
+      const __m512i taken = take_part(lo, hi);
+      tiles[part][i] = ALONG ? taken : _mm512_permutexvar_epi16(order, taken);
+    }
+  }
+  for (int part = 0; part < PARTS; ++part) {
+    if (ALONG == PAIRED) transpose(tiles[part]);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(reinterpret_cast<__m512i*>(to + part * part_stride + i * 64), tiles[part][i]);
+  }
+}
+
+template <class T, int PARTS, bool PAIRED>
+void pack_panel(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t part_stride) {
+  const int64_t steps = steps_of(depth);
+  const T* data = static_cast<const T*>(x.data) + row * x.row_stride + from * x.depth_stride;
+  for (int64_t step = 0; step < steps; ++step)
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t height = rows - half * 16;
+      const T* tile = data + half * 16 * x.row_stride + step * kStep * x.depth_stride;
+      char* out = to + (step * 2 + half) * kTile;
+      if (x.depth_stride == 1)
+        pack_tile<T, PARTS, PAIRED, true>(tile, x.row_stride, height, smaller(depth - step * kStep, kStep), out, part_stride);
+      else
+        pack_tile<T, PARTS, PAIRED, false>(tile, x.depth_stride, height, smaller(depth - step * kStep, kStep), out, part_stride);
+    }
+}
+
+template <bool PAIRED>
+void pack(const MatmulOperand& x, int parts, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t step, int64_t steps) {
+  const int64_t part_stride = steps * 2 * kTile;
+  to += step * 2 * kTile;
+  if (x.dtype == DType::bf16) return pack_panel<uint16_t, 1, PAIRED>(x, row, rows, from, depth, to, part_stride);
+  if (parts == 3) return pack_panel<float, 3, PAIRED>(x, row, rows, from, depth, to, part_stride);
+  if (parts == 2) return pack_panel<float, 2, PAIRED>(x, row, rows, from, depth, to, part_stride);
+  pack_panel<float, 1, PAIRED>(x, row, rows, from, depth, to, part_stride);
+}
+
+// Tiles 0 to 3 are the accumulators, 4 and 5 a panel of A, 6 and 7 one of B.
+#define CLP_LOAD_A(part) \
+  _tile_loadd(4, a + ((part) * steps + step) * 2 * kTile, 64); \
+  _tile_loadd(5, a + ((part) * steps + step) * 2 * kTile + kTile, 64)
+#define CLP_LOAD_B(part) \
+  _tile_loadd(6, b + ((part) * steps + step) * 2 * kTile, 64); \
+  _tile_loadd(7, b + ((part) * steps + step) * 2 * kTile + kTile, 64)
+#define CLP_MULTIPLY \
+  _tile_dpbf16ps(0, 4, 6); \
+  _tile_dpbf16ps(1, 4, 7); \
+  _tile_dpbf16ps(2, 5, 6); \
+  _tile_dpbf16ps(3, 5, 7)
+
+// c (rows, columns) = or += the product of two panels. PARTS of A and of B differ only where one of them is bfloat16 (1).
+template <int PARTS_A, int PARTS_B>
+void micro(const char* a, const char* b, int64_t steps, const float* bias, float* c, int64_t stride, int64_t rows, int64_t columns,
+                      bool add) {
+  if (bias) {  // kPanelB of it; a stride of 0 gives it to every row
+    _tile_loadd(0, bias, 0);
+    _tile_loadd(1, bias + 16, 0);
+    _tile_loadd(2, bias, 0);
+    _tile_loadd(3, bias + 16, 0);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  // Small products first, so that they are not lost in a large sum.
+  for (int64_t step = 0; step < steps; ++step) {
+    if (PARTS_A == 3 && PARTS_B == 3) {
+      CLP_LOAD_A(2); CLP_LOAD_B(0); CLP_MULTIPLY;
+      CLP_LOAD_A(1); CLP_MULTIPLY;
+      CLP_LOAD_B(1); CLP_MULTIPLY;
+      CLP_LOAD_A(0); CLP_MULTIPLY;
+      CLP_LOAD_B(2); CLP_MULTIPLY;
+      CLP_LOAD_B(0); CLP_MULTIPLY;
+    } else if (PARTS_A == 2 && PARTS_B == 2) {
+      CLP_LOAD_A(1); CLP_LOAD_B(0); CLP_MULTIPLY;
+      CLP_LOAD_A(0); CLP_LOAD_B(1); CLP_MULTIPLY;
+      CLP_LOAD_B(0); CLP_MULTIPLY;
+    } else if (PARTS_A > PARTS_B) {
+      CLP_LOAD_B(0);
+      if (PARTS_A > 2) { CLP_LOAD_A(2); CLP_MULTIPLY; }
+      CLP_LOAD_A(1); CLP_MULTIPLY;
+      CLP_LOAD_A(0); CLP_MULTIPLY;
+    } else if (PARTS_A < PARTS_B) {
+      CLP_LOAD_A(0);
+      if (PARTS_B > 2) { CLP_LOAD_B(2); CLP_MULTIPLY; }
+      CLP_LOAD_B(1); CLP_MULTIPLY;
+      CLP_LOAD_B(0); CLP_MULTIPLY;
+    } else {
+      CLP_LOAD_A(0); CLP_LOAD_B(0); CLP_MULTIPLY;
+    }
+  }
+  if (!add && rows == kPanelA && columns == kPanelB) {
+    _tile_stored(0, c, stride * 4);
+    _tile_stored(1, c + 16, stride * 4);
+    _tile_stored(2, c + 16 * stride, stride * 4);
+    _tile_stored(3, c + 16 * stride + 16, stride * 4);
+    return;
+  }
+  alignas(64) float sums[kPanelA * kPanelB];
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  _tile_stored(2, sums + 512, 128);
+  _tile_stored(3, sums + 528, 128);
+  const __mmask16 left = first(columns), right = first(columns - 16);
+  for (int64_t row = 0; row < rows; ++row) {
+    float* to = c + row * stride;
+    __m512 x = _mm512_load_ps(sums + row * 32), y = _mm512_load_ps(sums + row * 32 + 16);
+    if (add) {
+      x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(left, to));
+      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(right, to + 16));
+    }
+    _mm512_mask_storeu_ps(to, left, x);
+    _mm512_mask_storeu_ps(to + 16, right, y);
+  }
+}
+
+using Micro = void (*)(const char*, const char*, int64_t, const float*, float*, int64_t, int64_t, int64_t, bool);
+
+Micro choose(int parts_a, int parts_b) {
+  static constexpr Micro table[3][3] = {{micro<1, 1>, micro<1, 2>, micro<1, 3>},
+                                        {micro<2, 1>, micro<2, 2>, nullptr},
+                                        {micro<3, 1>, nullptr, micro<3, 3>}};
+  return table[parts_a - 1][parts_b - 1];
+}
+
+// The tile registers of this thread, as long as this lives. What was configured before is put back: other users of the tiles
+// (oneDNN) remember what they configured.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(&before_);
+    const TileConfig ours;
+    _tile_loadconfig(&ours);
+  }
+  ~Tiles() {
+    if (before_.palette) _tile_loadconfig(&before_);
+    else _tile_release();
+  }
+
+ private:
+  TileConfig before_;
+};
+
+#else
+
+// Float32 panels: of A `kPanelA` rows, (depth, rows); of B kPanelB columns, (depth, columns). The accumulators fill the registers.
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16, kPanelA = 8, kPanelB = 48;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8, kPanelA = 6, kPanelB = 16;
+#else
+constexpr int64_t kLanes = 4, kPanelA = 4, kPanelB = 8;
+#endif
+constexpr int64_t kChain = 64;  // additions in a row: their rounding errors grow with its root
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+
+CLP_INLINE int64_t steps_of(int64_t depth) { return depth; }
+CLP_INLINE int64_t panel_bytes_a(int64_t steps, int) { return round_up(steps * kPanelA * 4, 64); }
+CLP_INLINE int64_t panel_bytes_b(int64_t steps, int) { return round_up(steps * kPanelB * 4, 64); }
+
+template <class T, int64_t PANEL>
+void pack_panel(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, float* to) {
+  const T* data = static_cast<const T*>(x.data) + row * x.row_stride + from * x.depth_stride;
+  for (int64_t p = 0; p < depth; ++p)
+    for (int64_t i = 0; i < PANEL; ++i) to[p * PANEL + i] = i < rows ? load(data + i * x.row_stride + p * x.depth_stride) : 0.0f;
+}
+
+template <bool RIGHT>
+void pack(const MatmulOperand& x, int, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t step, int64_t) {
+  constexpr int64_t panel = RIGHT ? kPanelB : kPanelA;
+  float* out = reinterpret_cast<float*>(to) + step * panel;
+  if (x.dtype == DType::bf16) pack_panel<uint16_t, panel>(x, row, rows, from, depth, out);
+  else pack_panel<float, panel>(x, row, rows, from, depth, out);
+}
+
+void micro(const char* a_panel, const char* b_panel, int64_t steps, const float* bias, float* c, int64_t stride, int64_t rows,
+           int64_t columns, bool add) {
+  constexpr int64_t vectors = kPanelB / kLanes;
+  const float* a = reinterpret_cast<const float*>(a_panel);
+  const Vector* b = reinterpret_cast<const Vector*>(b_panel);
+  int64_t from = 0;
+  do {
+    Vector sums[kPanelA][vectors] = {};
+    if (bias)
+      for (int64_t i = 0; i < kPanelA; ++i) std::memcpy(sums[i], bias, sizeof sums[i]);
+    for (int64_t p = from; p < smaller(steps, from + kChain); ++p, a += kPanelA, b += vectors)
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kPanelA; ++i)
+#pragma GCC unroll 8
+        for (int64_t v = 0; v < vectors; ++v) sums[i][v] += a[i] * b[v];
+    for (int64_t i = 0; i < rows; ++i) {
+      alignas(64) float row[kPanelB];
+      std::memcpy(row, sums[i], sizeof row);
+      float* to = c + i * stride;
+      for (int64_t j = 0; j < columns; ++j) to[j] = add ? to[j] + row[j] : row[j];
+    }
+    add = true, bias = nullptr;
+  } while ((from += kChain) < steps);
+}
+
+using Micro = void (*)(const char*, const char*, int64_t, const float*, float*, int64_t, int64_t, int64_t, bool);
+Micro choose(int, int) { return micro; }
+
+struct Tiles {
+  Tiles() {}
+};
+
+#endif
+
+constexpr int64_t kRows = 256 / kPanelA * kPanelA, kColumns = 2048 / kPanelB * kPanelB;
+
+// A piece of the contraction that is packed and multiplied at a time: kDepth of the first term, the second term with its last piece.
+struct Piece {
+  int64_t from[2], depth[2];
+
+  CLP_INLINE int64_t steps() const { return steps_of(depth[0]) + steps_of(depth[1]); }
+};
+
+struct Plan {
+  const Matmul& x;
+  int parts_a, parts_b;
+  int64_t pieces, bytes_a, bytes_b;  // bytes of one panel of the deepest piece
+  Micro micro;
+
+  explicit Plan(const Matmul& given) : x(given) {
+    parts_a = x.terms[0].a.dtype == DType::bf16 ? 1 : x.parts;
+    parts_b = x.terms[0].b.dtype == DType::bf16 ? 1 : x.parts;
+    micro = choose(parts_a, parts_b);
+    pieces = x.terms[0].k > kDepth ? (x.terms[0].k + kDepth - 1) / kDepth : 1;
+    const int64_t deepest = steps_of(smaller(x.terms[0].k, kDepth)) + steps_of(x.terms[1].k);
+    bytes_a = panel_bytes_a(deepest, parts_a);
+    bytes_b = panel_bytes_b(deepest, parts_b);
+  }
+
+  Piece piece(int64_t i) const {
+    const bool last = i == pieces - 1;
+    return {{i * kDepth, 0}, {last ? x.terms[0].k - i * kDepth : kDepth, last ? x.terms[1].k : 0}};
+  }
+
+  template <bool RIGHT>
+  void pack_both(const Piece& piece, int64_t row, int64_t rows, char* to) const {
+    for (int t = 0; t < 2; ++t)
+      if (piece.depth[t])
+        pack<RIGHT>(RIGHT ? x.terms[t].b : x.terms[t].a, RIGHT ? parts_b : parts_a, row, rows, piece.from[t], piece.depth[t], to,
+                    t ? steps_of(piece.depth[0]) : 0, piece.steps());
+  }
+
+  // Rows [row, last) of C, and `columns` of its columns from `column` on, whose panels are `packed`.
+  void multiply(const Piece& piece, int64_t row, int64_t last, int64_t column, int64_t columns, const char* packed, char* scratch) const {
+    const bool first = piece.from[0] == 0;
+    for (; row < last; row += kRows) {
+      const int64_t rows = smaller(last - row, kRows);
+      const int64_t panels = (rows + kPanelA - 1) / kPanelA;
+      for (int64_t i = 0; i < panels; ++i)
+        pack_both<false>(piece, row + i * kPanelA, smaller(rows - i * kPanelA, kPanelA), scratch + i * bytes_a);
+      for (int64_t j = 0; j < columns; j += kPanelB) {
+        const int64_t width = smaller(columns - j, kPanelB);
+        alignas(64) float bias[kPanelB] = {};
+        if (x.bias && first) std::memcpy(bias, x.bias + column + j, width * sizeof(float));
+        for (int64_t i = 0; i < panels; ++i)
+          micro(scratch + i * bytes_a, packed + j / kPanelB * bytes_b, piece.steps(), x.bias && first ? bias : nullptr,
+                x.c + (row + i * kPanelA) * x.c_stride + column + j, x.c_stride, smaller(rows - i * kPanelA, kPanelA), width,
+                x.accumulate || !first);
+      }
+    }
+  }
+};
+
+template <class Work>
+CLP_INLINE void each_thread(int threads, Work work) {
+  if (threads == 1) return work(0);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int t = 0; t < threads; ++t) work(t);
+}
+
+bool matmul(const Matmul& x) {
+  if (x.m == 0 || x.n == 0) return true;
+  const Plan plan(x);
+  const int64_t row_panels = (x.m + kPanelA - 1) / kPanelA, column_panels = (x.n + kPanelB - 1) / kPanelB;
+  const bool by_rows = row_panels >= x.threads;
+  const int threads = static_cast<int>(smaller(x.threads, by_rows ? row_panels : column_panels));
+  const int64_t shared = smaller(column_panels, kColumns / kPanelB) * plan.bytes_b;
+  const int64_t own = smaller(row_panels, kRows / kPanelA) * plan.bytes_a;
+  char* packed = static_cast<char*>(std::aligned_alloc(64, shared + threads * own));
+  if (!packed) return false;
+  char* scratch = packed + shared;
+  for (int64_t column = 0; column < x.n; column += kColumns) {
+    const int64_t columns = smaller(x.n - column, kColumns), panels = (columns + kPanelB - 1) / kPanelB;
+    for (int64_t i = 0; i < plan.pieces; ++i) {
+      const Piece piece = plan.piece(i);
+      auto pack_share = [&](int t) {
+        for (int64_t j = panels * t / threads; j < panels * (t + 1) / threads; ++j)
+          plan.pack_both<true>(piece, column + j * kPanelB, smaller(columns - j * kPanelB, kPanelB), packed + j * plan.bytes_b);
+      };
+      if (by_rows) {
+        each_thread(threads, pack_share);
+        each_thread(threads, [&](int t) {
+          const Tiles tiles;
+          plan.multiply(piece, row_panels * t / threads * kPanelA, smaller(row_panels * (t + 1) / threads * kPanelA, x.m), column, columns,
+                        packed, scratch + t * own);
+        });
+      } else {
+        each_thread(threads, [&](int t) {
+          const Tiles tiles;
+          pack_share(t);
+          const int64_t j0 = panels * t / threads, j1 = panels * (t + 1) / threads;
+          plan.multiply(piece, 0, x.m, column + j0 * kPanelB, smaller(columns, j1 * kPanelB) - j0 * kPanelB, packed + j0 * plan.bytes_b,
+                        scratch + t * own);
+        });
+      }
+    }
+  }
+  std::free(packed);
+  return true;
+}
+
+}  // namespace
+#ifdef __AMX_BF16__
+const MatmulKernels matmul_kernels = {true, matmul};
+#else
+const MatmulKernels matmul_kernels = {false, matmul};
+#endif
+
+}  // namespace clp::CLP_ISA
