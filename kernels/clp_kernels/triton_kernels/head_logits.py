@@ -20,7 +20,7 @@ from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.launch import SLICE, Tile, descriptor
 from clp_kernels.triton_kernels.products import multiply
 from clp_kernels.triton_kernels.token_gradient import _store_gradient
-from clp_kernels.triton_kernels.token_sums import SPLIT, Partial, _fold_raw, _store_sums, flags
+from clp_kernels.triton_kernels.token_sums import Partial, _fold_raw, _store_sums, flags
 
 # "pair": two accumulators, the policy's and the reference's. Through descriptors a tile of 128 x 256, or a pair of 128 x
 # 128, which loads 3/4 of what 128 x 128 would for each product; the registers it leaves are why it is folded in slices.
@@ -293,7 +293,7 @@ class HeadLogits:
         kept_q = kept[1] if keeps and kept.shape[0] > 1 else None
         _linear_forward[(triton.cdiv(self.rows, self.tile.rows) * partial.splits,)](
             *self._tensors, rows.targets, rows.inv_temperature, partial.sums, partial.top, kept[0] if keeps else None,
-            kept_q, *self._sizes, *self._strides, kept.shape[1] if keeps else 0, SPLIT, rows.softcap, rows.logit_scale,
+            kept_q, *self._sizes, *self._strides, kept.shape[1] if keeps else 0, partial.span, rows.softcap, rows.logit_scale,
             SLICE=piece, **flags(partial.asked), **self._constants)  # fmt: skip
 
     def gradient(

@@ -46,7 +46,7 @@ from clp_kernels.triton_kernels.head_logits import HeadLogits
 from clp_kernels.triton_kernels.launch import unsupported as unsupported
 from clp_kernels.triton_kernels.products import multiply
 from clp_kernels.triton_kernels.token_gradient import _logits_gradient
-from clp_kernels.triton_kernels.token_sums import SPLIT, Partial, _fold_raw, _store_sums, flags
+from clp_kernels.triton_kernels.token_sums import Partial, _fold_raw, _store_sums, flags
 
 CHUNK = 4096  # columns of d(loss)/d(logits) that exist at a time, at least
 _LOGITS_ROWS, _LOGITS_COLUMNS = 4, 1024
@@ -250,7 +250,7 @@ def logits_forward(
         ref_logits = None
     if count:
         _logits_forward[(triton.cdiv(count, _LOGITS_ROWS) * partial.splits,)](
-            logits, ref_logits, rows.targets, rows.inv_temperature, partial.sums, partial.top, count, vocabulary, SPLIT,
+            logits, ref_logits, rows.targets, rows.inv_temperature, partial.sums, partial.top, count, vocabulary, partial.span,
             rows.softcap, rows.logit_scale, logits.stride(0), 0 if ref_logits is None else ref_logits.stride(0),
             BLOCK_T=_LOGITS_ROWS, BLOCK_V=_LOGITS_COLUMNS, **needed, num_warps=8)  # fmt: skip
     return partial.finish(rows)

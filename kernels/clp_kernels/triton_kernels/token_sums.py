@@ -256,7 +256,8 @@ class Partial:
     """The splits' running sums: made here, filled by a forward kernel, merged by `finish`."""
 
     def __init__(self, like: Tensor, rows: int, vocabulary: int, asked: frozenset[str]) -> None:
-        self.splits = triton.cdiv(vocabulary, SPLIT)
+        self.span = SPLIT
+        self.splits = triton.cdiv(vocabulary, self.span)
         self.asked, self.vocabulary = asked, vocabulary
         self.sums = like.new_empty(self.splits, _STATES.value, rows, dtype=torch.float32)
         self.top = like.new_empty(self.splits, rows, dtype=torch.int32) if "top1" in asked else None
