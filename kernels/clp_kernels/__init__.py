@@ -3,10 +3,11 @@
 from clp_kernels.backends import Backend, backends, batch_invariant, use_backend
 from clp_kernels.linear_logprob import linear_logprob
 from clp_kernels.logits_logprob import logits_logprob
-from clp_kernels.multi_lora import expand_gate, multi_lora_linear
+from clp_kernels.multi_lora import expand_gate, merged_weight, multi_lora_linear
 from clp_kernels.sampling import sample_tokens
 from clp_kernels.token_stats import HeadLoRA, TokenStats
 from clp_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
 __all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "batch_invariant", "expand_gate", "linear_logprob",
-           "logits_logprob", "multi_lora_linear", "sample_tokens", "use_backend", "vocab_parallel_linear_logprob"]
+           "logits_logprob", "merged_weight", "multi_lora_linear", "sample_tokens", "use_backend",
+           "vocab_parallel_linear_logprob"]

@@ -79,7 +79,7 @@ def covering(specs):
 
 def _tile(spec) -> tuple:
     blocks = tuple(value for name, value in spec.constants.items() if name.startswith("BLOCK") and value is not None)
-    pointer = next(kind for kind in spec.types.values() if kind.startswith("*"))
+    pointer = next(kind for kind in spec.types.values() if kind.startswith(("*", "tensordesc")))
     return blocks, spec.num_warps, spec.num_stages, "32" in pointer
 
 
@@ -103,6 +103,8 @@ def report(spec) -> dict:
         "shared": kernel.metadata.shared,
         "spills": spilled(kernel),
         "wgmma": "wgmma.mma_async" in kernel.asm.get("ptx", ""),
+        "tma": "cp.async.bulk.tensor" in kernel.asm.get("ptx", ""),
+        "described": any(kind.startswith("tensordesc") for kind in spec.types.values()),
         "seconds": round(time.perf_counter() - started, 2),
     }
 

@@ -92,10 +92,11 @@ def test_sizes_that_no_tile_divides(backend, rows, vocabulary, width):
 )
 def test_sizes_that_no_triton_tile_divides(backend, rows, vocabulary, width, monkeypatch):
     """With wide tiles, as the interpreter takes a millisecond for each operation on a tile, however large it is."""
-    from clp_kernels.triton_kernels import token_stats
+    from clp_kernels.triton_kernels import head_logits, launch, products
 
-    wide, tall = token_stats.Tile(16, 2048, 32, 4, 2), token_stats.Tile(512, 16, 512, 4, 2)
-    monkeypatch.setitem(token_stats._TILES, "plain", {"single": wide, "pair": wide, "product": tall})
+    wide = launch.Tile(16, 2048, 32, 4, 2)
+    monkeypatch.setitem(head_logits._TILES, "plain", {"single": wide, "pair": wide})
+    monkeypatch.setitem(products._TILES, "plain", launch.Tile(512, 16, 512, 4, 2))
     assert_right(
         call_linear,
         head_tensors(rows, width, vocabulary),

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from clp_kernels import expand_gate, multi_lora_linear, use_backend
+from clp_kernels import batch_invariant, expand_gate, merged_weight, multi_lora_linear, use_backend
+from clp_kernels.multi_lora import merge_pays
 
 NAMES = ("x", "weight", "lora_a", "lora_b", "gate", "bias")
 MIXED = (8, 16, 64)
@@ -320,6 +321,79 @@ def test_a_gate_index_out_of_range_is_an_error(backend):
         index[20] = wrong
         with pytest.raises(IndexError):
             call(inputs(groups=4), index)
+
+
+def merged(tensors):
+    weight = merged_weight(*(tensors[name] for name in ("weight", "lora_a", "lora_b")), tensors["gate"][0])
+    return F.linear(tensors["x"], weight, tensors["bias"])
+
+
+def test_a_merged_weight_is_the_layer_under_one_gate_row():
+    tensors = inputs((37,), k=1030, n=45, groups=1)
+    exact = call({name: t.double() for name, t in tensors.items()})
+    assert_as_accurate(merged(tensors), call(tensors), exact)
+    frozen = {**tensors, "gate": torch.zeros(1, 88)}
+    assert torch.equal(merged(frozen), F.linear(tensors["x"], tensors["weight"], tensors["bias"]))
+    for name in ("weight", "lora_a"):
+        tensors[name] = tensors[name].requires_grad_()
+    assert not merged_weight(
+        *(tensors[n] for n in ("weight", "lora_a", "lora_b")), tensors["gate"][0]
+    ).requires_grad
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.1, 1.0])
+def test_what_merging_costs_in_bfloat16(scale):
+    """One rounding of the weight beside the one of y: sqrt(2) of a single rounding, which is what two roundings of y cost."""
+    tensors = inputs((200,), k=512, n=256, ranks=(16, 16, 16), dtype=torch.float32)
+    for name, size in (
+        ("weight", 512**-0.5),
+        ("lora_a", 512**-0.5),
+        ("lora_b", scale * 48**-0.5),
+        ("bias", 0),
+    ):
+        tensors[name] = tensors[name] * size
+    tensors["gate"] = tensors["gate"].abs()
+    half = {name: t if name == "gate" else t.bfloat16() for name, t in tensors.items()}
+    with use_backend("reference"):
+        exact = call({name: t.double() for name, t in half.items()})
+    once = (exact.bfloat16().double() - exact).square().mean().sqrt()
+    factored, whole = ((y.double() - exact).square().mean().sqrt() / once for y in (call(half), merged(half)))
+    assert 1.2 < whole < 1.6 and whole < 1.2 * factored
+
+
+def test_merging_pays_from_the_row_on_at_which_it_saves_more_than_it_costs():
+    size, rank = 4096, 48
+    even = size * size / (2 * size) * (1 + 2 * 184 / rank)
+    assert not merge_pays(int(even), size, size, rank, 184.0) and merge_pays(
+        int(even) + 2, size, size, rank, 184.0
+    )
+    assert 17_000 < even < 18_000  # the module's docstring
+    assert not merge_pays(10**9, size, size, 0, 184.0)
+
+
+def test_only_calls_without_gradient_under_one_gate_row_are_merged(monkeypatch):
+    merges = []
+    monkeypatch.setattr(clp_kernels.multi_lora, "_merges", lambda *_: merges.append(1) or True)
+    tensors = inputs(groups=1)
+    torch.testing.assert_close(call(tensors), merged(tensors), rtol=0, atol=0)
+    assert merges == [1]
+    call(inputs(groups=37))
+    call(tensors, torch.zeros(37, dtype=torch.int64))
+    call({**tensors, "lora_a": tensors["lora_a"].requires_grad_()})
+    assert merges == [1]
+
+
+def test_a_cpu_and_a_batch_invariant_call_merge_nothing_by_themselves(monkeypatch):
+    monkeypatch.setattr(clp_kernels.multi_lora, "merge_pays", lambda *_: True)
+    merges = clp_kernels.multi_lora._merges
+    assert not merges(torch.empty(8, 8, dtype=torch.bfloat16), (8, 8), 4)
+
+    class OnGpu:
+        is_cuda, dtype, shape = True, torch.bfloat16, (8, 8)
+
+    assert merges(OnGpu(), (8, 8), 4)
+    with batch_invariant():
+        assert not merges(OnGpu(), (8, 8), 4)
 
 
 def test_expand_gate_repeats_and_scales():

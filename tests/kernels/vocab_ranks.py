@@ -231,11 +231,12 @@ def main(process, folder):
     pair = dist.new_group([1, 2])
     if clp_kernels.backends()["triton"].available:
         # Several splits in a shard; few and wide tiles, as the interpreter takes its time for each.
-        from clp_kernels.triton_kernels import token_stats
+        from clp_kernels.triton_kernels import head_logits, launch, products, token_sums
 
-        wide, tall = token_stats.Tile(16, 128, 32, 4, 2), token_stats.Tile(512, 16, 512, 4, 2)
-        token_stats._TILES["plain"] = {"single": wide, "pair": wide, "product": tall}
-        token_stats.SPLIT = 256
+        wide = launch.Tile(16, 128, 32, 4, 2)
+        head_logits._TILES["plain"] = {"single": wide, "pair": wide}
+        products._TILES["plain"] = launch.Tile(512, 16, 512, 4, 2)
+        token_sums.SPLIT = 256
     results = {}
     for name, spec in CASES.items():
         absent = 3 - len(shard_bounds(spec))

@@ -16,6 +16,9 @@ from unittest import mock
 
 import torch
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from clp_kernels.triton_kernels import launch
 
 _TYPES = {
     torch.float32: "fp32",
@@ -34,8 +37,8 @@ class AotSpec:
     """One compilation of one kernel for one GPU generation.
 
     target      "sm_80", "sm_90", "sm_100" or "gfx942"
-    types       argument -> Triton type ("*bf16", "i32", "fp32", ...), with ":16" behind it where divisible
-                by 16
+    types       argument -> Triton type ("*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>", ...), with ":16" behind it
+                where divisible by 16
     constants   argument -> value: tl.constexpr arguments, pointers that are None, integers that are 1
     matrix      expected to use wgmma on sm_90
     """
@@ -81,7 +84,9 @@ def recorded(
         vendor = mock.patch.object(
             torch.version, "hip", "ahead of time" if target.startswith("gfx") else None
         )
-        with mock.patch.object(JITFunction, "run", run), vendor:
+        major = 9 if target.startswith("gfx") else int(target[3:]) // 10
+        generation = mock.patch.object(launch, "major", lambda device, major=major: major)
+        with mock.patch.object(JITFunction, "run", run), vendor, generation:
             call()
         seen = set()
         for kernel, args, kwargs in launches:
@@ -107,6 +112,8 @@ def _spec(label, kernel, target, args, kwargs, matrix) -> AotSpec:
 
 
 def _type_of(value) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
         return f"*{_TYPES[value.dtype]}:16"
     if isinstance(value, bool):

@@ -1,0 +1,283 @@
+"""Running sums of a row over pieces of the vocabulary, and the statistics made of them; see clp_kernels.token_stats.
+
+fold       one tile of z into the rows' sums, slice by slice, so that what exp and the differences leave behind beside
+           the accumulators is a slice's worth of registers and not a tile's
+combine    the sums of the vocabulary's splits merged in order, and every output out of them
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from clp_kernels.token_stats import NEED_REFERENCE, OUTPUTS, SAVED, Rows
+from clp_kernels.triton_kernels.launch import _halves
+
+SPLIT = 4096  # columns of the vocabulary per program; a multiple of every tile's columns
+_STATES = tl.constexpr(9)  # floats per row and split: the fields of token_stats.Sums, in order
+_COMBINE_ROWS = 64
+
+
+@triton.jit
+def _tanh(x):
+    """To about 1 ulp: Cephes' polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel."""
+    y = x * x
+    p = -5.70498872745e-3 * y + 2.06390887954e-2
+    p = p * y - 5.37397155531e-2
+    p = p * y + 1.33314422036e-1
+    p = p * y - 3.33332819422e-1
+    magnitude = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    return tl.where(magnitude < 0.625, p * y * x + x, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def _transform(raw, bias, column, V, logit_scale, softcap, inv_temperature):
+    """raw (rows, columns) -> z, -inf beyond the vocabulary, and tanh(u / softcap) (z where there is no softcap)."""
+    if bias is not None:
+        raw += tl.load(bias + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
+    u = raw * logit_scale
+    if softcap is not None:
+        capped = _tanh(u / softcap)
+        z = softcap * capped * inv_temperature[:, None]
+    else:
+        z = u * inv_temperature[:, None]
+        capped = z
+    return tl.where((column < V)[None, :], z, float("-inf")), capped
+
+
+@triton.jit
+def _finite(m):
+    """A stand-in for the maximum of a row that is masked so far: -inf - -inf would be NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _within(target, first, BLOCK_V: tl.constexpr):
+    """The target's place in a tile, or -1: 32 bits, so that comparing with it does not take a tile of 64-bit columns."""
+    place = target - first
+    return tl.where((place >= 0) & (place < BLOCK_V), place, -1).to(tl.int32)
+
+
+@triton.jit
+def _fold(
+    z_p, z_q, first, target, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
+    BLOCK_V: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr,
+    TOP1: tl.constexpr,
+):  # fmt: skip
+    """One tile of z into the rows' running sums (token_stats.Sums) and the column of the largest z."""
+    place = tl.arange(0, BLOCK_V)[None, :]
+    is_target = place == _within(target, first, BLOCK_V)[:, None]
+    highest = tl.max(z_p, 1)
+    if TOP1:
+        best = (tl.min(tl.where(z_p == highest[:, None], place, BLOCK_V), 1) + first).to(tl.int32)
+        top = tl.where((highest > m_p) | (top < 0), best, top)
+    m_new = tl.maximum(m_p, highest)
+    scale = tl.exp(m_p - _finite(m_new))
+    shifted = z_p - _finite(m_new)[:, None]
+    e = tl.exp(shifted)
+    if ENTROPY:
+        a_p = scale * (a_p + (_finite(m_p) - _finite(m_new)) * s_p) + tl.sum(
+            tl.where(e > 0.0, e * shifted, 0.0), 1
+        )
+    if KL:
+        d_p = scale * d_p + tl.sum(tl.where(e > 0.0, e * (z_p - z_q), 0.0), 1)
+    s_p = scale * s_p + tl.sum(e, 1)
+    m_p = m_new
+    t_p += tl.sum(tl.where(is_target, z_p, 0.0), 1)
+    if REFERENCE:
+        m_new = tl.maximum(m_q, tl.max(z_q, 1))
+        scale = tl.exp(m_q - _finite(m_new))
+        f = tl.exp(z_q - _finite(m_new)[:, None])
+        if REVERSE:
+            d_q = scale * d_q + tl.sum(tl.where(f > 0.0, f * (z_q - z_p), 0.0), 1)
+        s_q = scale * s_q + tl.sum(f, 1)
+        m_q = m_new
+        t_q += tl.sum(tl.where(is_target, z_q, 0.0), 1)
+    return m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top
+
+
+@triton.jit
+def _keep(raw, kept, row, column, kept_rows, V):
+    if kept is not None:
+        at = row[:, None] * V + column[None, :]
+        tl.store(kept + at, raw, mask=(row < kept_rows)[:, None] & (column < V)[None, :])
+
+
+@triton.jit
+def _fold_raw(
+    raw_p, raw_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap, inv_t, target,
+    m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
+    SLICE: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr,
+    TOP1: tl.constexpr,
+):  # fmt: skip
+    """Raw logits (rows, columns from `first` on) into the rows' running sums, at most SLICE columns at a time.
+
+    kept_p, kept_q (kept_rows, V) float32, or None: where the raw logits of the leading rows go.
+    """
+    if raw_p.shape[1] > SLICE:
+        left_p, right_p = _halves(raw_p)
+        left_q, right_q = left_p, right_p
+        if REFERENCE:
+            left_q, right_q = _halves(raw_q)
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_raw(
+            left_p, left_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap, inv_t, target,
+            m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, REFERENCE, ENTROPY, KL, REVERSE, TOP1)  # fmt: skip
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_raw(
+            right_p, right_q, bias, ref_bias, kept_p, kept_q, first + left_p.shape[1], row, kept_rows, V, logit_scale,
+            softcap, inv_t, target, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, REFERENCE, ENTROPY, KL,
+            REVERSE, TOP1)  # fmt: skip
+    else:
+        column = first + tl.arange(0, raw_p.shape[1]).to(tl.int64)
+        _keep(raw_p, kept_p, row, column, kept_rows, V)
+        z_p, _ = _transform(raw_p, bias, column, V, logit_scale, softcap, inv_t)
+        z_q = z_p
+        if REFERENCE:
+            _keep(raw_q, kept_q, row, column, kept_rows, V)
+            z_q, _ = _transform(raw_q, ref_bias, column, V, logit_scale, softcap, inv_t)
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold(
+            z_p, z_q, first, target, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, raw_p.shape[1], REFERENCE, ENTROPY,
+            KL, REVERSE, TOP1)  # fmt: skip
+    return m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top
+
+
+@triton.jit
+def _store_sums(
+    partial, partial_top, split, row, T, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
+    REFERENCE: tl.constexpr, TOP1: tl.constexpr,
+):  # fmt: skip
+    mask = row < T
+    size = tl.full((), T, tl.int64)
+    at = partial + split.to(tl.int64) * _STATES * size + row
+    tl.store(at, m_p, mask=mask)
+    tl.store(at + size, s_p, mask=mask)
+    tl.store(at + 2 * size, a_p, mask=mask)
+    tl.store(at + 3 * size, d_p, mask=mask)
+    tl.store(at + 7 * size, t_p, mask=mask)
+    if REFERENCE:
+        tl.store(at + 4 * size, m_q, mask=mask)
+        tl.store(at + 5 * size, s_q, mask=mask)
+        tl.store(at + 6 * size, d_q, mask=mask)
+        tl.store(at + 8 * size, t_q, mask=mask)
+    if TOP1:
+        tl.store(partial_top + split.to(tl.int64) * size + row, top, mask=mask)
+
+
+@triton.jit
+def _store_output(out, row, T, value, ignored):
+    if out is not None:
+        tl.store(out + row, tl.where(ignored, 0.0, value), mask=row < T)
+
+
+@triton.jit
+def _combine(
+    partial,  # (splits, _STATES, T)
+    partial_top,  # (splits, T) or None
+    targets,  # (T,) or None
+    logprob, entropy, ref_logprob, kl, reverse_kl, lse, top1,  # (T,), None where not asked for
+    saved,  # (6, T): m_p, 1/s_p, m_q, 1/s_q, E_p[z_p - m_p], E_p[z_p - z_q]
+    T, V, splits, ignore_index,
+    BLOCK_T: tl.constexpr, REFERENCE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask = row < T
+    size = tl.full((), T, tl.int64)
+    zero = tl.zeros((BLOCK_T,), tl.float32)
+    m_p, m_q = zero + float("-inf"), zero + float("-inf")
+    s_p, a_p, d_p, t_p, s_q, d_q, t_q = zero, zero, zero, zero, zero, zero, zero
+    top = tl.zeros((BLOCK_T,), tl.int32)
+    at = partial + row
+    for split in range(splits):
+        m = tl.load(at, mask=mask, other=0.0)
+        s = tl.load(at + size, mask=mask, other=1.0)
+        if partial_top is not None:
+            column = tl.load(partial_top + split * size + row, mask=mask, other=0)
+            top = tl.where((m > m_p) | (split == 0), column, top)
+        m_new = tl.maximum(m_p, m)
+        old, new = tl.exp(m_p - _finite(m_new)), tl.exp(m - _finite(m_new))
+        a = tl.load(at + 2 * size, mask=mask, other=0.0)
+        shift_old, shift_new = _finite(m_p) - _finite(m_new), _finite(m) - _finite(m_new)
+        a_p = old * (a_p + shift_old * s_p) + new * (a + shift_new * s)
+        d_p = old * d_p + new * tl.load(at + 3 * size, mask=mask, other=0.0)
+        s_p = old * s_p + new * s
+        m_p = m_new
+        t_p += tl.load(at + 7 * size, mask=mask, other=0.0)
+        if REFERENCE:
+            m = tl.load(at + 4 * size, mask=mask, other=0.0)
+            m_new = tl.maximum(m_q, m)
+            old, new = tl.exp(m_q - _finite(m_new)), tl.exp(m - _finite(m_new))
+            s_q = old * s_q + new * tl.load(at + 5 * size, mask=mask, other=1.0)
+            d_q = old * d_q + new * tl.load(at + 6 * size, mask=mask, other=0.0)
+            m_q = m_new
+            t_q += tl.load(at + 8 * size, mask=mask, other=0.0)
+        at += _STATES * size
+
+    ignored = row >= T
+    if targets is not None:
+        target = tl.load(targets + row, mask=mask, other=0)
+        ignored = target == ignore_index
+        inside = (target >= 0) & (target < V)
+        t_p = tl.where(inside, t_p, float("nan"))
+        t_q = tl.where(inside, t_q, float("nan"))
+    log_s = tl.log(s_p)
+    mean_a, mean_d = a_p / s_p, d_p / s_p
+    _store_output(logprob, row, T, (t_p - m_p) - log_s, ignored)
+    _store_output(entropy, row, T, log_s - mean_a, ignored)
+    _store_output(lse, row, T, m_p + log_s, ignored)
+    if top1 is not None:
+        tl.store(top1 + row, tl.where(ignored, 0, top).to(tl.int64), mask=mask)
+    tl.store(saved + row, m_p, mask=mask)
+    tl.store(saved + size + row, 1.0 / s_p, mask=mask)
+    tl.store(saved + 4 * size + row, mean_a, mask=mask)
+    tl.store(saved + 5 * size + row, mean_d, mask=mask)
+    if REFERENCE:
+        log_ratio = (m_p - m_q) + tl.log(s_p / s_q)  # lse_p - lse_q, small where the two are close
+        _store_output(ref_logprob, row, T, (t_q - m_q) - tl.log(s_q), ignored)
+        _store_output(kl, row, T, mean_d - log_ratio, ignored)
+        _store_output(reverse_kl, row, T, d_q / s_q + log_ratio, ignored)
+        tl.store(saved + 2 * size + row, m_q, mask=mask)
+        tl.store(saved + 3 * size + row, 1.0 / s_q, mask=mask)
+
+
+def flags(asked: frozenset[str]) -> dict[str, bool]:
+    """Which sums the outputs need."""
+    return {
+        "REFERENCE": bool(asked.intersection(NEED_REFERENCE)),
+        "ENTROPY": "entropy" in asked,
+        "KL": "kl" in asked,
+        "REVERSE": "reverse_kl" in asked,
+        "TOP1": "top1" in asked,
+    }
+
+
+class Partial:
+    """The splits' running sums: made here, filled by a forward kernel, merged by `finish`."""
+
+    def __init__(self, like: Tensor, rows: int, vocabulary: int, asked: frozenset[str]) -> None:
+        self.span = SPLIT
+        self.splits = triton.cdiv(vocabulary, self.span)
+        self.asked, self.vocabulary = asked, vocabulary
+        self.sums = like.new_empty(self.splits, _STATES.value, rows, dtype=torch.float32)
+        self.top = like.new_empty(self.splits, rows, dtype=torch.int32) if "top1" in asked else None
+
+    def finish(self, rows: Rows) -> tuple[list[Tensor], Tensor]:
+        count = self.sums.shape[2]
+        outputs = {
+            name: self.sums.new_empty(count, dtype=torch.int64 if name == "top1" else torch.float32)
+            for name in OUTPUTS
+            if name in self.asked
+        }
+        # Zeros: without a reference its four rows are never written.
+        saved = self.sums.new_zeros(SAVED, count)
+        if count:
+            _combine[(triton.cdiv(count, _COMBINE_ROWS),)](
+                self.sums, self.top, rows.targets, *(outputs.get(name) for name in OUTPUTS), saved, count, self.vocabulary,
+                self.splits, rows.ignore_index, BLOCK_T=_COMBINE_ROWS, REFERENCE=flags(self.asked)["REFERENCE"],
+                num_warps=2)  # fmt: skip
+        empty = {
+            name: self.sums.new_empty(0, dtype=torch.int64 if name == "top1" else torch.float32)
+            for name in OUTPUTS
+        }
+        return [outputs.get(name, empty[name]) for name in OUTPUTS], saved
