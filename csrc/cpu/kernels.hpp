@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "interpolation.hpp"
 #include "multi_lora.hpp"
 #include "sampling.hpp"
 #include "token_stats.hpp"
@@ -17,6 +18,7 @@ struct KernelTable {
   MultiLoraKernels multi_lora;
   SamplingKernels sampling;
   TokenStatsKernels token_stats;
+  InterpolationKernels interpolation;
 };
 
 const KernelTable& table();            // chosen at first use: CLP_KERNELS_ISA if set, else the widest this CPU runs

@@ -1,0 +1,216 @@
+#include "interpolation.hpp"
+
+#include "kernels.hpp"
+#include "vecmath.hpp"
+
+namespace clp::CLP_ISA {
+namespace {
+
+constexpr int64_t blend_block = 1024;  // the running sums of a block, and its stack, stay in the first-level cache
+constexpr int64_t pair_block = 32768, pair_lane = 512;
+
+CLP_INLINE int64_t block_count(const int64_t* table, int64_t items, int64_t width, int64_t length) {
+  int64_t count = 0;
+  for (int64_t p = 0; p < items; ++p) count += (table[p * width] + length - 1) / length;
+  return count;
+}
+
+// body(item's row, first element, elements, block's number) for the blocks [first, last) of all items, in order.
+template <class Body>
+CLP_INLINE void each_block(const int64_t* table, int64_t items, int64_t width, int64_t length, int64_t first, int64_t last,
+                           Body body) {
+  int64_t before = 0;
+  for (int64_t p = 0; p < items && before < last; ++p) {
+    const int64_t* item = table + p * width;
+    const int64_t blocks = (item[0] + length - 1) / length;
+    const int64_t from = first > before ? first - before : 0, to = last - before < blocks ? last - before : blocks;
+    for (int64_t b = from; b < to; ++b) {
+      const int64_t at = b * length, left = item[0] - at;
+      body(item, at, left < length ? left : length, before + b);
+    }
+    before += blocks;
+  }
+}
+
+// Work for one thread is called outside any parallel region, as in multi_lora.cpp.
+template <class Body>
+CLP_INLINE void share_blocks(const int64_t* table, int64_t items, int64_t width, int64_t length, int threads, Body body) {
+  const int64_t blocks = block_count(table, items, width, length);
+  if (threads == 1) return each_block(table, items, width, length, 0, blocks, body);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int t = 0; t < threads; ++t)
+    each_block(table, items, width, length, blocks * t / threads, blocks * (t + 1) / threads, body);
+}
+
+template <class T>
+CLP_INLINE const T* source(int64_t address, int64_t at) { return reinterpret_cast<const T*>(address) + at; }
+
+// sum += the weighted sum of COUNT of the stack: as few passes over `sum` as there are quadruples.
+template <int COUNT, class T>
+CLP_INLINE void add_some(float* sum, const int64_t* stack, const float* w, int64_t at, int64_t n) {
+  const T* s0 = source<T>(stack[0], at);
+  const T* s1 = source<T>(stack[COUNT > 1 ? 1 : 0], at);
+  const T* s2 = source<T>(stack[COUNT > 2 ? 2 : 0], at);
+  const T* s3 = source<T>(stack[COUNT > 3 ? 3 : 0], at);
+  const float w0 = w[0], w1 = w[COUNT > 1 ? 1 : 0], w2 = w[COUNT > 2 ? 2 : 0], w3 = w[COUNT > 3 ? 3 : 0];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float x = sum[i] + w0 * load(s0 + i);
+    if (COUNT > 1) x += w1 * load(s1 + i);
+    if (COUNT > 2) x += w2 * load(s2 + i);
+    if (COUNT > 3) x += w3 * load(s3 + i);
+    sum[i] = x;
+  }
+}
+
+template <class T>
+void add_all(float* sum, const int64_t* stack, int64_t models, const float* w, int64_t at, int64_t n) {
+  int64_t m = 0;
+  for (; m + 4 <= models; m += 4) add_some<4, T>(sum, stack + m, w + m, at, n);
+  if (models - m == 3) add_some<3, T>(sum, stack + m, w + m, at, n);
+  if (models - m == 2) add_some<2, T>(sum, stack + m, w + m, at, n);
+  if (models - m == 1) add_some<1, T>(sum, stack + m, w + m, at, n);
+}
+
+// A NaN is in neither side's sums but in the whole sum, which is then neither above nor below zero.
+template <class T>
+void add_consensus(float* sum, const int64_t* stack, int64_t models, const float* w, int64_t at, int64_t n, bool mean) {
+  float whole[blend_block], above[blend_block], below[blend_block], weight_above[blend_block], weight_below[blend_block];
+  for (int64_t i = 0; i < n; ++i) whole[i] = above[i] = below[i] = weight_above[i] = weight_below[i] = 0.0f;
+  for (int64_t m = 0; m < models; ++m) {
+    const T* s = source<T>(stack[m], at);
+    const float weight = w[m], size = weight < 0.0f ? -weight : weight;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float v = weight * load(s + i);
+      whole[i] += v;
+      above[i] += v > 0.0f ? v : 0.0f;
+      below[i] += v < 0.0f ? v : 0.0f;
+      weight_above[i] += v > 0.0f ? size : 0.0f;
+      weight_below[i] += v < 0.0f ? size : 0.0f;
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const bool up = whole[i] > 0.0f, down = whole[i] < 0.0f;
+    const float chosen = up ? above[i] : below[i], weight = up ? weight_above[i] : weight_below[i];
+    sum[i] += up || down ? (mean ? chosen / weight : chosen) : whole[i] * 0.0f;
+  }
+}
+
+template <class T, class O>
+void blend(const BlendList& list, int threads) {
+  share_blocks(list.table, list.items, 4 + list.models, blend_block, threads,
+               [&list](const int64_t* item, int64_t at, int64_t n, int64_t) {
+    const O* base = reinterpret_cast<const O*>(item[2]);
+    float sum[blend_block];
+    for (int64_t g = 0; g < list.blends; ++g) {
+      const float* w = list.weights + (item[1] * list.blends + g) * list.models;
+      if (base) {
+        const float scale = list.base_scale;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) sum[i] = scale * load(base + at + i);
+      } else {
+        for (int64_t i = 0; i < n; ++i) sum[i] = 0.0f;
+      }
+      if (list.merge == Merge::sum)
+        add_all<T>(sum, item + 4, list.models, w, at, n);
+      else
+        add_consensus<T>(sum, item + 4, list.models, w, at, n, list.merge == Merge::consensus_mean);
+      O* out = reinterpret_cast<O*>(item[3]) + g * item[0] + at;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) store(out + i, sum[i]);
+    }
+  });
+}
+
+template <class L, class R>
+CLP_INLINE double pair_sum(const L* a, const R* b, int64_t n) {
+  double total = 0;
+  for (int64_t from = 0; from < n; from += pair_lane) {
+    const int64_t to = from + pair_lane < n ? from + pair_lane : n;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = from; i < to; ++i) sum += load(a + i) * load(b + i);
+    total += sum;
+  }
+  return total;
+}
+
+template <class L, class R>
+void inner_products(const PairList& list, int threads) {
+  const int64_t pairs = list.left * list.right, width = 1 + list.left + list.right;
+  share_blocks(list.table, list.items, width, pair_block, threads,
+               [&list, pairs](const int64_t* item, int64_t at, int64_t n, int64_t block) {
+    const int64_t *left = item + 1, *right = left + list.left;
+    for (int64_t l = 0; l < list.left; ++l)
+      for (int64_t r = 0; r < list.right; ++r)
+        list.partial[block * pairs + l * list.right + r] = pair_sum(source<L>(left[l], at), source<R>(right[r], at), n);
+  });
+  const double* partial = list.partial;
+  for (int64_t p = 0; p < list.items; ++p) {
+    double* out = list.out + p * pairs;
+    for (int64_t i = 0; i < pairs; ++i) out[i] = 0;
+    for (int64_t b = 0; b < (list.table[p * width] + pair_block - 1) / pair_block; ++b, partial += pairs)
+      for (int64_t i = 0; i < pairs; ++i) out[i] += partial[i];
+  }
+}
+
+// The 53 upper bits of the j-th output of SplitMix64 started at `state`.
+CLP_INLINE uint64_t hash_of(uint64_t state, uint64_t j) {
+  uint64_t x = state + (j + 1) * 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return (x ^ (x >> 31)) >> 11;
+}
+
+template <class T>
+void sparsify(const SparseList& list, int threads) {
+  share_blocks(list.table, list.items, 4, blend_block, threads,
+               [&list](const int64_t* item, int64_t at, int64_t n, int64_t) {
+    const T* from = source<T>(item[1], at);
+    T* out = reinterpret_cast<T*>(item[2]) + at;
+    const float scale = list.scale;
+    if (list.random) {
+      const uint64_t state = static_cast<uint64_t>(item[3]), kept = list.kept;
+      uint32_t keep[blend_block];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) keep[i] = hash_of(state, static_cast<uint64_t>(at + i)) < kept ? 1u : 0u;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) store(out + i, keep[i] ? scale * load(from + i) : 0.0f);
+    } else {
+      const float threshold = bits_float(static_cast<uint32_t>(item[3]));
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const float x = load(from + i), size = x < 0.0f ? -x : x;
+        store(out + i, size < threshold ? 0.0f : scale * x);
+      }
+    }
+  });
+}
+
+void blend_any(const BlendList& list, int threads) {
+  const bool single = list.dtype == DType::f32, single_out = list.out_dtype == DType::f32;
+  if (single) return single_out ? blend<float, float>(list, threads) : blend<float, uint16_t>(list, threads);
+  single_out ? blend<uint16_t, float>(list, threads) : blend<uint16_t, uint16_t>(list, threads);
+}
+
+void inner_products_any(const PairList& list, int threads) {
+  const bool left = list.left_dtype == DType::f32, right = list.right_dtype == DType::f32;
+  if (left) return right ? inner_products<float, float>(list, threads) : inner_products<float, uint16_t>(list, threads);
+  right ? inner_products<uint16_t, float>(list, threads) : inner_products<uint16_t, uint16_t>(list, threads);
+}
+
+int64_t pair_blocks(const int64_t* table, int64_t items, int64_t width) {
+  return block_count(table, items, width, pair_block);
+}
+
+void sparsify_any(const SparseList& list, int threads) {
+  list.dtype == DType::f32 ? sparsify<float>(list, threads) : sparsify<uint16_t>(list, threads);
+}
+
+}  // namespace
+
+const InterpolationKernels interpolation_kernels = {blend_any, inner_products_any, pair_blocks, sparsify_any};
+
+}  // namespace clp::CLP_ISA
