@@ -2,7 +2,7 @@
 //
 // A call has a table of int64, one row per tensor of the list ("item"), whose first column is its number of elements;
 // addresses are of dense memory. Items are cut into blocks and the blocks shared out among the threads, so that one large
-// tensor and a hundred small ones keep them equally busy. Arithmetic in float32; no result depends on the number of threads.
+// tensor and a hundred small ones keep them equally busy. Arithmetic in float32 unless said; no result depends on the number of threads.
 #pragma once
 #include <cstdint>
 
@@ -44,7 +44,7 @@ struct InterpolationKernels {
   // out[blend] = base_scale * base + merge of the stack, blends dense one after another. With one blend, out may be base or
   // one of the stack.
   void (*blend)(const BlendList&, int threads);
-  // out[left][right] = sum of left * right; float32 within 512 elements, float64 beyond.
+  // out[left][right] = sum of left * right, in float64.
   void (*inner_products)(const PairList&, int threads);
   int64_t (*pair_blocks)(const int64_t* table, int64_t items, int64_t width);
   // out = scale * from, or 0 where it is dropped: by the hash of its place, or where abs(from) < threshold. out may be from.

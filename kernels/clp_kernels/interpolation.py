@@ -135,8 +135,8 @@ def slerp(
 
     Linear, (1 - t) a + t b, where 1 - abs(cos O) < 5e-7 (nearly parallel, where the two agree to float32; nearly opposite,
     where the arc is not defined) or either is zero (|a|, |b| under about 1e-19 count as zero). Inner products are summed
-    in float64 from float32 sums of pieces (of 512 elements on the CPU, 16384 on a GPU), and nothing waits for the device: a
-    fixed number of launches, whatever the number of tensors. Differentiable.
+    in float64 (on a GPU in float32 within pieces of 16384 elements), and nothing waits for the device: a fixed number of
+    launches, whatever the number of tensors. Differentiable.
 
     More than two deltas are merged by iteration, as WARP does: the running slerp of the first k with the next at
     t = 1 / (k + 1); the result depends on their order.

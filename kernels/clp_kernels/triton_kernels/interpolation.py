@@ -79,6 +79,8 @@ def _blend_block(
         base = tl.load(_address(row + 3, OUT_TYPE, ALIGNED) + at, mask=mask).to(tl.float32)
         result += base_scale * base
     out = _address(row + 4, OUT_TYPE, ALIGNED) + blend * size
+    if ALIGNED:
+        out = tl.multiple_of(out, 16)
     tl.store(out + at, result.to(OUT_TYPE), mask=mask)
 
 
@@ -94,8 +96,6 @@ def _blend(
     chunk = tl.program_id(0)
     row = table + tl.load(owner + chunk).to(tl.int64) * (5 + M)
     size = tl.load(row)
-    if ALIGNED:
-        size = tl.multiple_of(size, 16)
     first = (chunk - tl.load(row + 1)) * CHUNK
     last = tl.minimum(first + CHUNK, size)
     weight = weights + tl.load(row + 2) * G * M
