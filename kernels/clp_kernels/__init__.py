@@ -1,6 +1,7 @@
 """Kernels for conditioned language policies: per-row blends of LoRA adapters and token statistics. Needs torch alone."""
 
 from clp_kernels.backends import Backend, backends, use_backend
+from clp_kernels.interpolated_linear import interpolated_linear
 from clp_kernels.interpolation import ema_, interpolate, merge_sign_consensus, slerp, sparsify
 from clp_kernels.linear_logprob import linear_logprob
 from clp_kernels.logits_logprob import logits_logprob
@@ -8,6 +9,6 @@ from clp_kernels.multi_lora import expand_gate, multi_lora_linear
 from clp_kernels.sampling import sample_tokens
 from clp_kernels.token_stats import HeadLoRA, TokenStats
 
-__all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "ema_", "expand_gate", "interpolate", "linear_logprob",
-           "logits_logprob", "merge_sign_consensus", "multi_lora_linear", "sample_tokens", "slerp", "sparsify",
-           "use_backend"]
+__all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "ema_", "expand_gate", "interpolate",
+           "interpolated_linear", "linear_logprob", "logits_logprob", "merge_sign_consensus", "multi_lora_linear",
+           "sample_tokens", "slerp", "sparsify", "use_backend"]

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clp_kernels.arguments import describe
 from clp_kernels.backends import plain_eager, select
 from clp_kernels.tensor_lists import Blends, Pairs, Sparse
 
@@ -205,7 +206,7 @@ def ema_(
                 )
         if x.shape != y.shape or x.device != y.device or x.device != own[0].device:
             raise ValueError(
-                f"ema_: average[{p}] is {_describe(x)} and params[{p}] {_describe(y)}; expected one shape, and all "
+                f"ema_: average[{p}] is {describe(x)} and params[{p}] {describe(y)}; expected one shape, and all "
                 f"tensors on one device ({own[0].device})"
             )
     if plain_eager(*own, *new):
@@ -359,7 +360,7 @@ def _stacks(op: str, stack) -> _Stacks:
                     f"{op}: {where} is a tensor and stack[0] a list; expected lists of M tensors: use tensor.unbind(0)"
                 )
             if item.dim() == 0 or item.shape[0] == 0:
-                raise ValueError(f"{op}: {where} is {_describe(item)}; expected (M, ...) with M > 0")
+                raise ValueError(f"{op}: {where} is {describe(item)}; expected (M, ...) with M > 0")
             items.append([item])
         else:
             if not all(isinstance(tensor, Tensor) for tensor in item):
@@ -377,7 +378,7 @@ def _stacks(op: str, stack) -> _Stacks:
         for i, part in enumerate(items[-1]):
             if part.shape != first.shape:
                 raise ValueError(
-                    f"{op}: {where}[{i}] is {_describe(part[0])} and {where}[0] {_describe(first[0])}; expected "
+                    f"{op}: {where}[{i}] is {describe(part[0])} and {where}[0] {describe(first[0])}; expected "
                     "tensors of one shape"
                 )
             if part.dtype is not first.dtype:
@@ -409,7 +410,7 @@ def _blend_call(op, stack, weights, base, out) -> _BlendCall:
         )
     for p, (tensor, shape) in enumerate(zip(bases, stacks.shapes)):
         if tensor.shape != shape or tensor.device != device:
-            raise ValueError(f"{op}: base[{p}] is {_describe(tensor)}; expected {tuple(shape)} on {device}, as its stack")
+            raise ValueError(f"{op}: base[{p}] is {describe(tensor)}; expected {tuple(shape)} on {device}, as its stack")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{op}: base[{p}] is {tensor.dtype}; expected a floating-point dtype")
     blends = () if squeezed else (weights.shape[1],)
@@ -463,7 +464,7 @@ def _check_out(op, outs, expected, device, eager) -> None:
         raise ValueError(f"{op}: out holds {len(outs)} tensors; expected {len(expected)}")
     for p, (tensor, (shape, dtype)) in enumerate(zip(outs, expected)):
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype is not dtype or tensor.device != device:
-            raise ValueError(f"{op}: out[{p}] is {_describe(tensor)}; expected {tuple(shape)} {_name(dtype)} on {device}")
+            raise ValueError(f"{op}: out[{p}] is {describe(tensor)}; expected {tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}")
     if _asks_for_gradient(outs):
         raise RuntimeError(f"{op}: out asks for a gradient; use torch.no_grad(), or give out.detach()")
     if eager:
@@ -493,14 +494,6 @@ def _asks_for_gradient(tensors: Sequence[Tensor]) -> bool:
 
 def _not_differentiable(op: str) -> str:
     return f"{op}: not differentiable, and a gradient is asked for; use torch.no_grad() or .detach()"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {_name(tensor.dtype)} on {tensor.device}"
 
 
 _MASK = (1 << 64) - 1

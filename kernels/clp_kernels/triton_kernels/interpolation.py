@@ -73,7 +73,8 @@ def _blend_block(
         # A NaN is on neither side, but in the whole sum.
         result = tl.where(whole > 0, above, below)
         if MERGE == "consensus_mean":
-            result = result / tl.where(whole > 0, weight_above, weight_below)
+            weight_taken = tl.where(whole > 0, weight_above, weight_below)
+            result = result / tl.where(weight_taken > 0, weight_taken, 1.0)
         result = tl.where((whole > 0) | (whole < 0), result, whole * 0.0)
     if BASE:
         base = tl.load(_address(row + 3, OUT_TYPE, ALIGNED) + at, mask=mask).to(tl.float32)
