@@ -22,6 +22,11 @@ def count_rows(shape: Sequence[int]) -> int:
     return rows
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """(..., K) as (rows, K); K may be 0."""
+    return tensor.reshape(count_rows(tensor.shape), tensor.shape[-1])
+
+
 def gate_fits(shape: torch.Size, groups: int, gate_index: Tensor | None) -> bool:
     """Whether x of this shape can take its rows' coefficients from `groups` rows of a gate."""
     if gate_index is not None:

@@ -1,11 +1,14 @@
 """interpolated_linear: y_row = x_row (base + sum_i blend[g, i] stack_i)^T + bias, its gradients, its choice, its errors."""
 
+import math
+
 import clp_kernels
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from clp_kernels import interpolate, interpolated_linear, row_groups, use_backend
+from clp_kernels.backends import forced_backend
 
 NAMES = ("x", "stack", "blend", "bias")
 STRATEGIES = {"weights": True, "products": False}
@@ -29,21 +32,33 @@ def call(tensors, gate_index=None):
     )
 
 
-def in_torch(tensors, gate_index=None):
-    """The formula with each row's own weight, in the tensors' own dtype."""
-    x, stack, blend = tensors["x"], tensors["stack"], tensors["blend"]
-    flat = x.reshape(-1, x.shape[-1])
-    if gate_index is not None:
-        blend = blend[gate_index.reshape(-1)]
-    elif blend.shape[0] != flat.shape[0]:
-        blend = blend.repeat_interleave(flat.shape[0] // blend.shape[0], 0)
-    weight = torch.einsum("gm,mnk->gnk", blend.to(x.dtype), stack)
-    if tensors["base"] is not None:
-        weight = weight + tensors["base"]
-    y = torch.einsum("rk,rnk->rn", flat, weight)
-    if tensors["bias"] is not None:
-        y = y + tensors["bias"]
-    return y.view(*x.shape[:-1], stack.shape[1])
+def in_torch(way):
+    """The formula in the tensors' own dtype: a layer for each blend's weight, or a product for each weight of the stack."""
+
+    def function(tensors, gate_index=None):
+        x, stack, blend = tensors["x"], tensors["stack"], tensors["blend"].to(tensors["x"].dtype)
+        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        index = gate_index
+        if index is None:
+            span = flat.shape[0] // blend.shape[0]
+            index = torch.arange(blend.shape[0]).repeat_interleave(span)
+        index = index.reshape(-1).long()
+        if way == "products":
+            y = sum(blend[index, i][:, None] * F.linear(flat, weight) for i, weight in enumerate(stack))
+            if tensors["base"] is not None:
+                y = y + F.linear(flat, tensors["base"])
+        else:
+            y = torch.zeros(flat.shape[0], stack.shape[1], dtype=x.dtype)
+            for g, row in enumerate(blend):
+                weight = torch.einsum("m,mnk->nk", row, stack)
+                if tensors["base"] is not None:
+                    weight = weight + tensors["base"]
+                y = y.index_put((torch.nonzero(index == g)[:, 0],), F.linear(flat[index == g], weight))
+        if tensors["bias"] is not None:
+            y = y + tensors["bias"]
+        return y.view(*x.shape[:-1], stack.shape[1])
+
+    return function
 
 
 def run(function, tensors, dy, wanted=NAMES, gate_index=None):
@@ -56,13 +71,14 @@ def run(function, tensors, dy, wanted=NAMES, gate_index=None):
     return {"y": y.detach(), **dict(zip(wanted, grads))}
 
 
-def assert_right(tensors, wanted=NAMES, gate_index=None):
-    """The back-end in force against float64 and torch, in the tensors' own dtype."""
+def assert_right(strategy, tensors, wanted=NAMES, gate_index=None):
+    """The back-end in force against float64, and torch doing the same in the tensors' own dtype."""
+    function = in_torch("products" if forced_backend() == "reference" else strategy)
     dy = torch.randn(*tensors["x"].shape[:-1], tensors["stack"].shape[1]).to(tensors["x"])
     got = run(call, tensors, dy, wanted, gate_index)
-    plain = run(in_torch, tensors, dy, wanted, gate_index)
+    plain = run(function, tensors, dy, wanted, gate_index)
     wide = {name: None if t is None else t.double() for name, t in tensors.items()}
-    exact = run(in_torch, wide, dy.double(), wanted, gate_index)
+    exact = run(function, wide, dy.double(), wanted, gate_index)
     for name, value in got.items():
         assert value.dtype == plain[name].dtype
         assert_as_accurate(value, plain[name], exact[name], name)
@@ -70,19 +86,11 @@ def assert_right(tensors, wanted=NAMES, gate_index=None):
 
 @pytest.fixture(params=STRATEGIES)
 def strategy(request, monkeypatch):
-    """Both ways to compute it, whatever the cost model would choose; `made` counts the calls."""
-    made = []
-
-    def choose(*args):
-        made.append(args)
-        return STRATEGIES[request.param]
-
+    """Both ways to compute it, whatever the cost model would choose (the reference has one)."""
     for name in ("cpu", "triton_kernels"):
         module = pytest.importorskip(f"clp_kernels.{name}.interpolated_linear")
-        monkeypatch.setattr(module, "blends_weights", choose)
-    yield request.param
-    # What the reference computes is not chosen.
-    assert made or clp_kernels.backends  # kept for the tests that look at it
+        monkeypatch.setattr(module, "blends_weights", lambda *_: STRATEGIES[request.param])
+    return request.param
 
 
 def half_of(backend):
@@ -103,37 +111,41 @@ BLENDS = {  # x's leading dimensions, blend rows, gate_index
 @pytest.mark.parametrize("form", BLENDS, ids=lambda name: name.replace(" ", "-"))
 def test_output_and_every_gradient_for_every_form_of_the_blend(backend, strategy, form):
     rows, groups, gate_index = BLENDS[form]
-    assert_right(inputs(rows, groups=groups), gate_index=gate_index)
+    assert_right(strategy, inputs(rows, models=8, groups=groups), gate_index=gate_index)
 
 
 @pytest.mark.parametrize("blend_dtype", ["float32", "same"])
 def test_half_precision(backend, strategy, blend_dtype):
     dtype = half_of(backend)
     blend_dtype = torch.float32 if blend_dtype == "float32" else dtype
-    assert_right(inputs((3, 19), groups=3, dtype=dtype, blend_dtype=blend_dtype))
-    assert_right(inputs((57,), groups=4, dtype=dtype, blend_dtype=blend_dtype), gate_index=torch.arange(57) % 3)
+    assert_right(strategy, inputs((16, 5), groups=16, dtype=dtype, blend_dtype=blend_dtype))
+    assert_right(
+        strategy,
+        inputs((57,), groups=20, dtype=dtype, blend_dtype=blend_dtype),
+        gate_index=torch.arange(57) * 7 % 19,
+    )
 
 
 @pytest.mark.parametrize("without", [("base",), ("bias",), ("base", "bias")], ids=str)
 def test_without_base_and_without_bias(backend, strategy, without):
     wanted = tuple(name for name in NAMES if name not in without)
     tensors = inputs((4, 9), groups=4) | dict.fromkeys(without)
-    assert_right(tensors, wanted)
+    assert_right(strategy, tensors, wanted)
 
 
 @pytest.mark.parametrize("wanted", NAMES)
 def test_the_gradient_of_each_input_alone(backend, strategy, wanted):
-    assert_right(inputs((37,), groups=4), wanted=(wanted,), gate_index=torch.arange(37) % 4)
+    assert_right(strategy, inputs((37,), groups=4), wanted=(wanted,), gate_index=torch.arange(37) % 4)
 
 
 @pytest.mark.parametrize("rows", [(0,), (1,), (0, 4), (2, 0)], ids=str)
 def test_no_rows_and_one_row(backend, strategy, rows):
-    assert_right(inputs(rows))
+    assert_right(strategy, inputs(rows))
 
 
 @pytest.mark.parametrize("size", [dict(k=0), dict(n=0), dict(models=1), dict(models=6)], ids=str)
 def test_empty_weights_and_any_number_of_models(backend, strategy, size):
-    assert_right(inputs((12,), groups=3, **size), gate_index=torch.arange(12) % 2)
+    assert_right(strategy, inputs((12,), groups=3, **size), gate_index=torch.arange(12) % 2)
 
 
 @pytest.mark.parametrize("scratch", [1, 45 * 70 * 4 * 2])
@@ -142,13 +154,13 @@ def test_blends_in_batches_of_what_fits(backend, monkeypatch, scratch):
     monkeypatch.setattr(row_groups.Machine, "batch", lambda self, stack: max(1, scratch // (45 * 70 * 4)))
     for name in ("cpu", "triton_kernels"):
         monkeypatch.setattr(pytest.importorskip(f"clp_kernels.{name}.interpolated_linear"), "blends_weights", lambda *_: True)
-    assert_right(inputs((5, 7), groups=5))
-    assert_right(inputs((37,), groups=7), gate_index=torch.arange(37) * 5 % 6)
-    assert_right(inputs((3, 19), groups=3, dtype=half_of(backend)))
+    assert_right("weights", inputs((5, 7), groups=5))
+    assert_right("weights", inputs((37,), groups=7), gate_index=torch.arange(37) * 5 % 6)
+    assert_right("weights", inputs((3, 19), groups=3, dtype=half_of(backend)))
 
 
 def test_sizes_past_one_tile_and_one_thread(backend, strategy):
-    assert_right(inputs((67,), k=150, n=131, models=2, groups=5), gate_index=torch.arange(67) * 3 % 5)
+    assert_right(strategy, inputs((67,), k=150, n=131, models=2, groups=5), gate_index=torch.arange(67) * 3 % 5)
 
 
 def test_a_linear_layer_with_the_blended_weight(backend, strategy):
@@ -184,8 +196,8 @@ def test_memory_that_is_nan_before_the_call_leaves_no_trace(backend, strategy):
     torch.use_deterministic_algorithms(True)  # and torch.empty is then filled with NaN
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-        assert_right(inputs((37,), groups=5), gate_index=torch.arange(37) * 2 % 3)
-        assert_right(inputs((3, 9), groups=3))
+        assert_right(strategy, inputs((37,), groups=5), gate_index=torch.arange(37) * 2 % 3)
+        assert_right(strategy, inputs((3, 9), groups=3))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -250,7 +262,7 @@ def test_instruction_sets_agree(instruction_sets, strategy):
         for isa in instruction_sets:
             native.select_isa(isa)
             with use_backend("cpu"):
-                assert_right(inputs((3, 19), groups=3, dtype=dtype))
+                assert_right(strategy, inputs((3, 19), groups=3, dtype=dtype))
 
 
 def test_the_same_bits_every_time(backend, strategy):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clp_kernels import row_groups
+from clp_kernels.arguments import rows_of
 from clp_kernels.cpu import interpolation
 from clp_kernels.reference import interpolated_linear as products
 from clp_kernels.row_groups import Machine, RowGroups, blends_weights
@@ -36,7 +37,7 @@ def forward(
     x: Tensor, stack: Tensor, blend: Tensor, base: Tensor | None, bias: Tensor | None, gate_index: Tensor | None
 ) -> Tensor:
     """As reference.interpolated_linear.forward."""
-    flat, machine = x.reshape(-1, x.shape[-1]), _MACHINES[x.dtype]
+    flat, machine = rows_of(x), _MACHINES[x.dtype]
     groups = _grouped(blend, gate_index, flat.shape[0])
     if not blends_weights(machine, flat.shape[0], len(groups.blends), stack, base):
         return products.forward(x, stack, blend, base, bias, gate_index)
@@ -54,11 +55,11 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """As reference.interpolated_linear.backward."""
-    flat, machine = x.reshape(-1, x.shape[-1]), _MACHINES[x.dtype]
+    flat, machine = rows_of(x), _MACHINES[x.dtype]
     groups = _grouped(blend, gate_index, flat.shape[0])
     if not blends_weights(machine, flat.shape[0], len(groups.blends), stack, base):
         return products.backward(dy, x, stack, blend, base, gate_index, needs)
-    dy = dy.reshape(-1, dy.shape[-1])
+    dy = rows_of(dy)
     grads = row_groups.backward(dy, flat, stack, blend, base, groups, machine, interpolation, needs)
     if needs[0]:
         grads[0] = grads[0].view(x.shape)

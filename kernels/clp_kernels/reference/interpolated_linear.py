@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clp_kernels.arguments import rows_of
 from clp_kernels.reference.multi_lora import rows_of_gate, sum_over_rows
 
 
@@ -23,7 +24,7 @@ def unsupported(**call) -> str | None:
 def forward(
     x: Tensor, stack: Tensor, blend: Tensor, base: Tensor | None, bias: Tensor | None, gate_index: Tensor | None
 ) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = rows_of(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     coefficients = rows_of_gate(blend, gate_index, flat.shape[0]).to(wide)
     y = torch.zeros(flat.shape[0], stack.shape[1], dtype=wide, device=x.device)
@@ -47,7 +48,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients that `needs` asks for, of (x, stack, blend, bias), in this order."""
     need_x, need_stack, need_blend, need_bias = needs
-    flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    flat, dy = rows_of(x), rows_of(dy)
     wide = torch.promote_types(x.dtype, torch.float32)
     coefficients = rows_of_gate(blend, gate_index, flat.shape[0]).to(wide)
     dx = torch.zeros(flat.shape, dtype=wide, device=x.device)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels import row_groups
+from clp_kernels.arguments import rows_of
 from clp_kernels.reference import interpolated_linear as products
 from clp_kernels.reference.multi_lora import sum_over_rows
 from clp_kernels.row_groups import Machine, blends_weights
@@ -133,7 +134,7 @@ def _launch_mixed(
             x,
             stack,
             base,
-            bias,
+            None if bias is None else bias.contiguous(),
             blend,
             None if gate_index is None else gate_index.reshape(-1).contiguous(),
             y,
@@ -172,7 +173,7 @@ def forward(
     x: Tensor, stack: Tensor, blend: Tensor, base: Tensor | None, bias: Tensor | None, gate_index: Tensor | None
 ) -> Tensor:
     """As reference.interpolated_linear.forward."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = rows_of(x)
     if flat.shape[0] == 0 or stack[0].numel() == 0:
         return products.forward(x, stack, blend, base, bias, gate_index)
     machine, groups = _by_weights(flat, stack, blend, base, gate_index)
@@ -194,7 +195,7 @@ def backward(
 ) -> list[Tensor]:
     """As reference.interpolated_linear.backward."""
     need_x, need_stack, need_blend, need_bias = needs
-    flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    flat, dy = rows_of(x), rows_of(dy)
     if flat.shape[0] == 0 or stack[0].numel() == 0:
         return products.backward(dy, x, stack, blend, base, gate_index, needs)
     machine, groups = _by_weights(flat, stack, blend, base, gate_index)
