@@ -40,6 +40,8 @@ struct SparseList {
   float scale;
 };
 
+constexpr int magnitude_buckets = 2048;
+
 struct InterpolationKernels {
   // out[blend] = base_scale * base + merge of the stack, blends dense one after another. With one blend, out may be base or
   // one of the stack.
@@ -47,6 +49,8 @@ struct InterpolationKernels {
   // out[left][right] = sum of left * right, in float64.
   void (*inner_products)(const PairList&, int threads);
   int64_t (*pair_blocks)(const int64_t* table, int64_t items, int64_t width);
+  // The kept-th largest abs(x) of n, 1 <= kept <= n, n under 2^32 for each thread. counts: threads * magnitude_buckets.
+  float (*threshold)(const void* x, DType dtype, int64_t n, int64_t kept, uint32_t* counts, int threads);
   // out = scale * from, or 0 where it is dropped: by the hash of its place, or where abs(from) < threshold. out may be from.
   void (*sparsify)(const SparseList&, int threads);
 };

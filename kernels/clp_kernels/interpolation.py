@@ -242,7 +242,8 @@ def sparsify(
     out      takes the result and is returned; it may be delta
     returns  as delta, in its dtype
 
-    Not differentiable. For magnitude, the threshold is torch's kthvalue, tensor by tensor; the rest is one launch.
+    Not differentiable. For magnitude the tensors' thresholds are found one after the other, on a GPU by torch's kthvalue;
+    the rest is one launch.
 
     Raises ValueError (density, method, a seed missing or not used, shapes, devices), TypeError (dtypes), RuntimeError where a
     gradient is asked for.
@@ -590,20 +591,12 @@ def _sparsify(delta, density, magnitude, scale, seed, outs=None) -> list[Tensor]
             continue
         tensors, targets = [delta[p].detach() for p in chosen], [outs[p] for p in chosen]
         if magnitude:
-            thresholds = torch.stack([_threshold(tensor, density) for tensor in tensors])
-            module.sparsify(Sparse(tensors, targets, scale, thresholds=thresholds))
+            kept = [min(t.numel(), math.ceil(density * t.numel())) for t in tensors]
+            module.sparsify(Sparse(tensors, targets, scale, thresholds=module.thresholds(tensors, kept)))
         else:
             states = [_int64(_mix((key + p) & _MASK)) for p in chosen]
             module.sparsify(Sparse(tensors, targets, scale, states, math.ceil(density * 2**53)))
     return outs
-
-
-def _threshold(tensor: Tensor, density: float) -> Tensor:
-    """The smallest of the ceil(density * elements) largest abs(x)."""
-    count = tensor.numel()
-    kept = min(count, math.ceil(density * count))
-    found = tensor.abs().flatten().kthvalue(count - kept + 1).values
-    return found if found.dtype is torch.float64 else found.float()
 
 
 def _interpolate_impl(stack, parts, weights, base):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from clp_kernels import _native
 from clp_kernels.tensor_lists import MERGES, Blends, Pairs, Sparse, dense
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_BUCKETS = 2048  # magnitude_buckets in csrc/cpu/interpolation.hpp
 _SERIAL = 1 << 15  # elements that one thread handles sooner than two would start
 
 
@@ -72,6 +75,27 @@ def inner_products(call: Pairs) -> Tensor:
         partial.data_ptr(),
         out.data_ptr(),
         _threads(elements * left * right),
+    )
+    return out
+
+
+def thresholds(tensors: Sequence[Tensor], kept: Sequence[int]) -> Tensor:
+    """As reference.interpolation.thresholds."""
+    alive: list[Tensor] = []
+    table = []
+    for tensor, count in zip(tensors, kept):
+        table += (tensor.numel(), dense([tensor[None]], alive)[0], count)
+    rows, out = torch.tensor(table, dtype=torch.int64), torch.empty(len(tensors), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    counts = torch.empty(threads * _BUCKETS, dtype=torch.int32)
+    _native.thresholds(
+        rows.data_ptr(),
+        len(tensors),
+        _DTYPES[tensors[0].dtype],
+        counts.data_ptr(),
+        out.data_ptr(),
+        _SERIAL,
+        threads,
     )
     return out
 

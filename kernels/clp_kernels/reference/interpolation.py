@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,12 @@ def inner_products(call: Pairs) -> Tensor:
         a, b = (torch.stack([model.flatten().double() for model in _models(side)]) for side in (left, right))
         found.append(a @ b.t())
     return torch.stack(found)
+
+
+def thresholds(tensors: Sequence[Tensor], kept: Sequence[int]) -> Tensor:
+    """The kept-th largest abs(x) of each tensor: (items,) float32, or float64; a NaN counts as the largest of all."""
+    found = [t.abs().flatten().kthvalue(t.numel() - count + 1).values for t, count in zip(tensors, kept)]
+    return torch.stack([value if value.dtype is torch.float64 else value.float() for value in found])
 
 
 def sparsify(call: Sparse) -> None:

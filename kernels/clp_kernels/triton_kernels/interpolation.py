@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.backends import interpreting
+from clp_kernels.reference.interpolation import thresholds  # noqa: F401  torch's selection, on the device
 from clp_kernels.tensor_lists import Blends, Pairs, Sparse, dense
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
 
