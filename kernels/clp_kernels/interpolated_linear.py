@@ -113,7 +113,13 @@ def _check(x, stack, blend, base, bias, gate_index) -> None:
             )
     if blend.dtype is not x.dtype and blend.dtype is not torch.float32:
         raise TypeError(f"{_OP}: blend is {blend.dtype}; expected x's dtype {x.dtype} or torch.float32")
-    for name, tensor in (("stack", stack), ("blend", blend), ("base", base), ("bias", bias), ("gate_index", gate_index)):
+    for name, tensor in (
+        ("stack", stack),
+        ("blend", blend),
+        ("base", base),
+        ("bias", bias),
+        ("gate_index", gate_index),
+    ):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{_OP}: {name} is on {tensor.device} and x on {x.device}; expected one device")
     if base is not None and base.requires_grad and torch.is_grad_enabled():

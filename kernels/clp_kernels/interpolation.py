@@ -146,7 +146,9 @@ def slerp(
     """
     single = isinstance(a, Tensor)
     if single is not isinstance(b, Tensor):
-        raise ValueError("slerp: one of a and b is a tensor and the other a list; expected two tensors or two lists")
+        raise ValueError(
+            "slerp: one of a and b is a tensor and the other a list; expected two tensors or two lists"
+        )
     first, second = ([a], [b]) if single else (list(a), list(b))
     if len(first) != len(second):
         raise ValueError(f"slerp: a has {len(first)} tensors and b {len(second)}; expected as many")
@@ -194,7 +196,9 @@ def ema_(
         raise ValueError(f"ema_: decay is {decay}; expected 0 <= decay <= 1")
     single = isinstance(average, Tensor)
     if single is not isinstance(params, Tensor):
-        raise ValueError("ema_: one of average and params is a tensor and the other a list; expected two of a kind")
+        raise ValueError(
+            "ema_: one of average and params is a tensor and the other a list; expected two of a kind"
+        )
     own, new = ([average], [params]) if single else (list(average), list(params))
     if len(own) != len(new):
         raise ValueError(f"ema_: average has {len(own)} tensors and params {len(new)}; expected as many")
@@ -365,7 +369,9 @@ def _stacks(op: str, stack) -> _Stacks:
             items.append([item])
         else:
             if not all(isinstance(tensor, Tensor) for tensor in item):
-                raise TypeError(f"{op}: {where} holds {[type(t).__name__ for t in item]}; expected tensors only")
+                raise TypeError(
+                    f"{op}: {where} holds {[type(t).__name__ for t in item]}; expected tensors only"
+                )
             if len(item) == 0 or len(item) != len(items[0] if items else item):
                 raise ValueError(
                     f"{op}: {where} holds {len(item)} tensors; expected "
@@ -398,7 +404,7 @@ def _stacks(op: str, stack) -> _Stacks:
 
 def _blend_call(op, stack, weights, base, out) -> _BlendCall:
     stacks = _stacks(op, stack)
-    count, models = len(stacks.items), stacks.models
+    count = len(stacks.items)
     parts = [part for item in stacks.items for part in item]
     device = parts[0].device if parts else torch.device("cpu")
     wide = torch.float64 if any(part.dtype is torch.float64 for part in parts) else torch.float32
@@ -407,11 +413,17 @@ def _blend_call(op, stack, weights, base, out) -> _BlendCall:
     if base is not None and (len(bases) != count or isinstance(base, Tensor) is not stacks.single):
         raise ValueError(
             f"{op}: base is {'one tensor' if isinstance(base, Tensor) else f'{len(bases)} tensors'}; expected "
-            + ("one tensor, as there is one stack" if stacks.single else f"a list of {count}, one for each stack")
+            + (
+                "one tensor, as there is one stack"
+                if stacks.single
+                else f"a list of {count}, one for each stack"
+            )
         )
     for p, (tensor, shape) in enumerate(zip(bases, stacks.shapes)):
         if tensor.shape != shape or tensor.device != device:
-            raise ValueError(f"{op}: base[{p}] is {describe(tensor)}; expected {tuple(shape)} on {device}, as its stack")
+            raise ValueError(
+                f"{op}: base[{p}] is {describe(tensor)}; expected {tuple(shape)} on {device}, as its stack"
+            )
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{op}: base[{p}] is {tensor.dtype}; expected a floating-point dtype")
     blends = () if squeezed else (weights.shape[1],)
@@ -426,7 +438,9 @@ def _blend_call(op, stack, weights, base, out) -> _BlendCall:
                 f"{op}: out is given and a gradient is asked for; leave out away, or use torch.no_grad() or .detach()"
             )
         if isinstance(out, Tensor) is not stacks.single:
-            raise ValueError(f"{op}: out is {type(out).__name__}; expected what is returned: a tensor for one stack, else a list")
+            raise ValueError(
+                f"{op}: out is {type(out).__name__}; expected what is returned: a tensor for one stack, else a list"
+            )
         outs = [out] if stacks.single else list(out)
         _check_out(op, outs, list(zip(shapes, dtypes)), device, eager)
     return _BlendCall(
@@ -439,7 +453,9 @@ def _weights(op: str, weights, stacks: _Stacks, wide: torch.dtype, device) -> tu
     """(items or 1, G, M) in `wide`; and whether G is not a dimension of the results."""
     if isinstance(weights, Tensor):
         if not weights.dtype.is_floating_point:
-            raise TypeError(f"{op}: weights is {weights.dtype}; expected a floating-point dtype: use weights.float()")
+            raise TypeError(
+                f"{op}: weights is {weights.dtype}; expected a floating-point dtype: use weights.float()"
+            )
         weights = weights.to(device, wide)
     else:
         weights = torch.tensor(weights, dtype=wide, device=device)
@@ -465,7 +481,9 @@ def _check_out(op, outs, expected, device, eager) -> None:
         raise ValueError(f"{op}: out holds {len(outs)} tensors; expected {len(expected)}")
     for p, (tensor, (shape, dtype)) in enumerate(zip(outs, expected)):
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype is not dtype or tensor.device != device:
-            raise ValueError(f"{op}: out[{p}] is {describe(tensor)}; expected {tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}")
+            raise ValueError(
+                f"{op}: out[{p}] is {describe(tensor)}; expected {tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}"
+            )
     if _asks_for_gradient(outs):
         raise RuntimeError(f"{op}: out asks for a gradient; use torch.no_grad(), or give out.detach()")
     if eager:
@@ -698,7 +716,9 @@ def _inner_products_backward(ctx, d):
     left_dtypes, right_dtypes = ([part.dtype for part in side] for side in (left, right))
     need_left, _, need_right, _ = ctx.needs_input_grad
     d_left = _blended_parts(right, ctx.right_parts, d, left_dtypes, ctx.left_parts, need_left)
-    d_right = _blended_parts(left, ctx.left_parts, d.transpose(1, 2), right_dtypes, ctx.right_parts, need_right)
+    d_right = _blended_parts(
+        left, ctx.left_parts, d.transpose(1, 2), right_dtypes, ctx.right_parts, need_right
+    )
     return d_left, None, d_right, None
 
 

@@ -190,7 +190,6 @@ def _explain(
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}; expected one device")
-    rows = count_rows(x.shape)
     explain_gate(op, "gate", x, gate, gate_index)
 
 

@@ -75,7 +75,9 @@ class RowGroups:
 def row_groups(groups: int, rows: int, gate_index: Tensor | None) -> RowGroups:
     if gate_index is None:
         span = rows // groups if groups else 0
-        return RowGroups(None, list(range(0, rows + 1, span)) if span else [0], list(range(groups if span else 0)))
+        return RowGroups(
+            None, list(range(0, rows + 1, span)) if span else [0], list(range(groups if span else 0))
+        )
     index = gate_index.reshape(-1)
     ordered, order = index.sort(stable=True)
     blends, counts = ordered.unique_consecutive(return_counts=True)
@@ -168,7 +170,9 @@ def backward(
     several = len(groups.blends) > most
     d_stack = None
     if need_stack:
-        d_stack = torch.zeros(stack.shape, dtype=torch.float32 if several else stack.dtype, device=stack.device)
+        d_stack = torch.zeros(
+            stack.shape, dtype=torch.float32 if several else stack.dtype, device=stack.device
+        )
     d_blend = torch.zeros(blend.shape, dtype=torch.float32, device=blend.device) if need_blend else None
     scratch = stack.new_empty(most, out_features, in_features)
     for chosen, each in groups.batches(most):

@@ -1,5 +1,6 @@
 """interpolated_linear: y_row = x_row (base + sum_i blend[g, i] stack_i)^T + bias, its gradients, its choice, its errors."""
 
+import importlib
 import math
 
 import clp_kernels
@@ -15,9 +16,16 @@ STRATEGIES = {"weights": True, "products": False}
 
 
 def inputs(rows=(37,), k=70, n=45, models=3, groups=1, dtype=torch.float32, blend_dtype=torch.float32):
-    shapes = {"x": (*rows, k), "stack": (models, n, k), "blend": (groups, models), "base": (n, k), "bias": (n,)}
+    shapes = {
+        "x": (*rows, k),
+        "stack": (models, n, k),
+        "blend": (groups, models),
+        "base": (n, k),
+        "bias": (n,),
+    }
     return {
-        name: torch.randn(shape).to(blend_dtype if name == "blend" else dtype) for name, shape in shapes.items()
+        name: torch.randn(shape).to(blend_dtype if name == "blend" else dtype)
+        for name, shape in shapes.items()
     }
 
 
@@ -87,10 +95,15 @@ def assert_right(strategy, tensors, wanted=NAMES, gate_index=None):
 @pytest.fixture(params=STRATEGIES)
 def strategy(request, monkeypatch):
     """Both ways to compute it, whatever the cost model would choose (the reference has one)."""
-    for name in ("cpu", "triton_kernels"):
-        module = pytest.importorskip(f"clp_kernels.{name}.interpolated_linear")
-        monkeypatch.setattr(module, "blends_weights", lambda *_: STRATEGIES[request.param])
+    choose(monkeypatch, request.param)
     return request.param
+
+
+def choose(monkeypatch, strategy):
+    for backend, package in (("cpu", "cpu"), ("triton", "triton_kernels")):
+        if clp_kernels.backends()[backend].available:
+            module = importlib.import_module(f"clp_kernels.{package}.interpolated_linear")
+            monkeypatch.setattr(module, "blends_weights", lambda *_: STRATEGIES[strategy])
 
 
 def half_of(backend):
@@ -152,15 +165,16 @@ def test_empty_weights_and_any_number_of_models(backend, strategy, size):
 def test_blends_in_batches_of_what_fits(backend, monkeypatch, scratch):
     """One blend at a time, and two: d_stack is then added up over the batches."""
     monkeypatch.setattr(row_groups.Machine, "batch", lambda self, stack: max(1, scratch // (45 * 70 * 4)))
-    for name in ("cpu", "triton_kernels"):
-        monkeypatch.setattr(pytest.importorskip(f"clp_kernels.{name}.interpolated_linear"), "blends_weights", lambda *_: True)
+    choose(monkeypatch, "weights")
     assert_right("weights", inputs((5, 7), groups=5))
     assert_right("weights", inputs((37,), groups=7), gate_index=torch.arange(37) * 5 % 6)
     assert_right("weights", inputs((3, 19), groups=3, dtype=half_of(backend)))
 
 
 def test_sizes_past_one_tile_and_one_thread(backend, strategy):
-    assert_right(strategy, inputs((67,), k=150, n=131, models=2, groups=5), gate_index=torch.arange(67) * 3 % 5)
+    assert_right(
+        strategy, inputs((67,), k=150, n=131, models=2, groups=5), gate_index=torch.arange(67) * 3 % 5
+    )
 
 
 def test_a_linear_layer_with_the_blended_weight(backend, strategy):
@@ -168,7 +182,9 @@ def test_a_linear_layer_with_the_blended_weight(backend, strategy):
     y = call(tensors)
     weights = interpolate(tensors["stack"], tensors["blend"], base=tensors["base"])
     for g, weight in enumerate(weights):
-        torch.testing.assert_close(y[g], F.linear(tensors["x"][g], weight, tensors["bias"]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            y[g], F.linear(tensors["x"][g], weight, tensors["bias"]), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_zero_blend_is_the_base(backend, strategy):
@@ -203,13 +219,17 @@ def test_memory_that_is_nan_before_the_call_leaves_no_trace(backend, strategy):
 
 
 def test_gradcheck_in_float64():
-    tensors = {name: t.double().requires_grad_(name != "base") for name, t in inputs((2, 3), 4, 3, 2, 2).items()}
+    tensors = {
+        name: t.double().requires_grad_(name != "base") for name, t in inputs((2, 3), 4, 3, 2, 2).items()
+    }
     index = torch.tensor([1, 0, 0, 1, 1, 1])
     leaves = tuple(tensors[name] for name in NAMES)
     for gate_index in (None, index):
 
         def function(x, stack, blend, bias, gate_index=gate_index):
-            return interpolated_linear(x, stack, blend, base=tensors["base"], bias=bias, gate_index=gate_index)
+            return interpolated_linear(
+                x, stack, blend, base=tensors["base"], bias=bias, gate_index=gate_index
+            )
 
         assert torch.autograd.gradcheck(function, leaves)
 
@@ -217,7 +237,11 @@ def test_gradcheck_in_float64():
 @pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 def test_opcheck(backend):
     ops = torch.ops.clp_kernels
-    for rows, groups, gate_index in (((5,), 1, None), ((2, 3), 2, None), ((5,), 3, torch.tensor([0, 2, 1, 1, 0]))):
+    for rows, groups, gate_index in (
+        ((5,), 1, None),
+        ((2, 3), 2, None),
+        ((5,), 3, torch.tensor([0, 2, 1, 1, 0])),
+    ):
         t = {name: v.requires_grad_(name != "base") for name, v in inputs(rows, 6, 4, 2, groups).items()}
         args = (t["x"], t["stack"], t["blend"], t["base"], t["bias"], gate_index)
         torch.library.opcheck(ops.interpolated_linear.default, args)
@@ -281,7 +305,9 @@ def test_the_choice_follows_rows_per_blend():
     assert chosen(2048, 1) and chosen(2048, 8) and chosen(8192, 64)
     assert not chosen(8, 8) and not chosen(64, 64) and not chosen(1, 1) and not chosen(2048, 2048)
     one = torch.empty(1, 1024, 1024)
-    assert not row_groups.blends_weights(machine, 10**6, 1, one, None)  # one weight: there is nothing to blend
+    assert not row_groups.blends_weights(
+        machine, 10**6, 1, one, None
+    )  # one weight: there is nothing to blend
 
 
 def test_the_chosen_way_is_the_one_taken(monkeypatch):
@@ -318,14 +344,30 @@ def test_a_gate_index_out_of_range_is_an_error(backend, strategy):
     [
         (dict(x=torch.zeros(3, 71)), ValueError, r"x is \(3, 71\) float32 on cpu; expected \(\.\.\., 70\)"),
         (dict(stack=torch.zeros(45, 70)), ValueError, r"stack is \(45, 70\).*expected \(M, N, K\)"),
-        (dict(blend=torch.zeros(1, 4)), ValueError, r"blend is \(1, 4\).*expected \(G, 3\), a column for each"),
+        (
+            dict(blend=torch.zeros(1, 4)),
+            ValueError,
+            r"blend is \(1, 4\).*expected \(G, 3\), a column for each",
+        ),
         (dict(blend=torch.zeros(5, 3)), ValueError, r"blend has 5 rows.*expected 1, 37 .*gate_index"),
         (dict(base=torch.zeros(70, 45)), ValueError, r"base is \(70, 45\).*expected \(45, 70\)"),
-        (dict(base=torch.zeros(45, 70, requires_grad=True)), ValueError, r"base asks for a gradient.*detach\(\)"),
+        (
+            dict(base=torch.zeros(45, 70, requires_grad=True)),
+            ValueError,
+            r"base asks for a gradient.*detach\(\)",
+        ),
         (dict(bias=torch.zeros(44)), ValueError, r"bias is \(44,\).*expected \(45,\)"),
-        (dict(stack=torch.zeros(3, 45, 70).bfloat16()), TypeError, r"stack is torch.bfloat16 and x is.*autocast"),
+        (
+            dict(stack=torch.zeros(3, 45, 70).bfloat16()),
+            TypeError,
+            r"stack is torch.bfloat16 and x is.*autocast",
+        ),
         (dict(blend=torch.zeros(1, 3).double()), TypeError, r"blend is torch.float64; expected"),
-        (dict(gate_index=torch.zeros(36, dtype=torch.int64)), ValueError, r"gate_index is \(36,\); expected \(37,\)"),
+        (
+            dict(gate_index=torch.zeros(36, dtype=torch.int64)),
+            ValueError,
+            r"gate_index is \(36,\); expected \(37,\)",
+        ),
         (dict(gate_index=torch.zeros(37)), TypeError, r"gate_index is torch.float32; expected torch.int64"),
         (dict(blend=torch.zeros(1, 3, device="meta")), ValueError, r"blend is on meta and x on cpu"),
     ],

@@ -49,12 +49,19 @@ def test_a_blend_of_one_tensor_is_as_accurate_as_torch(backend, dtype, models):
 
 def test_several_blends_of_one_stack_are_those_blends(backend, dtype):
     for shape in ((37, 61), (48, 2048)):  # the second is where a GPU uses 16-byte accesses
-        stack, weights, base = torch.randn(3, *shape).to(dtype), torch.randn(5, 3), torch.randn(shape).to(dtype)
+        stack, weights, base = (
+            torch.randn(3, *shape).to(dtype),
+            torch.randn(5, 3),
+            torch.randn(shape).to(dtype),
+        )
         got = interpolate(stack, weights, base=base)
         assert got.shape == (5, *shape)
         for g in range(5):
             assert_as_accurate(
-                got[g], plain_blend(stack, weights[g], base), exact_blend(stack, weights[g], base), f"blend {g}"
+                got[g],
+                plain_blend(stack, weights[g], base),
+                exact_blend(stack, weights[g], base),
+                f"blend {g}",
             )
     assert interpolate(stack, weights[:0]).shape == (0, *shape)
 
@@ -369,8 +376,49 @@ def test_magnitude_keeps_the_largest(backend, dtype):
             threshold = delta.abs().flatten().topk(count).values[-1]
             assert torch.equal(kept, delta.where(delta.abs() >= threshold, 0))
     delta = torch.randn(300).to(dtype)
-    assert torch.equal(sparsify(delta, 0.5, method="magnitude", rescale=True), 2 * sparsify(delta, 0.5, method="magnitude"))
+    assert torch.equal(
+        sparsify(delta, 0.5, method="magnitude", rescale=True), 2 * sparsify(delta, 0.5, method="magnitude")
+    )
     assert torch.equal(sparsify(delta, 1.0, method="magnitude"), delta)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_thresholds_are_those_of_a_sort(backend):
+    module = pytest.importorskip("clp_kernels.cpu.interpolation")
+    draws = (
+        torch.randn,
+        lambda n: torch.randint(-3, 4, (n,)).float(),
+        torch.zeros,
+        lambda n: torch.full((n,), torch.inf),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for n in (1, 2, 7, 1000, 70001):  # the last with several threads
+            deltas = [draw(n).to(dtype) for draw in draws]
+            for kept in {1, n, (n + 1) // 2, (n + 6) // 7}:
+                expected = [t.abs().sort(descending=True).values[kept - 1].item() for t in deltas]
+                assert module.thresholds(deltas, [kept] * len(deltas)).tolist() == expected
+    delta = torch.randn(100)
+    delta[3] = torch.nan
+    assert module.thresholds([delta], [1]).isnan().all()
+    assert module.thresholds([delta], [2]).item() == delta[delta == delta].abs().max().item()
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_results_too_large_for_the_caches(backend):
+    """They are written around them, and where out is one of the inputs they are not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        count = (16 << 20) // torch.finfo(dtype).bits * 8 + 1029
+        a, b = torch.randn(count).to(dtype), torch.randn(count).to(dtype)
+        exact = 0.5 * a.double() - 0.25 * b.double()
+        got = interpolate([a, b], [0.5, -0.25])
+        assert_as_accurate(got, exact.to(dtype), exact)
+        with use_backend("reference"):
+            expected = sparsify(a, 0.5, seed=4)
+        assert torch.equal(sparsify(a, 0.5, seed=4), expected)
+        interpolate([a, b], [0.5, -0.25], out=a)
+        assert torch.equal(a, got)
+        shifted = torch.empty(count + 1, dtype=dtype)[1:]  # not on a cache line
+        assert torch.equal(sparsify(b, 0.5, seed=4, out=shifted), sparsify(b, 0.5, seed=4))
 
 
 def test_sparsify_in_place(backend):
@@ -455,7 +503,9 @@ def test_a_merge_of_weights_of_warp_in_three_stages(backend):
     for p, s in enumerate(start):
         torch.testing.assert_close(anchor[p], 0.99 * s + 0.01 * policies[0][p])
         a, b = policies[0][p] - s, policies[1][p] - s
-        torch.testing.assert_close(following[p], (s + 0.3 * exact_slerp(a, b, 0.5)).float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            following[p], (s + 0.3 * exact_slerp(a, b, 0.5)).float(), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_step_of_online_merging(backend):
@@ -494,13 +544,29 @@ A, B = torch.zeros(3, 4), torch.zeros(3, 4)
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: interpolate([A, torch.zeros(4)], [1.0, 1.0]), ValueError, r"stack\[1\] is \(4,\).*one shape"),
-        (lambda: interpolate([A, B.bfloat16()], [1.0, 1.0]), TypeError, r"stack\[1\] is torch.bfloat16.*cast"),
-        (lambda: interpolate([A, B.to("meta")], [1.0, 1.0]), ValueError, r"stack\[1\] is on meta.*one device"),
+        (
+            lambda: interpolate([A, torch.zeros(4)], [1.0, 1.0]),
+            ValueError,
+            r"stack\[1\] is \(4,\).*one shape",
+        ),
+        (
+            lambda: interpolate([A, B.bfloat16()], [1.0, 1.0]),
+            TypeError,
+            r"stack\[1\] is torch.bfloat16.*cast",
+        ),
+        (
+            lambda: interpolate([A, B.to("meta")], [1.0, 1.0]),
+            ValueError,
+            r"stack\[1\] is on meta.*one device",
+        ),
         (lambda: interpolate([A.long()], [1.0]), TypeError, r"stack is torch.int64; expected a floating"),
         (lambda: interpolate(torch.zeros(0, 3), []), ValueError, r"stack is \(0, 3\).*M > 0"),
         (lambda: interpolate([[]], [1.0]), ValueError, r"stack\[0\] holds 0 tensors"),
-        (lambda: interpolate([[A, B], [A]], [1.0, 1.0]), ValueError, r"stack\[1\] holds 1 tensors; expected 2"),
+        (
+            lambda: interpolate([[A, B], [A]], [1.0, 1.0]),
+            ValueError,
+            r"stack\[1\] holds 1 tensors; expected 2",
+        ),
         (lambda: interpolate([[A, B], A], [1.0, 1.0]), ValueError, r"stack\[1\] is a tensor.*unbind"),
         (lambda: interpolate([A, B], [1.0]), ValueError, r"weights is \(1,\); expected \(2,\) or \(G, 2\)"),
         (
@@ -512,7 +578,11 @@ A, B = torch.zeros(3, 4), torch.zeros(3, 4)
         (lambda: interpolate([A], [1.0], base=torch.zeros(4)), ValueError, r"base\[0\] is \(4,\).*\(3, 4\)"),
         (lambda: interpolate([[A]], [1.0], base=A), ValueError, r"base is one tensor; expected a list of 1"),
         (lambda: interpolate([A], [1.0], base=[A]), ValueError, "expected one tensor, as there is one stack"),
-        (lambda: interpolate([A], [1.0], out=A.double()), ValueError, r"out\[0\] is \(3, 4\) float64.*float32"),
+        (
+            lambda: interpolate([A], [1.0], out=A.double()),
+            ValueError,
+            r"out\[0\] is \(3, 4\) float64.*float32",
+        ),
         (lambda: interpolate([[A]], [1.0], out=A), ValueError, "out is Tensor; expected what is returned"),
         (
             lambda: interpolate([[A], [A]], [1.0], base=[A, A], out=[A, A]),
@@ -526,16 +596,28 @@ A, B = torch.zeros(3, 4), torch.zeros(3, 4)
         ),
         (lambda: slerp(A, [B], 0.5), ValueError, "one of a and b is a tensor"),
         (lambda: slerp([A, A], [B], 0.5), ValueError, "a has 2 tensors and b 1"),
-        (lambda: slerp([A, A], [B, B], torch.zeros(3)), ValueError, r"t is \(3,\); expected a number, \(\) or \(2,\)"),
+        (
+            lambda: slerp([A, A], [B, B], torch.zeros(3)),
+            ValueError,
+            r"t is \(3,\); expected a number, \(\) or \(2,\)",
+        ),
         (lambda: ema_([A], [B], 1.5), ValueError, "decay is 1.5; expected 0 <= decay <= 1"),
         (lambda: ema_([A], [B.long()], 0.5), TypeError, r"params\[0\] is torch.int64"),
-        (lambda: ema_([A], [torch.zeros(4)], 0.5), ValueError, r"average\[0\] is \(3, 4\).*params\[0\] \(4,\)"),
+        (
+            lambda: ema_([A], [torch.zeros(4)], 0.5),
+            ValueError,
+            r"average\[0\] is \(3, 4\).*params\[0\] \(4,\)",
+        ),
         (lambda: ema_([A, A], [B, B], 0.5), ValueError, "average holds a tensor twice"),
         (lambda: sparsify(A, 0.0, seed=1), ValueError, "density is 0.0; expected 0 < density <= 1"),
         (lambda: sparsify(A, 0.5), ValueError, "'random' needs a seed"),
         (lambda: sparsify(A, 0.5, method="magnitude", seed=1), ValueError, "leave seed out"),
         (lambda: sparsify(A, 0.5, method="largest"), ValueError, "method is 'largest'"),
-        (lambda: sparsify(A.clone().requires_grad_(), 0.5, seed=1), RuntimeError, "not differentiable.*no_grad"),
+        (
+            lambda: sparsify(A.clone().requires_grad_(), 0.5, seed=1),
+            RuntimeError,
+            "not differentiable.*no_grad",
+        ),
         (
             lambda: merge_sign_consensus([A.clone().requires_grad_()], [1.0]),
             RuntimeError,

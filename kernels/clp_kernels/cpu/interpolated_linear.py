@@ -14,8 +14,12 @@ from clp_kernels.cpu import interpolation
 from clp_kernels.reference import interpolated_linear as products
 from clp_kernels.row_groups import Machine, RowGroups, blends_weights
 
-# A core's float32 rate over its share of the bandwidth; 64 MiB of weights are past the caches anyway.
-_MACHINES = {torch.float32: Machine(balance=8.0, scratch=64 << 20), torch.bfloat16: Machine(balance=30.0, scratch=64 << 20)}
+# Where the two ways crossed on a core with AVX-512 and AMX, 1024 x 1024, 2 and 4 models: 10 and 64. More scratch is slower, as
+# glibc then takes it from the system, page by page, at every call: 35 ms with 64 MiB for 8 float32 weights, 11 with 12.
+_MACHINES = {
+    torch.float32: Machine(balance=10.0, scratch=12 << 20),
+    torch.bfloat16: Machine(balance=64.0, scratch=12 << 20),
+}
 
 
 def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
@@ -34,7 +38,12 @@ def _grouped(blend: Tensor, gate_index: Tensor | None, rows: int) -> RowGroups:
 
 
 def forward(
-    x: Tensor, stack: Tensor, blend: Tensor, base: Tensor | None, bias: Tensor | None, gate_index: Tensor | None
+    x: Tensor,
+    stack: Tensor,
+    blend: Tensor,
+    base: Tensor | None,
+    bias: Tensor | None,
+    gate_index: Tensor | None,
 ) -> Tensor:
     """As reference.interpolated_linear.forward."""
     flat, machine = rows_of(x), _MACHINES[x.dtype]

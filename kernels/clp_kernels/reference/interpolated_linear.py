@@ -22,7 +22,12 @@ def unsupported(**call) -> str | None:
 
 
 def forward(
-    x: Tensor, stack: Tensor, blend: Tensor, base: Tensor | None, bias: Tensor | None, gate_index: Tensor | None
+    x: Tensor,
+    stack: Tensor,
+    blend: Tensor,
+    base: Tensor | None,
+    bias: Tensor | None,
+    gate_index: Tensor | None,
 ) -> Tensor:
     flat = rows_of(x)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -32,7 +32,11 @@ from clp_kernels.triton_kernels.multi_lora import Tile, _group_of
 # By rows, as in multi_lora.py; two accumulators leave room for no more than 64 x 128.
 _TILES = {
     "half": ((16, Tile(16, 32, 256, 4, 3)), (64, Tile(64, 32, 128, 4, 3)), (None, Tile(64, 128, 64, 8, 3))),
-    "half_hip": ((16, Tile(16, 32, 256, 4, 2)), (64, Tile(64, 32, 128, 4, 2)), (None, Tile(64, 128, 64, 8, 2))),
+    "half_hip": (
+        (16, Tile(16, 32, 256, 4, 2)),
+        (64, Tile(64, 32, 128, 4, 2)),
+        (None, Tile(64, 128, 64, 8, 2)),
+    ),
     "plain": ((16, Tile(16, 32, 64, 4, 2)), (None, Tile(64, 64, 32, 8, 2))),
 }
 # FLOPs per byte of an H200: 790 TFLOP/s of 16-bit products, about 60 of float32 ones, 4.3 TB/s.
@@ -95,11 +99,26 @@ def _mixed(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if base is not None and y is not None:
         acc += _product(
-            x, base, row, column, M, N, K, stride_xm, stride_xk, stride_bk, stride_bn, BLOCK_M, BLOCK_N, BLOCK_K
+            x,
+            base,
+            row,
+            column,
+            M,
+            N,
+            K,
+            stride_xm,
+            stride_xk,
+            stride_bk,
+            stride_bn,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
         )
     for i in range(models):
         w = stack + tl.full((), i, tl.int64) * stride_s
-        one = _product(x, w, row, column, M, N, K, stride_xm, stride_xk, stride_sk, stride_sn, BLOCK_M, BLOCK_N, BLOCK_K)
+        one = _product(
+            x, w, row, column, M, N, K, stride_xm, stride_xk, stride_sk, stride_sn, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         coefficient = tl.load(blend + group * models + i, mask=inside, other=float("nan")).to(tl.float32)
         acc += coefficient[:, None] * one
         if dots is not None:
@@ -170,7 +189,12 @@ def _by_weights(x: Tensor, stack: Tensor, blend: Tensor, base: Tensor | None, ga
 
 
 def forward(
-    x: Tensor, stack: Tensor, blend: Tensor, base: Tensor | None, bias: Tensor | None, gate_index: Tensor | None
+    x: Tensor,
+    stack: Tensor,
+    blend: Tensor,
+    base: Tensor | None,
+    bias: Tensor | None,
+    gate_index: Tensor | None,
 ) -> Tensor:
     """As reference.interpolated_linear.forward."""
     flat = rows_of(x)
@@ -240,7 +264,9 @@ def aot_specs() -> Iterator[AotSpec]:
     half, single = torch.bfloat16, torch.float32
     generations = ("sm_80", "sm_90", "sm_100", "gfx942")
     for rows in (16, 64, 8192):
-        yield from recorded(f"bfloat16 {rows} rows", example(rows, half, training=rows > 64), generations, matrix)
+        yield from recorded(
+            f"bfloat16 {rows} rows", example(rows, half, training=rows > 64), generations, matrix
+        )
     for rows in (16, 8192):
         yield from recorded(f"float32 {rows} rows", example(rows, single, training=rows > 64))
     yield from recorded("bfloat16, nothing divisible by 16", example(8191, half, size=1937))

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.backends import interpreting
-from clp_kernels.reference.interpolation import thresholds  # noqa: F401  torch's selection, on the device
+from clp_kernels.reference import interpolation as reference
 from clp_kernels.tensor_lists import Blends, Pairs, Sparse, dense
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
 
@@ -34,9 +34,7 @@ def unsupported(*, device: torch.device, dtype: torch.dtype, other: torch.dtype,
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"the Triton kernels take CUDA or ROCm tensors, not {device.type}"
     if dtype not in _TYPES or other not in _TYPES:
-        return (
-            f"the Triton kernels take float32, float16 and bfloat16, not {dtype if dtype not in _TYPES else other}"
-        )
+        return f"the Triton kernels take float32, float16 and bfloat16, not {dtype if dtype not in _TYPES else other}"
     return None
 
 
@@ -107,7 +105,20 @@ def _blend(
         for g in range(G):
             blend = tl.full((), g, tl.int64)
             _blend_block(
-                row, weight + g * M, blend, at, None, size, base_scale, M, BASE, MERGE, TYPE, OUT_TYPE, ALIGNED, BLOCK
+                row,
+                weight + g * M,
+                blend,
+                at,
+                None,
+                size,
+                base_scale,
+                M,
+                BASE,
+                MERGE,
+                TYPE,
+                OUT_TYPE,
+                ALIGNED,
+                BLOCK,
             )
     if whole < last:
         at = whole + tl.arange(0, BLOCK)
@@ -304,6 +315,11 @@ def inner_products(call: Pairs) -> Tensor:
     return out
 
 
+def thresholds(tensors: Sequence[Tensor], kept: Sequence[int]) -> Tensor:
+    """As reference.interpolation.thresholds: torch's selection, on the device."""
+    return reference.thresholds(tensors, kept)
+
+
 def sparsify(call: Sparse) -> None:
     device = call.outs[0].device
     alive: list[Tensor] = []
@@ -342,7 +358,17 @@ def aot_specs() -> Iterator[AotSpec]:
             weights = make(1, count, models, dtype=torch.float32)
             stacks = [[make(models, 64, 64, dtype=dtype)] for _ in items]
             bases = [make(64, 64, dtype=out_dtype) for _ in items] if base else None
-            blend(Blends(stacks, weights, [0, 0], bases, [make(count, 64, 64, dtype=out_dtype) for _ in items], 1.0, merge))
+            blend(
+                Blends(
+                    stacks,
+                    weights,
+                    [0, 0],
+                    bases,
+                    [make(count, 64, 64, dtype=out_dtype) for _ in items],
+                    1.0,
+                    merge,
+                )
+            )
 
         return call
 
