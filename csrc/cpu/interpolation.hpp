@@ -2,7 +2,8 @@
 //
 // A call has a table of int64, one row per tensor of the list ("item"), whose first column is its number of elements;
 // addresses are of dense memory. Items are cut into blocks and the blocks shared out among the threads, so that one large
-// tensor and a hundred small ones keep them equally busy. Arithmetic in float32 unless said; no result depends on the number of threads.
+// tensor and a hundred small ones keep them equally busy. Arithmetic in float32 unless said; no result depends on the number
+// of threads.
 #pragma once
 #include <cstdint>
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from clp_kernels.arguments import describe
 from clp_kernels.backends import plain_eager, select
-from clp_kernels.tensor_lists import Blends, Pairs, Sparse
+from clp_kernels.tensor_lists import Blends, Pairs, Sparse, models_of
 
 _TABLE = {
     "reference": "clp_kernels.reference.interpolation",
@@ -65,7 +65,7 @@ def interpolate(
     base     (...), coefficient 1, or None
     returns  (...), or (G, ...) for weights (G, M); in base's dtype, or the stack's
 
-    A list of P tensors, whose shapes and dtypes may differ:
+    A list of P tensors, whose shapes and dtypes may differ (each combination of dtypes is a launch):
     stack    P stacks, each as above: [[deltas of parameter 1], [deltas of parameter 2], ...]
     weights  (M,) for all; (P, M), coefficients of its own for each (per layer); (P, G, M) or (1, G, M) for G blends
     base     P tensors, or None
@@ -240,8 +240,8 @@ def sparsify(
              smallest of them (TIES' trim)
     rescale  divide what is kept by density. None: for random, whose expectation is then delta, and not for magnitude
     seed     for random, any integer of 64 bits. The mask is a function of (seed, place in the list, index in the flattened
-             tensor) alone: element j of tensor p is kept where u(s_p, j) < density, u(s, j) being the 53 upper bits of the
-             j-th output of SplitMix64 started at s (as a fraction of 1), s_p = mix(mix(seed) + p), mix(x) the first output of
+             tensor) alone: element j of tensor p (both from 0) is kept where u(s_p, j) < density, u(s, j) being the 53 upper bits
+             of output j of SplitMix64 started at s, as a fraction of 1; s_p = mix(mix(seed) + p), and mix(x) is output 0 of
              SplitMix64 started at x. Hence it is the same with every back-end, device and dtype
     out      takes the result and is returned; it may be delta
     returns  as delta, in its dtype
@@ -279,7 +279,8 @@ def sparsify(
     outs = None if out is None else [out] if single else list(out)
     eager = plain_eager(*tensors)
     if outs is not None:
-        _check_out("sparsify", outs, [(t.shape, t.dtype) for t in tensors], tensors[0].device, eager)
+        device = tensors[0].device if tensors else None
+        _check_out("sparsify", outs, [(t.shape, t.dtype) for t in tensors], device, eager)
     seed = _int64((seed or 0) & _MASK)
     arguments = density, method == "magnitude", scale, seed
     if not eager:
@@ -398,7 +399,7 @@ def _stacks(op: str, stack) -> _Stacks:
                     f"{op}: {where}[{i}] is on {part.device} and the first tensor on {items[0][0].device}; "
                     "expected one device"
                 )
-    models = sum(part.shape[0] for part in items[0]) if items else 0
+    models = models_of(items[0]) if items else 0
     return _Stacks(items, [parts[0].shape[1:] for parts in items], models, single)
 
 
@@ -572,7 +573,7 @@ def _new_outputs(stack, parts, weights, base) -> list[Tensor]:
 
 def _inner_products(left, left_parts, right, right_parts) -> Tensor:
     lefts, rights = _by_item(left, left_parts), _by_item(right, right_parts)
-    counts = (sum(part.shape[0] for part in lefts[0]), sum(part.shape[0] for part in rights[0]))
+    counts = (models_of(lefts[0]), models_of(rights[0]))
     result = torch.zeros((len(lefts), *counts), dtype=torch.float64, device=left[0].device)
     for (dtype, other), chosen in _by_kind([(a[0].dtype, b[0].dtype) for a, b in zip(lefts, rights)]).items():
         module = select("inner_products", _TABLE, left[0].device, dtype=dtype, other=other)
@@ -631,7 +632,7 @@ def _fake_blend(stack, parts, weights, base, *_):
 
 
 def _fake_inner_products(left, left_parts, right, right_parts):
-    counts = [sum(part.shape[0] for part in side) for side in (left[:left_parts], right[:right_parts])]
+    counts = models_of(left[:left_parts]), models_of(right[:right_parts])
     return left[0].new_empty((len(left) // left_parts, *counts), dtype=torch.float64)
 
 

@@ -330,7 +330,7 @@ def test_averages_of_half_precision_and_of_nothing(backend):
     exact = 0.5 * average.double() + 0.5 * params.double()
     ema_(average, params, 0.5)
     assert_as_accurate(average, exact.to(half), exact)
-    assert ema_([], [], 0.5) == []
+    assert ema_([], [], 0.5) == [] == sparsify([], 0.5, seed=1, out=[])
 
 
 def test_masks_depend_on_seed_place_and_index_alone(dtype):
