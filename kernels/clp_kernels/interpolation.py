@@ -240,9 +240,9 @@ def sparsify(
              smallest of them (TIES' trim)
     rescale  divide what is kept by density. None: for random, whose expectation is then delta, and not for magnitude
     seed     for random, any integer of 64 bits. The mask is a function of (seed, place in the list, index in the flattened
-             tensor) alone: element j of tensor p (both from 0) is kept where u(s_p, j) < density, u(s, j) being the 53 upper bits
-             of output j of SplitMix64 started at s, as a fraction of 1; s_p = mix(mix(seed) + p), and mix(x) is output 0 of
-             SplitMix64 started at x. Hence it is the same with every back-end, device and dtype
+             tensor) alone: element j of tensor p, counted from 0, is kept where u(s_p, j) < density, u(s, j) being the 53 upper
+             bits of output j of SplitMix64 started at s, as a fraction of 1; s_p = mix(mix(seed) + p), and mix(x) is output 0
+             of SplitMix64 started at x. Hence it is the same with every back-end, device and dtype
     out      takes the result and is returned; it may be delta
     returns  as delta, in its dtype
 
@@ -379,11 +379,14 @@ def _stacks(op: str, stack) -> _Stacks:
                     + (f"{len(items[0])} (M) like stack[0]" if items else "at least one")
                     + ": one for every model that is blended"
                 )
-            items.append([tensor[None] for tensor in item])
+            items.append([tensor.unsqueeze(0) for tensor in item])
         first = items[-1][0]
         if not first.dtype.is_floating_point:
             raise TypeError(f"{op}: {where} is {first.dtype}; expected a floating-point dtype")
+        shape, dtype, device = first.shape, first.dtype, items[0][0].device
         for i, part in enumerate(items[-1]):
+            if part.shape == shape and part.dtype is dtype and part.device == device:
+                continue
             if part.shape != first.shape:
                 raise ValueError(
                     f"{op}: {where}[{i}] is {describe(part[0])} and {where}[0] {describe(first[0])}; expected "
@@ -394,11 +397,9 @@ def _stacks(op: str, stack) -> _Stacks:
                     f"{op}: {where}[{i}] is {part.dtype} and {where}[0] {first.dtype}; expected one dtype: "
                     f"cast with .to({first.dtype})"
                 )
-            if part.device != items[0][0].device:
-                raise ValueError(
-                    f"{op}: {where}[{i}] is on {part.device} and the first tensor on {items[0][0].device}; "
-                    "expected one device"
-                )
+            raise ValueError(
+                f"{op}: {where}[{i}] is on {part.device} and the first tensor on {device}; expected one device"
+            )
     models = models_of(items[0]) if items else 0
     return _Stacks(items, [parts[0].shape[1:] for parts in items], models, single)
 
@@ -586,15 +587,15 @@ def _inner_products(left, left_parts, right, right_parts) -> Tensor:
     return result
 
 
+@torch.no_grad()
 def _ema(average, params, decay) -> None:
     if not average:
         return
     wide = torch.float64 if any(t.dtype is torch.float64 for t in (*average, *params)) else torch.float32
     weights = torch.full((1, 1, 1), 1 - decay, dtype=wide, device=average[0].device)
-    own, new = [t.detach() for t in average], [t.detach()[None] for t in params]
-    dense = [t if t.is_contiguous() else t.contiguous() for t in own]
-    _blend(new, 1, weights, dense, "sum", dense, base_scale=decay)
-    for tensor, copy in zip(own, dense):
+    dense = [t if t.is_contiguous() else t.contiguous() for t in average]
+    _blend([t.unsqueeze(0) for t in params], 1, weights, dense, "sum", dense, base_scale=decay)
+    for tensor, copy in zip(average, dense):
         if copy is not tensor:
             tensor.copy_(copy)
 
