@@ -10,6 +10,7 @@ namespace py = pybind11;
 
 namespace clp {
 void bind_token_stats(py::module_&);
+void bind_interpolation(py::module_&);
 }
 
 namespace {
@@ -90,4 +91,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("gate_backward", &gate_backward);
   m.def("sample", &sample, py::call_guard<py::gil_scoped_release>());
   clp::bind_token_stats(m);
+  clp::bind_interpolation(m);
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "interpolation.hpp"
 #include "matmul.hpp"
 #include "multi_lora.hpp"
 #include "sampling.hpp"
@@ -15,6 +16,7 @@ enum class DType : int { f32 = 0, bf16 = 1 };
 struct KernelTable {
   const char* name;
   // One entry per kernel family; see its header for the contract.
+  InterpolationKernels interpolation;
   MatmulKernels matmul;
   MultiLoraKernels multi_lora;
   SamplingKernels sampling;

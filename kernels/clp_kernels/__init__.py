@@ -1,6 +1,8 @@
 """Kernels for conditioned language policies: per-row blends of LoRA adapters and token statistics. Needs torch alone."""
 
 from clp_kernels.backends import Backend, backends, batch_invariant, use_backend
+from clp_kernels.interpolated_linear import interpolated_linear
+from clp_kernels.interpolation import ema_, interpolate, merge_sign_consensus, slerp, sparsify
 from clp_kernels.linear_logprob import linear_logprob
 from clp_kernels.logits_logprob import logits_logprob
 from clp_kernels.multi_lora import expand_gate, merged_weight, multi_lora_linear
@@ -8,6 +10,6 @@ from clp_kernels.sampling import sample_tokens
 from clp_kernels.token_stats import HeadLoRA, TokenStats
 from clp_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
-__all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "batch_invariant", "expand_gate", "linear_logprob",
-           "logits_logprob", "merged_weight", "multi_lora_linear", "sample_tokens", "use_backend",
-           "vocab_parallel_linear_logprob"]
+__all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "batch_invariant", "ema_", "expand_gate", "interpolate",
+           "interpolated_linear", "linear_logprob", "logits_logprob", "merge_sign_consensus", "merged_weight",
+           "multi_lora_linear", "sample_tokens", "slerp", "sparsify", "use_backend", "vocab_parallel_linear_logprob"]

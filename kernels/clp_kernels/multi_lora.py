@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clp_kernels.arguments import cast, count_rows, describe, explain_gate, gate_fits
 from clp_kernels.backends import is_batch_invariant, plain_eager, select
 
 _TABLE = {
@@ -75,7 +76,7 @@ def multi_lora_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, lora_a, lora_b = (_cast(t, dtype) for t in (x, weight, bias, lora_a, lora_b))
+        x, weight, bias, lora_a, lora_b = (cast(t, dtype) for t in (x, weight, bias, lora_a, lora_b))
     shape, weight_shape, a_shape, b_shape, gate_shape = (
         x.shape,
         weight.shape,
@@ -94,14 +95,14 @@ def multi_lora_linear(
         and dtype.is_floating_point
         and (gate.dtype is dtype or gate.dtype is torch.float32)
         and x.device == weight.device == lora_a.device == lora_b.device == gate.device
-        and _gate_fits(shape, gate_shape[0], gate_index)
+        and gate_fits(shape, gate_shape[0], gate_index)
     ):
         _explain(x, weight, lora_a, lora_b, gate, gate_index)
     if bias is not None and not (
         bias.shape == weight_shape[:1] and bias.dtype is dtype and bias.device == x.device
     ):
         raise ValueError(
-            f"multi_lora_linear: bias is {_describe(bias)}; expected ({weight_shape[0]},) in weight's dtype "
+            f"multi_lora_linear: bias is {describe(bias)}; expected ({weight_shape[0]},) in weight's dtype "
             f"{dtype} on {x.device}"
         )
     if not plain_eager(x, weight, lora_a, lora_b, gate):
@@ -166,7 +167,7 @@ def _merges(x: Tensor, weight_shape: torch.Size, rank: int) -> bool:
     return (
         x.is_cuda
         and x.dtype.itemsize == 2
-        and merge_pays(_count(x.shape), *weight_shape, rank, _INTENSITY)
+        and merge_pays(count_rows(x.shape), *weight_shape, rank, _INTENSITY)
         and not is_batch_invariant()
     )
 
@@ -206,31 +207,6 @@ def expand_gate(blend: Tensor, ranks: Sequence[int], scalings: Sequence[float]) 
     return torch.cat(columns, 1) if columns else blend.new_empty(blend.shape[0], 0)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # float64 stays, as everywhere under autocast.
-    eligible = tensor is not None and tensor.dtype.is_floating_point and tensor.dtype is not torch.float64
-    return tensor.to(dtype) if eligible else tensor
-
-
-def _count(shape: Sequence[int]) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
-
-
-def _gate_fits(shape: torch.Size, groups: int, gate_index: Tensor | None) -> bool:
-    if gate_index is not None:
-        return (gate_index.shape == shape[:-1] or tuple(gate_index.shape) == (_count(shape),)) and (
-            gate_index.dtype in (torch.int64, torch.int32)
-        )
-    return groups == 1 or (len(shape) > 1 and groups == shape[0]) or groups == _count(shape)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-
-
 def _explain(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, gate_index: Tensor | None
 ) -> None:
@@ -238,12 +214,12 @@ def _explain(
     op = "multi_lora_linear"
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
         if tensor.dim() != 2:
-            raise ValueError(f"{op}: {name} is {_describe(tensor)}; expected two dimensions")
+            raise ValueError(f"{op}: {name} is {describe(tensor)}; expected two dimensions")
     out_features, in_features = weight.shape
     rank = lora_a.shape[0]
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(
-            f"{op}: x is {_describe(x)}; expected (..., {in_features}) "
+            f"{op}: x is {describe(x)}; expected (..., {in_features}) "
             f"to go with weight {tuple(weight.shape)}"
         )
     for name, tensor, expected in (
@@ -252,12 +228,12 @@ def _explain(
     ):
         if tuple(tensor.shape) != expected:
             raise ValueError(
-                f"{op}: {name} is {_describe(tensor)}; expected {expected} to go with weight "
+                f"{op}: {name} is {describe(tensor)}; expected {expected} to go with weight "
                 f"{tuple(weight.shape)} and lora_a {tuple(lora_a.shape)}"
             )
     if gate.shape[1] != rank:
         raise ValueError(
-            f"{op}: gate is {_describe(gate)}; expected (G, {rank}), a column for each row of lora_a: "
+            f"{op}: gate is {describe(gate)}; expected (G, {rank}), a column for each row of lora_a: "
             "expand_gate makes it from one coefficient per adapter"
         )
     if not x.dtype.is_floating_point:
@@ -273,20 +249,7 @@ def _explain(
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}; expected one device")
-    rows = _count(x.shape)
-    if gate_index is None:
-        raise ValueError(
-            f"{op}: gate has {gate.shape[0]} rows and x is {tuple(x.shape)}; "
-            f"expected 1, {rows} (one per row of x)"
-            + (f" or {x.shape[0]} (one per sequence)" if x.dim() > 2 else "")
-            + ", or a gate_index"
-        )
-    if gate_index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: gate_index is {gate_index.dtype}; expected torch.int64 or torch.int32")
-    raise ValueError(
-        f"{op}: gate_index is {tuple(gate_index.shape)}; expected ({rows},) or {tuple(x.shape[:-1])}, "
-        "the gate row of each row of x"
-    )
+    explain_gate(op, "gate", x, gate, gate_index)
 
 
 def _forward(x, weight, bias, lora_a, lora_b, gate, gate_index):
@@ -300,7 +263,7 @@ def _backward(dy, x, weight, lora_a, lora_b, gate, gate_index, h, needs):
 
 
 def _fake_forward(x, weight, bias, lora_a, lora_b, gate, gate_index):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(_count(x.shape), lora_a.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(count_rows(x.shape), lora_a.shape[0])
 
 
 def _fake_backward(dy, x, weight, lora_a, lora_b, gate, gate_index, h, needs):

@@ -70,7 +70,7 @@ def _gate_rows(acc, at, mask, group, rank, groups, R, gate, h, raw, scaled, gate
 
 
 @triton.jit
-def _group_of(row, rows, index, span):
+def group_of(row, rows, index, span):
     """The gate row of each row, 64 bits; -1 beyond the last row."""
     if index is not None:
         return tl.load(index + row, mask=row < rows, other=-1).to(tl.int64)
@@ -110,7 +110,7 @@ def _skinny(
     if partial is not None:
         tl.store(partial + tl.program_id(2).to(tl.int64) * M * R + at, acc, mask=mask)
     else:
-        group = _group_of(row, M, index, span)
+        group = group_of(row, M, index, span)
         _gate_rows(acc, at, mask, group, rank, groups, R, gate, h, raw, scaled, gated, product)
 
 
@@ -130,7 +130,7 @@ def _skinny_end(
     for _ in range(splits):
         acc += tl.load(part, mask=mask, other=0.0)
         part += size
-    group = _group_of(row, M, index, span)
+    group = group_of(row, M, index, span)
     _gate_rows(acc, at, mask, group, rank, groups, R, gate, h, raw, scaled, gated, product)
 
 
@@ -162,7 +162,7 @@ def _both(
         )
         mask = (row < last)[:, None] & (rank < R)[None, :]
         at = row[:, None] * R + rank[None, :]
-        group = _group_of(row, last, index, span)
+        group = group_of(row, last, index, span)
         inside = (group >= 0) & (group < groups)
         # Beyond the last row the gate is zero, not NaN, as these rows are summed with the others.
         outside = tl.where(row < last, float("nan"), 0.0)
@@ -224,7 +224,7 @@ def _group_sum(
     acc = tl.zeros((BLOCK_G, BLOCK_R), tl.float32)
     for start in range(first, last, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        member = (_group_of(row, last, index, span)[None, :] == group[:, None]).to(tl.float32)
+        member = (group_of(row, last, index, span)[None, :] == group[:, None]).to(tl.float32)
         # Rows of one group mostly lie together: most blocks hold none of these groups, and cost a look at
         # their index.
         if tl.max(tl.max(member, 1), 0) > 0:
@@ -254,11 +254,11 @@ def _splits(programs: int, steps: int) -> int:
     return max(1, min(triton.cdiv(_FILL, programs), steps // 4))
 
 
-def _span(gate: Tensor, gate_index: Tensor | None, rows: int) -> int:
+def span_of(gate: Tensor, gate_index: Tensor | None, rows: int) -> int:
     return 1 if gate_index is not None else rows // gate.shape[0]
 
 
-def _family(*operands: Tensor) -> str:
+def pointer_family(*operands: Tensor) -> str:
     """A row of the tables here: those of "half" serve every generation of NVIDIA's."""
     kind = launch.family(*operands)
     return "half" if kind == "ampere" else kind
@@ -274,7 +274,7 @@ def skinny(x: Tensor, a: Tensor, gate: Tensor, gate_index: Tensor | None, **tens
     them. gate and gate_index are dense."""
     (rows, depth), rank = x.shape, a.shape[0]
     invariant = is_batch_invariant()
-    tiles = _SKINNY[_family(x, a)]
+    tiles = _SKINNY[pointer_family(x, a)]
     tile = next(t for most, t in tiles if most is None or (rows <= most and not invariant))
     block = _rank_block(rank, tile.columns)
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(rank, block)
@@ -284,7 +284,7 @@ def skinny(x: Tensor, a: Tensor, gate: Tensor, gate_index: Tensor | None, **tens
     partial = x.new_empty((splits, rows, rank), dtype=torch.float32) if splits > 1 else None
     outputs = [tensors.get(name) for name in ("h", "raw", "scaled", "gated", "product")]
     _skinny[(*grid, splits)](
-        x, a, gate, gate_index, *outputs, partial, rows, depth, rank, gate.shape[0], _span(gate, gate_index, rows), chunk,
+        x, a, gate, gate_index, *outputs, partial, rows, depth, rank, gate.shape[0], span_of(gate, gate_index, rows), chunk,
         *x.stride(), *a.stride(), BLOCK_M=tile.rows, BLOCK_R=block, BLOCK_K=tile.depth, num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
@@ -297,7 +297,7 @@ def apply_gate(partial: Tensor, gate: Tensor, gate_index: Tensor | None, **tenso
     splits, rows, rank = partial.shape
     outputs = [tensors.get(name) for name in ("h", "raw", "scaled", "gated", "product")]
     _skinny_end[(triton.cdiv(rows, 64), triton.cdiv(rank, 32))](
-        partial, gate, gate_index, *outputs, rows, rank, gate.shape[0], _span(gate, gate_index, rows), splits,
+        partial, gate, gate_index, *outputs, rows, rank, gate.shape[0], span_of(gate, gate_index, rows), splits,
         BLOCK_M=64, BLOCK_R=32,
     )  # fmt: skip
 
@@ -328,7 +328,7 @@ def both(
     partial_b = dy.new_empty((pieces, columns, rank), dtype=torch.float32)
     _both[(blocks, pieces)](
         dy, lora_b, h, gate, gate_index, partial_s, partial_b, rows, columns, rank, gate.shape[0],
-        _span(gate, gate_index, rows), piece, *dy.stride(), *lora_b.stride(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        span_of(gate, gate_index, rows), piece, *dy.stride(), *lora_b.stride(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_R=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if any(t is not None for t in tensors.values()):
@@ -339,7 +339,7 @@ def both(
 def rank_grad(x: Tensor, s: Tensor, transposed: bool) -> Tensor:
     """x^T s (N, R) for x (M, N) and s (M, R) dense, or its transpose (R, N)."""
     (rows, columns), rank = x.shape, s.shape[1]
-    tile = _RANK_GRAD[_family(x)]
+    tile = _RANK_GRAD[pointer_family(x)]
     block = _rank_block(rank, tile.columns)
     grid = triton.cdiv(columns, tile.rows), triton.cdiv(rank, block)
     splits = _splits(grid[0] * grid[1], triton.cdiv(rows, tile.depth))
@@ -357,7 +357,7 @@ def rank_grad(x: Tensor, s: Tensor, transposed: bool) -> Tensor:
 def group_sum(product: Tensor, gate: Tensor, gate_index: Tensor | None) -> Tensor:
     """product (M, R) float32 summed over the rows that each row of gate served, in gate's shape and dtype."""
     (rows, rank), groups = product.shape, gate.shape[0]
-    span = _span(gate, gate_index, rows)
+    span = span_of(gate, gate_index, rows)
     grid = triton.cdiv(groups, _GROUPS), triton.cdiv(rank, _GROUP_RANK)
     served = rows if gate_index is not None else min(rows, span * _GROUPS)
     splits = _splits(grid[0] * grid[1], triton.cdiv(served, _GROUP_DEPTH))

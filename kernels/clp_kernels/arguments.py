@@ -1,0 +1,58 @@
+"""What the ops with a row of coefficients per row of x check alike, and how they describe what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Under autocast. float64 stays, as everywhere there."""
+    eligible = tensor is not None and tensor.dtype.is_floating_point and tensor.dtype is not torch.float64
+    return tensor.to(dtype) if eligible else tensor
+
+
+def count_rows(shape: Sequence[int]) -> int:
+    """The product of all dimensions but the last."""
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """(..., K) as (rows, K); K may be 0."""
+    return tensor.reshape(count_rows(tensor.shape), tensor.shape[-1])
+
+
+def gate_fits(shape: torch.Size, groups: int, gate_index: Tensor | None) -> bool:
+    """Whether x of this shape can take its rows' coefficients from `groups` rows of a gate."""
+    if gate_index is not None:
+        return (gate_index.shape == shape[:-1] or tuple(gate_index.shape) == (count_rows(shape),)) and (
+            gate_index.dtype in (torch.int64, torch.int32)
+        )
+    return groups == 1 or (len(shape) > 1 and groups == shape[0]) or groups == count_rows(shape)
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def explain_gate(op: str, name: str, x: Tensor, gate: Tensor, gate_index: Tensor | None) -> None:
+    """Raise the error that says why gate_fits() is false; `name` is what the op calls its gate."""
+    rows = count_rows(x.shape)
+    if gate_index is None:
+        raise ValueError(
+            f"{op}: {name} has {gate.shape[0]} rows and x is {tuple(x.shape)}; "
+            f"expected 1, {rows} (one per row of x)"
+            + (f" or {x.shape[0]} (one per sequence)" if x.dim() > 2 else "")
+            + ", or a gate_index"
+        )
+    if gate_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: gate_index is {gate_index.dtype}; expected torch.int64 or torch.int32")
+    raise ValueError(
+        f"{op}: gate_index is {tuple(gate_index.shape)}; expected ({rows},) or {tuple(x.shape[:-1])}, "
+        f"the {name} row of each row of x"
+    )
