@@ -65,7 +65,7 @@ def describe(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
         "device_type": device,
-        "driver": _cuda_facts() if on_gpu else None,
+        "cuda": _cuda_facts() if on_gpu else None,
         "threads": torch.get_num_threads(),
         "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "last_level_cache": torch.cuda.get_device_properties(0).L2_cache_size
@@ -75,9 +75,16 @@ def describe(device: str) -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "date": date.today().isoformat(),
-        "commit": source_commit(),
+        # A copy of the sources without their history is told its commit.
+        "commit": source_commit() or os.environ.get("CLP_SOURCE_COMMIT"),
         "versions": {package: package_version(package) for package in _PACKAGES},
     }
+
+
+def _l2_cache() -> int:
+    import torch
+
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
 
 
 def _cuda_facts() -> dict:
@@ -85,7 +92,7 @@ def _cuda_facts() -> dict:
 
     properties = torch.cuda.get_device_properties(0)
     return {
-        "cuda": torch.version.cuda or torch.version.hip,
+        "version": torch.version.cuda or torch.version.hip,
         "multiprocessors": properties.multi_processor_count,
         "memory": properties.total_memory,
         "tf32": torch.backends.cuda.matmul.allow_tf32,

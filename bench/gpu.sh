@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole GPU round on a bare machine:  bench/gpu.sh OUTDIR [STAGE...]
 #
-# Stages: build tests sanitizer ceilings multi_lora decode linear_logprob logits_logprob interpolate sampling e2e (default: all).
+# Stages (default: all): build tests sanitizer racecheck ceilings, and the groups multi_lora decode linear_logprob
+# logits_logprob interpolate sampling e2e.
 # Each has a time limit, a log (OUTDIR/STAGE.log) and an exit code (OUTDIR/STAGE.rc); one that fails does not stop the others.
 # A stage that succeeded is not run again; a kernel group that ran out of time goes on where it was. OUTDIR/all.tgz holds
 # everything, and is unpacked first where OUTDIR holds nothing else: that is how a round goes on on another machine.
@@ -9,10 +10,12 @@
 #
 # PYTHON=python3                 the interpreter, which has torch
 # CLP_GPU_SH_SECONDS=560         start no stage later than that, and cut the running one short
+# CLP_GPU_SH_FLAGS="..."         more for python -m bench run: --backends triton,cuda
+# CLP_SOURCE_COMMIT=...          the commit, where the sources come without their history
 # CLP_GPU_SH_DEVICE=cpu          a rehearsal: the same stages on the CPU with tiny shapes, nothing installed
 set -euo pipefail
 
-[ $# -ge 1 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
@@ -20,7 +23,8 @@ python=${PYTHON:-python3}
 device=${CLP_GPU_SH_DEVICE:-cuda}
 deadline=$((SECONDS + ${CLP_GPU_SH_SECONDS:-1000000}))
 groups="multi_lora decode linear_logprob logits_logprob interpolate sampling e2e"
-stages=${*:-build tests sanitizer ceilings $groups}
+every="build tests sanitizer racecheck ceilings $groups"
+stages=${*:-$every}
 flags="--device $device"
 [ "$device" = cuda ] || flags="$flags --sizes tiny --quick --flush 4 --peers plain"
 
@@ -50,7 +54,11 @@ tests() {
     "$python" -m pytest -q -m "not gpu" -p no:cacheprovider tests/kernels
 }
 
-sanitizer() {
+sanitizer() { sanitized memcheck; }
+
+racecheck() { sanitized racecheck; }
+
+sanitized() {
     if [ "$device" != cuda ]; then
         "$python" -m bench.sanitize --device cpu
         return
@@ -59,22 +67,20 @@ sanitizer() {
     command -v "$tool" >/dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
     command -v "$tool" >/dev/null || { echo "compute-sanitizer is not on this machine"; return 0; }
     # torch's caching allocator would hide an access past the end of a tensor inside its pool.
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    "$tool" --tool memcheck --error-exitcode 9 "$python" -m bench.sanitize
-    "$tool" --tool racecheck --error-exitcode 9 "$python" -m bench.sanitize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 9 "$python" -m bench.sanitize
 }
 
 ceilings() { "$python" -m bench ceilings $flags --out "$out/ceilings.json" --resume; }
 
 group() {
     local budget=$2
-    "$python" -m bench run "$1" $flags --out "$out/$1.json" --resume --budget "$budget"
+    "$python" -m bench run "$1" $flags ${CLP_GPU_SH_FLAGS:-} --out "$out/$1.json" --resume --budget "$budget"
 }
 
 # Seconds that a stage may take.
 limit_of() {
     case $1 in
-        build) echo 240 ;; ceilings) echo 120 ;; linear_logprob | multi_lora | e2e) echo 530 ;; tests | sanitizer) echo 530 ;;
+        build) echo 240 ;; ceilings) echo 120 ;; linear_logprob | multi_lora | e2e) echo 530 ;; tests | sanitizer | racecheck) echo 530 ;;
         *) echo 400 ;;
     esac
 }
@@ -97,7 +103,7 @@ run_stage() {
         *) set -- "$name" ;;
     esac
     # A stage is a function of this script: in a shell of its own, so that timeout can end it and all it started.
-    export -f build tests sanitizer ceilings group
+    export -f build tests sanitizer racecheck sanitized ceilings group
     export python device out flags
     timeout --kill-after=10 "$limit" bash -euo pipefail -c '"$@"' stage "$@" >"$out/$name.log" 2>&1 || rc=$?
     echo "$rc $((SECONDS - start))" >"$out/$name.rc"
@@ -105,7 +111,7 @@ run_stage() {
 }
 
 for stage in $stages; do
-    case " build tests sanitizer ceilings $groups " in
+    case " $every " in
         *" $stage "*) run_stage "$stage" ;;
         *) echo "unknown stage $stage" >&2; exit 2 ;;
     esac

@@ -66,7 +66,7 @@ def line(case: Case) -> str:
             parts.append(f"{variant.name} {variant.status}: {variant.reason}")
             continue
         text = f"{variant.name} {seconds(variant.times.median)}"
-        for name, label in ((yardstick(case), "torch"), (case.bare, "bare")):
+        for name, label in ((yardstick(case), yardstick(case)), (case.bare, "bare")):
             if other := case.median(name):
                 text += f", {variant.times.median / other:.2f}x {label}"
         parts.append(text)

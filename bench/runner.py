@@ -45,6 +45,7 @@ def run_case(
         except (
             Exception
         ) as error:  # a variant's failure is a result too; ours makes the run fail (see failures)
+            _check_device(timer.device, name, error)
             variant = schema.Variant(name, "unavailable", _reason(error))
         variants.append(variant)
         if timer.device == "cuda":
@@ -122,6 +123,16 @@ def _errors(case: Case, name: str, prepared: Prepared, inputs: Tensors, plain: T
     found = accuracy.errors(outputs, plain, exact)
     wanted = () if prepared.partial else (*case.outputs, *(f"d_{name}" for name in case.wanted))
     return found, accuracy.complaint(found, wanted)
+
+
+def _check_device(device: str, name: str, error: Exception) -> None:
+    """An illegal access leaves the GPU unusable to this process: nothing measured after it would mean anything."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        raise SystemExit(f"{name} left the device in a failed state: {error}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ so rewards are constant there.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -149,10 +150,12 @@ def _raised(name: str, error: Exception) -> schema.Variant:
     return schema.Variant(name, "unavailable", f"raised {type(error).__name__}: {first[:200]}")
 
 
-def prompts_of(tokenizer, count: int, tokens: int) -> list[dict[str, str]]:
+@functools.cache
+def prompts_of(count: int, tokens: int) -> list[dict[str, str]]:
     """Prompts of exactly `tokens` tokens, from the text of the training split."""
     from clp_engine.tasks.docsum import load_dataset
 
+    tokenizer = _tokenizer()
     rows, pool = [], []
     for row in load_dataset("train"):
         pool += tokenizer(row["document"]).input_ids
@@ -190,7 +193,7 @@ def load_model(name: str, device: str):
     from clp_engine.tasks.docsum import checkpoint_path
 
     if name == "docsum":
-        return AutoModelForCausalLM.from_pretrained(checkpoint_path(), dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(checkpoint_path(), dtype=torch.float32).to(device)
     shapes = {
         "qwen2.5-0.5b": dict(
             hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -245,7 +248,7 @@ def _trl(case: StepCase, steps: int, liger: bool) -> list[float]:
             model=load_model(case.model, case.device),
             reward_funcs=length_reward,
             args=config,
-            train_dataset=Dataset.from_list(prompts_of(tokenizer, 256, case.prompt)),
+            train_dataset=Dataset.from_list(prompts_of(256, case.prompt)),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
@@ -277,7 +280,7 @@ def _ours(case: StepCase, steps: int, rewards) -> list[float]:
         model = load_model(case.model, case.device)
         # No end token: every completion runs to its full length, as min_new_tokens makes TRL's.
         model.generation_config.eos_token_id = model.config.eos_token_id = None
-        rows = prompts_of(tokenizer, 256, case.prompt)
+        rows = prompts_of(256, case.prompt)
         tokenizer.eos_token = None
         trainer = CLPTrainer(model, rewards, config, rows, processing_class=tokenizer)
         trainer.train()

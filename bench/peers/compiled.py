@@ -8,7 +8,7 @@ import shutil
 import torch
 
 from bench import formulas
-from bench.case import Case, Prepare, Prepared, Tensors, differentiated
+from bench.case import Case, Prepare, differentiated
 from bench.peers.plain import refuse_if_too_large
 
 NAME = "torch.compile"
@@ -23,11 +23,9 @@ def unavailable(device: str) -> str | None:
 
 
 def _compiled(forward) -> Prepare:
-    def prepare(case: Case, inputs: Tensors) -> Prepared:
-        torch._dynamo.reset()
-        return differentiated(torch.compile(forward, dynamic=False, fullgraph=True))(case, inputs)
-
-    return prepare
+    """Compiled once for a case, whatever the number of its input sets; what earlier cases left is dropped."""
+    torch._dynamo.reset()
+    return differentiated(torch.compile(forward, dynamic=False, fullgraph=True))
 
 
 def multi_lora_linear(case: Case) -> dict[str, Prepare]:

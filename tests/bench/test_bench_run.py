@@ -88,7 +88,7 @@ def test_a_wrong_variant_shows_no_speedup_and_fails_the_run(run, monkeypatch, ca
     variant = result.cases[0].variant("clp-engine")
     assert code == 1 and variant.status == "wrong" and "torch has" in variant.reason
     row = next(line for line in report.case_table(result.cases[0]) if line.startswith("| clp-engine"))
-    assert "but wrong" in row and "x" not in row.replace("| clp-engine", "").partition("torch has")[2]
+    assert "but wrong" in row and row.endswith("|  |  |  |  |  |")
     assert "WRONG" in capsys.readouterr().err
 
 
@@ -139,6 +139,7 @@ def test_an_unknown_group_or_peer_is_refused(tmp_path):
         main(["list", "decode", "--peers", "nonesuch"])
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_with_its_memory(run):
     code, result = run("e2e")
     (case,) = result.cases
