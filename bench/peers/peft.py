@@ -29,32 +29,32 @@ def multi_lora_linear(case: Case) -> dict[str, Prepare]:
 
 
 def _layer(case: Case, inputs: Tensors):
-    """The LoRA layer that holds the case's adapters, all active."""
-    from peft.tuners.lora import Linear, LoraConfig
+    """The LoRA layer that holds the case's adapters, all active, and their names."""
+    from peft import LoraConfig, get_peft_model
 
     ranks, weight = case.options["ranks"], inputs["weight"]
-    base = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
-    base.weight = torch.nn.Parameter(weight, requires_grad=False)
     names = [f"adapter{i}" for i in range(len(ranks))]
-    config = LoraConfig(r=ranks[0], lora_alpha=ranks[0], lora_dropout=0.0)
-    layer = Linear(base, names[0], config=config, r=ranks[0], lora_alpha=ranks[0])
-    start = 0
+    base = torch.nn.Module()
+    base.layer = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    base.layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model = None
     for name, rank in zip(names, ranks):
-        if name != names[0]:
-            config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0)
-            layer.update_layer(name, rank, lora_alpha=rank, config=config)
-        with torch.no_grad():
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            a.data = inputs["lora_a"][start : start + rank].clone()
-            b.data = inputs["lora_b"][:, start : start + rank].clone()
-        start += rank
-    layer.set_adapter(names)
-    return layer, names
+        config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=["layer"])
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    model.base_model.set_adapter(names)
+    layer = model.base_model.model.layer
+    starts = [sum(ranks[:i]) for i in range(len(ranks))]
+    for name, start, rank in zip(names, starts, ranks):
+        layer.lora_A[name].weight.data = inputs["lora_a"][start : start + rank].clone()
+        layer.lora_B[name].weight.data = inputs["lora_b"][:, start : start + rank].clone()
+    return layer, names, starts
 
 
 def _prepare(case: Case, inputs: Tensors) -> Prepared:
-    layer, names = _layer(case, inputs)
-    starts = [sum(case.options["ranks"][:i]) for i in range(len(names))]
+    layer, names, starts = _layer(case, inputs)
     x = inputs["x"]
     if case.options["blend"] == "one-hot":
         layer.eval()

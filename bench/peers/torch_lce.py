@@ -11,7 +11,9 @@ PACKAGE = "torch"
 
 
 def unavailable(device: str) -> str | None:
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+    if hasattr(torch.nn.functional, "linear_cross_entropy") and hasattr(
+        torch.nn, "LinearCrossEntropyOptions"
+    ):
         return None
     return f"torch {torch.__version__} does not have it (2.13 does)"
 

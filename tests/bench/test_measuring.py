@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from bench import accuracy, cases, ceilings, memory, targets
+from bench import accuracy, cases, ceilings, measure, memory, targets
 from bench.case import Work
 from bench.measure import Rounds, Timed, Timer, interleave, summary
 from bench.schema import Case, Error, Times, Variant
@@ -49,6 +49,48 @@ def test_the_cache_is_cleared_before_each_call():
     timer.seconds(lambda: events.append("call"))
     timer.seconds(lambda: events.append("call"))
     assert events == ["cool", "call"] * 2
+
+
+class Device:
+    """Stands in for the timer of a GPU: every call takes `estimate` seconds."""
+
+    device = "cuda"
+
+    def __init__(self, estimate):
+        self.estimate = estimate
+
+    def _events(self, call):
+        call()
+        return self.estimate
+
+
+class Graph:
+    def replay(self):
+        return "replayed"
+
+
+def test_small_calls_on_a_gpu_go_round_their_input_sets_in_a_graph(monkeypatch):
+    captured = []
+    monkeypatch.setattr(
+        measure, "capture", lambda calls, repeats: captured.append((calls, repeats)) or Graph()
+    )
+    calls = [lambda: None] * 4
+    found = measure.timed(Device(50e-6), calls)
+    # Two milliseconds: 40 calls of 50 microseconds, ten times round the four sets.
+    assert captured == [(calls, 10)] and (found.call(), found.calls) == ("replayed", 40)
+    assert found.how == "graph of 40 calls on 4 input sets"
+
+
+def test_large_calls_and_those_that_cannot_be_captured_are_timed_with_events(monkeypatch):
+    def refusing(calls, repeats):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(measure, "capture", refusing)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = [lambda: None] * 4
+    assert measure.timed(Device(1e-3), calls) == Timed(calls[0], 1, "events, cold L2")
+    found = measure.timed(Device(50e-6), calls)
+    assert found.calls == 1 and found.how == "events, cold L2 (not capturable: RuntimeError)"
 
 
 def test_the_summary_is_median_and_quartiles():
