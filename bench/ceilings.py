@@ -6,15 +6,15 @@ exp         exponentials per second in float32, from registers or the first cach
 
     floor of a case = max(FLOPs / matmul, bytes / copy, exponentials / exp)
 
-Each is the best of several runs, as a ceiling should be. On a CPU `exp` is torch's vectorised one: a better one is possible,
-and a case that is bound by it may come out above 100%.
+Each is the best of several runs, before and after the cases, as a ceiling should be. On a CPU `exp` is torch's vectorised one: a
+better one is possible, and a case that is bound by it may come out above 100%.
 """
 
 from __future__ import annotations
 
 import torch
 
-from bench import schema
+from bench import schema, targets
 from bench.case import Work
 from bench.measure import Timer
 
@@ -49,6 +49,30 @@ def floor(work: Work, dtype: str, ceilings: dict) -> schema.Floor | None:
     }
     bound = max(terms, key=terms.get)
     return schema.Floor(work.flops, work.bytes, work.exps, terms[bound], bound)
+
+
+def best_of(one: dict, other: dict) -> dict:
+    """The higher of each ceiling: what a busy moment took away is not the machine's."""
+    rates = {
+        dtype: max(rate, other["matmul_flops"].get(dtype, 0.0)) for dtype, rate in one["matmul_flops"].items()
+    }
+    higher = {name: max(one[name], other[name]) for name in ("copy_bytes", "read_bytes", "exp_rate")}
+    return {**one, **higher, "matmul_flops": rates}
+
+
+def apply(result: schema.Result) -> None:
+    """Bring every case's floor and verdicts in line with the result's ceilings."""
+    for case in result.cases:
+        if case.floor is None:
+            continue
+        work = Work(case.floor.flops, case.floor.bytes, case.floor.exps)
+        case.floor = floor(work, case.dtype, result.ceilings)
+        names = tuple(
+            name
+            for name, target in targets.TARGETS.items()
+            if any(v.target == target.what for v in case.verdicts)
+        )
+        case.verdicts = targets.verdicts(names, case, result.ceilings, result.environment)
 
 
 def _best(timer: Timer, call, runs: int) -> float:

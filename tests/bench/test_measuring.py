@@ -9,7 +9,7 @@ import torch
 from bench import accuracy, cases, ceilings, measure, memory, targets
 from bench.case import Work
 from bench.measure import Rounds, Timed, Timer, interleave, summary
-from bench.schema import Case, Error, Times, Variant
+from bench.schema import Case, Error, Result, Times, Variant
 
 
 class CountingTimer:
@@ -163,6 +163,21 @@ def test_the_floor_is_the_largest_of_its_terms():
     floor = ceilings.floor(Work(flops=200.0, bytes=30.0, exps=1.0), "float32", measured)
     assert (floor.seconds, floor.bound) == (3.0, "memory")
     assert ceilings.floor(Work(flops=1.0), "bfloat16", measured) is None
+
+
+def test_better_ceilings_lower_the_floors_and_renew_the_verdicts():
+    ours = Variant("clp-engine", "ok", times=Times(1.0, 1.0, 1.0, 1.0, 1.0, 1))
+    slow = {"matmul_flops": {"float32": 1.0}, "copy_bytes": 100.0, "read_bytes": 1.0, "exp_rate": 1.0}
+    fast = {**slow, "copy_bytes": 200.0, "read_bytes": 0.5}
+    floor = ceilings.floor(Work(bytes=90.0), "float32", slow)
+    case = Case("i", "g", "o", "t", {"T": 8}, "float32", [ours], floor=floor)
+    environment = {"device_type": "cuda", "device": "NVIDIA H200"}
+    case.verdicts = targets.verdicts(("decode",), case, slow, environment)
+    assert (floor.seconds, case.verdicts[0].value, case.verdicts[0].met) == (0.9, 0.9, True)
+    result = Result(1, environment, {}, ceilings.best_of(slow, fast), [], [case])
+    ceilings.apply(result)
+    assert result.ceilings["copy_bytes"] == 200 and result.ceilings["read_bytes"] == 1
+    assert (case.floor.seconds, case.verdicts[0].value, case.verdicts[0].met) == (0.45, 0.45, False)
 
 
 def main_case(group, title, **shape):
