@@ -6,8 +6,8 @@ exp         exponentials per second in float32, from registers or the first cach
 
     floor of a case = max(FLOPs / matmul, bytes / copy, exponentials / exp)
 
-Each is the best of several runs, before and after the cases, as a ceiling should be. On a CPU `exp` is torch's vectorised one: a
-better one is possible, and a case that is bound by it may come out above 100%.
+Each is the best of several runs, before and after the cases, as a ceiling should be. On a CPU `exp` is torch's vectorised one:
+a better one is possible, and a case that is bound by it may come out above 100%.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ def heading(case: Case) -> str:
 def provenance(result: Result) -> str:
     """Device, threads, date, commit, and what measured."""
     e = result.environment
-    threads = f", {e['threads']} threads" if e.get("threads") and e.get("device_type") != "cuda" else ""
+    plural = "" if e.get("threads") == 1 else "s"
+    threads = (
+        f", {e['threads']} thread{plural}" if e.get("threads") and e.get("device_type") != "cuda" else ""
+    )
     if "threads" in str(e.get("device")):
         threads = ""
     versions = ", ".join(

@@ -42,9 +42,8 @@ def run_case(
             variant, ready[name] = _check(case, name, prepare, sets, plain, exact, timer)
         except Refused as reason:
             variant = schema.Variant(name, "unavailable", str(reason))
-        except (
-            Exception
-        ) as error:  # a variant's failure is a result too; ours makes the run fail (see failures)
+        except Exception as error:
+            # A variant's failure is a result too; ours makes the run fail (see `failures`).
             _check_device(timer.device, name, error)
             variant = schema.Variant(name, "unavailable", _reason(error))
         variants.append(variant)

@@ -16,6 +16,7 @@ from bench.peers import clp
 from bench.runner import failures, run_case, say, too_large
 
 DTYPES = [torch.float32, torch.bfloat16]
+OUT_OF_TIME = 3  # the exit code where a budget did not last: --resume measures the rest
 
 
 def _device(options: argparse.Namespace) -> str:
@@ -70,8 +71,9 @@ def run(options: argparse.Namespace) -> int:
         result = schema.Result(schema.VERSION, facts, settings, measured, listed, [])
         schema.save(result, options.out)
     before = len(result.cases)
+    ran_out = False
     for group in options.groups:
-        _run_group(group, device, sizes, options, modules, timer, result)
+        ran_out |= _run_group(group, device, sizes, options, modules, timer, result)
     if len(result.cases) > before:
         again = ceilings.measure(device, DTYPES, cache, small=sizes == "tiny")
         result.ceilings = ceilings.best_of(result.ceilings, again)
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     wrong = failures(result.cases)
     for line in wrong:
         say(f"WRONG {line}")
-    return 1 if wrong else 0
+    return 1 if wrong else OUT_OF_TIME if ran_out else 0
 
 
 def _selected(group: str, device: str, sizes: str, options: argparse.Namespace) -> Iterator:
@@ -96,7 +98,8 @@ def _selected(group: str, device: str, sizes: str, options: argparse.Namespace) 
         yield case
 
 
-def _run_group(group, device, sizes, options, modules, timer, result: schema.Result) -> None:
+def _run_group(group, device, sizes, options, modules, timer, result: schema.Result) -> bool:
+    """True where the budget did not last for all cases."""
     done = {case.id for case in result.cases}
     waiting = [case for case in _selected(group, device, sizes, options) if case.id not in done]
     end = time.monotonic() + options.budget
@@ -106,7 +109,7 @@ def _run_group(group, device, sizes, options, modules, timer, result: schema.Res
             reason = f"the group's budget of {options.budget:g} s was used up"
             result.settings["left_out"].update({c.id: reason for c in waiting[number:]})
             say(f"{group}: {len(waiting) - number} cases left out, {reason}")
-            break
+            return True
         result.settings["left_out"].pop(case.id, None)
         share = left / (len(waiting) - number)
         start = time.monotonic()
@@ -123,6 +126,7 @@ def _run_group(group, device, sizes, options, modules, timer, result: schema.Res
         result.cases.append(record)
         schema.save(result, options.out)
         say(f"{time.monotonic() - start:6.1f} s  {report.line(record)}")
+    return False
 
 
 def _resumed(options: argparse.Namespace, facts: dict, settings: dict) -> schema.Result | None:

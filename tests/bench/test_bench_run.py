@@ -73,8 +73,8 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path):
 
 
 def test_a_used_up_budget_leaves_cases_out_and_says_which(run):
-    _, result = run("linear_logprob", "--budget", "0")
-    assert not result.cases and len(result.settings["left_out"]) == 7
+    code, result = run("linear_logprob", "--budget", "0")
+    assert code == 3 and not result.cases and len(result.settings["left_out"]) == 7
 
 
 def break_multi_lora(monkeypatch, forward):
