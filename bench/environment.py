@@ -1,15 +1,23 @@
-"""What a measurement was made on: device, versions, commit."""
+"""What a measurement was made on: device, versions, commit, threads."""
 
 from __future__ import annotations
 
+import os
 import platform
-import subprocess
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
+_VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CLP_KERNELS_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+)  # fmt: skip
 
-def _cpu_name() -> str:
+
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -20,41 +28,72 @@ def _cpu_name() -> str:
     )
 
 
-def _version(package: str) -> str | None:
+def last_level_cache() -> int:
+    """Bytes of the largest cache that core 0 sees; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1)
+        sizes.append(int(text.rstrip("KM")) * unit)
+    return max(sizes, default=32 << 20)
+
+
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def commit() -> str | None:
-    """The commit of the source tree, with "+" where it has uncommitted changes; None outside a checkout."""
-    run = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed else "")
-
-
-def describe(more_versions: dict[str, str] | None = None) -> dict:
+def pin(cpus: Sequence[int] | None, threads: int | None) -> None:
+    """Bind the process to these cores and let torch use as many threads as there are cores (or `threads`)."""
     import torch
 
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    )
-    packages = ("torch", "transformers", "peft", "triton", "numpy")
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    if threads is None and hasattr(os, "sched_getaffinity"):
+        threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or torch.get_num_threads())
+
+
+def describe(device: str) -> dict:
+    import torch
+
+    from clp_engine.evaluation import source_commit
+
+    on_gpu = device == "cuda"
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+        "device_type": device,
+        "cuda": _cuda_facts() if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "last_level_cache": torch.cuda.get_device_properties(0).L2_cache_size
+        if on_gpu
+        else last_level_cache(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "python": platform.python_version(),
+        "platform": platform.platform(),
         "date": date.today().isoformat(),
-        "commit": commit(),
-        "versions": {p: _version(p) for p in packages} | (more_versions or {}),
+        # A copy of the sources without their history is told its commit.
+        "commit": source_commit() or os.environ.get("CLP_SOURCE_COMMIT"),
+        "versions": {package: package_version(package) for package in _PACKAGES},
+    }
+
+
+def _l2_cache() -> int:
+    import torch
+
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
+
+
+def _cuda_facts() -> dict:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "version": torch.version.cuda or torch.version.hip,
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
     }

@@ -1,0 +1,115 @@
+"""python -m bench: list | run | compare | plot | readme. See bench/README.md for how things are measured.
+
+python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
+python -m bench compare BEFORE.json AFTER.json [--tolerance 0.05]
+python -m bench ceilings --out FILE      only what the machine can do
+python -m bench table FILE               the tables of a result file, in Markdown
+python -m bench targets FILE ...         which targets are met
+python -m bench plot FILE                charts beside it
+python -m bench readme [--check]         the figures in README.md, from bench/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bench.cases import GROUPS, SIZES
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True)
+
+    listing = commands.add_parser("list", help="groups, cases and peers, and why a peer is not there")
+    run = commands.add_parser("run", help="measure")
+    ceilings = commands.add_parser("ceilings", help="measure what the machine can do, and nothing else")
+    for command in (listing, run):
+        command.add_argument(
+            "groups", nargs="*", metavar="GROUP", help=f"default: all of {', '.join(GROUPS)}"
+        )
+    for command in (listing, run, ceilings):
+        add = command.add_argument
+        add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        add("--sizes", choices=SIZES, help="default: by the device; tiny is for tests")
+        add("--peers", default="auto", help="comma-separated modules of bench/peers, or auto (all)")
+    for command in (run, ceilings):
+        add = command.add_argument
+        add("--out", required=True, metavar="FILE", help="the result, written after every case")
+        add("--resume", action="store_true", help="keep what FILE holds and measure the rest")
+        add("--quick", action="store_true", help="the first case of each kind, few rounds")
+        add("--cpus", help="cores to bind to, comma-separated; as many threads (default: as it is)")
+        add("--threads", type=int, help="torch threads, where that is not the number of cores")
+        add(
+            "--flush",
+            type=int,
+            metavar="MIB",
+            help="read this much before a call on a CPU (default: its cache)",
+        )
+        add("--seed", type=int, default=0)
+    run.add_argument(
+        "--budget", type=float, default=600.0, metavar="SECONDS", help="for a group (default %(default)s)"
+    )
+    run.add_argument("--only", metavar="TEXT", help="only cases whose id contains this")
+    run.add_argument(
+        "--backends", default="", help="further variants with these back-ends forced, comma-separated"
+    )
+    ceilings.set_defaults(groups=[], budget=0.0, only=None, backends="")
+
+    compare = commands.add_parser("compare", help="ratios of two result files; fails on a regression")
+    compare.add_argument("before")
+    compare.add_argument("after")
+    compare.add_argument(
+        "--tolerance", type=float, default=0.05, help="a slow-down that counts (default %(default)s)"
+    )
+    compare.add_argument("--all", action="store_true", help="judge the peers' variants too")
+
+    table = commands.add_parser("table", help="the tables of a result file")
+    table.add_argument("file")
+    targets = commands.add_parser("targets", help="which targets the result files meet")
+    targets.add_argument("files", nargs="+", metavar="FILE")
+    plot = commands.add_parser("plot", help="charts of a result file (needs matplotlib)")
+    plot.add_argument("file")
+    plot.add_argument("--to", metavar="FOLDER", help="default: beside the file")
+    readme = commands.add_parser("readme", help="bring README.md's figures up to date with bench/results")
+    readme.add_argument(
+        "--check", action="store_true", help="change nothing; fail where it is not up to date"
+    )
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.command in ("list", "run", "ceilings"):
+        for name in options.groups:
+            if name not in GROUPS:
+                raise SystemExit(f"unknown group {name!r}; known: {', '.join(GROUPS)}")
+        if options.command != "ceilings":
+            options.groups = options.groups or list(GROUPS)
+        from bench import suite
+
+        return suite.show(options) if options.command == "list" else suite.run(options)
+    if options.command == "compare":
+        from bench.compare import compare
+
+        return compare(options.before, options.after, options.tolerance, options.all)
+    if options.command == "readme":
+        from bench.readme import update
+
+        return update(check=options.check)
+    from bench import report, schema
+
+    if options.command == "plot":
+        from bench.plot import plot
+
+        print("\n".join(map(str, plot(options.file, options.to))))
+    elif options.command == "table":
+        print(report.tables(schema.load(options.file)))
+    else:
+        cases = [case for file in options.files for case in schema.load(file).cases]
+        print("\n".join(report.targets(cases)) or "no case bears on a target")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

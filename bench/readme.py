@@ -1,0 +1,62 @@
+"""README.md's figures, from the committed results.
+
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` stand the tables of bench/results/NAME.json; NAME/targets is its targets,
+NAME/GROUP the cases of one group, NAME/GROUP/1 the first of them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bench import report, schema
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+_BLOCK = re.compile(r"(<!-- bench:(?P<name>\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """The text with every block's inside made anew. Raises ValueError for a block that has no end or no result."""
+    opened, closed = len(re.findall(r"<!-- bench:\S+ -->", text)), text.count("<!-- /bench -->")
+    if opened != closed:
+        raise ValueError(f"{opened} <!-- bench:NAME --> and {closed} <!-- /bench -->; expected as many")
+    return _BLOCK.sub(lambda m: f"{m[1]}{_block(m['name'], results)}\n{m[3]}", text)
+
+
+def _block(name: str, results: Path) -> str:
+    stem, *view = name.split("/")
+    path = results / f"{stem}.json"
+    if not path.exists():
+        raise ValueError(f"<!-- bench:{name} -->: there is no {path}")
+    result = schema.load(path)
+    cases = result.cases
+    caption = f"{report.provenance(result)} (`bench/results/{stem}.json`)."
+    if view == ["targets"]:
+        body = report.targets(cases)
+    else:
+        if view:
+            cases = [case for case in cases if case.group == view[0]]
+        if len(view) == 2:
+            cases = cases[: int(view[1])]
+        body = [
+            line
+            for case in cases
+            for line in (f"{case.group}: {report.heading(case)}", "", *report.case_table(case), "")
+        ]
+    if not body:
+        raise ValueError(f"<!-- bench:{name} -->: {path} has nothing of the kind")
+    return "\n".join(["", *body, "", caption, ""]).replace("\n\n\n", "\n\n")
+
+
+def update(check: bool = False, path: Path = ROOT / "README.md") -> int:
+    before = path.read_text(encoding="utf-8")
+    after = render(before)
+    if after == before:
+        return 0
+    if check:
+        print(f"{path} is not up to date with bench/results; run python -m bench readme")
+        return 1
+    path.write_text(after, encoding="utf-8")
+    print(f"{path} brought up to date")
+    return 0

@@ -1,0 +1,167 @@
+"""Results in words: a line while measuring, Markdown tables after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bench.schema import Case, Result, Variant
+from bench.targets import OURS
+
+YARDSTICKS = ("torch", "torch, full logits", "trl + peft")
+
+
+def seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def size(value: int | None) -> str:
+    if value is None:
+        return ""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value} B"
+
+
+def spread(variant: Variant) -> str:
+    """median [first quartile, third quartile], or the range where quartiles were not kept."""
+    t = variant.times
+    low, high = (t.q1, t.q3) if t.q1 is not None else (t.min, t.max)
+    return f"{seconds(t.median)} [{seconds(low)}, {seconds(high)}]"
+
+
+def yardstick(case: Case) -> str | None:
+    return next((name for name in YARDSTICKS if case.median(name)), None)
+
+
+def heading(case: Case) -> str:
+    sizes = " ".join(f"{name}={size}" for name, size in case.shape.items())
+    options = ", ".join(f"{name} {value}" for name, value in case.options.items())
+    return f"{case.title}, {sizes}, {case.dtype}" + (f", {options}" if options else "")
+
+
+def provenance(result: Result) -> str:
+    """Device, threads, date, commit, and what measured."""
+    e = result.environment
+    plural = "" if e.get("threads") == 1 else "s"
+    threads = (
+        f", {e['threads']} thread{plural}" if e.get("threads") and e.get("device_type") != "cuda" else ""
+    )
+    if "threads" in str(e.get("device")):
+        threads = ""
+    versions = ", ".join(
+        f"{name} {v}" for name, v in e["versions"].items() if v and name in ("torch", "triton", "trl")
+    )
+    commit = e.get("commit") or "unknown"
+    short = commit[:7] + ("-dirty" if commit.endswith(("+", "-dirty")) else "")
+    return f"{e['device']}{threads}, {e['date']}, commit {short}, {versions}"
+
+
+def line(case: Case) -> str:
+    """For the terminal, as soon as a case is done."""
+    ours = [v for v in case.variants if v.name.startswith(OURS)]
+    parts = []
+    for variant in ours:
+        if variant.status != "ok":
+            parts.append(f"{variant.name} {variant.status}: {variant.reason}")
+            continue
+        text = f"{variant.name} {seconds(variant.times.median)}"
+        for name, label in ((yardstick(case), yardstick(case)), (case.bare, "bare")):
+            if other := case.median(name):
+                text += f", {variant.times.median / other:.2f}x {label}"
+        parts.append(text)
+    return f"{case.group}: {heading(case)}: {'; '.join(parts)}"
+
+
+def tables(result: Result) -> str:
+    lines = [provenance(result), ""]
+    if result.ceilings:
+        lines += [*_ceilings(result), ""]
+    for case in result.cases:
+        lines += [f"**{case.group}**: {heading(case)}", "", *case_table(case), ""]
+    judged = targets(result.cases)
+    if judged:
+        lines += ["**Targets**", "", *judged, ""]
+    left_out = result.settings.get("left_out") or {}
+    if left_out:
+        lines += ["**Left out**", "", *(f"- {name}: {reason}" for name, reason in left_out.items()), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _ceilings(result: Result) -> list[str]:
+    c = result.ceilings
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in c["matmul_flops"].items())
+    return [
+        f"Ceilings: matrix product of side {c['matmul_side']} {rates}; copy {c['copy_bytes'] / 1e9:,.1f} GB/s, "
+        f"read {c['read_bytes'] / 1e9:,.1f} GB/s; {c['exp_rate'] / 1e9:,.2f} G exponentials/s"
+    ]
+
+
+def case_table(case: Case) -> list[str]:
+    """Every variant; ratios only for those that are right."""
+    other, bare = yardstick(case), case.median(case.bare)
+    rows = []
+    for v in case.variants:
+        if v.status != "ok":
+            timed = f"{seconds(v.times.median)}, but " if v.times else ""
+            rows.append([v.name, f"{timed}{v.status}: {v.reason}", "", "", "", "", ""])
+            continue
+        median = v.times.median
+        rows.append(
+            [
+                v.name,
+                spread(v),
+                f"{case.median(other) / median:.2f}x" if other and v.name != case.bare else "",
+                f"{median / bare:.2f}x" if bare and v.name != case.bare else "",
+                f"{100 * case.floor.seconds / median:.0f}%" if case.floor else "",
+                size(v.extra_peak_bytes),
+                _worst(v),
+            ]
+        )
+    names = [
+        "variant",
+        "median [quartiles]",
+        f"faster than {(other or 'torch').partition(',')[0]}",
+        "of the bare products' time",
+        "of the floor",
+        "extra peak memory",
+        "error / torch's",
+    ]
+    if case.floor:
+        names[4] += f" ({case.floor.bound})"
+    # Where quartiles were not kept, the spread is the range; columns that no row fills are left out.
+    if any(v.times is not None and v.times.q1 is None for v in case.variants):
+        names[1] = "median [range]"
+    filled = [i for i in range(len(names)) if i < 2 or any(row[i] for row in rows)]
+    return markdown([names[i] for i in filled], [[row[i] for i in filled] for row in rows])
+
+
+def _worst(variant: Variant) -> str:
+    """The largest error relative to torch's; "exact" where both are."""
+    ratios = [e.own / e.torch for e in variant.errors.values() if e.own is not None and e.torch > 0]
+    if ratios:
+        return f"{max(ratios):.2f}"
+    return "exact" if variant.errors else ""
+
+
+def targets(cases: Iterable[Case]) -> list[str]:
+    rows = []
+    for case in cases:
+        for v in case.verdicts:
+            verdict = "not judged" if v.met is None else "met" if v.met else "not met"
+            value = "" if v.value is None else f"{v.value:.3g}"
+            where = f"{v.target} ({heading(case)})"
+            rows.append(
+                [where, v.on, f"{v.sense} {v.limit:g}", value, verdict + (f": {v.note}" if v.note else "")]
+            )
+    return markdown(["target", "on", "limit", "measured", ""], rows) if rows else []
+
+
+def markdown(names: list[str], rows: list[list[str]]) -> list[str]:
+    def row(cells):
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return [row(names), "|" + "---|" * len(names), *map(row, rows)]
