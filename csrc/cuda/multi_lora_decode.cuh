@@ -62,6 +62,7 @@ struct MultiLoraDecodeKernel {
   static constexpr int kStages = COLUMNS <= 4 ? 8 : COLUMNS <= 8 ? 6 : COLUMNS <= 16 ? 5 : 3;  // 160 KB at most: an A100 has 163
   static constexpr int kSharedBytes = kStage * kStages;
   using Accumulator = float[kBlocksN][kBlocksM][4];
+  static_assert(kBlocks <= 32, "a share is a word of bits");
 
   const MultiLoraDecode& call;
   const Plan plan;
@@ -243,8 +244,8 @@ struct MultiLoraDecodeKernel {
     return load_constant(from) | (r + 1 < call.rank ? uint32_t(load_constant(from + 1)) << 16 : 0);
   }
 
-  // y = acc + s B^T + bias, for blocks `mine`, `mine` + `every`, ... of the tile.
-  CLP_DEVICE void finish(Accumulator& acc, int tile, int mine, int every) const {
+  // y = acc + s B^T + bias, for this block's share of the tile: bit i * kBlocksM + j stands for acc[i][j].
+  CLP_DEVICE void finish(Accumulator& acc, int tile, uint32_t share) const {
     const bool by_word = (reinterpret_cast<uintptr_t>(call.lora_b) % 4 | call.stride_b % 2 | call.rank % 2) == 0;
     for (int r = 0; r < rank_padded; r += 16) {
       uint32_t b[kBlocksN][4];
@@ -259,7 +260,7 @@ struct MultiLoraDecodeKernel {
         const uint32_t low = load_l2(reinterpret_cast<const uint32_t*>(s)), high = load_l2(reinterpret_cast<const uint32_t*>(s + 8));
         CLP_UNROLL
         for (int i = 0; i < kBlocksN; ++i)
-          if ((i * kBlocksM + j) % every == mine) mma<T>(acc[i][j], b[i], low, high);
+          if (share >> (i * kBlocksM + j) & 1) mma<T>(acc[i][j], b[i], low, high);
       }
     }
     uint16_t* const y = static_cast<uint16_t*>(call.y);
@@ -276,7 +277,7 @@ struct MultiLoraDecodeKernel {
           CLP_UNROLL
           for (int e = half * 2; e < half * 2 + 2; ++e) {
             const int m = row_m(j, e);
-            if (m < call.rows && (i * kBlocksM + j) % every == mine)
+            if (m < call.rows && share >> (i * kBlocksM + j) & 1)
               y[int64_t(m) * call.n + n] = narrow<T>(bias ? acc[i][j][e] + add : acc[i][j][e]);
           }
       }
@@ -293,25 +294,28 @@ struct MultiLoraDecodeKernel {
   // A block's last tile begins in it, and its first began in another: a slot for each.
   CLP_DEVICE static int slot_of(int block, bool begins) { return block * 2 + begins; }
 
-  // acc = the sum of all blocks' sums of a shared tile, for this block's share of it.
-  CLP_DEVICE void load_shared(Accumulator& acc, int tile, int& mine, int& every) const {
+  // acc = all blocks' sums of a shared tile, added up, for this block's share of it, which is returned: of n blocks that share the
+  // tile, the i-th has bits i, i + n, ...
+  CLP_DEVICE uint32_t load_shared(Accumulator& acc, int tile) const {
     const Ranges w = plan.w();
-    const int first = w.part_of(tile * plan.steps);
-    mine = block - first, every = w.part_of((tile + 1) * plan.steps - 1) - first + 1;
+    const int first = w.part_of(tile * plan.steps), sharing = w.part_of((tile + 1) * plan.steps - 1) - first + 1;
+    uint32_t share = 0;
+    for (int bit = block - first; bit < kBlocks; bit += sharing) share |= 1u << bit;
     CLP_UNROLL
     for (int i = 0; i < kBlocksN; ++i)
       CLP_UNROLL
       for (int j = 0; j < kBlocksM; ++j) {
         const int number = i * kBlocksM + j;
-        if (number % every != mine) continue;
+        if (!(share >> number & 1)) continue;
         load_l2(acc[i][j], parked(slot_of(first, true)) + (number * kThreads + thread) * 4);
-        for (int other = 1; other < every; ++other) {
+        for (int other = 1; other < sharing; ++other) {
           float more[4];
           load_l2(more, parked(slot_of(first + other, false)) + (number * kThreads + thread) * 4);
           CLP_UNROLL
           for (int e = 0; e < 4; ++e) acc[i][j][e] += more[e];
         }
       }
+    return share;
   }
 
   // ---- all of it ----
@@ -333,7 +337,8 @@ struct MultiLoraDecodeKernel {
     int shared_tile = w_first / steps;  // the next that may be
     Accumulator acc;
     for (;;) {
-      int tile, mine = 0, every = 1;
+      int tile;
+      uint32_t share = ~0u;
       if (used < all) {
         const bool is_a = used < of_a;
         const Position at = position(is_a ? a_first + used : w_first + used - of_a);
@@ -367,11 +372,11 @@ struct MultiLoraDecodeKernel {
           if (shared_tile > last) return;
         }
         tile = shared_tile++;
-        load_shared(acc, tile, mine, every);
+        share = load_shared(acc, tile);
       }
       if (waiting) grid_wait(token);
       waiting = false;
-      finish(acc, tile, mine, every);
+      finish(acc, tile, share);
     }
   }
 };

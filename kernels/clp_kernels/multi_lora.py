@@ -24,7 +24,9 @@ _TABLE = {
     "reference": "clp_kernels.reference.multi_lora",
     "cpu": "clp_kernels.cpu.multi_lora",
     "triton": "clp_kernels.triton_kernels.multi_lora",
+    "cuda": "clp_kernels.cuda.multi_lora",
 }
+_DECODE_ROWS = 256  # at most, for the kernel that decodes (csrc/cuda/multi_lora_decode.hpp)
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 _LIBRARY.define(
     "multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor gate, "
@@ -108,7 +110,8 @@ def multi_lora_linear(
         or (bias is not None and bias.requires_grad)
     ):
         return _Eager.apply(x, weight, bias, lora_a, lora_b, gate, gate_index)[0]
-    module = select("multi_lora_linear", _TABLE, x.device, dtype=dtype)
+    decode = x.is_cuda and _decodes(shape, weight, lora_a, lora_b)
+    module = select("multi_lora_linear", _TABLE, x.device, dtype=dtype, decode=decode)
     return module.forward(x, weight, bias, lora_a, lora_b, gate, gate_index, keep_h=False)[0]
 
 
@@ -158,6 +161,11 @@ def _count(shape: Sequence[int]) -> int:
     for size in shape[:-1]:
         rows *= size
     return rows
+
+
+def _decodes(shape: torch.Size, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether a call without gradients is one of decoding: few rows, and operands whose rows are dense."""
+    return _count(shape) <= _DECODE_ROWS and weight.stride(1) == lora_a.stride(1) == lora_b.stride(1) == 1
 
 
 def _gate_fits(shape: torch.Size, groups: int, gate_index: Tensor | None) -> bool:

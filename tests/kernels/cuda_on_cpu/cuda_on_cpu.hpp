@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -112,7 +113,8 @@ inline Launch* launch_now = nullptr;
 struct Hidden {
 #if defined(__SANITIZE_THREAD__)
   Hidden() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
-  ~Hidden() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+  ~Hidden() { end(); }
+  static void end() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 #else
   Hidden() {}
 #endif
@@ -153,6 +155,7 @@ constexpr size_t kStack =
 inline Fiber& self() { return *launch_now->current; }
 
 inline void switch_to(Fiber* next, bool finished = false) {
+  Hidden hidden;
   Launch& launch = *launch_now;
   Fiber* const from = launch.current;
   if (next == from) return;
@@ -173,6 +176,7 @@ inline void switch_to(Fiber* next, bool finished = false) {
 
 // To the next fiber that can run; to the launch, which looks why, where there is none.
 inline void wait(const char* what, bool finished = false) {
+  Hidden hidden;
   Launch& launch = *launch_now;
   launch.current->waits = what;
   Fiber* next = &launch.main;
@@ -196,10 +200,8 @@ inline void entry() {
   acquired(&launch);
   launch.kernel();
   released(&launch);
-  {
-    Hidden hidden;
-    self().done = true;
-  }
+  Hidden hidden;
+  self().done = true;
   wait("end", true);
 }
 
@@ -214,9 +216,8 @@ inline void run(int blocks, int threads, size_t shared_bytes, unsigned order, st
 #if defined(__SANITIZE_THREAD__)
   launch.main.sanitizer = __tsan_get_current_fiber();
 #endif
-  for (int b = 0; b < blocks; ++b) {
-    Block& block = launch.blocks[b];
-    block.index = b;
+  for (Block& block : launch.blocks) {
+    block.index = int(&block - launch.blocks.data());
     block.memory.assign(shared_bytes + 128, char(0xff));
     block.shared = block.memory.data() + (128 - reinterpret_cast<uintptr_t>(block.memory.data()) % 128);
     block.shared_bytes = shared_bytes;
@@ -242,12 +243,17 @@ inline void run(int blocks, int threads, size_t shared_bytes, unsigned order, st
     for (Fiber& fiber : block.threads) all.push_back(&fiber);
   wake(all);
   released(&launch);
+  void* const main_thread = launch.main.sanitizer;
+  (void)main_thread;
   while (!launch.ready.empty()) wait("launch");
   acquired(&launch);
   for (Block& block : launch.blocks)
     for (Fiber& fiber : block.threads) {
       if (!fiber.done) stop((std::string("waits for ever at ") + fiber.waits).c_str(), block.index, fiber.thread);
 #if defined(__SANITIZE_THREAD__)
+      __tsan_switch_to_fiber(fiber.sanitizer, __tsan_switch_to_fiber_no_sync);
+      for (int level = 0; level < 3; ++level) Hidden::end();  // it stopped within entry, wait and switch_to
+      __tsan_switch_to_fiber(main_thread, __tsan_switch_to_fiber_no_sync);
       __tsan_destroy_fiber(fiber.sanitizer);
 #endif
     }
