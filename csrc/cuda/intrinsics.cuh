@@ -14,7 +14,8 @@
 #define CLP_BOTH __host__ __device__ __forceinline__
 #define CLP_PARAMETER const __grid_constant__
 #define CLP_UNROLL _Pragma("unroll")
-#define CLP_UNROLL4 _Pragma("unroll 4")
+#define CLP_PRAGMA(text) _Pragma(#text)
+#define CLP_UNROLL_BY(count) CLP_PRAGMA(unroll count)
 
 namespace clp::cuda {
 

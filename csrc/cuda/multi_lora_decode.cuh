@@ -96,7 +96,7 @@ struct MultiLoraDecodeKernel {
   CLP_DEVICE void fill_rows(char* to, const void* from, int64_t stride, int first, int limit, int step) const {
     const uint16_t* const base = static_cast<const uint16_t*>(from);
     constexpr int kChunks = ROWS * 8;
-    CLP_UNROLL
+    CLP_UNROLL_BY(ALIGNED ? 8 : kBlocks > 16 ? 1 : 4)
     for (int i = 0; i < (kChunks + kThreads - 1) / kThreads; ++i) {
       const int chunk = thread + i * kThreads, row = chunk / 8, k = step * kDepth + chunk % 8 * 8;
       if (kChunks % kThreads && chunk >= kChunks) break;
@@ -141,7 +141,7 @@ struct MultiLoraDecodeKernel {
     sync_threads();  // the unit is there, and nobody still reads the stage that is filled next
     fetch();
     const char* const stage = shared_memory() + used % kStages * kStage;
-    CLP_UNROLL
+    CLP_UNROLL_BY(kBlocks > 16 ? 1 : 4)  // the registers of 32 blocks leave no room for the next 16 of k
     for (int k = 0; k < kDepth / 16; ++k) {
       uint32_t w[kBlocksN][4];
       CLP_UNROLL
@@ -219,7 +219,7 @@ struct MultiLoraDecodeKernel {
         const int first = r / kTile * plan.steps;
         const int parts = a.part_of(first + plan.steps - 1) - a.part_of(first) + 1;
         const float* const from = sums() + int64_t(m) * call.rank + r;
-        CLP_UNROLL4
+        CLP_UNROLL_BY(4)
         for (int part = lane % 8; part < parts; part += 8) sum += load_l2(from + int64_t(part) * call.rows * call.rank);
       }
       for (int far = 4; far; far /= 2) sum += shuffle_xor(sum, far);
@@ -299,22 +299,25 @@ struct MultiLoraDecodeKernel {
   CLP_DEVICE uint32_t load_shared(Accumulator& acc, int tile) const {
     const Ranges w = plan.w();
     const int first = w.part_of(tile * plan.steps), sharing = w.part_of((tile + 1) * plan.steps - 1) - first + 1;
+    constexpr int kAhead = kBlocks <= 4 ? 4 : kBlocks <= 8 ? 2 : 1;  // of the blocks sharing: loads on their way
     uint32_t share = 0;
     for (int bit = block - first; bit < kBlocks; bit += sharing) share |= 1u << bit;
-    CLP_UNROLL
-    for (int i = 0; i < kBlocksN; ++i)
+    clear(acc);
+    CLP_UNROLL_BY(kAhead)
+    for (int other = 0; other < sharing; ++other) {
+      const float* const from = parked(slot_of(first + other, other == 0)) + thread * 4;
       CLP_UNROLL
-      for (int j = 0; j < kBlocksM; ++j) {
-        const int number = i * kBlocksM + j;
-        if (!(share >> number & 1)) continue;
-        load_l2(acc[i][j], parked(slot_of(first, true)) + (number * kThreads + thread) * 4);
-        for (int other = 1; other < sharing; ++other) {
+      for (int i = 0; i < kBlocksN; ++i)
+        CLP_UNROLL
+        for (int j = 0; j < kBlocksM; ++j) {
+          const int number = i * kBlocksM + j;
+          if (!(share >> number & 1)) continue;
           float more[4];
-          load_l2(more, parked(slot_of(first + other, false)) + (number * kThreads + thread) * 4);
+          load_l2(more, from + number * kThreads * 4);
           CLP_UNROLL
           for (int e = 0; e < 4; ++e) acc[i][j][e] += more[e];
         }
-      }
+    }
     return share;
   }
 

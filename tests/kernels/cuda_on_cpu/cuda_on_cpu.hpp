@@ -41,7 +41,7 @@ void __tsan_write_range(void*, unsigned long);
 #define CLP_DEVICE inline
 #define CLP_BOTH inline
 #define CLP_UNROLL
-#define CLP_UNROLL4
+#define CLP_UNROLL_BY(count)
 
 namespace clp::cuda {
 
