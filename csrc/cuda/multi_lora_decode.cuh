@@ -96,7 +96,7 @@ struct MultiLoraDecodeKernel {
   CLP_DEVICE void fill_rows(char* to, const void* from, int64_t stride, int first, int limit, int step) const {
     const uint16_t* const base = static_cast<const uint16_t*>(from);
     constexpr int kChunks = ROWS * 8;
-    CLP_UNROLL_BY(ALIGNED ? 8 : kBlocks > 16 ? 1 : 4)
+    CLP_UNROLL_BY((ALIGNED ? 8 : 4) / (kBlocks > 16 ? 4 : 1))
     for (int i = 0; i < (kChunks + kThreads - 1) / kThreads; ++i) {
       const int chunk = thread + i * kThreads, row = chunk / 8, k = step * kDepth + chunk % 8 * 8;
       if (kChunks % kThreads && chunk >= kChunks) break;
