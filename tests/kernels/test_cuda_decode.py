@@ -164,7 +164,7 @@ MISTAKES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_in_the_kernel_are_noticed(mistake):
-    process = run_sanitized(sanitized("thread", patch=MISTAKES[mistake]), [(12, 260, 400, 20, 4, 3, 1)])
+    process = run_sanitized(sanitized("thread", patch=MISTAKES[mistake]), [(12, 260, 400, 20, 4, 2, 1)])
     assert process.returncode != 0
     assert "data race" in process.stderr or "expected" in process.stdout or "waits for ever" in process.stderr
 
