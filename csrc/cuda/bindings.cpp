@@ -18,11 +18,11 @@ void bind_cuda(py::module_& m) {
   m.def("multi_lora_decode", [](uintptr_t x, uintptr_t weight, uintptr_t lora_a, uintptr_t lora_b, uintptr_t bias, uintptr_t gate,
                                 uintptr_t gate_index, uintptr_t y, uintptr_t workspace, int64_t stride_x, int64_t stride_weight,
                                 int64_t stride_a, int64_t stride_b, int rows, int n, int k, int rank, int groups,
-                                bool gate_is_float, bool index_is_64, int dtype, int sms, uintptr_t stream) {
+                                bool gate_is_float, bool index_is_64, int dtype, int device, int sms, uintptr_t stream) {
     const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     cuda::multi_lora_decode({at(x), at(weight), at(lora_a), at(lora_b), at(bias), at(gate), at(gate_index), at(y), at(workspace),
                              stride_x, stride_weight, stride_a, stride_b, rows, n, k, rank, groups, gate_is_float, index_is_64},
-                            cuda::Half(dtype), sms, at(stream));
+                            cuda::Half(dtype), device, sms, at(stream));
   });
 }
 

@@ -15,10 +15,11 @@ Device device_properties(int device) {
 
 int64_t multi_lora_decode_workspace(int rows, int n, int k, int rank, int sms) { return workspace_bytes(rows, n, k, rank, sms); }
 
-void multi_lora_decode(const MultiLoraDecode& call, Half dtype, int sms, void* stream) {
+void multi_lora_decode(const MultiLoraDecode& call, Half dtype, int device, int sms, void* stream) {
   if (call.rows < 0 || call.rows > kMaxRows)
     throw std::runtime_error(describe(call) + ": expected at most " + std::to_string(kMaxRows) + " rows");
   if (!call.rows || !call.n) return;
+  check(cudaSetDevice(device), describe(call));  // this runtime is linked in, and is not the one that torch told
   (dtype == Half::bf16 ? launch_bf16 : launch_f16)(call, sms, static_cast<cudaStream_t>(stream));
 }
 

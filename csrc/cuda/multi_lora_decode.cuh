@@ -92,20 +92,22 @@ struct MultiLoraDecodeKernel {
   // Chunk c of row r lies at c ^ (r % 8), so that neither filling nor ldmatrix meets a bank twice.
   CLP_DEVICE static int swizzled(int row, int chunk) { return row * (kDepth * 2) + ((chunk ^ (row & 7)) << 4); }
 
+  // ROWS rows from `first` of (limit, k): a thread has one chunk of every 32nd row, at the same k and the same place among the banks.
   template <int ROWS>
   CLP_DEVICE void fill_rows(char* to, const void* from, int64_t stride, int first, int limit, int step) const {
+    constexpr int kApart = kThreads / 8;
+    const int row = thread / 8, k = step * kDepth + thread % 8 * 8, left = call.k - k, there = left < 0 ? 0 : left > 8 ? 8 : left;
     const uint16_t* const base = static_cast<const uint16_t*>(from);
-    constexpr int kChunks = ROWS * 8;
+    const uint16_t* const column = base + (first + row) * stride + k;
+    char* const target = to + swizzled(row, thread % 8);
     CLP_UNROLL_BY((ALIGNED ? 8 : 4) / (kBlocks > 16 ? 4 : 1))
-    for (int i = 0; i < (kChunks + kThreads - 1) / kThreads; ++i) {
-      const int chunk = thread + i * kThreads, row = chunk / 8, k = step * kDepth + chunk % 8 * 8;
-      if (kChunks % kThreads && chunk >= kChunks) break;
-      int valid = first + row < limit ? call.k - k : 0;
-      valid = valid < 0 ? 0 : valid > 8 ? 8 : valid;
-      const uint16_t* const source = valid ? base + (first + row) * stride + k : base;
-      char* const target = to + swizzled(row, chunk % 8);
+    for (int i = 0; i < (ROWS + kApart - 1) / kApart; ++i) {
+      if (ROWS % kApart && row >= ROWS) break;
+      const int valid = first + row + i * kApart < limit ? there : 0;
+      const uint16_t* const source = valid ? column + i * kApart * stride : base;
+      char* const target_i = target + i * kApart * kDepth * 2;
       if constexpr (ALIGNED) {
-        copy_async(target, source, valid * 2);
+        copy_async(target_i, source, valid * 2);
       } else {
         uint32_t words[4];
         CLP_UNROLL
@@ -114,7 +116,7 @@ struct MultiLoraDecodeKernel {
           const uint32_t high = 2 * j + 1 < valid ? load_constant(source + 2 * j + 1) : 0;
           words[j] = low | high << 16;
         }
-        store_shared(target, words);
+        store_shared(target_i, words);
       }
     }
   }

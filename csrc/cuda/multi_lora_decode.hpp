@@ -6,9 +6,9 @@
 // x's dtype, as the Triton kernels do. A gate_index outside [0, G) makes its row NaN; a zero gate row gives the bits that R = 0 gives.
 //
 // Floor. 2MNK + 2MR(N + K) FLOPs against 2NK + 2R(N + K) + 2M(K + N) bytes: M FLOPs a byte, so the bandwidth of the weight decides
-// up to about 200 rows on an H200 (990 TFLOP/s, 4.8 TB/s by the datasheet) and, as mma.sync reaches about 60% of that rate there, up
-// to about 128 with these instructions. 4096 x 4096 with R = 48: 34.3 MB, 8.0 us at 4.3 TB/s. Target: 80% of the bandwidth from 1 to
-// 64 rows. NOT MEASURED: none of this has run on a GPU yet; it is compiled, disassembled and run in emulation (tests/kernels).
+// up to about 200 rows on an H200 (990 TFLOP/s, 4.8 TB/s by the datasheet), and up to fewer with mma.sync, which does not reach that
+// rate there. 4096 x 4096 with R = 48: 34.3 MB, 8.0 us at 4.3 TB/s. Target: 80% of the bandwidth from 1 to 64 rows.
+// NOT MEASURED: none of this has run on a GPU yet; it is compiled, disassembled and run in emulation (tests/kernels).
 //
 // Design. y^T = W x^T: W is the tensor cores' left operand, 16 of its rows at a time, so 1 to 8 rows of x cost one instruction and not
 // 16 rows of padding. The contraction is cut into units of 128 rows of W by 64 of K; block b takes the b-th of `grid` equal ranges
@@ -68,7 +68,8 @@ struct Device {
 
 Device device_properties(int device);  // throws std::runtime_error where there is none
 int64_t multi_lora_decode_workspace(int rows, int n, int k, int rank, int sms);
-// On the current device. Asynchronous, allocates nothing, safe under stream capture. Throws std::runtime_error.
-void multi_lora_decode(const MultiLoraDecode& call, Half dtype, int sms, void* stream);
+// On that device, which becomes the current one, and a stream of it. Asynchronous, allocates nothing, safe under stream capture; throws
+// std::runtime_error. The first call of each size loads its kernel, which is better done before a capture.
+void multi_lora_decode(const MultiLoraDecode& call, Half dtype, int device, int sms, void* stream);
 
 }  // namespace clp::cuda

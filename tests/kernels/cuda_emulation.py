@@ -45,7 +45,12 @@ def build(*flags: str, patch: dict[str, str] | None = None) -> Path:
     for old, new in (patch or {}).items():
         assert kernel.count(old) == 1, f"{old!r} is {kernel.count(old)} times in the kernel"
         kernel = kernel.replace(old, new)
-    texts = [kernel, *(p.read_text() for p in sorted([*SOURCES.glob("*.*h*"), *HERE.iterdir()])), *flags, compiler]
+    texts = [
+        kernel,
+        *(p.read_text() for p in sorted([*SOURCES.glob("*.*h*"), *HERE.iterdir()])),
+        *flags,
+        compiler,
+    ]
     name = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     directory = Path(tempfile.gettempdir()) / f"clp-cuda-on-cpu-{os.getuid()}"
     binary = directory / name / "emulation"
@@ -76,11 +81,8 @@ def guarded(tensor: torch.Tensor, row: int = 0, shift: int = 0) -> torch.Tensor:
     """A copy with NaN around it, and NaN between its rows where `row`, their distance, is more than their length."""
     rows, columns = (tensor.shape[0] if tensor.dim() > 1 else 1), tensor.shape[-1]
     row = max(row, columns)
-    space = torch.full((rows * row + 2 * GUARD,), -1 if tensor.dtype.is_floating_point is False else torch.nan)
-    space = space.to(tensor.dtype)
-    inside = space[GUARD + shift :].as_strided(
-        (rows, columns), (row, 1), GUARD + shift
-    )
+    space = torch.full((rows * row + 2 * GUARD,), torch.nan, dtype=tensor.dtype)
+    inside = space.as_strided((rows, columns), (row, 1), GUARD + shift)
     inside.copy_(tensor.reshape(rows, columns))
     return inside if tensor.dim() > 1 else inside[0]
 

@@ -31,8 +31,17 @@ def compiled(tmp_path_factory):
             pytest.skip("there is no nvcc on the PATH")
         if (source, target) not in made:
             cubin = directory / f"{source.stem}.{target}.cubin"
-            command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas", "-v"]
-            process = subprocess.run([*command, "-cubin", source, "-o", cubin], capture_output=True, text=True)
+            command = [
+                NVCC,
+                "-std=c++17",
+                "-O3",
+                f"-gencode=arch=compute_{target},code=sm_{target}",
+                "-Xptxas",
+                "-v",
+            ]
+            process = subprocess.run(
+                [*command, "-cubin", source, "-o", cubin], capture_output=True, text=True
+            )
             assert process.returncode == 0, process.stderr
             made[source, target] = process.stderr, cubin
         return made[source, target]
@@ -84,10 +93,14 @@ def test_no_spills_no_stack_and_a_block_fits(compiled, source, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("source", [s for s in SOURCES if s.stem != "multi_lora_decode"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source", [s for s in SOURCES if s.stem != "multi_lora_decode"], ids=lambda path: path.stem
+)
 def test_tensor_cores_and_wide_copies(compiled, source, target):
     _, cubin = compiled(source, target)
-    listing = subprocess.run([disassembler(), "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        [disassembler(), "-sass", cubin], check=True, capture_output=True, text=True
+    ).stdout
     functions = listing.split("Function : ")[1:]
     assert len(functions) == 9
     for text in functions:
@@ -96,7 +109,9 @@ def test_tensor_cores_and_wide_copies(compiled, source, target):
         assert "LDSM.16.M88" in text, f"{name}: no ldmatrix"
         assert not re.search(r"\b(LDL|STL)\b", text), f"{name}: local memory"
         if name.split("EEv")[0].endswith("ELb1E"):  # aligned
-            assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", text), f"{name}: no 16-byte asynchronous copies"
+            assert re.search(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", text), (
+                f"{name}: no 16-byte asynchronous copies"
+            )
         # The sums of shared tiles.
         assert re.search(r"LDG\.E\.128", text), f"{name}: no 16-byte loads"
         assert re.search(r"STG\.E\.128", text), f"{name}: no 16-byte stores"

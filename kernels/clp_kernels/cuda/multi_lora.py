@@ -75,7 +75,9 @@ def forward(
     with torch.cuda.device_of(x):
         sms = _properties(x.device.index)[2]
         y = x.new_empty((rows, columns))
-        workspace = torch.empty(_workspace(rows, columns, depth, rank, sms), dtype=torch.uint8, device=x.device)
+        workspace = torch.empty(
+            _workspace(rows, columns, depth, rank, sms), dtype=torch.uint8, device=x.device
+        )
         _native.multi_lora_decode(
             flat.data_ptr(),
             weight.data_ptr(),
@@ -98,6 +100,7 @@ def forward(
             gate.dtype is torch.float32,
             gate_index is not None and gate_index.dtype is torch.int64,
             _DTYPES[x.dtype],
+            x.device.index,
             sms,
             torch.cuda.current_stream().cuda_stream,
         )
