@@ -1,4 +1,5 @@
-// What the kernels ask of the hardware, by name. tests/kernels/cuda_on_cpu has the same names on a CPU, so that kernel code is one text.
+// What the kernels ask of the hardware, by name. tests/kernels/cuda_on_cpu has the same names on a CPU, so that kernel code
+// is one text.
 #pragma once
 #ifdef CLP_CUDA_ON_CPU
 #include "cuda_on_cpu.hpp"
@@ -62,7 +63,8 @@ CLP_DEVICE void store_shared(void* shared, const uint32_t (&words)[4]) {
   *static_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// 8 x 8 matrices of 16 bits: lane l gives the address of row l % 8 of matrix l / 8 and gets elements 2 (l % 4), + 1 of row l / 4.
+// 8 x 8 matrices of 16 bits: lane l gives the address of row l % 8 of matrix l / 8 and gets elements 2 (l % 4), + 1 of row l
+// / 4.
 CLP_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -81,13 +83,15 @@ template <class T>
 CLP_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 CLP_DEVICE void mma<Bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 CLP_DEVICE void mma<F16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -13,7 +13,9 @@ Device device_properties(int device) {
           get(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
-int64_t multi_lora_decode_workspace(int rows, int n, int k, int rank, int sms) { return workspace_bytes(rows, n, k, rank, sms); }
+int64_t multi_lora_decode_workspace(int rows, int n, int k, int rank, int sms) {
+  return workspace_bytes(rows, n, k, rank, sms);
+}
 
 void multi_lora_decode(const MultiLoraDecode& call, Half dtype, int device, int sms, void* stream) {
   if (call.rows < 0 || call.rows > kMaxRows)

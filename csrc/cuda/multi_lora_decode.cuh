@@ -51,7 +51,8 @@ struct Workspace {
   CLP_BOTH static int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 };
 
-// COLUMNS: rows of x in blocks of 8, the columns of the tensor cores' result. ALIGNED: x, W and A may be read 16 bytes at a time.
+// COLUMNS: rows of x in blocks of 8, the columns of the tensor cores' result. ALIGNED: x, W and A may be read 16 bytes at a
+// time.
 template <class T, int COLUMNS, bool ALIGNED>
 struct MultiLoraDecodeKernel {
   static constexpr int kWarpsM = COLUMNS >= 32 ? 4 : COLUMNS >= 8 ? 2 : 1, kWarpsN = kThreads / 32 / kWarpsM;
@@ -59,7 +60,8 @@ struct MultiLoraDecodeKernel {
   static constexpr int kBlocksN = kTile / 16 / kWarpsN, kBlocksM = COLUMNS / kWarpsM, kBlocks = kBlocksN * kBlocksM;
   static constexpr int kRows = COLUMNS * 8;
   static constexpr int kStageW = kTile * kDepth * 2, kStage = kStageW + kRows * kDepth * 2;
-  static constexpr int kStages = COLUMNS <= 4 ? 8 : COLUMNS <= 8 ? 6 : COLUMNS <= 16 ? 5 : 3;  // 160 KB at most: an A100 has 163
+  // 160 KB at most; an A100 has 163.
+  static constexpr int kStages = COLUMNS <= 4 ? 8 : COLUMNS <= 8 ? 6 : COLUMNS <= 16 ? 5 : 3;
   static constexpr int kSharedBytes = kStage * kStages;
   using Accumulator = float[kBlocksN][kBlocksM][4];
   static_assert(kBlocks <= 32, "a share is a word of bits");
@@ -92,11 +94,13 @@ struct MultiLoraDecodeKernel {
   // Chunk c of row r lies at c ^ (r % 8), so that neither filling nor ldmatrix meets a bank twice.
   CLP_DEVICE static int swizzled(int row, int chunk) { return row * (kDepth * 2) + ((chunk ^ (row & 7)) << 4); }
 
-  // ROWS rows from `first` of (limit, k): a thread has one chunk of every 32nd row, at the same k and the same place among the banks.
+  // ROWS rows from `first` of (limit, k): a thread has one chunk of every 32nd row, at the same k and the same place among
+  // the banks.
   template <int ROWS>
   CLP_DEVICE void fill_rows(char* to, const void* from, int64_t stride, int first, int limit, int step) const {
     constexpr int kApart = kThreads / 8;
-    const int row = thread / 8, k = step * kDepth + thread % 8 * 8, left = call.k - k, there = left < 0 ? 0 : left > 8 ? 8 : left;
+    const int row = thread / 8, k = step * kDepth + thread % 8 * 8;
+    const int left = call.k - k, there = left < 0 ? 0 : left > 8 ? 8 : left;
     const uint16_t* const base = static_cast<const uint16_t*>(from);
     const uint16_t* const column = base + (first + row) * stride + k;
     char* const target = to + swizzled(row, thread % 8);
@@ -200,7 +204,8 @@ struct MultiLoraDecodeKernel {
   CLP_DEVICE float gate_of(int m, int r) const {
     int64_t group = m;
     if (call.gate_index)
-      group = call.index_is_64 ? static_cast<const int64_t*>(call.gate_index)[m] : static_cast<const int32_t*>(call.gate_index)[m];
+      group = call.index_is_64 ? static_cast<const int64_t*>(call.gate_index)[m]
+                               : static_cast<const int32_t*>(call.gate_index)[m];
     else if (call.groups != call.rows)
       group = m / (call.rows / call.groups);
     if (group < 0 || group >= call.groups) return widen<Bf16>(0x7fc0);  // NaN
@@ -208,7 +213,8 @@ struct MultiLoraDecodeKernel {
     return call.gate_is_float ? static_cast<const float*>(call.gate)[i] : widen<T>(static_cast<const uint16_t*>(call.gate)[i]);
   }
 
-  // This block's share of s = (sum of the sums of h) * gate, zeros in the padding. Eight lanes to an element: sums lane, lane + 8, ...
+  // This block's share of s = (sum of the sums of h) * gate, zeros in the padding. Eight lanes to an element: sums lane, lane
+  // + 8, ...
   CLP_DEVICE void gate_share() const {
     constexpr int kTogether = kThreads / 8;
     const Ranges a = plan.a(), shares{kRows * rank_padded, plan.grid};
@@ -259,7 +265,8 @@ struct MultiLoraDecodeKernel {
       CLP_UNROLL
       for (int j = 0; j < kBlocksM; ++j) {
         const uint16_t* const s = gated() + (warp_m + j * 8 + lane / 4) * rank_padded + r + lane % 4 * 2;
-        const uint32_t low = load_l2(reinterpret_cast<const uint32_t*>(s)), high = load_l2(reinterpret_cast<const uint32_t*>(s + 8));
+        const uint32_t low = load_l2(reinterpret_cast<const uint32_t*>(s));
+        const uint32_t high = load_l2(reinterpret_cast<const uint32_t*>(s + 8));
         CLP_UNROLL
         for (int i = 0; i < kBlocksN; ++i)
           if (share >> (i * kBlocksM + j) & 1) mma<T>(acc[i][j], b[i], low, high);
@@ -296,8 +303,8 @@ struct MultiLoraDecodeKernel {
   // A block's last tile begins in it, and its first began in another: a slot for each.
   CLP_DEVICE static int slot_of(int block, bool begins) { return block * 2 + begins; }
 
-  // acc = all blocks' sums of a shared tile, added up, for this block's share of it, which is returned: of n blocks that share the
-  // tile, the i-th has bits i, i + n, ...
+  // acc = all blocks' sums of a shared tile, added up, for this block's share of it, which is returned: of n blocks that
+  // share the tile, the i-th has bits i, i + n, ...
   CLP_DEVICE uint32_t load_shared(Accumulator& acc, int tile) const {
     const Ranges w = plan.w();
     const int first = w.part_of(tile * plan.steps), sharing = w.part_of((tile + 1) * plan.steps - 1) - first + 1;
@@ -325,7 +332,8 @@ struct MultiLoraDecodeKernel {
 
   // ---- all of it ----
 
-  // One loop over the block's tiles, of A, then of W, then those of W shared with other blocks: each piece of code is there once.
+  // One loop over the block's tiles, of A, then of W, then those of W shared with other blocks: each piece of code is there
+  // once.
   CLP_DEVICE void run() {
     const Ranges a = plan.a(), w = plan.w();
     const int steps = plan.steps, w_first = w.first(block), of_w = w.first(block + 1) - w_first;
@@ -393,7 +401,8 @@ CLP_KERNEL(kThreads) multi_lora_decode_kernel(CLP_PARAMETER MultiLoraDecode call
 
 inline bool is_aligned(const MultiLoraDecode& call) {
   const auto fits = [](const void* at, int64_t stride) { return reinterpret_cast<uintptr_t>(at) % 16 == 0 && stride % 8 == 0; };
-  return fits(call.x, call.stride_x) && fits(call.weight, call.stride_weight) && (!call.rank || fits(call.lora_a, call.stride_a));
+  return fits(call.x, call.stride_x) && fits(call.weight, call.stride_weight) &&
+         (!call.rank || fits(call.lora_a, call.stride_a));
 }
 
 template <int VALUE>

@@ -22,8 +22,8 @@ inline std::string describe(const MultiLoraDecode& call) {
          std::to_string(call.n) + ", " + std::to_string(call.k) + "), rank " + std::to_string(call.rank);
 }
 
-// Once per kernel and device: more than 48 KB of shared memory, and that a block fits. Neither touches a stream, so it may happen
-// during capture.
+// Once per kernel and device: more than 48 KB of shared memory, and that a block fits. Neither touches a stream, so it may
+// happen during capture.
 template <class K>
 void prepare(void (*kernel)(MultiLoraDecode, int), const MultiLoraDecode& call) {
   static std::atomic<uint64_t> ready{0};
@@ -48,7 +48,8 @@ void launch(const MultiLoraDecode& call, int sms, cudaStream_t stream) {
     prepare<K>(kernel, call);
     void* arguments[] = {const_cast<MultiLoraDecode*>(&call), &sms};
     const Plan plan(call.n, call.k, call.rank, sms);
-    check(cudaLaunchCooperativeKernel(kernel, dim3(plan.grid), dim3(kThreads), arguments, K::kSharedBytes, stream), describe(call));
+    check(cudaLaunchCooperativeKernel(kernel, dim3(plan.grid), dim3(kThreads), arguments, K::kSharedBytes, stream),
+          describe(call));
   });
 }
 

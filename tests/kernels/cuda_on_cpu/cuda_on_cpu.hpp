@@ -1,11 +1,13 @@
-// csrc/cuda/intrinsics.cuh on a CPU: runs a kernel as it is written, one fiber per CUDA thread, switched where threads wait for each other.
+// csrc/cuda/intrinsics.cuh on a CPU: runs a kernel as it is written, one fiber per CUDA thread, switched where threads wait
+// for each other.
 //
-// What is modelled: blocks that all run at the same time; barriers of a block and of the grid; instructions of a whole warp (mma, ldmatrix,
-// shuffles), with the fragment layouts of the PTX manual; cp.async, whose 16 bytes are NaN from the moment it is issued until the group it is
-// in has been waited for; shared memory that starts as NaN. What stops the program with a message: threads that wait for ever, a warp
-// whose lanes are at different instructions, addresses that the hardware would refuse, ldmatrix rows that share a bank. Compiled with
-// -fsanitize=thread, every fiber is a thread to the sanitizer and only barriers order them, so it reports races between CUDA threads.
-// What is not modelled: time, caches, and memory that becomes visible late.
+// What is modelled: blocks that all run at the same time; barriers of a block and of the grid; instructions of a whole warp
+// (mma, ldmatrix, shuffles), with the fragment layouts of the PTX manual; cp.async, whose 16 bytes are NaN from the moment it
+// is issued until the group it is in has been waited for; shared memory that starts as NaN. What stops the program with a
+// message: threads that wait for ever, a warp whose lanes are at different instructions, addresses that the hardware would
+// refuse, ldmatrix rows that share a bank. Compiled with -fsanitize=thread, every fiber is a thread to the sanitizer and only
+// barriers order them, so it reports races between CUDA threads. What is not modelled: time, caches, and memory that becomes
+// visible late.
 #pragma once
 #include <ucontext.h>
 
@@ -266,7 +268,8 @@ void together(const char* what, void* arguments, F&& all_lanes) {
   Hidden hidden;
   Fiber& fiber = self();
   Warp& warp = fiber.block->warps[fiber.thread / kWarp];
-  if (warp.arrived && warp.what != what) stop("lanes of one warp are at different instructions", fiber.block->index, fiber.thread);
+  if (warp.arrived && warp.what != what)
+    stop("lanes of one warp are at different instructions", fiber.block->index, fiber.thread);
   warp.what = what;
   warp.arguments[fiber.thread % kWarp] = arguments;
   warp.waiting[warp.arrived++] = &fiber;
@@ -332,6 +335,7 @@ inline uint16_t narrow<F16>(float value) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   const float size = std::fabs(value);
   if (size >= 65520.f) return sign | 0x7c00;
+  if (size == 0) return sign;
   int exponent = 0;
   std::frexp(size, &exponent);  // size < 2^exponent
   const int unit = (exponent < -13 ? -13 : exponent) - 11;  // of the last place
@@ -422,7 +426,7 @@ void copy_wait() {
 
 inline void store_shared(void* shared, const uint32_t (&words)[4]) {
   using namespace emulated;
-  check(aligned(shared, 16) && in_shared(shared, 16), "16-byte store to an address that is not aligned or not in shared memory");
+  check(aligned(shared, 16) && in_shared(shared, 16), "16-byte store to an address not aligned or not in shared memory");
   writes(shared, 16);
   Hidden hidden;
   std::memcpy(shared, words, 16);
@@ -467,7 +471,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
       const Lane& lane = *static_cast<Lane*>(lanes[l]);
       const int group = l / 4, two = l % 4 * 2;
       for (int high = 0; high < 2; ++high) {
-        for (int i = 0; i < 4; ++i) left[group + i % 2 * 8][two + i / 2 * 8 + high] = widen<T>(uint16_t(lane.a[i] >> high * 16));
+        for (int i = 0; i < 4; ++i)
+          left[group + i % 2 * 8][two + i / 2 * 8 + high] = widen<T>(uint16_t(lane.a[i] >> high * 16));
         for (int i = 0; i < 2; ++i) right[group][two + i * 8 + high] = widen<T>(uint16_t(lane.b[i] >> high * 16));
       }
     }

@@ -10,8 +10,9 @@ void launch(const MultiLoraDecode& call, int sms, unsigned order) {
   with_kernel(call, [&](auto columns, auto aligned) {
     constexpr int kColumns = decltype(columns)::value;
     constexpr bool kAligned = decltype(aligned)::value;
-    emulated::run(Plan(call.n, call.k, call.rank, sms).grid, kThreads, MultiLoraDecodeKernel<T, kColumns, kAligned>::kSharedBytes,
-                  order, [&] { multi_lora_decode_kernel<T, kColumns, kAligned>(call, sms); });
+    constexpr int kShared = MultiLoraDecodeKernel<T, kColumns, kAligned>::kSharedBytes;
+    emulated::run(Plan(call.n, call.k, call.rank, sms).grid, kThreads, kShared, order,
+                  [&] { multi_lora_decode_kernel<T, kColumns, kAligned>(call, sms); });
   });
 }
 
@@ -37,7 +38,8 @@ int shared_bytes(int columns) {
 uint16_t narrowed(int dtype, float value) { return dtype ? narrow<F16>(value) : narrow<Bf16>(value); }
 
 void decode(const MultiLoraDecode* call, int dtype, int sms, unsigned order) {
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // these take long to compile, and the other format is the same code
+// The sanitizers take long to compile, and the other format is the same code.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
   if (Half(dtype) == Half::f16) return launch<F16>(*call, sms, order);
 #endif
   if (Half(dtype) == Half::bf16) launch<Bf16>(*call, sms, order);
@@ -65,8 +67,8 @@ int main(int count, char** values) {
     const int64_t bytes = workspace_bytes(rows, n, k, rank, sms);
     std::unique_ptr<float[]> space(new float[bytes / 4 + 4]);
     std::memset(space.get(), 0xff, bytes + 16);
-    const MultiLoraDecode call{x.data(), w.data(), a.data(), b.data(), bias.data(), gate.data(), index.data(), y.data(), space.get(),
-                               stride, stride, stride, rank, rows, n, k, rank, groups, true, false};
+    const MultiLoraDecode call{x.data(), w.data(), a.data(), b.data(), bias.data(), gate.data(), index.data(), y.data(),
+                               space.get(), stride, stride, stride, rank, rows, n, k, rank, groups, true, false};
     decode(&call, 0, sms, unsigned(i));
     double worst = 0;
     std::vector<double> s(rank);
