@@ -88,10 +88,23 @@ def guarded(tensor: torch.Tensor, row: int = 0, shift: int = 0) -> torch.Tensor:
 
 
 def decode(
-    native, x, weight, lora_a, lora_b, gate, bias=None, gate_index=None, *, sms=3, order=0, aligned=True
+    native,
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    gate,
+    bias=None,
+    gate_index=None,
+    *,
+    sms=3,
+    order=0,
+    aligned=True,
+    groups=None,
 ) -> torch.Tensor:
-    """y. aligned: the rows of x, weight and lora_a start at multiples of 16 bytes; otherwise where they fall."""
-    (rows, k), (n, rank), groups = x.shape, lora_b.shape, gate.shape[0]
+    """y. groups: the rows that gate is said to have, if fewer than it has. aligned: the rows of x, weight and lora_a start at multiples of 16 bytes; otherwise where they fall."""
+    (rows, k), (n, rank) = x.shape, lora_b.shape
+    groups = gate.shape[0] if groups is None else groups
 
     def placed(tensor):
         # 16 bytes are 8 elements; the allocator's memory is aligned to 64.

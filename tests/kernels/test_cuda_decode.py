@@ -85,15 +85,16 @@ def test_dtypes_and_forms_of_the_gate(native, dtype):
 
 
 def test_a_gate_index_out_of_range_makes_its_row_nan(native):
-    t = inputs(20, 140, 90, 12, groups=4)
+    t = inputs(20, 140, 90, 12, groups=6)
     index = torch.zeros(20, dtype=torch.int64)
     index[3], index[17] = 4, -1
-    y = decode(native, **t, gate_index=index)
+    y = decode(native, **t, gate_index=index, groups=4)  # gate row 4 exists, and is not to be used
     assert y[[3, 17]].isnan().all() and y.isnan().any(-1).sum() == 2
 
 
 def test_a_row_does_not_depend_on_the_others_nor_on_their_number(native):
-    t = inputs(256, 140, 600, 24, groups=256)
+    # float16, as bfloat16's rounding would hide most sums in another order.
+    t = inputs(256, 140, 600, 24, groups=256, dtype=torch.float16)
     whole = decode(native, **t, sms=5)
     for rows in (1, 5, 9, 30, 64, 65, 130):
         for first in {0, 256 - rows}:
@@ -104,9 +105,9 @@ def test_a_row_does_not_depend_on_the_others_nor_on_their_number(native):
 
 
 def test_a_zero_gate_is_the_frozen_layer_bit_for_bit(native):
-    for sms in (1, 3, 8):
-        t = inputs(24, 300, 700, 20, groups=24)
-        zero = torch.arange(24) % 2 == 0
+    for sms in (1, 3, 16):
+        t = inputs(48, 600, 700, 20, groups=48, dtype=torch.float16)
+        zero = torch.arange(48) % 2 == 0
         t["gate"][zero] = 0
         frozen = t | {"lora_a": t["lora_a"][:0], "lora_b": t["lora_b"][:, :0], "gate": t["gate"][:, :0]}
         y, base = decode(native, **t, sms=sms), decode(native, **frozen, sms=sms)
