@@ -102,7 +102,11 @@ def decode(
     aligned=True,
     groups=None,
 ) -> torch.Tensor:
-    """y. groups: the rows that gate is said to have, if fewer than it has. aligned: the rows of x, weight and lora_a start at multiples of 16 bytes; otherwise where they fall."""
+    """y.
+
+    groups   the rows that gate is said to have, if fewer than it has
+    aligned  the rows of x, weight and lora_a start at multiples of 16 bytes; otherwise where they fall
+    """
     (rows, k), (n, rank) = x.shape, lora_b.shape
     groups = gate.shape[0] if groups is None else groups
 
