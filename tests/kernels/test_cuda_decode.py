@@ -31,6 +31,18 @@ def inputs(rows, n, k, rank, groups=1, dtype=torch.bfloat16, gate_dtype=torch.fl
     return made | {"gate": made["gate"].to(gate_dtype)}
 
 
+def cancelling(t):
+    """Half of each contraction cancels the other half, so that what is left is what the order of the sums makes of it.
+
+    Otherwise the rounding of y to 16 bits hides a sum in another order, nearly always.
+    """
+    half = t["x"].shape[1] // 2
+    t["x"][:, half:] = -t["x"][:, :half]
+    for name in ("weight", "lora_a"):
+        t[name][:, half:] = t[name][:, :half]
+    return t | {"bias": None}
+
+
 def reference(t, gate_index=None):
     return forward(*(t[name] for name in ("x", "weight", "bias", "lora_a", "lora_b", "gate")), gate_index)[0]
 
@@ -93,8 +105,7 @@ def test_a_gate_index_out_of_range_makes_its_row_nan(native):
 
 
 def test_a_row_does_not_depend_on_the_others_nor_on_their_number(native):
-    # float16, as bfloat16's rounding would hide most sums in another order.
-    t = inputs(256, 140, 600, 24, groups=256, dtype=torch.float16)
+    t = cancelling(inputs(256, 140, 600, 24, groups=256))
     whole = decode(native, **t, sms=5)
     for rows in (1, 5, 9, 30, 64, 65, 130):
         for first in {0, 256 - rows}:
@@ -106,7 +117,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_their_number(native):
 
 def test_a_zero_gate_is_the_frozen_layer_bit_for_bit(native):
     for sms in (1, 3, 16):
-        t = inputs(48, 600, 700, 20, groups=48, dtype=torch.float16)
+        t = cancelling(inputs(48, 600, 700, 20, groups=48))
         zero = torch.arange(48) % 2 == 0
         t["gate"][zero] = 0
         frozen = t | {"lora_a": t["lora_a"][:0], "lora_b": t["lora_b"][:, :0], "gate": t["gate"][:, :0]}
@@ -115,7 +126,7 @@ def test_a_zero_gate_is_the_frozen_layer_bit_for_bit(native):
 
 
 def test_the_same_bits_in_whatever_order_the_warps_go(native):
-    t = inputs(40, 300, 700, 20, groups=40)
+    t = cancelling(inputs(40, 300, 700, 20, groups=40))
     first = decode(native, **t, sms=7)
     assert all(torch.equal(first, decode(native, **t, sms=7, order=order)) for order in (1, 2, 3))
 
@@ -337,6 +348,7 @@ def test_gpu_is_accurate(on_gpu, rows, dtype):
 def test_gpu_is_batch_invariant_repeats_itself_and_freezes_rows_of_gate_zero(on_gpu):
     for n, k in ((4096, 4096), (896, 4864), (1937, 1937)):
         t = inputs(256, n, k, 48, groups=256, device="cuda")
+        t = t if k % 2 else cancelling(t)
         t["gate"][::2] = 0
         whole = call(t)
         assert all(torch.equal(whole, call(t)) for _ in range(20))
