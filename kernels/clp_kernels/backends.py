@@ -1,4 +1,4 @@
-"""Which back-end serves a call: the reference (plain torch), the C++ CPU kernels, or Triton.
+"""Which back-end serves a call: the reference (plain torch), the C++ CPU kernels, Triton, or CUDA C++.
 
 The choice is made per call from device, dtype and shape. `CLP_KERNELS_BACKEND` (environment) or
 `use_backend(...)` force one; a forced back-end that cannot serve a call raises and says what would, and never
@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
-NAMES = ("reference", "cpu", "triton")
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+NAMES = ("reference", "cpu", "triton", "cuda")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,31 @@ def _triton() -> Backend:
     return Backend("triton", True, f"triton {triton.__version__} on {torch.cuda.get_device_name()}")
 
 
+def _cuda() -> Backend:
+    native = _native()
+    if not native.available:
+        return Backend("cuda", False, native.reason)
+    if not importlib.import_module("clp_kernels._native").has_cuda():
+        return Backend(
+            "cuda",
+            False,
+            "the native extension was built without CUDA; reinstall clp-engine from source where nvcc 12.8 or "
+            "newer is on the PATH",
+        )
+    if torch.version.hip is not None:
+        return Backend("cuda", False, "this torch is built for ROCm, and the CUDA C++ kernels are not")
+    if not torch.cuda.is_available():
+        return Backend("cuda", False, "no CUDA device is visible to torch")
+    return Backend("cuda", True, f"CUDA C++ kernels on {torch.cuda.get_device_name()}")
+
+
 def backends() -> dict[str, Backend]:
     """Every back-end by name, with whether it is usable here and why it is not."""
     return {
         "reference": Backend("reference", True, "plain torch, any device and dtype"),
         "cpu": _native(),
         "triton": _triton(),
+        "cuda": _cuda(),
     }
 
 
@@ -93,7 +112,7 @@ _forced: list[str | None] = []
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force one back-end ("reference", "cpu", "triton"; "auto" or None lifts an outer force) in the block.
+    """Force one back-end ("reference", "cpu", "triton", "cuda"; "auto" or None lifts an outer force) in the block.
 
     Raises ValueError for an unknown name; RuntimeError where the back-end is not available in this process.
     """

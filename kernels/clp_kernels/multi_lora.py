@@ -32,7 +32,9 @@ _TABLE = {
     "reference": "clp_kernels.reference.multi_lora",
     "cpu": "clp_kernels.cpu.multi_lora",
     "triton": "clp_kernels.triton_kernels.multi_lora",
+    "cuda": "clp_kernels.cuda.multi_lora",
 }
+_DECODE_ROWS = 256  # at most, for the kernel that decodes (csrc/cuda/multi_lora_decode.hpp)
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 _LIBRARY.define(
     "multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor gate, "
@@ -118,7 +120,8 @@ def multi_lora_linear(
         return _Eager.apply(x, weight, bias, lora_a, lora_b, gate, gate_index)[0]
     if gate_index is None and gate_shape[0] == 1 and _merges(x, weight_shape, a_shape[0]):
         return F.linear(x, merged_weight(weight, lora_a, lora_b, gate[0]), bias)
-    module = select("multi_lora_linear", _TABLE, x.device, dtype=dtype)
+    decode = x.is_cuda and _decodes(shape, weight, lora_a, lora_b)
+    module = select("multi_lora_linear", _TABLE, x.device, dtype=dtype, decode=decode)
     return module.forward(x, weight, bias, lora_a, lora_b, gate, gate_index, keep_h=False)[0]
 
 
@@ -205,6 +208,15 @@ def expand_gate(blend: Tensor, ranks: Sequence[int], scalings: Sequence[float]) 
         for i, (rank, scaling) in enumerate(zip(ranks, scalings))
     ]
     return torch.cat(columns, 1) if columns else blend.new_empty(blend.shape[0], 0)
+
+
+def _decodes(shape: torch.Size, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether a call without gradients is one of decoding: few rows, and operands whose rows are dense.
+
+    Not in batch-invariant mode, where more rows would go to another kernel.
+    """
+    dense = weight.stride(1) == lora_a.stride(1) == lora_b.stride(1) == 1
+    return dense and count_rows(shape) <= _DECODE_ROWS and not is_batch_invariant()
 
 
 def _explain(

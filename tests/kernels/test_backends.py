@@ -24,7 +24,7 @@ def chosen(dtype=torch.float32, device="cpu"):
 
 def test_every_backend_says_whether_it_is_there_and_why_not(monkeypatch):
     status = clp_kernels.backends()
-    assert list(status) == ["reference", "cpu", "triton"]
+    assert list(status) == ["reference", "cpu", "triton", "cuda"]
     assert status["reference"].available and status["cpu"].available
     assert clp_kernels._native.isa() in status["cpu"].reason
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

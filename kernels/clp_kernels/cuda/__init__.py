@@ -1,0 +1,1 @@
+"""CUDA C++ kernels (csrc/cuda), where they are better than Triton's: few rows, in one launch."""
