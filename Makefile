@@ -1,5 +1,5 @@
 # make demo   install, train a steerable summariser on two CPU cores, and draw its Pareto front
-# make test   install, then run the tests
+# make test   install, then run the tests, a process for each core (ARGS="-n 0 tests/engine" for some of them in one)
 #
 # PYTHON=...  another interpreter. Given by hand, it brings its own torch (for a GPU); otherwise the pinned CPU build is used.
 
@@ -17,7 +17,7 @@ demo: install
 	$(VENV)/bin/clp-engine demo $(ARGS)
 
 test: install
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: install
 	$(VENV)/bin/python -m pip install --quiet ruff && $(VENV)/bin/ruff check .

@@ -209,9 +209,9 @@ def kept_logits(module: str, head: Head, names: Sequence[str], keep_bytes: int |
     if keep_bytes is not None and keep_bytes < 0:
         raise ValueError(f"linear_logprob: keep_bytes is {keep_bytes}; expected 0 or more, or None")
     copies = 2 if "kl" in names or "reverse_kl" in names else 1
-    if not torch.is_grad_enabled() or not any(
-        t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias, *(head.lora or ()))
-    ):
+    inputs = (head.hidden, head.weight, head.bias, *(head.lora or ()))
+    asking = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if not asking or not set(names).intersection(DIFFERENTIABLE):
         return 0, copies
     return kept_rows(module, head.hidden.shape[0], *head.weight.shape, copies, keep_bytes), copies
 

@@ -44,9 +44,9 @@ def compiled(spec):
 
 
 def spilled(kernel) -> int:
-    """Bytes of local memory a thread has (CUDA), or registers spilled (ROCm)."""
+    """Bytes of local memory a thread has (CUDA), or vector registers spilled (ROCm; scalar ones spill into those)."""
     if "amdgcn" in kernel.asm:
-        return sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
+        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

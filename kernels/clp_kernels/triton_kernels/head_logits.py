@@ -27,7 +27,7 @@ from clp_kernels.triton_kernels.token_sums import Partial, _fold_raw, _store_sum
 _TILES = {
     "tma": {"single": Tile(128, 256, 64, 8, 4), "pair": Tile(128, 128, 64, 8, 4)},
     "half": {"single": Tile(128, 128, 64, 8, 3), "pair": Tile(64, 128, 64, 8, 3)},
-    "ampere": {"single": Tile(128, 128, 64, 8, 3), "pair": Tile(64, 64, 64, 4, 3)},
+    "ampere": {"single": Tile(128, 128, 64, 8, 3), "pair": Tile(64, 64, 64, 8, 3)},
     "hip": {"single": Tile(128, 128, 32, 8, 2), "pair": Tile(64, 64, 32, 4, 2)},
     "plain": {"single": Tile(64, 64, 32, 4, 2), "pair": Tile(32, 64, 16, 4, 2)},
 }
@@ -288,8 +288,9 @@ class HeadLogits:
         if not self.rows:
             return
         keeps = kept is not None and kept.numel() > 0
-        # What a slice needs beside the accumulators: z and z', their statistics, and addresses where it is kept.
-        piece = SLICE // (1 + self.with_reference) // (1 + keeps) if self.described else self.tile.columns
+        # What a slice needs beside the accumulators: z and z', their statistics, and 64-bit addresses where it is kept.
+        piece = SLICE // (1 + self.with_reference) if self.described else self.tile.columns
+        piece = min(piece, 16) if keeps else piece
         kept_q = kept[1] if keeps and kept.shape[0] > 1 else None
         _linear_forward[(triton.cdiv(self.rows, self.tile.rows) * partial.splits,)](
             *self._tensors, rows.targets, rows.inv_temperature, partial.sums, partial.top, kept[0] if keeps else None,

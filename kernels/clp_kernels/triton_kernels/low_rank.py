@@ -37,7 +37,7 @@ _SKINNY = {
 # (largest rank, tile): rows and columns of dY, depth the block of the rank; none beyond the last.
 _BOTH = {
     "half": ((16, Tile(64, 512, 16, 8, 2)), (32, Tile(64, 512, 32, 8, 2)), (64, Tile(64, 256, 64, 8, 3))),
-    "plain": ((64, Tile(32, 64, 64, 4, 2)),),
+    "plain": ((64, Tile(16, 32, 64, 4, 2)),),
 }
 # rows: the long dimension of the output, columns: rank, depth: rows of x.
 _RANK_GRAD = {

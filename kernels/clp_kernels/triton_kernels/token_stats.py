@@ -325,7 +325,7 @@ def aot_specs() -> Iterator[AotSpec]:
         ("sm_80", "sm_90", "sm_100", "gfx942"), (torch.bfloat16, torch.float16, torch.float32), subsets, (False, True),
         (False, True), (True, False), (True, False), (30.0, None), (0, 100),
     ):  # fmt: skip
-        if apart and not asked.intersection(NEED_REFERENCE):
+        if (apart and not asked.intersection(NEED_REFERENCE)) or (kept and not asked.intersection(DIFFERENTIABLE)):
             continue
         call = example(dtype, asked, odd=odd, apart=apart, lora=lora, bias=bias, softcap=softcap, kept=kept)
         label = f"{str(dtype)[6:]} {','.join(sorted(asked))}{' odd' * odd}{' apart' * apart}{' lora' * lora}"
