@@ -29,7 +29,7 @@ _TILES = {
     "half": {"single": Tile(128, 128, 64, 8, 3), "pair": Tile(64, 128, 64, 8, 3)},
     "ampere": {"single": Tile(128, 128, 64, 8, 3), "pair": Tile(64, 64, 64, 8, 3)},
     "hip": {"single": Tile(128, 128, 32, 8, 2), "pair": Tile(64, 64, 32, 4, 2)},
-    "plain": {"single": Tile(64, 64, 32, 4, 2), "pair": Tile(32, 64, 16, 4, 2)},
+    "plain": {"single": Tile(64, 64, 32, 4, 2), "pair": Tile(32, 64, 16, 8, 2)},
 }
 
 
@@ -289,7 +289,7 @@ class HeadLogits:
             return
         keeps = kept is not None and kept.numel() > 0
         # What a slice needs beside the accumulators: z and z', their statistics, and 64-bit addresses where it is kept.
-        piece = SLICE // (1 + self.with_reference) if self.described else self.tile.columns
+        piece = SLICE // (1 + self.with_reference) if self.described else min(SLICE, self.tile.columns)
         piece = min(piece, 16) if keeps else piece
         kept_q = kept[1] if keeps and kept.shape[0] > 1 else None
         _linear_forward[(triton.cdiv(self.rows, self.tile.rows) * partial.splits,)](
