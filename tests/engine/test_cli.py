@@ -432,7 +432,7 @@ def test_info_names_versions_devices_and_every_back_end(capsys):
         assert word in shown
     assert main(["info", "--json"]) == 0
     raw = json.loads(capsys.readouterr().out)
-    assert set(raw["backends"]) == {"reference", "cpu", "triton"}
+    assert set(raw["backends"]) == {"reference", "cpu", "cuda", "triton"}
     assert all(b["reason"] for b in raw["backends"].values())
 
 

@@ -237,7 +237,7 @@ def test_few_rows_choose_it_on_a_gpu_and_other_calls_choose_triton(monkeypatch):
     monkeypatch.setattr(backends, "_AVAILABLE", there)
     monkeypatch.setattr(backends, "_CHOSEN", {})
     monkeypatch.setattr(cuda, "_properties", lambda index: (9, 0, 132, 227 * 1024))
-    monkeypatch.setattr(triton, "interpreting", lambda: False)
+    monkeypatch.setattr("clp_kernels.triton_kernels.launch.interpreting", lambda: False)
 
     def chosen(op="multi_lora_linear", dtype=torch.bfloat16, **call):
         table = clp_kernels.multi_lora._TABLE if op == "multi_lora_linear" else {"triton": triton.__name__}

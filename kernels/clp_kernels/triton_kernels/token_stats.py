@@ -125,7 +125,7 @@ def _chunk(vocabulary: int) -> int:
 
 def _row_block(rows: int, width: int, device: torch.device) -> int:
     """Rows whose product with a chunk of the weight is one wave of programs, each 128 rows and 256 columns."""
-    return min(rows, 128 * max(1, launch.multiprocessors(device) // triton.cdiv(width, 256)))
+    return min(rows, 128 * max(1, launch.multiprocessors(device) // max(1, triton.cdiv(width, 256))))
 
 
 def linear_backward(
