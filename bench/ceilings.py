@@ -2,7 +2,7 @@
 
 matmul      FLOP/s of a large square matrix product, per dtype (the library's, on random data)
 copy        bytes per second of a copy between two buffers larger than the cache, read plus written; read: of a sum over one
-exp         exponentials per second in float32, from registers or the first cache
+exp         exponentials per second in float32, from registers or a core's own cache
 
     floor of a case = max(FLOPs / matmul, bytes / copy, exponentials / exp)
 
@@ -99,8 +99,8 @@ def _exp(timer: Timer, runs: int) -> float:
         from bench.exp_rate import exponentials_per_second
 
         return exponentials_per_second(timer, runs)
-    x = -torch.rand(torch.get_num_threads() * 4096)  # 16 KiB a thread: its first cache
-    out, repeats = torch.empty_like(x), 2000
+    x = -torch.rand(torch.get_num_threads() << 15)  # 128 KiB a thread: its second cache, and long enough for two threads to pay
+    out, repeats = torch.empty_like(x), 200
 
     def call():
         for _ in range(repeats):
