@@ -45,7 +45,7 @@ def _gate_arguments(
 
 def _own_product(dtype: torch.dtype, rows: int, columns: int) -> bool:
     """Whether the large products are matmul.cpp's. Those of bfloat16 end in bfloat16, which oneDNN does in one pass."""
-    return is_batch_invariant() or (dtype is torch.float32 and matmul_serves(dtype, rows, columns))
+    return matmul_serves(dtype, rows, columns) if dtype is torch.float32 else is_batch_invariant()
 
 
 def _product(
