@@ -8,19 +8,16 @@ import torch
 from torch import Tensor
 
 from clp_kernels import _native
+from clp_kernels.cpu import dtypes
+from clp_kernels.cpu.dtypes import DTYPES
 from clp_kernels.tensor_lists import MERGES, Blends, Pairs, Sparse, dense
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BUCKETS = 2048  # magnitude_buckets in csrc/cpu/interpolation.hpp
 _SERIAL = 1 << 15  # elements that one thread handles sooner than two would start
 
 
 def unsupported(*, device: torch.device, dtype: torch.dtype, other: torch.dtype, **call) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernels take CPU tensors, not {device.type}"
-    if dtype not in _DTYPES or other not in _DTYPES:
-        return f"the C++ kernels take float32 and bfloat16, not {dtype if dtype not in _DTYPES else other}"
-    return None
+    return dtypes.unsupported(device=device, dtype=dtype) or dtypes.unsupported(device=device, dtype=other)
 
 
 def _threads(elements: int) -> int:
@@ -45,8 +42,8 @@ def blend(call: Blends) -> None:
         blends,
         weights.data_ptr(),
         call.base_scale,
-        _DTYPES[call.stacks[0][0].dtype],
-        _DTYPES[call.outs[0].dtype],
+        DTYPES[call.stacks[0][0].dtype],
+        DTYPES[call.outs[0].dtype],
         MERGES.index(call.merge),
         _threads(elements * blends),
     )
@@ -70,8 +67,8 @@ def inner_products(call: Pairs) -> Tensor:
         items,
         left,
         right,
-        _DTYPES[call.left[0][0].dtype],
-        _DTYPES[call.right[0][0].dtype],
+        DTYPES[call.left[0][0].dtype],
+        DTYPES[call.right[0][0].dtype],
         partial.data_ptr(),
         out.data_ptr(),
         _threads(elements * left * right),
@@ -91,7 +88,7 @@ def thresholds(tensors: Sequence[Tensor], kept: Sequence[int]) -> Tensor:
     _native.thresholds(
         rows.data_ptr(),
         len(tensors),
-        _DTYPES[tensors[0].dtype],
+        DTYPES[tensors[0].dtype],
         counts.data_ptr(),
         out.data_ptr(),
         _SERIAL,
@@ -114,7 +111,7 @@ def sparsify(call: Sparse) -> None:
     _native.sparsify(
         rows.data_ptr(),
         len(call.outs),
-        _DTYPES[call.outs[0].dtype],
+        DTYPES[call.outs[0].dtype],
         call.states is not None,
         call.kept,
         call.scale,

@@ -16,18 +16,11 @@ from torch import Tensor
 
 from clp_kernels import _native
 from clp_kernels.backends import is_batch_invariant
+from clp_kernels.cpu.dtypes import DTYPES
+from clp_kernels.cpu.dtypes import unsupported as unsupported
 from clp_kernels.cpu.products import along, matmul, matmul_serves
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SERIAL = 1 << 15  # elements of (rows, R) that one thread handles sooner than two would start
-
-
-def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernels take CPU tensors, not {device.type}"
-    if dtype not in _DTYPES:
-        return f"the C++ kernels take float32 and bfloat16, not {dtype}"
-    return None
 
 
 def _gate_arguments(
@@ -40,7 +33,7 @@ def _gate_arguments(
     groups, rank = gate.shape
     threads = torch.get_num_threads() if rows * rank > _SERIAL else 1
     address = 0 if gate_index is None else gate_index.data_ptr()
-    return (gate.data_ptr(), _DTYPES[gate.dtype], address, groups, rows, rank, threads), (gate, gate_index)
+    return (gate.data_ptr(), DTYPES[gate.dtype], address, groups, rows, rank, threads), (gate, gate_index)
 
 
 def _own_product(dtype: torch.dtype, rows: int, columns: int) -> bool:
@@ -79,7 +72,7 @@ def forward(
     if h.numel():
         gated = torch.empty_like(h) if keep_h else h
         arguments, alive = _gate_arguments(gate, gate_index, h.shape[0])
-        _native.apply_gate(h.data_ptr(), gated.data_ptr(), _DTYPES[h.dtype], *arguments)
+        _native.apply_gate(h.data_ptr(), gated.data_ptr(), DTYPES[h.dtype], *arguments)
         del alive
     if own:
         y = _product(flat, weight.t(), None if gated is None else (gated, lora_b.t()), bias)
@@ -116,7 +109,7 @@ def backward(
             gated.data_ptr() if need_b else 0,
             scaled.data_ptr(),
             d_gate.data_ptr() if need_gate else 0,
-            _DTYPES[h.dtype],
+            DTYPES[h.dtype],
             *arguments,
         )
         del alive

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from clp_kernels import _native
 from clp_kernels.backends import is_batch_invariant
+from clp_kernels.cpu.dtypes import DTYPES
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
 # Both operands are packed before they are multiplied, which takes rows and columns to pay: measured against MKL at a depth of
 # 512, 64 rows of float32 break even at 4096 columns, 128 at 256. A bfloat16 product replaces two of oneDNN's.
@@ -55,7 +55,7 @@ def matmul(
 
 
 def _operand(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), _DTYPES[x.dtype], x.stride(0), x.stride(1)
+    return x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1)
 
 
 def along(x: Tensor) -> Tensor:

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from clp_kernels import _native
+from clp_kernels.cpu.dtypes import DTYPES
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SERIAL = 1 << 14  # logits that one thread handles sooner than two would start
 
 
 def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
     if device.type != "cpu":
         return f"the C++ kernels take CPU tensors, not {device.type}"
-    if dtype not in _DTYPES and dtype is not torch.float16:
+    if dtype not in DTYPES and dtype is not torch.float16:
         return f"the C++ kernels take float32, bfloat16 and float16, not {dtype}"
     return None
 
@@ -41,7 +41,7 @@ def sample(
         options += (value.data_ptr(), 0) if isinstance(value, Tensor) else (0, value)
     bad = _native.sample(
         logits.data_ptr(),
-        _DTYPES[logits.dtype],
+        DTYPES[logits.dtype],
         rows,
         vocab,
         logits.stride(0),

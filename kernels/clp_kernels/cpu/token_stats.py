@@ -22,22 +22,15 @@ from torch import Tensor
 
 from clp_kernels import _native
 from clp_kernels.backends import is_batch_invariant
+from clp_kernels.cpu.dtypes import DTYPES
+from clp_kernels.cpu.dtypes import unsupported as unsupported
 from clp_kernels.cpu.products import Products, along
 from clp_kernels.token_stats import OUTPUTS, Head, HeadGradients, Rows, Sums, coefficients, statistics
 
 CHUNK = 1 << 20  # logits, 4 MB of float32; twice that with a reference
 ROWS = 2048  # at most in a chunk
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _REFERENCE, _ENTROPY, _KL, _REVERSE_KL = 1, 2, 4, 8  # TokenStatFlag
-
-
-def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernels take CPU tensors, not {device.type}"
-    if dtype not in _DTYPES:
-        return f"the C++ kernels take float32 and bfloat16, not {dtype}"
-    return None
 
 
 def check_rows(rows: Rows, vocabulary: int) -> Tensor | None:
@@ -94,7 +87,7 @@ def _point_at(
     chunk.policy, chunk.policy_stride, chunk.dtype = (
         policy.data_ptr(),
         policy.stride(0),
-        _DTYPES[policy.dtype],
+        DTYPES[policy.dtype],
     )
     if reference is not None:
         chunk.reference, chunk.reference_stride = reference.data_ptr(), reference.stride(0)
@@ -159,7 +152,7 @@ class _BackwardState:
         chunk = self._chunk
         _point_at(chunk, self._rows, policy, reference, row, column, bias, ref_bias)
         chunk.saved, chunk.coefs = self._saved[:, row:].data_ptr(), self._coefs[:, row:].data_ptr()
-        chunk.out, chunk.out_stride, chunk.out_dtype = out.data_ptr(), out.stride(0), _DTYPES[out.dtype]
+        chunk.out, chunk.out_stride, chunk.out_dtype = out.data_ptr(), out.stride(0), DTYPES[out.dtype]
         _native.token_stats_backward(chunk)
 
 
