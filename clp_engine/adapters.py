@@ -1,4 +1,4 @@
-"""LoRA conditioning: linear layers whose low-rank update is blended per row.
+"""Layers that are blended per row: what they share, and LoRA conditioning.
 
     y = x W^T + b + ((x A^T) * gate) B^T,      gate = blend coefficients, each repeated r_i times and scaled by s_i
 
@@ -24,20 +24,22 @@ from clp_engine.errors import ConfigError
 class Blend:
     """The blend in force, shared by every conditioned layer of one policy.
 
-    coefficients: (rows, M), one row per sequence of the batch; None means the base model, at no extra cost.
+    coefficients: (rows, D), one row per sequence of the batch, a coefficient for each of D deltas; None means the base model,
+    at no extra cost.
     """
 
     coefficients: torch.Tensor | None = None
     _gates: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    _groups: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     @contextlib.contextmanager
     def use(self, coefficients: torch.Tensor | None) -> Iterator[None]:
-        before = self.coefficients, self._gates
-        self.coefficients, self._gates = coefficients, {}
+        before = self.coefficients, self._gates, self._groups
+        self.coefficients, self._gates, self._groups = coefficients, {}, None
         try:
             yield
         finally:
-            self.coefficients, self._gates = before
+            self.coefficients, self._gates, self._groups = before
 
     def gate(self, ranks: tuple[int, ...], scalings: tuple[float, ...]) -> torch.Tensor:
         """(rows, R), computed once per blend for all layers of the same ranks."""
@@ -46,31 +48,96 @@ class Blend:
             self._gates[key] = expand_gate(self.coefficients, ranks, scalings)
         return self._gates[key]
 
+    def groups(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(blends, index): the different rows of `coefficients` (G, D), and which of them each row has; index is None where
+        there is one for all."""
+        if self._groups is None:
+            blends, index = torch.unique(self.coefficients, dim=0, return_inverse=True)
+            self._groups = blends, None if len(blends) == 1 else index
+        return self._groups
 
-class ConditionedLinear(nn.Module):
-    """A frozen linear layer (nn.Linear or GPT-2's Conv1D) with M blended low-rank adapters.
+    def spread(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`index` (rows,) for the first dimension of x, where the model may have flattened (sequences, positions) to one: rows
+        of one sequence then lie together. Raises RuntimeError where x has rows that cannot be told apart."""
+        if x.shape[0] == index.shape[0]:
+            return index
+        if x.dim() > 2 or x.shape[0] % index.shape[0]:
+            raise RuntimeError(
+                f"a conditioned layer received {x.shape[0]} rows for a batch of {index.shape[0]} blends and "
+                "cannot tell which row has which blend (a routed expert?); exclude it with target_modules"
+            )
+        return index.repeat_interleave(x.shape[0] // index.shape[0])
+
+    def per_row(self, deltas: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """sum_i c_i deltas_i for each row, deltas (D, H): (rows, 1, ..., H), to be broadcast over y (rows, ..., H)."""
+        blended = self.coefficients.to(deltas.dtype) @ deltas
+        if y.dim() == 2 and y.shape[0] != blended.shape[0]:
+            blended = blended[self.spread(torch.arange(len(blended), device=y.device), y)]
+        return blended.to(y.dtype).view(-1, *(1,) * (y.dim() - 2), blended.shape[-1])
+
+
+class ConditionedLayer(nn.Module):
+    """A frozen layer whose parameters are blended per row; its own parameters are the deltas.
+
+    base: the layer itself, which serves alone where there is no blend.
+    """
+
+    def __init__(self, base: nn.Module, blend: Blend):
+        super().__init__()
+        self.base, self._blend = base, blend
+
+    def deltas_by_name(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters."""
+        return {n: p for n, p in self.named_parameters(recurse=False) if p.requires_grad}
+
+    def delta_dim(self, part: str) -> int:
+        """The dimension of the parameter `part` along which the deltas lie."""
+        return 1 if part == "lora_b" else 0
+
+    def targets(self) -> list[tuple[str, torch.Tensor]]:
+        """(name of a parameter of `base`, its deltas (D, ...) in that parameter's layout); none where the deltas have another
+        form."""
+        return []
+
+
+class ConditionedLinear(ConditionedLayer):
+    """A frozen linear layer (nn.Linear or GPT-2's Conv1D) with D blended low-rank adapters.
 
     lora_a (R, K) and lora_b (N, R), float32, R = sum of `ranks`. Adapter i starts as PEFT starts one: A Kaiming-uniform,
     B zero, so the policy starts at the reference for every blend.
+
+    whole: the matrix without factors: ranks are K, A is the identity and not trained, B (N, D * K) the deltas themselves. For
+    output projections, whose kernels take factors. delta: that B, where another layer has the same weight (the embedding that
+    the projection is tied to).
     """
 
     def __init__(
-        self, base: nn.Linear | Conv1D, blend: Blend, ranks: Sequence[int], scalings: Sequence[float]
+        self,
+        base: nn.Linear | Conv1D,
+        blend: Blend,
+        ranks: Sequence[int],
+        scalings: Sequence[float],
+        whole: bool = False,
+        delta: nn.Parameter | None = None,
     ):
-        super().__init__()
-        self.base = base
-        self.ranks, self.scalings = tuple(ranks), tuple(scalings)
-        self._blend = blend
+        super().__init__(base, blend)
         self.transposed = isinstance(base, Conv1D)  # Conv1D keeps its weight as (K, N)
         self.out_features, self.in_features = (
             base.weight.shape[::-1] if self.transposed else base.weight.shape
         )
-        total = sum(self.ranks)
-        device = base.weight.device
-        self.lora_a = nn.Parameter(torch.empty(total, self.in_features, device=device, dtype=torch.float32))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, total, device=device, dtype=torch.float32))
+        self.whole = whole
+        self.ranks = (self.in_features,) * len(ranks) if self.whole else tuple(ranks)
+        self.scalings = (1.0,) * len(ranks) if self.whole else tuple(scalings)
+        total, like = sum(self.ranks), {"device": base.weight.device, "dtype": torch.float32}
+        if self.whole:
+            self.register_buffer("lora_a", torch.eye(self.in_features, **like).repeat(len(ranks), 1), False)
+        else:
+            self.lora_a = nn.Parameter(torch.empty(total, self.in_features, **like))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, total, **like)) if delta is None else delta
 
     def reset_parameters(self, generator: torch.Generator) -> None:
+        if self.whole:
+            return
         # U(-1/sqrt(K), 1/sqrt(K)) is kaiming_uniform_(a=sqrt(5)); drawn on the CPU so that a seed means one thing everywhere.
         bound = 1 / math.sqrt(self.in_features)
         drawn = torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator)
@@ -91,16 +158,9 @@ class ConditionedLinear(nn.Module):
         if self._blend.coefficients is None:
             return self.base(x)
         gate = self._blend.gate(self.ranks, self.scalings)
-        rows = x.numel() // x.shape[-1]
         index = None
-        if x.dim() == 2 and rows != gate.shape[0]:
-            # The model flattened (sequences, positions): rows of one sequence lie together.
-            if rows % gate.shape[0]:
-                raise RuntimeError(
-                    f"a conditioned layer received {rows} rows for a batch of {gate.shape[0]} blends and "
-                    "cannot tell which row has which blend (a routed expert?); exclude it with target_modules"
-                )
-            index = torch.arange(gate.shape[0], device=x.device).repeat_interleave(rows // gate.shape[0])
+        if x.dim() == 2 and x.shape[0] != gate.shape[0]:
+            index = self._blend.spread(torch.arange(gate.shape[0], device=x.device), x)
         return multi_lora_linear(
             x,
             self.weight,
@@ -111,10 +171,15 @@ class ConditionedLinear(nn.Module):
             gate_index=index,
         )
 
-    def delta(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """The blended update of the weight, `sum_i c_i s_i B_i A_i`, (N, K) float32, for coefficients (M,)."""
+    def weight_delta(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """The blended update of the weight, `sum_i c_i s_i B_i A_i`, (N, K) float32, for coefficients (D,)."""
         gate = expand_gate(coefficients.to(self.lora_a).unsqueeze(0), self.ranks, self.scalings)[0]
         return (self.lora_b.float() * gate) @ self.lora_a.float()
+
+    def targets(self) -> list[tuple[str, torch.Tensor]]:
+        if not self.whole:
+            return []
+        return [("weight", self.lora_b.unflatten(1, (len(self.ranks), -1)).transpose(0, 1))]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}"
@@ -154,32 +219,6 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no nn.Linear or Conv1D layer to condition")
     return chosen
-
-
-def attach(
-    model: nn.Module,
-    names: Sequence[str],
-    ranks: Sequence[int],
-    scalings: Sequence[float],
-    seed: int,
-    blend: Blend,
-) -> dict[str, ConditionedLinear]:
-    """Put a ConditionedLinear in the place of each named layer; returns them by the name of the layer they wrap."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        layer = ConditionedLinear(getattr(parent, leaf), blend, ranks, scalings)
-        layer.reset_parameters(generator)
-        setattr(parent, leaf, layer)
-        layers[name] = layer
-    return layers
-
-
-def detach(model: nn.Module, layers: dict[str, ConditionedLinear]) -> None:
-    """Put the plain layers back."""
-    place(model, {name: layer.base for name, layer in layers.items()})
 
 
 def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

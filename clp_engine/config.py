@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING
 from clp_engine.errors import ConfigError
+from clp_engine.prompting import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
 
 KL_ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
@@ -35,7 +37,16 @@ class CLPConfig:
     output_dir: str = _option("runs/clp", "folder of the run: logs, checkpoints, final policy")
 
     # the policy, where the trainer builds it from a model name
-    conditioning: str = _option("lora", "which parameters carry the objectives' deltas: lora")
+    conditioning: str = _option(
+        "lora",
+        "what carries the objectives' deltas: lora, full, attention, logit, prompt, none, or several joined by +",
+    )
+    carrier: str = _option(
+        "lora", "what is trained where conditioning is prompt or none: lora, full, attention or logit"
+    )
+    prompt_template: str | None = _option(
+        None, "what conditioning prompt writes into the prompt: text with {weights}, and {kl} where it varies"
+    )
     rank: int = _option(16, "rank of each objective's adapter")
     lora_alpha: float | None = _option(None, "the adapters are scaled by lora_alpha / rank; default 2 * rank")
     target_modules: list[str] | None = _option(
@@ -139,7 +150,6 @@ class CLPConfig:
 
     def _check_choices(self) -> None:
         choices = {
-            "conditioning": ("lora",),
             "kl_conditioning": KL_CONDITIONING,
             "weight_sampler": WEIGHT_SAMPLERS,
             "kl_estimator": KL_ESTIMATORS,
@@ -152,6 +162,13 @@ class CLPConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        parsed = Conditioning.parse(self.conditioning, self.carrier)
+        if self.prompt_template is not None:
+            if not parsed.prompt:
+                raise ConfigError(
+                    f"prompt_template was given with conditioning={self.conditioning!r}, which writes no prompt"
+                )
+            check_template(self.prompt_template)
         if self.weight_sampler == "fixed" and self.fixed_weights is None:
             raise ConfigError("weight_sampler='fixed' needs fixed_weights")
 
@@ -216,6 +233,13 @@ class CLPConfig:
     def batch_size(self) -> int:
         """Completions per optimiser step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def written_prompt(self) -> str | None:
+        """The template of prompt conditioning, None without: the one given, or one with the KL coefficient if that varies."""
+        if not Conditioning.parse(self.conditioning, self.carrier).prompt:
+            return None
+        return self.prompt_template or (DEFAULT_TEMPLATE if isinstance(self.kl, float) else TEMPLATE_WITH_KL)
 
     @property
     def kl_is_beta(self) -> bool:

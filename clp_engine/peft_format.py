@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,40 +10,81 @@ import torch
 from clp_kernels import expand_gate
 from safetensors.torch import save_file
 
-from clp_engine.adapters import ConditionedLinear
+from clp_engine.adapters import ConditionedLayer, ConditionedLinear
+from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory
+from clp_engine.full_weight import InterpolatedLinear
 
 if TYPE_CHECKING:
-    from clp_engine.policy import PolicySpec
+    from clp_engine.policy import ConditionedPolicy
 
 
 def save(
-    path: str | Path, spec: PolicySpec, layers: Mapping[str, ConditionedLinear], coefficients: torch.Tensor
-) -> None:
-    """Write `sum_i c_i s_i B_i A_i` as one adapter of rank R = sum r_i: A stacked as it is, B's columns times c_i s_i, and
-    lora_alpha = R, so that PEFT's own scaling lora_alpha / R is one. coefficients: (M,). Atomic."""
-    tensors = {}
-    for name, layer in layers.items():
-        gate = expand_gate(coefficients.to(layer.lora_a).unsqueeze(0), layer.ranks, layer.scalings)[0]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_a.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (layer.lora_b.detach() * gate).cpu().contiguous()
-    total = sum(spec.ranks)
+    path: str | Path, policy: ConditionedPolicy, coefficients: torch.Tensor, rank: int | None = None
+) -> float:
+    """Write the blend `coefficients` (D,) as one adapter, atomically; returns |written - delta| / |delta|.
+
+    `sum_i c_i s_i B_i A_i` is A stacked as it is and B's columns times c_i s_i; lora_alpha is the rank, layer by layer, so that
+    PEFT's own scaling lora_alpha / r is one. A whole delta is cut to `rank` singular values.
+    """
+    factors, lost, total = {}, 0.0, 0.0
+    for name, layer in policy.layers.items():
+        factors[name], error, size = _factors(name, layer, coefficients, rank)
+        lost, total = lost + error, total + size
+    tensors, ranks = {}, {}
+    for name, (a, b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
+        ranks[name] = a.shape[0]
+    common = max(ranks.values(), key=list(ranks.values()).count)
+    different = {name: r for name, r in ranks.items() if r != common}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": spec.base_model,
+        "task_type": "SEQ_2_SEQ_LM" if policy.config.is_encoder_decoder else "CAUSAL_LM",
+        "base_model_name_or_path": policy.spec.base_model,
         "inference_mode": True,
-        "r": total,
-        "lora_alpha": total,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": different,
+        "alpha_pattern": different,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": sorted(layers),
-        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "target_modules": sorted(policy.layers),
+        "fan_in_fan_out": any(layer.transposed for layer in policy.layers.values()),
         "modules_to_save": None,
         "init_lora_weights": True,
     }
     with write_directory(path) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return (lost / total) ** 0.5 if lost else 0.0
+
+
+def _factors(
+    name: str, layer: ConditionedLayer, coefficients: torch.Tensor, rank: int | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], float, float]:
+    """((A, B), squared error, squared size of the delta) of one layer."""
+    if isinstance(layer, ConditionedLinear) and not layer.whole:
+        gate = expand_gate(coefficients.to(layer.lora_a).unsqueeze(0), layer.ranks, layer.scalings)[0]
+        return (layer.lora_a.detach(), layer.lora_b.detach() * gate), 0.0, 0.0
+    if (
+        not isinstance(layer, InterpolatedLinear | ConditionedLinear)
+        or getattr(layer, "delta_bias", None) is not None
+    ):
+        what = "its bias" if isinstance(layer, InterpolatedLinear) else type(layer.base).__name__
+        raise ConfigError(
+            f"the delta of {name} ({what}) has no LoRA form; write a whole model instead: "
+            "merge(weights).save_pretrained(...), or clp-engine export --merged"
+        )
+    if rank is None:
+        raise ConfigError(
+            f"the delta of {name} is a whole weight; give a rank to cut it to (rank=, --rank; the error is reported), "
+            "or write a whole model: merge(weights), --merged"
+        )
+    delta = layer.weight_delta(coefficients).detach().float()
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    kept = min(rank, len(s))
+    error = s[kept:].square().sum().item()
+    return (v[:kept], u[:, :kept] * s[:kept]), error, s.square().sum().item()

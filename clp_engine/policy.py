@@ -1,32 +1,36 @@
 """ConditionedPolicy: a language model whose parameters are blended, per row, by a reward weighting and a KL coefficient.
 
-    theta(w, alpha) = theta_ref + c(alpha) * sum_i w_i * Delta_i,      Delta_i = s_i B_i A_i on the conditioned layers
+    theta(w, alpha) = theta_ref + c(alpha) * sum_i w_i * Delta_i
 
-(Conditioned Language Policy, parameter-space conditioning.) Rows of one batch may have different (w, alpha); a row whose
-blend is zero is the reference model.
+(Conditioned Language Policy, parameter-space conditioning.) What Delta_i is, `conditioning` says: low-rank factors s_i B_i A_i
+on linear layers, whole weights, those of attention, or of the output projection; see `conditioning`. Rows of one batch may
+have different (w, alpha); a row whose blend is zero is the reference model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from clp_kernels import HeadLoRA, TokenStats, linear_logprob
+from clp_kernels import HeadLoRA, TokenStats, interpolate, linear_logprob
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from clp_engine import peft_format
-from clp_engine.adapters import Blend, ConditionedLinear, attach, detach, find_targets, place
+from clp_engine import peft_format, prompting
+from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
 from clp_engine.backbone import Backbone
+from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
 from clp_engine.errors import ConfigError
-from clp_engine.files import write_directory
+from clp_engine.files import write_directory, write_text
+from clp_engine.layers import attach, head_name, is_tied, lora_targets, untie
 from clp_engine.rollout import Rollout, SamplingParams, rollout
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
@@ -36,10 +40,12 @@ _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 class PolicySpec:
     """What makes a policy of a base model: saved beside the adapters, enough to build it again.
 
-    base_model: name or path as given; objectives: names in order; ranks, lora_alphas: one per objective;
-    target_modules: exact layer names; min_kl: the smallest KL coefficient of training, for kl_conditioning "odds";
+    base_model: name or path as given; objectives: names in order; ranks, lora_alphas: one per delta;
+    target_modules: exact names of the layers with low-rank factors; conditioning, carrier: see `conditioning`;
+    min_kl: the smallest KL coefficient of training, for kl_conditioning "odds";
     kl_is_beta: whether `kl` means beta (objective w.R - beta KL) instead of alpha ((1 - alpha) w.R - alpha KL);
     default_kl: the KL coefficient a row has where none is asked for.
+    prompt_template: what prompt conditioning writes into the prompt, see `prompting`; None where it does not.
     """
 
     base_model: str
@@ -52,23 +58,26 @@ class PolicySpec:
     min_kl: float | None = None
     default_kl: float = 0.1
     kl_is_beta: bool = False
+    carrier: str = "lora"
+    prompt_template: str | None = None
 
     @property
     def scalings(self) -> tuple[float, ...]:
         return tuple(alpha / rank for alpha, rank in zip(self.lora_alphas, self.ranks))
 
 
-def _per_objective(value, objectives: Sequence[str], name: str) -> tuple:
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * len(objectives)
-    if len(values) != len(objectives):
+def _per_delta(value, deltas: Sequence[str], name: str) -> tuple:
+    """One value for each delta; `deltas` are the objectives they belong to, or one name where there is a single one."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * len(deltas)
+    if len(values) != len(deltas):
         raise ConfigError(
-            f"{name} has {len(values)} entries for {len(objectives)} objectives ({', '.join(objectives)})"
+            f"{name} has {len(values)} entries for {len(deltas)} objectives ({', '.join(deltas)})"
         )
     return values
 
 
 class ConditionedPolicy(nn.Module):
-    """A causal language model with one LoRA adapter per objective on its linear layers, blended per row.
+    """A causal language model with one delta per objective, blended per row.
 
     Build with `from_pretrained` or `load`. The base model is frozen and always in evaluation mode: dropout would make the
     log-probs of rollout and training those of different networks.
@@ -77,11 +86,15 @@ class ConditionedPolicy(nn.Module):
     def __init__(self, model: PreTrainedModel, spec: PolicySpec, tokenizer=None, seed: int = 0):
         super().__init__()
         self.spec, self.tokenizer = spec, tokenizer
+        self.conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
         self.blend = Blend()
         self.model = model.requires_grad_(False).eval()
         self.backbone = Backbone(model)
         self.backbone.check_head()
-        self.layers = attach(model, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend)
+        self.layers = attach(
+            model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
+        )
+        self._texts: dict[str, list[int]] = {}  # tokens of what prompt conditioning has written so far
         self.backbone = Backbone(model)  # the head may have been wrapped
 
     @classmethod
@@ -98,6 +111,8 @@ class ConditionedPolicy(nn.Module):
         min_kl: float | None = None,
         default_kl: float = 0.1,
         kl_is_beta: bool = False,
+        carrier: str = "lora",
+        prompt_template: str | None = None,
         tokenizer=None,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
@@ -108,8 +123,12 @@ class ConditionedPolicy(nn.Module):
         name_or_path: a model name, directory, "docsum" (the model shipped with the engine), or a loaded transformers causal
             language model whose projections are nn.Linear or GPT-2's Conv1D; the model is wrapped in place.
         objectives: their names, in the order of weight vectors.
-        rank, lora_alpha: one for all or one per objective; the update is scaled by lora_alpha / rank (lora_alpha: 2 * rank).
-        target_modules: as in PEFT; None is every linear layer but the output projection.
+        conditioning: "lora", "full", "attention", "logit", "prompt", "none", or several joined by "+"; see `conditioning`.
+        carrier: which parameters are trained where conditioning is "prompt" or "none".
+        rank, lora_alpha: of "lora" and "logit", one for all or one per objective; the update is scaled by lora_alpha / rank
+            (lora_alpha: 2 * rank). An output projection with a rank of the hidden size or more is trained whole, unscaled.
+        target_modules: of "lora", as in PEFT; None is every linear layer but the output projection.
+        prompt_template: of "prompt", text with {weights} and, where the KL coefficient varies, {kl}; see `prompting`.
         kl_conditioning, min_kl: see `conditions.blend_coefficients`. kl_is_beta, default_kl: see `PolicySpec`.
         dtype: float32 on a CPU and the checkpoint's own elsewhere, if None. seed: of the adapters' start.
         Raises ConfigError for an unknown conditioning, layer name, or a model that cannot be conditioned.
@@ -117,19 +136,26 @@ class ConditionedPolicy(nn.Module):
         objectives = tuple(objectives)
         if not objectives or len(set(objectives)) != len(objectives):
             raise ConfigError(f"objectives={list(objectives)}: expected at least one name, no name twice")
-        if conditioning != "lora":
-            raise ConfigError(f"conditioning={conditioning!r}: expected 'lora'")
+        parsed = Conditioning.parse(conditioning, carrier)
+        if prompt_template is not None and not parsed.prompt:
+            raise ConfigError(
+                f"prompt_template was given with conditioning={conditioning!r}, which writes no prompt"
+            )
+        if parsed.prompt:
+            prompt_template = prompt_template or prompting.DEFAULT_TEMPLATE
+            prompting.check_template(prompt_template)
         if kl_conditioning not in KL_CONDITIONING:
             raise ConfigError(
                 f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}"
             )
-        ranks = _per_objective(rank, objectives, "rank")
+        deltas = objectives if parsed.blended else ("one delta for all",)
+        ranks = _per_delta(rank, deltas, "rank")
         if not all(isinstance(r, int) and r > 0 for r in ranks):
             raise ConfigError(f"rank={rank!r}: expected a positive integer, or one per objective")
         alphas = (
             tuple(2.0 * r for r in ranks)
             if lora_alpha is None
-            else tuple(map(float, _per_objective(lora_alpha, objectives, "lora_alpha")))
+            else tuple(map(float, _per_delta(lora_alpha, deltas, "lora_alpha")))
         )
         model, tokenizer, base = _load_base(name_or_path, tokenizer, dtype, device)
         spec = PolicySpec(
@@ -137,14 +163,63 @@ class ConditionedPolicy(nn.Module):
             objectives,
             ranks,
             alphas,
-            tuple(find_targets(model, target_modules)),
+            tuple(lora_targets(model, parsed, target_modules)),
             conditioning,
             kl_conditioning,
             min_kl,
             default_kl,
             kl_is_beta,
+            carrier,
+            prompt_template,
         )
         return cls(model, spec, tokenizer, seed)
+
+    @classmethod
+    def from_specialists(
+        cls, specialists: Sequence[ConditionedPolicy], objectives: Sequence[str] | None = None
+    ) -> ConditionedPolicy:
+        """Rewarded Soups (Rame et al., 2023): the deltas of models fine-tuned one by one become the deltas of one policy,
+        theta(w) = theta_ref + sum_i w_i Delta_i.
+
+        specialists: policies with conditioning "none", one per objective, of one base model and carrier; their
+            adapters are copied.
+        objectives: names of the new policy's objectives; by default those of the specialists, if there are as many.
+        Raises ConfigError where the specialists do not fit together.
+        """
+        first = specialists[0]
+        objectives = tuple(first.objectives if objectives is None else objectives)
+        if len(objectives) != len(specialists):
+            raise ConfigError(
+                f"{len(specialists)} specialists for {len(objectives)} objectives ({', '.join(objectives)}); expected one each"
+            )
+        for specialist in specialists:
+            spec = specialist.spec
+            if specialist.conditioning.blended or specialist.conditioning.prompt:
+                raise ConfigError(
+                    f"a specialist has conditioning='none'; one of these has {spec.conditioning!r}"
+                )
+            if (spec.base_model, spec.carrier) != (first.spec.base_model, first.spec.carrier) or (
+                specialist.layers.keys() != first.layers.keys()
+            ):
+                raise ConfigError(
+                    "the specialists must have the same base model, carrier and conditioned layers; "
+                    f"got {first.spec.base_model}, {first.spec.carrier} and {spec.base_model}, {spec.carrier}"
+                )
+        spec = dataclasses.replace(
+            first.spec,
+            objectives=objectives,
+            conditioning=first.spec.carrier,
+            ranks=tuple(s.spec.ranks[0] for s in specialists),
+            lora_alphas=tuple(s.spec.lora_alphas[0] for s in specialists),
+        )
+        policy = cls(first._plain_copy(), spec, first.tokenizer)
+        theirs = [s.adapter_parameters() for s in specialists]
+        with torch.no_grad():
+            for name, parameter in policy.adapter_parameters().items():
+                layer, _, part = name.rpartition(".")
+                parts = [parameters[name] for parameters in theirs]
+                parameter.copy_(torch.cat(parts, policy.layers[layer].delta_dim(part)))
+        return policy
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -186,12 +261,16 @@ class ConditionedPolicy(nn.Module):
         return self
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by '<layer>.lora_a' and '<layer>.lora_b'."""
-        return {
-            f"{name}.{part}": getattr(layer, part)
-            for name, layer in self.layers.items()
-            for part in ("lora_a", "lora_b")
-        }
+        """The deltas, trainable parameters by '<layer>.<part>': lora_a, lora_b, delta or delta_bias; one that several layers
+        share under the first one's name."""
+        parameters: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for name, layer in self.layers.items():
+            for part, parameter in layer.deltas_by_name().items():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    parameters[f"{name}.{part}"] = parameter
+        return parameters
 
     # -- conditions ---------------------------------------------------------------------------------------------------
 
@@ -223,12 +302,48 @@ class ConditionedPolicy(nn.Module):
         return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
 
     def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
-        """The blend (rows, M) on the model's device, or None where every row is the reference."""
+        """The blend (rows, D) on the model's device, a coefficient per delta, or None where every row is the reference."""
         if conditions is None or not bool(conditions.weights.any()):
             return None
+        if not self.conditioning.blended:
+            conditions = Conditions(conditions.weights.any(-1, keepdim=True).float(), conditions.kl)
         return blend_coefficients(
             conditions, self.spec.kl_conditioning, min_kl=self.spec.min_kl, kl_is_beta=self.kl_is_beta
         ).to(self.device)
+
+    def prompt_text(self, weights=None, kl=None) -> str:
+        """What prompt conditioning writes into a prompt at one weighting; empty for other policies."""
+        condition = self.conditions(weights, kl)
+        return self._prompt_text(condition.weights[0].tolist(), condition.kl[0].item())
+
+    def _prompt_text(self, weights: Sequence[float], kl: float) -> str:
+        if not self.conditioning.prompt or not any(weights):
+            return ""
+        return prompting.weighting_text(self.spec.prompt_template, self.objectives, weights, kl)
+
+    def shown_prompts(
+        self, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, prompts: Sequence | None = None
+    ) -> list[list[int]] | None:
+        """What the policy reads for each prompt under its condition, or None where that is the prompt itself (no prompt
+        conditioning). prompts: what prompt_ids were made from, for chat messages; reference rows see the plain prompt."""
+        if not self.conditioning.prompt:
+            return None
+        if self.tokenizer is None:
+            raise ConfigError(
+                "prompt conditioning needs a tokenizer; give one to from_pretrained(tokenizer=...)"
+            )
+        shown = []
+        for i, (ids, weights, kl) in enumerate(
+            zip(prompt_ids, conditions.weights.tolist(), conditions.kl.tolist(), strict=True)
+        ):
+            text = self._prompt_text(weights, kl)
+            if text not in self._texts:
+                self._texts[text] = (
+                    self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+                )
+            at = prompting.slot(None if prompts is None else prompts[i], ids, self.tokenizer)
+            shown.append([*ids[:at], *self._texts[text], *ids[at:]])
+        return shown
 
     @contextlib.contextmanager
     def blended(self, conditions: Conditions | None) -> Iterator[None]:
@@ -399,28 +514,74 @@ class ConditionedPolicy(nn.Module):
                     )
                 parameter.copy_(tensors[name])
 
-    def export_adapter(self, path: str | Path, weights=None, kl=None) -> None:
-        """Write one blend as an ordinary PEFT LoRA adapter of rank R = sum of ranks (A stacked, B scaled by the blend):
-        exactly this policy at (weights, kl), for peft, transformers and other stacks to load."""
+    def export_adapter(self, path: str | Path, weights=None, kl=None, *, rank: int | None = None) -> float:
+        """Write one blend as an ordinary PEFT LoRA adapter, for peft, transformers and vLLM; returns the error.
+
+        Low-rank factors are written exactly (A stacked, B scaled by the blend; rank R = sum of ranks): error 0. Whole weights
+        of linear layers need `rank`: each blended delta is cut to its largest `rank` singular values, and the error is
+        |written - delta| / |delta| over all layers (Frobenius). blend.json says which blend it is and what prompt conditioning
+        writes into the prompt. Raises ConfigError where a delta has no adapter form (embeddings, norms: `merge` has all).
+        """
         coefficients = self.coefficients(self.conditions(weights, kl))
-        peft_format.save(path, self.spec, self.layers, coefficients[0])
+        error = peft_format.save(path, self, coefficients[0], rank)
+        self._describe_blend(path, weights, kl)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
+        return error
+
+    def _describe_blend(self, path: str | Path, weights, kl) -> None:
+        condition = self.conditions(weights, kl)
+        blend = {
+            "weights": dict(zip(self.objectives, condition.weights[0].tolist())),
+            "kl": condition.kl[0].item(),
+            "conditioning": self.spec.conditioning,
+            "prompt_text": self.prompt_text(weights, kl),
+        }
+        write_text(Path(path) / "blend.json", json.dumps(blend, indent=2) + "\n")
 
     def merge(self, weights=None, kl=None) -> PreTrainedModel:
-        """An ordinary transformers model whose weights are the blend at (weights, kl); this policy is left as it was."""
+        """An ordinary transformers model whose weights are the blend at (weights, kl); this policy is left as it was.
+
+        Where only the output projection is conditioned and shares its weight with the input embedding, the merged model has
+        the two apart (tie_word_embeddings=False). With prompt conditioning its prompts need `prompt_text(weights, kl)`.
+        """
         coefficients = self.coefficients(self.conditions(weights, kl))[0]
-        detach(self.model, self.layers)
-        try:
-            merged = copy.deepcopy(self.model)
-        finally:
-            place(self.model, self.layers)
+        merged = self._plain_copy()
+        if "full" not in self.conditioning.carriers and head_name(merged) in self.layers and is_tied(merged):
+            untie(merged)
+        parameters, stacks, done = [], [], set()
         with torch.no_grad():
             for name, layer in self.layers.items():
-                weight = merged.get_submodule(name).weight
-                delta = layer.delta(coefficients)
-                weight.copy_(weight.float() + (delta.t() if layer.transposed else delta))
+                base = merged.get_submodule(name)
+                for part, stack in layer.targets():
+                    target = getattr(base, part)
+                    if id(target) not in done:
+                        done.add(id(target))
+                        parameters.append(target)
+                        stacks.append(list(stack.to(target.dtype).contiguous()))
+            if parameters:
+                for target, value in zip(
+                    parameters, interpolate(stacks, coefficients.float(), base=parameters)
+                ):
+                    target.copy_(value)
+            for name, layer in self.layers.items():
+                if not layer.targets():
+                    weight, delta = merged.get_submodule(name).weight, layer.weight_delta(coefficients)
+                    weight.copy_(weight.float() + (delta.t() if layer.transposed else delta))
         return merged
+
+    def _plain_copy(self) -> PreTrainedModel:
+        """A copy of the base model, without deltas."""
+        layers = {
+            name: module
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if isinstance(module, ConditionedLayer)
+        }
+        place(self.model, {name: layer.base for name, layer in layers.items()})
+        try:
+            return copy.deepcopy(self.model)
+        finally:
+            place(self.model, layers)
 
 
 def _resolve(name_or_path: str | Path) -> str | Path:

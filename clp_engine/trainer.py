@@ -177,6 +177,8 @@ class CLPTrainer:
             model,
             self.rewards.names,
             conditioning=a.conditioning,
+            carrier=a.carrier,
+            prompt_template=a.written_prompt,
             tokenizer=tokenizer,
             kl_conditioning=a.kl_conditioning,
             seed=a.seed,

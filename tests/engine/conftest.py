@@ -78,7 +78,7 @@ def build_policy(family: str = "qwen2", objectives=("a", "b"), *, trained: bool 
         torch.manual_seed(1)
         with torch.no_grad():
             for name, parameter in policy.adapter_parameters().items():
-                if name.endswith("lora_b"):
+                if not name.endswith("lora_a"):
                     parameter.normal_(0, 0.1)
     return policy
 

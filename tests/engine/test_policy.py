@@ -44,8 +44,8 @@ def test_a_row_does_not_depend_on_the_weightings_beside_it(family):
 def test_the_blend_is_of_products_not_of_factors():
     policy = build_policy("llama")
     name, layer = next(iter(policy.layers.items()))
-    first, second = (layer.delta(torch.tensor(c)) for c in ([1.0, 0.0], [0.0, 1.0]))
-    torch.testing.assert_close(layer.delta(torch.tensor([0.3, 0.7])), 0.3 * first + 0.7 * second)
+    first, second = (layer.weight_delta(torch.tensor(c)) for c in ([1.0, 0.0], [0.0, 1.0]))
+    torch.testing.assert_close(layer.weight_delta(torch.tensor([0.3, 0.7])), 0.3 * first + 0.7 * second)
     a, b = layer.lora_a, layer.lora_b
     torch.testing.assert_close(first, 2.0 * b[:, :4] @ a[:4])  # lora_alpha / rank is 2
 

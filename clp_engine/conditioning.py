@@ -1,0 +1,59 @@
+"""What `conditioning=` means: which parameters carry deltas, how many, and whether the prompt says the weighting.
+
+    none        one delta, the same for every weighting: an ordinary fine-tuned model
+    lora        on linear layers, a delta of rank r per objective: s_i B_i A_i
+    full        every weight has a delta per objective
+    attention   the attention projections have one
+    logit       the output projection has one, of rank r (whole from a rank of the hidden size on)
+    prompt      one delta for every weighting, which is written into the prompt
+
+and combinations, such as "attention+prompt" or "lora+logit". (Wang et al., "Conditional Language Policy", 2024, call the
+forms that blend parameters full-CLP, attn-CLP and logit-CLP.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clp_engine.errors import ConfigError
+
+# Where deltas live, in the order in which they take layers: what "full" or "attention" has, "lora" leaves alone.
+CARRIERS = ("full", "attention", "logit", "lora")
+CONDITIONING = ("none", *CARRIERS, "prompt")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A parsed `conditioning=`.
+
+    carriers: which parameters have deltas, of CARRIERS. blended: one delta per objective, blended by the weighting; otherwise
+    there is one in all. prompt: the weighting is written into the prompt.
+    """
+
+    carriers: tuple[str, ...]
+    blended: bool
+    prompt: bool
+
+    @classmethod
+    def parse(cls, conditioning: str, carrier: str = "lora") -> Conditioning:
+        """carrier: what is trained where `conditioning` is "none" or "prompt". Raises ConfigError for what cannot be."""
+        parts = conditioning.split("+")
+        unknown = [part for part in parts if part not in CONDITIONING]
+        if unknown or len(set(parts)) != len(parts):
+            raise ConfigError(
+                f"conditioning={conditioning!r}: expected one of {', '.join(CONDITIONING)}, or several joined by +"
+            )
+        if "none" in parts and len(parts) > 1:
+            raise ConfigError(f"conditioning={conditioning!r}: 'none' stands alone")
+        if "full" in parts and (covered := {"attention", "logit", "lora"} & set(parts)):
+            raise ConfigError(
+                f"conditioning={conditioning!r}: 'full' has every weight already; leave out {', '.join(sorted(covered))}"
+            )
+        if carrier not in CARRIERS:
+            raise ConfigError(f"carrier={carrier!r}: expected one of {', '.join(CARRIERS)}")
+        carriers = tuple(c for c in CARRIERS if c in parts)
+        return cls(carriers or (carrier,), bool(carriers), "prompt" in parts)
+
+    @property
+    def has_ranks(self) -> bool:
+        return "lora" in self.carriers or "logit" in self.carriers

@@ -1,0 +1,148 @@
+"""Which layers of a model carry deltas, and putting them there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, find_targets, place
+from clp_engine.conditioning import Conditioning
+from clp_engine.errors import ConfigError
+from clp_engine.full_weight import InterpolatedAffine, InterpolatedEmbedding, InterpolatedLinear
+
+
+def lora_targets(
+    model: PreTrainedModel, conditioning: Conditioning, target_modules: str | Sequence[str] | None
+) -> list[str]:
+    """Names of the layers that get low-rank factors; see `adapters.find_targets`. The output projection is among them with
+    the carrier "logit"."""
+    if target_modules is not None and "lora" not in conditioning.carriers:
+        raise ConfigError(
+            f"target_modules={target_modules!r} is for 'lora', which is not among {', '.join(conditioning.carriers)}"
+        )
+    names = find_targets(model, target_modules) if "lora" in conditioning.carriers else []
+    if "attention" in conditioning.carriers:
+        taken = set(attention_layers(model))
+        names = [name for name in names if name not in taken]
+    if "logit" in conditioning.carriers and (head := head_name(model)) not in names:
+        names.append(head)
+    return names
+
+
+def head_name(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output projection has the input embedding's weight."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the output projection a weight of its own, the same numbers, and say so in the configuration."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    config.tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
+def _in_attention(model: nn.Module, name: str) -> bool:
+    """Whether a layer belongs to a module that calls itself attention."""
+    parts = name.split(".")
+    return any(
+        "attention" in type(model.get_submodule(".".join(parts[:i]))).__name__.lower()
+        for i in range(1, len(parts))
+    )
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers of attention modules: the projections of queries, keys, values and output."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and _in_attention(model, name)
+    ]
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no linear layers in modules called attention")
+    return names
+
+
+def unconditioned(model: nn.Module) -> list[str]:
+    """Names of parameters that "full" leaves as they are: T5's relative position biases, which all rows of a batch share."""
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _in_attention(model, name)
+    ]
+
+
+def attach(
+    model: PreTrainedModel,
+    conditioning: Conditioning,
+    lora_names: Sequence[str],
+    ranks: Sequence[int],
+    scalings: Sequence[float],
+    seed: int,
+    blend: Blend,
+) -> dict[str, ConditionedLayer]:
+    """Put a conditioned layer in the place of each that carries deltas; returns them by the name of the layer they wrap.
+
+    ranks, scalings: one per delta. Raises ConfigError for a layer that cannot be conditioned.
+    """
+    head = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(seed)
+    deltas: dict[int, nn.Parameter] = {}  # of weights that several layers may share, by the weight
+
+    def whole_matrix(module: nn.Module, kind: type, *arguments) -> ConditionedLayer:
+        layer = kind(module, blend, *arguments, delta=deltas.get(id(module.weight)))
+        deltas[id(module.weight)] = layer.deltas_by_name()["lora_b" if module is head else "delta"]
+        return layer
+
+    def full(name: str, module: nn.Module) -> ConditionedLayer | None:
+        if module is head:
+            return whole_matrix(module, ConditionedLinear, ranks, scalings, True)
+        if isinstance(module, nn.Linear | Conv1D):
+            return InterpolatedLinear(module, blend, len(ranks))
+        if isinstance(module, nn.Embedding):
+            return (
+                None
+                if _in_attention(model, name)
+                else whole_matrix(module, InterpolatedEmbedding, len(ranks))
+            )
+        if InterpolatedAffine.fits(module):
+            return InterpolatedAffine(module, blend, len(ranks))
+        own = ", ".join(f"{n} {tuple(p.shape)}" for n, p in module.named_parameters(recurse=False))
+        raise ConfigError(
+            f"conditioning 'full' cannot blend {name} ({type(module).__name__}: {own}) per row; "
+            "use 'attention', 'lora' or 'logit'"
+        )
+
+    lora, attention = set(lora_names), set()
+    if "attention" in conditioning.carriers:
+        attention = set(attention_layers(model))
+    wrapped: dict[int, ConditionedLayer] = {}
+    layers: dict[str, ConditionedLayer] = {}
+    everything = "full" in conditioning.carriers
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in wrapped:
+            place(model, {name: wrapped[id(module)]})  # one layer in two places stays one layer
+            continue
+        if name in lora:
+            whole = module is head and all(rank >= module.weight.shape[-1] for rank in ranks)
+            layer = ConditionedLinear(module, blend, ranks, scalings, whole)
+            layer.reset_parameters(generator)
+        elif name in attention:
+            layer = InterpolatedLinear(module, blend, len(ranks))
+        elif everything and dict(module.named_parameters(recurse=False)):
+            layer = full(name, module)
+        else:
+            continue
+        if layer is not None:
+            place(model, {name: layer})
+            wrapped[id(module)] = layers[name] = layer
+    return layers

@@ -1,0 +1,316 @@
+"""Every form of conditioning is a per-row blend of the parameters it names, starts at the base model, merges and exports."""
+
+import json
+
+import pytest
+import torch
+from engine.conftest import VOCAB, build_model, build_policy, build_tokenizer
+
+from clp_engine import prompting
+from clp_engine.conditioning import Conditioning
+from clp_engine.conditions import Conditions
+from clp_engine.errors import ConfigError
+from clp_engine.policy import ConditionedPolicy
+from clp_engine.scoring import score
+
+MODES = {
+    "full": {},
+    "attention": {},
+    "logit": {},
+    "whole-logit": {"conditioning": "logit", "rank": 32},
+    "attention+lora": {},
+    "lora+logit": {},
+}
+
+
+def options(mode):
+    return {"conditioning": mode, **MODES[mode]}
+
+
+@pytest.fixture(params=sorted(MODES))
+def mode(request):
+    return request.param
+
+
+def ids(rows=4, length=9, seed=3):
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHTINGS = torch.tensor([[0.1, 0.9], [0.5, 0.5], [1.0, 0.0], [0.0, 1.0]])
+
+
+def test_an_untrained_policy_is_its_base_model(family, mode):
+    base, policy = build_model(family), build_policy(family, trained=False, **options(mode))
+    with torch.no_grad():
+        torch.testing.assert_close(policy(ids(), weights=WEIGHTINGS).logits, base(ids()).logits)
+
+
+def test_the_reference_is_the_base_model_to_the_bit_and_zero_rows_are_it(family, mode):
+    base, policy = build_model(family), build_policy(family, **options(mode))
+    mixed = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [0.0, 0.0], [1.0, 0.0]]), torch.zeros(4))
+    with torch.no_grad():
+        expected = base(ids()).logits
+        assert torch.equal(policy(ids(), conditions=Conditions.reference(4, 2)).logits, expected)
+        logits = policy(ids(), conditions=mixed).logits
+    torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-4)
+    assert (logits[[1, 3]] - expected[[1, 3]]).abs().max() > 1e-2
+
+
+def test_each_row_is_the_model_merged_at_its_weighting(family, mode):
+    policy = build_policy(family, **options(mode))
+    with torch.no_grad():
+        together = policy(ids(), weights=WEIGHTINGS).logits.log_softmax(-1)
+        for i, w in enumerate(WEIGHTINGS):
+            merged = policy.merge(w.tolist())
+            assert type(merged) is type(policy.model)
+            alone = merged(ids()[i : i + 1]).logits.log_softmax(-1)
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_model_survives_saving_and_loading(family, mode, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    merged = build_policy(family, **options(mode)).merge([0.3, 0.7])
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids()).logits, merged(ids()).logits)
+
+
+def test_merging_leaves_policy_and_base_as_they_were(family):
+    policy = build_policy(family, conditioning="full")
+    with torch.no_grad():
+        before = policy(ids(), weights=WEIGHTINGS).logits
+        policy.merge([0.3, 0.7])
+        assert torch.equal(policy(ids(), weights=WEIGHTINGS).logits, before)
+        assert torch.equal(
+            policy(ids(), conditions=Conditions.reference(4, 2)).logits, build_model(family)(ids()).logits
+        )
+
+
+def test_full_gradients_are_those_of_the_merged_model_times_the_coefficient(family):
+    """dDelta_i = sum over rows of w_i dW(row), by autograd through each row's own merged model."""
+    policy = build_policy(family, conditioning="full")
+    probe = torch.randn(4, 9, VOCAB, generator=torch.Generator().manual_seed(0))
+    (policy(ids(), weights=WEIGHTINGS).logits * probe).sum().backward()
+    expected = {name: torch.zeros_like(p) for name, p in policy.adapter_parameters().items()}
+    for i, w in enumerate(WEIGHTINGS):
+        merged = policy.merge(w.tolist()).requires_grad_(True)
+        (merged(ids()[i : i + 1]).logits * probe[i : i + 1]).sum().backward()
+        for name in expected:
+            layer, _, part = name.rpartition(".")
+            (target, stack), *more = policy.layers[layer].targets()
+            if part == "delta_bias":
+                target, stack = more[0]
+            gradient = getattr(merged.get_submodule(layer), target).grad
+            for k in range(2):
+                # `stack` is the deltas in the parameter's layout, and a view: what is written there lands in the delta's.
+                view = expected[name].as_strided(stack.shape, stack.stride(), stack.storage_offset())
+                view[k] += w[k] * gradient
+    for name, parameter in policy.adapter_parameters().items():
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=2e-3, atol=2e-3 * expected[name].abs().max().item()
+        )
+
+
+def test_full_has_a_delta_for_every_parameter(family):
+    policy = build_policy(family, conditioning="full")
+    base = build_model(family)
+    count = sum(p.numel() for p in base.parameters())
+    assert sum(p.numel() for p in policy.adapter_parameters().values()) == 2 * count
+
+
+def test_attention_has_the_attention_projections_alone():
+    policy = build_policy("llama", conditioning="attention")
+    assert {n.rsplit(".", 1)[-1] for n in policy.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    gpt2 = build_policy("gpt2", conditioning="attention")
+    assert all(".attn." in name for name in gpt2.layers) and len(gpt2.layers) == 4
+    both = build_policy("llama", conditioning="attention+lora")
+    assert len(both.layers) == 14 and len(both.spec.target_modules) == 6
+
+
+def test_logit_conditioning_goes_through_the_fused_head(family, mode):
+    """Scores of a sampled batch, head inside linear_logprob, equal those of the model's own logits."""
+    from clp_engine.rollout import SamplingParams, rollout
+
+    policy = build_policy(family, **options(mode))
+    conditions = policy.conditions(WEIGHTINGS[:2], rows=2)
+    drawn = rollout(
+        policy, [[5, 6, 7], [8, 9, 10]], conditions, num_generations=2, sampling=SamplingParams(5), seed=1
+    )
+    stats = score(policy, drawn, conditions)
+    mask = drawn.completion_mask
+    torch.testing.assert_close(stats.logprob[mask], drawn.logprobs[mask], rtol=1e-4, atol=1e-4)
+    whole = torch.cat([drawn.prompt_ids.repeat_interleave(2, 0), drawn.completion_ids], 1)
+    with torch.no_grad():
+        p = policy(whole, conditions=conditions.repeat(2)).logits[:, 2:-1].log_softmax(-1)
+        q = policy(whole, conditions=Conditions.reference(4, 2)).logits[:, 2:-1].log_softmax(-1)
+    torch.testing.assert_close(stats.kl[mask], (p.exp() * (p - q)).sum(-1)[mask], rtol=1e-3, atol=1e-5)
+
+
+def test_save_and_load_give_the_same_policy(family, mode, tmp_path):
+    policy = build_policy(family, **options(mode))
+    policy.save_pretrained(tmp_path / "policy")
+    again = ConditionedPolicy.load(tmp_path / "policy", base_model=build_model(family))
+    assert again.spec == policy.spec
+    with torch.no_grad():
+        assert torch.equal(again(ids(), weights=WEIGHTINGS).logits, policy(ids(), weights=WEIGHTINGS).logits)
+
+
+@pytest.mark.parametrize("mode", ["attention", "logit", "lora+logit", "whole-logit", "attention+lora"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_a_blend_exports_to_peft(family, mode, tmp_path):
+    from peft import PeftModel
+
+    policy = build_policy(family, **options(mode))
+    if family == "qwen2" and mode in ("attention", "attention+lora"):
+        with pytest.raises(ConfigError, match="bias.*has no LoRA form.*merge"):
+            policy.export_adapter(tmp_path / "adapter", weights=[0.6, 0.4], rank=32)
+        return
+    error = policy.export_adapter(tmp_path / "adapter", weights=[0.6, 0.4], rank=32)
+    assert error < 1e-5
+    loaded = PeftModel.from_pretrained(build_model(family), tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = loaded(input_ids=ids()).logits.log_softmax(-1)
+        ours = policy(ids(), weights=[0.6, 0.4]).logits.log_softmax(-1)
+    assert (theirs - ours).abs().max() < 1e-4
+    assert json.loads((tmp_path / "adapter" / "blend.json").read_text())["weights"] == pytest.approx(
+        {"a": 0.6, "b": 0.4}
+    )
+
+
+def test_a_whole_delta_is_exported_at_a_rank_with_its_error(tmp_path):
+    policy = build_policy("llama", conditioning="attention")
+    with pytest.raises(ConfigError, match="whole weight; give a rank"):
+        policy.export_adapter(tmp_path / "a", weights=[1, 0])
+    errors = [policy.export_adapter(tmp_path / str(r), weights=[1, 0], rank=r) for r in (4, 16, 32)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
+    with pytest.raises(ConfigError, match="has no LoRA form"):
+        build_policy("llama", conditioning="full").export_adapter(tmp_path / "f", weights=[1, 0], rank=4)
+
+
+# ---- one delta for all weightings
+
+
+def test_without_conditioning_every_weighting_is_the_same_model(family):
+    policy = build_policy(family, conditioning="none")
+    with torch.no_grad():
+        logits = policy(ids(), weights=WEIGHTINGS).logits
+        torch.testing.assert_close(policy(ids(), weights=[0.5, 0.5]).logits, logits)
+        assert (logits - build_model(family)(ids()).logits).abs().max() > 1e-2
+        reference = policy(ids(), conditions=Conditions.reference(4, 2)).logits
+    assert torch.equal(reference, build_model(family)(ids()).logits)
+
+
+@pytest.mark.parametrize("carrier", ["lora", "full", "attention", "logit"])
+def test_specialists_become_the_corners_of_a_soup(carrier):
+    specialists = []
+    for seed in (1, 2):
+        specialist = build_policy("llama-tied", conditioning="none", carrier=carrier, seed=seed)
+        with torch.no_grad():
+            for name, parameter in specialist.adapter_parameters().items():
+                if not name.endswith("lora_a"):
+                    parameter.mul_(seed)
+        specialists.append(specialist)
+    soup = ConditionedPolicy.from_specialists(specialists)
+    assert soup.spec.conditioning == carrier and soup.objectives == ("a", "b")
+    with torch.no_grad():
+        for i, specialist in enumerate(specialists):
+            corner = [float(k == i) for k in range(2)]
+            torch.testing.assert_close(soup(ids(), weights=corner).logits, specialist(ids()).logits)
+        # in between, the weights are interpolated
+        merged = [s.merge() for s in specialists]
+        between = dict(soup.merge([0.25, 0.75]).named_parameters())
+        other = dict(merged[1].named_parameters())
+        for name, parameter in merged[0].named_parameters():
+            torch.testing.assert_close(
+                between[name], 0.25 * parameter + 0.75 * other[name], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_specialists_that_do_not_fit_are_refused():
+    one, two = (build_policy("llama", conditioning="none", carrier=c) for c in ("lora", "full"))
+    with pytest.raises(ConfigError, match="same base model, carrier"):
+        ConditionedPolicy.from_specialists([one, two])
+    with pytest.raises(ConfigError, match="1 specialists for 2 objectives"):
+        ConditionedPolicy.from_specialists([one])
+    with pytest.raises(ConfigError, match="conditioning='none'"):
+        ConditionedPolicy.from_specialists([build_policy("llama")] * 2)
+
+
+# ---- prompt conditioning
+
+
+def test_the_weighting_is_written_into_the_prompt_of_the_policy_alone():
+    policy = build_policy("llama", conditioning="prompt", prompt_template="{weights} kl {kl}")
+    assert policy.prompt_text({"a": 0.25, "b": 0.75}, 0.05) == "a 0.25, b 0.75 kl 0.05"
+    conditions = Conditions(torch.tensor([[0.25, 0.75], [0.0, 0.0]]), torch.tensor([0.05, 0.1]))
+    shown = policy.shown_prompts([[5, 6], [7, 8]], conditions)
+    text = policy.tokenizer("a 0.25, b 0.75 kl 0.05", add_special_tokens=False)["input_ids"]
+    assert shown == [[*text, 5, 6], [7, 8]]
+    assert build_policy("llama").shown_prompts([[5, 6]], conditions[:1]) is None
+
+
+def test_the_text_follows_a_leading_special_token_and_stands_before_the_last_user_message():
+    tokenizer = build_tokenizer()
+    assert prompting.slot("w1 w2", [tokenizer.bos_token_id, 5, 6], tokenizer) == 1
+    assert prompting.slot("w1 w2", [5, 6], tokenizer) == 0
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ' <bos> ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' <unk> ' }}{% endif %}"
+    )
+    chat = [{"role": "system", "content": "w3"}, {"role": "user", "content": "w1 w2"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+    at = prompting.slot(chat, ids, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids[at:]) == ["w1", "w2", "<unk>"]
+    assert prompting.slot(chat, ids[2:], tokenizer) == at - 2  # cut from the left
+
+
+@pytest.mark.parametrize("template", ["no fields", "{weights} {unknown}", "{weights", "{kl}"])
+def test_a_template_must_name_the_weights(template):
+    with pytest.raises(ConfigError, match="prompt_template="):
+        build_policy("llama", conditioning="prompt", prompt_template=template)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "carriers", "blended", "prompt"),
+    [
+        ("lora", ("lora",), True, False),
+        ("attention+prompt", ("attention",), True, True),
+        ("prompt", ("lora",), False, True),
+        ("none", ("lora",), False, False),
+        ("lora+logit", ("logit", "lora"), True, False),
+    ],
+)
+def test_names_of_conditioning(conditioning, carriers, blended, prompt):
+    assert Conditioning.parse(conditioning) == Conditioning(carriers, blended, prompt)
+
+
+@pytest.mark.parametrize(
+    "conditioning", ["", "magic", "lora+lora", "none+lora", "full+lora", "full+attention"]
+)
+def test_names_that_mean_nothing_are_refused(conditioning):
+    with pytest.raises(ConfigError, match="conditioning="):
+        Conditioning.parse(conditioning)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conditioning": "none", "carrier": "prompt"}, "carrier='prompt'"),
+        (
+            {"conditioning": "full", "target_modules": ["q_proj"]},
+            "target_modules=.* is for 'lora'",
+        ),
+        ({"conditioning": "lora", "prompt_template": "{weights}"}, "writes no prompt"),
+        ({"conditioning": "none", "rank": (2, 3)}, "rank has 2 entries"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        build_policy("llama", **change)
