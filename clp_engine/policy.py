@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clp_engine import peft_format
 from clp_engine.adapters import Blend, ConditionedLinear, attach, detach, find_targets, place
-from clp_engine.backbone import Backbone
+from clp_engine.backbone import make_backbone
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory
-from clp_engine.rollout import Rollout, SamplingParams, rollout
+from clp_engine.rollout import BlendDecoding, Decoding, Rollout, SamplingParams, rollout
+from clp_engine.scoring import completion_hidden
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 
@@ -79,10 +80,10 @@ class ConditionedPolicy(nn.Module):
         self.spec, self.tokenizer = spec, tokenizer
         self.blend = Blend()
         self.model = model.requires_grad_(False).eval()
-        self.backbone = Backbone(model)
+        self.backbone = make_backbone(model)
         self.backbone.check_head()
         self.layers = attach(model, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend)
-        self.backbone = Backbone(model)  # the head may have been wrapped
+        self.backbone = make_backbone(model)  # the head may have been wrapped
 
     @classmethod
     def from_pretrained(
@@ -258,19 +259,18 @@ class ConditionedPolicy(nn.Module):
 
         conditions: one row per prompt, or None for the base model. Differentiable in the adapters.
         """
-        backbone, group = self.backbone, batch.group
-        blend = self.coefficients(conditions)
-        cache = backbone.empty_cache()
-        with self.blend.use(blend):
-            before = backbone.extend(batch.prompt_ids, batch.prompt_mask, cache)[:, -1:].repeat_interleave(
-                group, 0
-            )
-        if batch.completion_ids.shape[1] == 1:
-            return before
-        backbone.repeat_cache(cache, group)
-        valid = torch.cat([batch.prompt_mask.repeat_interleave(group, 0), batch.completion_mask[:, :-1]], 1)
-        with self.blend.use(None if blend is None else blend.repeat_interleave(group, 0)):
-            return torch.cat([before, backbone.extend(batch.completion_ids[:, :-1], valid, cache)], 1)
+        return completion_hidden(self, batch, self.coefficients(conditions))
+
+    def decoding(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        conditions: Conditions,
+        group: int,
+        room: int,
+    ) -> Decoding:
+        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each."""
+        return BlendDecoding(self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room)
 
     def token_stats(
         self,
@@ -299,7 +299,7 @@ class ConditionedPolicy(nn.Module):
             hidden,
             head.module.weight,
             targets,
-            bias=head.module.bias,
+            bias=head.bias,
             temperature=temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from clp_kernels import sample_tokens
@@ -101,6 +101,56 @@ def pad_left(
     return ids.to(device), mask.to(device)
 
 
+class Decoding(Protocol):
+    """A source of the logits that rows draw their tokens from, one token at a time: `rollout` needs no more of a model."""
+
+    def start(self) -> torch.Tensor:
+        """(B, V), for the first token of each completion."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(rows, V), for the token after tokens (rows,)."""
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Only these of the present rows (indices, ascending) go on."""
+
+
+class BlendDecoding:
+    """Logits of a policy, each row under its blend.
+
+    prompt_ids, prompt_mask: (P, S), left-padded; blend: (P, M), or None for the base model; room: most tokens to come.
+    """
+
+    def __init__(
+        self,
+        policy: ConditionedPolicy,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        blend: torch.Tensor | None,
+        group: int,
+        room: int,
+    ):
+        self._backbone, self._in_force, self._blend = policy.backbone, policy.blend, blend
+        self._prompts, self._group, self._room = (prompt_ids, prompt_mask), group, room
+
+    def start(self) -> torch.Tensor:
+        with self._in_force.use(self._blend):
+            hidden, self._context = self._backbone.prefill(*self._prompts)
+            logits = self._backbone.head.logits(hidden[:, -1])
+        self._context.repeat(self._group, room=self._room)
+        if self._blend is not None:
+            self._blend = self._blend.repeat_interleave(self._group, 0)
+        return logits.repeat_interleave(self._group, 0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        with self._in_force.use(self._blend):
+            hidden = self._backbone.extend(self._context, tokens.unsqueeze(1))
+            return self._backbone.head.logits(hidden[:, -1])
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._context.select(rows)
+        self._blend = None if self._blend is None else self._blend[rows]
+
+
 @torch.no_grad()
 def rollout(
     policy: ConditionedPolicy,
@@ -122,19 +172,15 @@ def rollout(
         raise ValueError(
             f"conditions has {len(conditions)} rows for {len(prompt_ids)} prompts; expected one per prompt"
         )
-    device, backbone = policy.device, policy.backbone
+    device = policy.device
     prompts, prompt_mask = pad_left(prompt_ids, policy.pad_token_id, device)
     rows, steps = len(prompt_ids) * num_generations, sampling.max_new_tokens
     if row_seeds is None:
         row_seeds = derive(seed, torch.arange(rows))
     row_seeds = row_seeds.to(device)
-    padded = not bool(prompt_mask.all())
 
-    cache = backbone.empty_cache()
-    with policy.blended(conditions):
-        last = backbone.extend(prompts, prompt_mask, cache, padded=padded)[:, -1]
-        logits = backbone.head.logits(last).repeat_interleave(num_generations, 0)
-    cache = backbone.rollout_cache(cache, num_generations, prompts.shape[1] + steps)
+    decoding = policy.decoding(prompts, prompt_mask, conditions, num_generations, steps)
+    logits = decoding.start()
 
     tokens = torch.full((rows, steps), policy.pad_token_id, dtype=torch.long, device=device)
     logprobs = torch.zeros(rows, steps, device=device)
@@ -145,10 +191,6 @@ def rollout(
     # `running` holds the rows still in the batch; `done` those of them that have ended but were not dropped yet.
     running = torch.arange(rows, device=device)
     done = torch.zeros(rows, dtype=torch.bool, device=device)
-    row_conditions = conditions.repeat(num_generations)
-    valid = prompt_mask.repeat_interleave(num_generations, 0)
-    positions = valid.sum(-1, keepdim=True)
-    blend = policy.coefficients(row_conditions)
     for step in range(steps):
         drawn, drawn_logprob = sample_tokens(
             logits,
@@ -172,15 +214,9 @@ def rollout(
             break
         if finished >= _DROP_SHARE * len(running):
             keep = (~done).nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            running, drawn, valid, positions = running[keep], drawn[keep], valid[keep], positions[keep]
-            row_seeds, done = row_seeds[keep], done[keep]
-            blend = None if blend is None else blend[keep]
-        valid = torch.cat([valid, valid.new_ones(len(running), 1)], 1)
-        with policy.blend.use(blend):
-            hidden = backbone.extend(drawn.unsqueeze(1), valid, cache, positions=positions, padded=padded)
-            logits = backbone.head.logits(hidden[:, -1])
-        positions = positions + 1
+            decoding.keep(keep)
+            running, drawn, row_seeds, done = running[keep], drawn[keep], row_seeds[keep], done[keep]
+        logits = decoding.step(drawn)
 
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths.unsqueeze(-1)
