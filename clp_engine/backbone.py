@@ -124,6 +124,7 @@ class Backbone(ABC):
         with torch.no_grad():
             expected = self._plain_logits(prompt, completion)
             first, context = self.prefill(prompt, torch.ones_like(prompt, dtype=torch.bool))
+            context.repeat(1)
             hidden = torch.cat([first, self.extend(context, completion[:, :-1])], 1)
             ours = self.head.logits(hidden)
         if not torch.allclose(ours.float(), expected.float(), rtol=1e-3, atol=1e-3):

@@ -66,7 +66,7 @@ class EncoderDecoderBackbone(Backbone):
         mask = None
         if not bool(prompt_mask.all()):
             # Encoders with absolute positions (BART) count from the left: padding goes to the right.
-            order = (~prompt_mask).long().argsort(-1, stable=True)
+            order = (~prompt_mask).long().argsort(dim=-1, stable=True)
             prompt_ids, prompt_mask = prompt_ids.gather(1, order), prompt_mask.gather(1, order)
             mask = self.additive_mask(prompt_mask[:, None, None, :])
         states = self.encoder(

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def save(
-    path: str | Path, spec: PolicySpec, layers: Mapping[str, ConditionedLinear], coefficients: torch.Tensor
+    path: str | Path,
+    spec: PolicySpec,
+    layers: Mapping[str, ConditionedLinear],
+    coefficients: torch.Tensor,
+    task_type: str = "CAUSAL_LM",
 ) -> None:
     """Write `sum_i c_i s_i B_i A_i` as one adapter of rank R = sum r_i: A stacked as it is, B's columns times c_i s_i, and
     lora_alpha = R, so that PEFT's own scaling lora_alpha / R is one. coefficients: (M,). Atomic."""
@@ -31,7 +35,7 @@ def save(
     total = sum(spec.ranks)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": spec.base_model,
         "inference_mode": True,
         "r": total,

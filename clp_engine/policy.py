@@ -19,7 +19,13 @@ import torch
 from clp_kernels import HeadLoRA, TokenStats, linear_logprob
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from clp_engine import peft_format
 from clp_engine.adapters import Blend, ConditionedLinear, attach, detach, find_targets, place
@@ -69,7 +75,7 @@ def _per_objective(value, objectives: Sequence[str], name: str) -> tuple:
 
 
 class ConditionedPolicy(nn.Module):
-    """A causal language model with one LoRA adapter per objective on its linear layers, blended per row.
+    """A causal or encoder-decoder language model with one LoRA adapter per objective on its linear layers, blended per row.
 
     Build with `from_pretrained` or `load`. The base model is frozen and always in evaluation mode: dropout would make the
     log-probs of rollout and training those of different networks.
@@ -107,7 +113,7 @@ class ConditionedPolicy(nn.Module):
         """A policy that starts as `name_or_path` for every weighting.
 
         name_or_path: a model name, directory, "docsum" (the model shipped with the engine), or a loaded transformers causal
-            language model whose projections are nn.Linear or GPT-2's Conv1D; the model is wrapped in place.
+            or encoder-decoder language model whose projections are nn.Linear or GPT-2's Conv1D; it is wrapped in place.
         objectives: their names, in the order of weight vectors.
         rank, lora_alpha: one for all or one per objective; the update is scaled by lora_alpha / rank (lora_alpha: 2 * rank).
         target_modules: as in PEFT; None is every linear layer but the output projection.
@@ -249,7 +255,7 @@ class ConditionedPolicy(nn.Module):
         **kwargs,
     ):
         """The transformers model's forward, row i under its own (w, kl): give `conditions`, or `weights` and `kl` as for
-        `conditions()`."""
+        `conditions()`; an encoder-decoder takes `decoder_input_ids=` beside input_ids."""
         conditions = conditions or self.conditions(weights, kl, input_ids.shape[0])
         with self.blended(conditions):
             return self.model(input_ids, *args, **kwargs)
@@ -403,7 +409,8 @@ class ConditionedPolicy(nn.Module):
         """Write one blend as an ordinary PEFT LoRA adapter of rank R = sum of ranks (A stacked, B scaled by the blend):
         exactly this policy at (weights, kl), for peft, transformers and other stacks to load."""
         coefficients = self.coefficients(self.conditions(weights, kl))
-        peft_format.save(path, self.spec, self.layers, coefficients[0])
+        task = "SEQ_2_SEQ_LM" if self.config.is_encoder_decoder else "CAUSAL_LM"
+        peft_format.save(path, self.spec, self.layers, coefficients[0], task)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
 
@@ -442,7 +449,8 @@ def _load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel,
     path = _resolve(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        encoder_decoder = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)
+        model = (AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM).from_pretrained(
             path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto")
         )
         if tokenizer is None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from engine.conftest import build_policy
+from engine.conftest import ENCODER_DECODER, build_model, build_policy, plain_logits
 
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
@@ -18,8 +18,8 @@ MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]
 def plain_log_softmax(policy, prompt, completion, condition, temperature=1.0):
     """(T, V) by one unpadded pass of the transformers model over one sequence."""
     with torch.no_grad():
-        logits = policy(torch.tensor([prompt + completion]), conditions=condition).logits[0]
-    return (logits[len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
+        logits = plain_logits(policy, prompt, completion, conditions=condition)
+    return (logits.float() / temperature).log_softmax(-1)
 
 
 def test_log_probs_of_rollout_and_scoring_are_those_of_the_plain_model(family):
@@ -71,10 +71,9 @@ def test_gradients_with_a_shared_prompt_are_those_of_whole_sequences(family):
         prompt = PROMPTS[row // 3]
         if row // 3 == 0:
             continue  # the reference has no gradient
-        logits = policy(
-            torch.tensor([prompt + completion]), conditions=MIXED[row // 3 : row // 3 + 1]
-        ).logits[0]
-        log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        log_probs = plain_logits(
+            policy, prompt, completion, conditions=MIXED[row // 3 : row // 3 + 1]
+        ).log_softmax(-1)
         n = len(completion)
         picked = log_probs[torch.arange(n), torch.tensor(completion)]
         (
