@@ -39,7 +39,6 @@ _T5 = {
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 16,
     "decoder_start_token_id": 0,
-    "initializer_factor": 0.2,
 }
 _BART = {
     **_COMMON,
@@ -76,12 +75,13 @@ def build_model(family: str, seed: int = 0):
     auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODER else AutoModelForCausalLM
     model = auto.from_config(CONFIGS[family]())
     if family == "t5-v1.1":  # transformers ties what it builds from a config, and unties what a checkpoint holds apart
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.05)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.15)
     with torch.no_grad():
-        # Initial weights are so small that every model is nearly uniform; larger ones make errors visible.
+        # Initial weights are so small that every model is nearly uniform; larger ones make errors visible. T5's are larger.
+        larger = 2.0 if family.startswith("t5") else 6.0
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                parameter.mul_(6.0)
+                parameter.mul_(larger)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
         if family == "bart":
