@@ -1,31 +1,55 @@
-"""The parts of a causal language model the engine drives itself: decoder stack, attention masks, caches, output projection.
+"""The parts of a language model the engine drives itself: attention masks, caches, the stack of layers, output projection.
 
-New tokens run against what a cache holds, with gradients where they are asked for: a prompt can run once and its keys and
-values serve the whole group of its completions (`repeat_cache`), in rollout, scoring and training alike.
+A prompt runs once and what it leaves behind, a context, serves the whole group of its completions, in rollout, scoring and
+training alike, with gradients where they are asked for:
+
+    hidden, context = backbone.prefill(prompt_ids, prompt_mask)     # predicts the first token of the completion
+    context.repeat(group)                                           # each prompt's rows for its whole group
+    hidden = backbone.extend(context, completion_ids)               # predicts the token after each
+
+`CausalBackbone` is here, `EncoderDecoderBackbone` in `encoder_decoder`; `make_backbone` takes the one that fits.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
+from clp_engine.attention_cache import repeat_rows, repeat_with_room
 from clp_engine.errors import ConfigError
+
+# Families that scale the last hidden state exactly where the projection is tied, if their config does not say more.
+_SCALED_WHERE_TIED = ("t5", "longt5", "umt5", "switch_transformers")
 
 
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap * tanh(logit_scale * (hidden W^T + b) / softcap); softcap None leaves out the tanh."""
+    """logits = softcap * tanh(logit_scale * (hidden W^T + b) / softcap); softcap None leaves out the tanh.
+
+    offset: (V,), what the model adds to its logits beside the bias of the projection (BART's final_logits_bias), or None.
+    """
 
     module: nn.Module
     logit_scale: float = 1.0
     softcap: float | None = None
+    offset: torch.Tensor | None = None
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """`b` (V,): the projection's own bias and the offset."""
+        own = self.module.bias
+        if self.offset is None or own is None:
+            return own if self.offset is None else self.offset
+        return own + self.offset
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.module(hidden)
+        if self.offset is not None:
+            logits = logits + self.offset
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -35,58 +59,156 @@ def _find_head(model: PreTrainedModel) -> Head:
     module = model.get_output_embeddings()
     if module is None:
         raise ConfigError(
-            f"{type(model).__name__} has no output projection; a causal language model is needed"
+            f"{type(model).__name__} has no output projection; a causal language model or an encoder-decoder "
+            "with a language modelling head is needed"
         )
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return Head(module, float(scale), getattr(config, "final_logit_softcapping", None))
+    if getattr(
+        config,
+        "scale_decoder_outputs",
+        config.model_type in _SCALED_WHERE_TIED and config.tie_word_embeddings,
+    ):
+        scale *= config.d_model**-0.5
+    offset = getattr(model, "final_logits_bias", None)
+    return Head(
+        module,
+        float(scale),
+        getattr(config, "final_logit_softcapping", None),
+        None if offset is None else offset[0],
+    )
 
 
-class _RolloutLayer(DynamicLayer):
-    """Keys and values in a buffer allocated once for the whole rollout; attention reads only the filled part."""
+class Context(ABC):
+    """What rows have read so far, as far as the tokens that follow need it; `Backbone.extend` adds to it in place."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, repeats: int, capacity: int):
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self._length = keys.shape[-2]
-        self._keys, self._values = (_grown(t, repeats, capacity) for t in (keys, values))
-        self._show()
+    @abstractmethod
+    def repeat(self, times: int, room: int | None = None) -> None:
+        """Each row `times` times in a row. Differentiable, or, given `room`, in buffers that take that many further tokens
+        without being allocated again."""
 
-    def _show(self) -> None:
-        self.keys = self._keys[:, :, : self._length]
-        self.values = self._values[:, :, : self._length]
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        start, self._length = self._length, self._length + key_states.shape[-2]
-        self._keys[:, :, start : self._length] = key_states
-        self._values[:, :, start : self._length] = value_states
-        self._show()
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._keys, self._values = self._keys[indices], self._values[indices]
-        self._show()
+    @abstractmethod
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows (indices), in this order."""
 
 
-def _grown(states: torch.Tensor, repeats: int, capacity: int) -> torch.Tensor:
-    rows, heads, length, width = states.shape
-    buffer = states.new_empty(rows * repeats, heads, capacity, width)
-    buffer.view(rows, repeats, heads, capacity, width)[:, :, :, :length] = states.unsqueeze(1)
-    return buffer
-
-
-class Backbone:
-    """A transformers causal language model, split at the last hidden state."""
+class Backbone(ABC):
+    """A transformers language model, split at the last hidden state."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        self.head = _find_head(model)
+
+    @abstractmethod
+    def prefill(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, Context]:
+        """(hidden (P, 1, H) that predicts the first token after each prompt, context). prompt_ids, prompt_mask (P, S),
+        left-padded."""
+
+    @abstractmethod
+    def extend(self, context: Context, ids: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (rows, T, H) of the new tokens ids (rows, T), each of which predicts the token after it.
+
+        valid: (rows, T) bool, False for padding, which may only follow a row's tokens; None where there is none.
+        """
+
+    @abstractmethod
+    def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, T, V) of completions (rows, T) after unpadded prompts, by one pass of the model itself."""
+
+    def check_head(self) -> None:
+        """Raise ConfigError where our split does not reproduce the model's own logits."""
+        device = self.model.device
+        ids = torch.arange(1, 7, device=device).unsqueeze(0) % self.model.config.get_text_config().vocab_size
+        prompt, completion = ids[:, :3], ids[:, 3:]
+        with torch.no_grad():
+            expected = self._plain_logits(prompt, completion)
+            first, context = self.prefill(prompt, torch.ones_like(prompt, dtype=torch.bool))
+            context.repeat(1)
+            hidden = torch.cat([first, self.extend(context, completion[:, :-1])], 1)
+            ours = self.head.logits(hidden)
+        if not torch.allclose(ours.float(), expected.float(), rtol=1e-3, atol=1e-3):
+            raise ConfigError(
+                f"{type(self.model).__name__} does something between its tokens and its logits that is not a stack of "
+                "layers with a cache, then a projection with bias, scale and softcap (difference "
+                f"{(ours - expected).abs().max():.3g}); it cannot be used"
+            )
+
+    def additive_mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        """0 where attention is allowed and the least number elsewhere, in the model's dtype."""
+        dtype = self.model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+
+def make_backbone(model: PreTrainedModel) -> Backbone:
+    """The backbone for a causal or an encoder-decoder language model. Raises ConfigError for a model that is neither."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        from clp_engine.encoder_decoder import EncoderDecoderBackbone
+
+        return EncoderDecoderBackbone(model)
+    return CausalBackbone(model)
+
+
+class CausalContext(Context):
+    """Keys and values of prompts and what follows them.
+
+    cache: every layer keeps everything. valid: (rows, >= length) bool, which positions are not padding; `length` of them are
+    filled. positions: (rows, 1), of the next token: padding does not count as a position. padded: whether any is padding.
+    """
+
+    def __init__(self, rows: int, padded: bool, device: torch.device):
+        # Without the config no layer cuts its sliding window: the masks do.
+        self.cache = DynamicCache()
+        self.valid = torch.empty(rows, 0, dtype=torch.bool, device=device)
+        self.length = 0
+        self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.padded = padded
+
+    def repeat(self, times: int, room: int | None = None) -> None:
+        if room is None:
+            repeat_rows(self.cache, times)
+        else:
+            repeat_with_room(self.cache, times, room)
+        self.valid = self.valid.repeat_interleave(times, 0)
+        self.positions = self.positions.repeat_interleave(times, 0)
+        if room is not None:
+            self._make_room(room)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.valid, self.positions = self.valid[rows], self.positions[rows]
+
+    def _make_room(self, count: int) -> None:
+        self.valid = torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], count)], 1)
+
+    def admit(self, count: int, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in `count` new tokens -> (which positions are valid (rows, length), positions of the new ones)."""
+        start, self.length = self.length, self.length + count
+        if self.length > self.valid.shape[1]:
+            self._make_room(self.length - self.valid.shape[1])
+        if valid is None:
+            steps = torch.arange(count, device=self.valid.device)
+            positions = self.positions if count == 1 else self.positions + steps
+            self.positions = self.positions + count
+        else:
+            self.valid[:, start : self.length] = valid
+            positions = (self.positions + valid.long().cumsum(-1) - 1).clamp_min(0)
+            self.positions = self.positions + valid.sum(-1, keepdim=True)
+        return self.valid[:, : self.length], positions
+
+
+class CausalBackbone(Backbone):
+    """A decoder alone: prompt and completion are one sequence."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
         self.decoder = model.base_model
         if self.decoder is model:
             raise ConfigError(
                 f"{type(model).__name__} has no decoder stack under it; a causal language model is needed"
             )
-        self.head = _find_head(model)
         config = model.config.get_text_config()
         types = getattr(config, "layer_types", None)
         self._layer_types = set(types) if types else None
@@ -99,40 +221,30 @@ class Backbone:
                 "only full and sliding-window attention are supported"
             )
 
-    def check_head(self) -> None:
-        """Raise ConfigError where our split does not reproduce the model's own logits."""
-        device = self.model.device
-        ids = torch.arange(1, 5, device=device).unsqueeze(0) % self.model.config.get_text_config().vocab_size
-        with torch.no_grad():
-            expected = self.model(ids).logits
-            ours = self.head.logits(self.decoder(ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(ours.float(), expected.float(), rtol=1e-3, atol=1e-3):
-            raise ConfigError(
-                f"{type(self.model).__name__} does something between its last hidden state and its logits that "
-                f"is not a projection with scale and softcap (difference {(ours - expected).abs().max():.3g}); "
-                "it cannot be used"
-            )
+    def prefill(
+        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, CausalContext]:
+        padded = not bool(prompt_mask.all())
+        context = CausalContext(prompt_ids.shape[0], padded, prompt_ids.device)
+        return self.extend(context, prompt_ids, prompt_mask if padded else None)[:, -1:], context
 
-    def empty_cache(self) -> DynamicCache:
-        # Without the config every layer keeps everything; the masks below cut the sliding windows.
-        return DynamicCache()
+    def extend(
+        self, context: CausalContext, ids: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        keys_valid, positions = context.admit(ids.shape[1], valid)
+        mask = self._mask(keys_valid, ids.shape[1], context.padded)
+        context.padded = context.padded or valid is not None
+        return self.decoder(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=context.cache,
+            use_cache=True,
+        ).last_hidden_state
 
-    @staticmethod
-    def repeat_cache(cache: DynamicCache, times: int) -> None:
-        """Each row of the cache `times` times in a row; differentiable, so a prompt computed once gets every gradient."""
-        if times > 1:
-            for layer in cache.layers:
-                layer.keys = layer.keys.repeat_interleave(times, 0)
-                layer.values = layer.values.repeat_interleave(times, 0)
-
-    def rollout_cache(self, prefilled: DynamicCache, repeats: int, capacity: int) -> DynamicCache:
-        """The prompt's cache repeated for a group and given room for `capacity` positions in all."""
-        cache = DynamicCache()
-        cache.layer_class_to_replicate = None
-        cache.layers = [
-            _RolloutLayer(layer.keys, layer.values, repeats, capacity) for layer in prefilled.layers
-        ]
-        return cache
+    def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
+        logits = self.model(torch.cat([prompt_ids, completion_ids], 1)).logits
+        return logits[:, prompt_ids.shape[1] - 1 : -1]
 
     def _mask(self, keys_valid: torch.Tensor, queries: int, padded: bool) -> torch.Tensor | dict | None:
         """Additive attention mask for the last `queries` of the positions in keys_valid (B, S) bool; None where plain
@@ -141,45 +253,12 @@ class Backbone:
         over_window = self._window is not None and length > self._window
         if (queries == 1 or queries == length) and not over_window and not padded:
             return None
-        device, dtype = keys_valid.device, self.model.dtype
+        device = keys_valid.device
         key = torch.arange(length, device=device)
         query = key[length - queries :].unsqueeze(-1)
         causal = key <= query
-        full = self._additive(keys_valid[:, None, None, :] & causal, dtype)
+        full = self.additive_mask(keys_valid[:, None, None, :] & causal)
         if not over_window:
             return full
-        sliding = self._additive(keys_valid[:, None, None, :] & causal & (key > query - self._window), dtype)
+        sliding = self.additive_mask(keys_valid[:, None, None, :] & causal & (key > query - self._window))
         return {"full_attention": full, "sliding_attention": sliding} if self._layer_types else sliding
-
-    @staticmethod
-    def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-            ~allowed, torch.finfo(dtype).min
-        )
-
-    def extend(
-        self,
-        ids: torch.Tensor,
-        keys_valid: torch.Tensor,
-        cache: DynamicCache,
-        *,
-        positions: torch.Tensor | None = None,
-        padded: bool | None = None,
-    ) -> torch.Tensor:
-        """Hidden states (B, T, H) of the new tokens ids (B, T), which follow what `cache` holds.
-
-        keys_valid: (B, S) bool over cached and new positions together; padding does not count as a position.
-        positions, padded: position ids (B, T) and whether keys_valid has padding, where the caller knows them already.
-        """
-        queries = ids.shape[1]
-        if positions is None:
-            positions = (keys_valid.long().cumsum(-1) - 1).clamp_min(0)[:, -queries:]
-        if padded is None:
-            padded = not bool(keys_valid.all())
-        return self.decoder(
-            input_ids=ids,
-            attention_mask=self._mask(keys_valid, queries, padded),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state

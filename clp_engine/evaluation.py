@@ -352,6 +352,7 @@ def _measure(
                 num_generations=generations,
                 sampling=plan.sampling,
                 row_seeds=seeds,
+                prompts=batch.prompts,
             )
             # Greedy decoding (temperature 0) has no KL of its own: that of the model is given.
             stats = score(

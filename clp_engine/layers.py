@@ -45,9 +45,16 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the output projection a weight of its own, the same numbers, and say so in the configuration."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    """Give the output projection a weight of its own, the same numbers, and say so in the configuration.
+
+    The embeddings of an encoder and a decoder get theirs, too: in some families (BART) the same setting ties them, and a
+    saved model would lack what is no longer tied when it is loaded.
+    """
+    shared, config = model.get_output_embeddings().weight, model.config.get_text_config()
+    holders = [module for module in model.modules() if getattr(module, "weight", None) is shared]
+    for module in holders:
+        if module is not model.get_input_embeddings():
+            module.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
     config.tie_word_embeddings = model.config.tie_word_embeddings = False
 
 

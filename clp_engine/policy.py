@@ -21,17 +21,24 @@ import torch
 from clp_kernels import HeadLoRA, TokenStats, interpolate, linear_logprob
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from clp_engine import peft_format, prompting
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
-from clp_engine.backbone import Backbone
+from clp_engine.backbone import make_backbone
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory, write_text
 from clp_engine.layers import attach, head_name, is_tied, lora_targets, untie
-from clp_engine.rollout import Rollout, SamplingParams, rollout
+from clp_engine.rollout import BlendDecoding, Decoding, Rollout, SamplingParams, rollout
+from clp_engine.scoring import completion_hidden
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 
@@ -77,7 +84,7 @@ def _per_delta(value, deltas: Sequence[str], name: str) -> tuple:
 
 
 class ConditionedPolicy(nn.Module):
-    """A causal language model with one delta per objective, blended per row.
+    """A causal or encoder-decoder language model with one delta per objective, blended per row.
 
     Build with `from_pretrained` or `load`. The base model is frozen and always in evaluation mode: dropout would make the
     log-probs of rollout and training those of different networks.
@@ -89,13 +96,13 @@ class ConditionedPolicy(nn.Module):
         self.conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
         self.blend = Blend()
         self.model = model.requires_grad_(False).eval()
-        self.backbone = Backbone(model)
+        self.backbone = make_backbone(model)
         self.backbone.check_head()
         self.layers = attach(
             model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
         )
         self._texts: dict[str, list[int]] = {}  # tokens of what prompt conditioning has written so far
-        self.backbone = Backbone(model)  # the head may have been wrapped
+        self.backbone = make_backbone(model)  # the head may have been wrapped
 
     @classmethod
     def from_pretrained(
@@ -121,7 +128,7 @@ class ConditionedPolicy(nn.Module):
         """A policy that starts as `name_or_path` for every weighting.
 
         name_or_path: a model name, directory, "docsum" (the model shipped with the engine), or a loaded transformers causal
-            language model whose projections are nn.Linear or GPT-2's Conv1D; the model is wrapped in place.
+            or encoder-decoder language model whose projections are nn.Linear or GPT-2's Conv1D; it is wrapped in place.
         objectives: their names, in the order of weight vectors.
         conditioning: "lora", "full", "attention", "logit", "prompt", "none", or several joined by "+"; see `conditioning`.
         carrier: which parameters are trained where conditioning is "prompt" or "none".
@@ -363,7 +370,7 @@ class ConditionedPolicy(nn.Module):
         **kwargs,
     ):
         """The transformers model's forward, row i under its own (w, kl): give `conditions`, or `weights` and `kl` as for
-        `conditions()`."""
+        `conditions()`; an encoder-decoder takes `decoder_input_ids=` beside input_ids."""
         conditions = conditions or self.conditions(weights, kl, input_ids.shape[0])
         with self.blended(conditions):
             return self.model(input_ids, *args, **kwargs)
@@ -373,19 +380,18 @@ class ConditionedPolicy(nn.Module):
 
         conditions: one row per prompt, or None for the base model. Differentiable in the adapters.
         """
-        backbone, group = self.backbone, batch.group
-        blend = self.coefficients(conditions)
-        cache = backbone.empty_cache()
-        with self.blend.use(blend):
-            before = backbone.extend(batch.prompt_ids, batch.prompt_mask, cache)[:, -1:].repeat_interleave(
-                group, 0
-            )
-        if batch.completion_ids.shape[1] == 1:
-            return before
-        backbone.repeat_cache(cache, group)
-        valid = torch.cat([batch.prompt_mask.repeat_interleave(group, 0), batch.completion_mask[:, :-1]], 1)
-        with self.blend.use(None if blend is None else blend.repeat_interleave(group, 0)):
-            return torch.cat([before, backbone.extend(batch.completion_ids[:, :-1], valid, cache)], 1)
+        return completion_hidden(self, batch, self.coefficients(conditions))
+
+    def decoding(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        conditions: Conditions,
+        group: int,
+        room: int,
+    ) -> Decoding:
+        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each."""
+        return BlendDecoding(self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room)
 
     def token_stats(
         self,
@@ -414,7 +420,7 @@ class ConditionedPolicy(nn.Module):
             hidden,
             head.module.weight,
             targets,
-            bias=head.module.bias,
+            bias=head.bias,
             temperature=temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
@@ -453,6 +459,7 @@ class ConditionedPolicy(nn.Module):
             num_generations=num_return_sequences,
             sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p),
             seed=seed,
+            prompts=prompts,
         )
         texts = self.tokenizer.batch_decode(drawn.token_lists(), skip_special_tokens=True)
         if num_return_sequences == 1:
@@ -603,7 +610,8 @@ def _load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel,
     path = _resolve(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        encoder_decoder = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)
+        model = (AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM).from_pretrained(
             path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto")
         )
         if tokenizer is None:

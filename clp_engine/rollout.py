@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from clp_kernels import sample_tokens
@@ -48,6 +48,8 @@ class Rollout:
 
     prompt_ids, prompt_mask: (P, S), left-padded; completion_ids: (B, T) int64, right-padded, the end token included;
     completion_mask: (B, T) bool; logprobs: (B, T) float32, as sampled, at the sampling temperature; terminated: (B,) bool.
+    plain_ids, plain_mask: (P, S'), the prompts as the reference reads them, where the policy reads something else (prompt
+    conditioning), or None.
     """
 
     prompt_ids: torch.Tensor
@@ -56,6 +58,8 @@ class Rollout:
     completion_mask: torch.Tensor
     logprobs: torch.Tensor
     terminated: torch.Tensor
+    plain_ids: torch.Tensor | None = None
+    plain_mask: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -68,16 +72,21 @@ class Rollout:
     def prompts(self, start: int, stop: int) -> Rollout:
         """The part of prompts [start, stop), trimmed to the longest prompt and completion in it."""
         rows = slice(start * self.group, stop * self.group)
-        prompt_mask, mask = self.prompt_mask[start:stop], self.completion_mask[rows]
-        skip = self.prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
+        mask = self.completion_mask[rows]
         keep = max(int(mask.sum(-1).max()), 1)
+
+        def trimmed(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            skip = mask.shape[1] - int(mask[start:stop].sum(-1).max())
+            return ids[start:stop, skip:], mask[start:stop, skip:]
+
+        plain = (None, None) if self.plain_ids is None else trimmed(self.plain_ids, self.plain_mask)
         return Rollout(
-            self.prompt_ids[start:stop, skip:],
-            prompt_mask[:, skip:],
+            *trimmed(self.prompt_ids, self.prompt_mask),
             self.completion_ids[rows, :keep],
             mask[:, :keep],
             self.logprobs[rows, :keep],
             self.terminated[rows],
+            *plain,
         )
 
     def token_lists(self) -> list[list[int]]:
@@ -101,6 +110,56 @@ def pad_left(
     return ids.to(device), mask.to(device)
 
 
+class Decoding(Protocol):
+    """A source of the logits that rows draw their tokens from, one token at a time: `rollout` needs no more of a model."""
+
+    def start(self) -> torch.Tensor:
+        """(B, V), for the first token of each completion."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(rows, V), for the token after tokens (rows,)."""
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Only these of the present rows (indices, ascending) go on."""
+
+
+class BlendDecoding:
+    """Logits of a policy, each row under its blend.
+
+    prompt_ids, prompt_mask: (P, S), left-padded; blend: (P, M), or None for the base model; room: most tokens to come.
+    """
+
+    def __init__(
+        self,
+        policy: ConditionedPolicy,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        blend: torch.Tensor | None,
+        group: int,
+        room: int,
+    ):
+        self._backbone, self._in_force, self._blend = policy.backbone, policy.blend, blend
+        self._prompts, self._group, self._room = (prompt_ids, prompt_mask), group, room
+
+    def start(self) -> torch.Tensor:
+        with self._in_force.use(self._blend):
+            hidden, self._context = self._backbone.prefill(*self._prompts)
+            logits = self._backbone.head.logits(hidden[:, -1])
+        self._context.repeat(self._group, room=self._room)
+        if self._blend is not None:
+            self._blend = self._blend.repeat_interleave(self._group, 0)
+        return logits.repeat_interleave(self._group, 0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        with self._in_force.use(self._blend):
+            hidden = self._backbone.extend(self._context, tokens.unsqueeze(1))
+            return self._backbone.head.logits(hidden[:, -1])
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._context.select(rows)
+        self._blend = None if self._blend is None else self._blend[rows]
+
+
 @torch.no_grad()
 def rollout(
     policy: ConditionedPolicy,
@@ -111,30 +170,30 @@ def rollout(
     sampling: SamplingParams | None = None,
     seed: int = 0,
     row_seeds: torch.Tensor | None = None,
+    prompts: Sequence | None = None,
 ) -> Rollout:
     """Draw `num_generations` completions of each of P prompts, each prompt under its own condition.
 
     conditions: P rows. row_seeds: (P * num_generations,) int64, one stream of random numbers per completion; by default
-    derived from `seed` and the completion's index. Equal row seeds give common random numbers.
+    derived from `seed` and the completion's index. Equal row seeds give common random numbers. prompts: what prompt_ids were
+    made from, where prompt conditioning has to find its place in chat messages.
     """
     sampling = sampling or SamplingParams()
     if len(conditions) != len(prompt_ids):
         raise ValueError(
             f"conditions has {len(conditions)} rows for {len(prompt_ids)} prompts; expected one per prompt"
         )
-    device, backbone = policy.device, policy.backbone
-    prompts, prompt_mask = pad_left(prompt_ids, policy.pad_token_id, device)
+    device = policy.device
+    shown = policy.shown_prompts(prompt_ids, conditions, prompts)
+    plain = pad_left(prompt_ids, policy.pad_token_id, device)
+    read_ids, read_mask = plain if shown is None else pad_left(shown, policy.pad_token_id, device)
     rows, steps = len(prompt_ids) * num_generations, sampling.max_new_tokens
     if row_seeds is None:
         row_seeds = derive(seed, torch.arange(rows))
     row_seeds = row_seeds.to(device)
-    padded = not bool(prompt_mask.all())
 
-    cache = backbone.empty_cache()
-    with policy.blended(conditions):
-        last = backbone.extend(prompts, prompt_mask, cache, padded=padded)[:, -1]
-        logits = backbone.head.logits(last).repeat_interleave(num_generations, 0)
-    cache = backbone.rollout_cache(cache, num_generations, prompts.shape[1] + steps)
+    decoding = policy.decoding(read_ids, read_mask, conditions, num_generations, steps)
+    logits = decoding.start()
 
     tokens = torch.full((rows, steps), policy.pad_token_id, dtype=torch.long, device=device)
     logprobs = torch.zeros(rows, steps, device=device)
@@ -145,10 +204,6 @@ def rollout(
     # `running` holds the rows still in the batch; `done` those of them that have ended but were not dropped yet.
     running = torch.arange(rows, device=device)
     done = torch.zeros(rows, dtype=torch.bool, device=device)
-    row_conditions = conditions.repeat(num_generations)
-    valid = prompt_mask.repeat_interleave(num_generations, 0)
-    positions = valid.sum(-1, keepdim=True)
-    blend = policy.coefficients(row_conditions)
     for step in range(steps):
         drawn, drawn_logprob = sample_tokens(
             logits,
@@ -172,16 +227,18 @@ def rollout(
             break
         if finished >= _DROP_SHARE * len(running):
             keep = (~done).nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            running, drawn, valid, positions = running[keep], drawn[keep], valid[keep], positions[keep]
-            row_seeds, done = row_seeds[keep], done[keep]
-            blend = None if blend is None else blend[keep]
-        valid = torch.cat([valid, valid.new_ones(len(running), 1)], 1)
-        with policy.blend.use(blend):
-            hidden = backbone.extend(drawn.unsqueeze(1), valid, cache, positions=positions, padded=padded)
-            logits = backbone.head.logits(hidden[:, -1])
-        positions = positions + 1
+            decoding.keep(keep)
+            running, drawn, row_seeds, done = running[keep], drawn[keep], row_seeds[keep], done[keep]
+        logits = decoding.step(drawn)
 
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths.unsqueeze(-1)
-    return Rollout(prompts, prompt_mask, tokens[:, :longest], mask, logprobs[:, :longest], terminated)
+    return Rollout(
+        read_ids,
+        read_mask,
+        tokens[:, :longest],
+        mask,
+        logprobs[:, :longest],
+        terminated,
+        *((None, None) if shown is None else plain),
+    )

@@ -18,6 +18,28 @@ ALL = ("logprob", "ref_logprob", "kl", "entropy")
 _NEEDS_REFERENCE = {"ref_logprob", "kl", "reverse_kl"}
 
 
+def completion_hidden(
+    policy: ConditionedPolicy, batch: Rollout, coefficients: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, T, H): the hidden state that predicts each completion token; the prompt of a group is computed once.
+
+    coefficients: the blend (P, M) of each prompt, or None for the base model. Differentiable in the adapters.
+    """
+    backbone, group = policy.backbone, batch.group
+    prompts = batch.prompt_ids, batch.prompt_mask
+    if coefficients is None and batch.plain_ids is not None:
+        prompts = batch.plain_ids, batch.plain_mask
+    with policy.blend.use(coefficients):
+        before, context = backbone.prefill(*prompts)
+    before = before.repeat_interleave(group, 0)
+    if batch.completion_ids.shape[1] == 1:
+        return before
+    context.repeat(group)
+    with policy.blend.use(None if coefficients is None else coefficients.repeat_interleave(group, 0)):
+        after = backbone.extend(context, batch.completion_ids[:, :-1], batch.completion_mask[:, :-1])
+    return torch.cat([before, after], 1)
+
+
 def completion_stats(
     policy: ConditionedPolicy,
     batch: Rollout,

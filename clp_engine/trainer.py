@@ -240,6 +240,7 @@ class CLPTrainer:
                 num_generations=group,
                 sampling=self.sampling,
                 row_seeds=row_seeds,
+                prompts=batch.prompts,
             )
         with self.timer("reward"):
             rewards = self._reward(batch, drawn)

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    T5Config,
 )
 
 VOCAB = 67  # no tile divides it
@@ -26,7 +29,29 @@ _SMALL = {
     "head_dim": 8,
 }
 
-CONFIGS = {
+_T5 = {
+    **_COMMON,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    **_COMMON,
+    "d_model": 32,
+    "max_position_embeddings": 128,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
+}
+
+CAUSAL = {
     "qwen2": lambda: Qwen2Config(**_SMALL, tie_word_embeddings=True),
     "qwen2-untied": lambda: Qwen2Config(**_SMALL, tie_word_embeddings=False),
     "llama": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=False),
@@ -37,25 +62,59 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**_SMALL, sliding_window=6),
     "gpt2": lambda: GPT2Config(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=128),
 }
+ENCODER_DECODER = {
+    "t5": lambda: T5Config(**_T5),
+    "t5-v1.1": lambda: T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": lambda: BartConfig(**_BART),
+}
+CONFIGS = {**CAUSAL, **ENCODER_DECODER}
 
 
 def build_model(family: str, seed: int = 0):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODER else AutoModelForCausalLM
+    model = auto.from_config(CONFIGS[family]())
+    if family == "t5-v1.1":  # transformers ties what it builds from a config, and unties what a checkpoint holds apart
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.15)
     with torch.no_grad():
-        # Initial weights are so small that every model is nearly uniform; larger ones make errors visible.
+        # Initial weights are so small that every model is nearly uniform; larger ones make errors visible. T5's are larger.
+        larger = 2.0 if family.startswith("t5") else 6.0
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                parameter.mul_(6.0)
+                parameter.mul_(larger)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
+        if family == "bart":
+            model.final_logits_bias.normal_(0, 0.5)
     return model.eval()
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def model_inputs(family: str, rows: int = 4, length: int = 9, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Random tokens as the family's own forward takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ["input_ids", "decoder_input_ids"] if family in ENCODER_DECODER else ["input_ids"]
+    return {name: torch.randint(3, VOCAB, (rows, length), generator=generator) for name in names}
+
+
+def plain_logits(model, prompt: list[int], completion: list[int], **conditions) -> torch.Tensor:
+    """Logits (T, V) that predict each token of a completion, by one unpadded pass of a model's (or policy's) own forward."""
+    if model.config.is_encoder_decoder:
+        shifted = [model.config.decoder_start_token_id, *completion[:-1]]
+        return model(torch.tensor([prompt]), decoder_input_ids=torch.tensor([shifted]), **conditions).logits[
+            0
+        ]
+    return model(torch.tensor([prompt + completion]), **conditions).logits[0, len(prompt) - 1 : -1]
+
+
+def build_tokenizer(family: str = "qwen2") -> PreTrainedTokenizerFast:
+    """Words w0, w1, ...; for an encoder-decoder every text ends with <eos>, as T5's do."""
     words = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"w{i}" for i in range(VOCAB - 4)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if family in ENCODER_DECODER:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 2)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
@@ -72,7 +131,7 @@ def build_policy(family: str = "qwen2", objectives=("a", "b"), *, trained: bool 
     from clp_engine.policy import ConditionedPolicy
 
     policy = ConditionedPolicy.from_pretrained(
-        build_model(family), objectives, tokenizer=build_tokenizer(), **{"rank": 4, **options}
+        build_model(family), objectives, tokenizer=build_tokenizer(family), **{"rank": 4, **options}
     )
     if trained:
         torch.manual_seed(1)

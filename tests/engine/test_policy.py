@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from engine.conftest import VOCAB, build_model, build_policy, build_tokenizer
+from engine.conftest import ENCODER_DECODER, VOCAB, build_model, build_policy, build_tokenizer, model_inputs
 
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
@@ -16,28 +16,29 @@ def ids(rows=4, length=9, seed=3):
 
 
 def test_an_untrained_policy_is_its_base_model_for_every_weighting(family):
-    base, policy = build_model(family), build_policy(family, trained=False)
+    base, policy, given = build_model(family), build_policy(family, trained=False), model_inputs(family)
     with torch.no_grad():
-        expected = base(ids()).logits
-        assert torch.equal(policy(ids(), weights={"a": 0.3, "b": 0.7}).logits, expected)
+        expected = base(**given).logits
+        assert torch.equal(policy(**given, weights={"a": 0.3, "b": 0.7}).logits, expected)
 
 
 def test_rows_with_a_zero_blend_are_the_base_model_in_a_mixed_batch(family):
-    base, policy = build_model(family), build_policy(family)
+    base, policy, given = build_model(family), build_policy(family), model_inputs(family)
     mixed = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [0.0, 0.0], [1.0, 0.0]]), torch.zeros(4))
     with torch.no_grad():
-        expected, logits = base(ids()).logits, policy(ids(), conditions=mixed).logits
+        expected, logits = base(**given).logits, policy(**given, conditions=mixed).logits
     assert torch.equal(logits[[0, 2]], expected[[0, 2]])
     assert (logits[[1, 3]] - expected[[1, 3]]).abs().max() > 1e-2
 
 
 def test_a_row_does_not_depend_on_the_weightings_beside_it(family):
-    policy = build_policy(family)
+    policy, given = build_policy(family), model_inputs(family)
     weightings = torch.tensor([[0.1, 0.9], [0.5, 0.5], [1.0, 0.0], [0.0, 1.0]])
     with torch.no_grad():
-        together = policy(ids(), weights=weightings).logits
+        together = policy(**given, weights=weightings).logits
         for i, w in enumerate(weightings):
-            alone = policy(ids()[i : i + 1], weights=w.tolist()).logits
+            one = {name: values[i : i + 1] for name, values in given.items()}
+            alone = policy(**one, weights=w.tolist()).logits
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -51,34 +52,35 @@ def test_the_blend_is_of_products_not_of_factors():
 
 
 def test_merge_gives_an_ordinary_model_with_the_same_log_probs(family):
-    policy = build_policy(family)
+    policy, given = build_policy(family), model_inputs(family)
     weights = {"a": 0.25, "b": 0.75}
     merged = policy.merge(weights)
     assert type(merged) is type(policy.model) and not any("lora" in n for n, _ in merged.named_parameters())
     with torch.no_grad():
         torch.testing.assert_close(
-            merged(ids()).logits.log_softmax(-1),
-            policy(ids(), weights=weights).logits.log_softmax(-1),
+            merged(**given).logits.log_softmax(-1),
+            policy(**given, weights=weights).logits.log_softmax(-1),
             rtol=1e-4,
             atol=1e-4,
         )
         # and the policy itself still blends
-        assert not torch.equal(policy(ids(), weights=[1, 0]).logits, policy(ids(), weights=[0, 1]).logits)
+        assert not torch.equal(policy(**given, weights=[1, 0]).logits, policy(**given, weights=[0, 1]).logits)
 
 
 @pytest.mark.parametrize("ranks", [4, (2, 6)])
 def test_peft_loads_an_exported_blend_with_the_same_log_probs(family, ranks, tmp_path):
     from peft import PeftModel
 
-    policy = build_policy(family, rank=ranks)
+    policy, given = build_policy(family, rank=ranks), model_inputs(family)
     weights = {"a": 0.6, "b": 0.4}
     policy.export_adapter(tmp_path / "adapter", weights=weights)
     loaded = PeftModel.from_pretrained(build_model(family), tmp_path / "adapter")
     with torch.no_grad():
-        theirs = loaded(input_ids=ids()).logits.log_softmax(-1)
-        ours = policy(ids(), weights=weights).logits.log_softmax(-1)
+        theirs = loaded(**given).logits.log_softmax(-1)
+        ours = policy(**given, weights=weights).logits.log_softmax(-1)
     assert (theirs - ours).abs().max() < 1e-4
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == ("SEQ_2_SEQ_LM" if family in ENCODER_DECODER else "CAUSAL_LM")
     assert config["r"] == sum(policy.spec.ranks) and config["lora_alpha"] == config["r"]
 
 
@@ -93,18 +95,45 @@ def test_the_adapter_export_honours_kl_conditioning(tmp_path):
     torch.testing.assert_close(quarter[key], full[key] * 0.25)
 
 
-def test_save_and_load_give_the_same_policy(tmp_path):
-    policy = build_policy("llama-tied", rank=(3, 5), kl_conditioning="odds", min_kl=0.1)
+@pytest.mark.parametrize("family", ["llama-tied", "t5", "t5-v1.1", "bart"])
+def test_save_and_load_give_the_same_policy(family, tmp_path):
+    policy, given = (
+        build_policy(family, rank=(3, 5), kl_conditioning="odds", min_kl=0.1),
+        model_inputs(family),
+    )
     policy.save_pretrained(tmp_path / "policy")
-    again = ConditionedPolicy.load(tmp_path / "policy", base_model=build_model("llama-tied"))
+    again = ConditionedPolicy.load(tmp_path / "policy", base_model=build_model(family))
     assert again.spec == policy.spec
     with torch.no_grad():
         assert torch.equal(
-            again(ids(), weights=[0.2, 0.8], kl=0.3).logits, policy(ids(), weights=[0.2, 0.8], kl=0.3).logits
+            again(**given, weights=[0.2, 0.8], kl=0.3).logits,
+            policy(**given, weights=[0.2, 0.8], kl=0.3).logits,
         )
     assert again.generate("w1 w2", weights=[1, 0], max_new_tokens=4) == policy.generate(
         "w1 w2", weights=[1, 0], max_new_tokens=4
     )
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "t5", "t5-v1.1", "bart"])
+def test_a_base_model_on_disk_is_loaded_as_what_it_is(family, tmp_path):
+    base, given = build_model(family), model_inputs(family)
+    base.save_pretrained(tmp_path)
+    build_tokenizer(family).save_pretrained(tmp_path)
+    policy = ConditionedPolicy.from_pretrained(str(tmp_path), ["a", "b"], rank=2, device="cpu")
+    assert type(policy.model) is type(base)
+    assert policy.tokenizer("w1 w2").input_ids == build_tokenizer(family)("w1 w2").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(policy(**given).logits, base(**given).logits)
+
+
+def test_every_part_of_an_encoder_decoder_is_conditioned_but_its_output_projection():
+    t5, gated, bart = (build_policy(family) for family in ("t5", "t5-v1.1", "bart"))
+    assert len(t5.layers) == 2 * (4 + 2) + 2 * (8 + 2)  # q, k, v, o; wi, wo; the decoder attends twice
+    assert len(gated.layers) == 2 * (4 + 3) + 2 * (8 + 3) and len(bart.layers) == 2 * (4 + 2) + 2 * (8 + 2)
+    for policy in (t5, gated, bart):
+        assert not any("lm_head" in name for name in policy.layers)
+    with pytest.raises(ConfigError, match="shares its weight with the input embedding"):
+        build_policy("t5", target_modules=["lm_head"])
 
 
 def test_only_the_named_layers_are_conditioned_and_the_head_may_be_one_of_them():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from engine.conftest import build_policy
+from engine.conftest import ENCODER_DECODER, build_policy, plain_logits
 
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
@@ -18,8 +18,8 @@ MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]
 def plain_log_softmax(policy, prompt, completion, condition, temperature=1.0):
     """(T, V) by one unpadded pass of the transformers model over one sequence."""
     with torch.no_grad():
-        logits = policy(torch.tensor([prompt + completion]), conditions=condition).logits[0]
-    return (logits[len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
+        logits = plain_logits(policy, prompt, completion, conditions=condition)
+    return (logits.float() / temperature).log_softmax(-1)
 
 
 def test_log_probs_of_rollout_and_scoring_are_those_of_the_plain_model(family):
@@ -71,10 +71,9 @@ def test_gradients_with_a_shared_prompt_are_those_of_whole_sequences(family):
         prompt = PROMPTS[row // 3]
         if row // 3 == 0:
             continue  # the reference has no gradient
-        logits = policy(
-            torch.tensor([prompt + completion]), conditions=MIXED[row // 3 : row // 3 + 1]
-        ).logits[0]
-        log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        log_probs = plain_logits(
+            policy, prompt, completion, conditions=MIXED[row // 3 : row // 3 + 1]
+        ).log_softmax(-1)
         n = len(completion)
         picked = log_probs[torch.arange(n), torch.tensor(completion)]
         (
@@ -96,8 +95,8 @@ def test_a_conditioned_output_projection_is_scored_and_trained_as_it_is_sampled(
     assert policy.layers["lm_head"].lora_b.grad.abs().sum() > 0
 
 
-def test_a_completion_does_not_depend_on_what_else_is_in_the_batch():
-    policy = build_policy("qwen2")
+def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(family):
+    policy = build_policy(family)
     together = rollout(
         policy, PROMPTS, MIXED, num_generations=2, sampling=SamplingParams(10), row_seeds=torch.arange(8)
     )
@@ -134,14 +133,15 @@ def test_greedy_is_the_argmax_and_the_same_every_time():
         )
 
 
-def test_generate_agrees_with_transformers_generate_on_the_merged_model():
-    policy = build_policy("llama")
+def test_generate_agrees_with_transformers_generate_on_the_merged_model(family):
+    policy = build_policy(family)
     merged, text = policy.merge({"a": 0.5, "b": 0.5}), "w1 w2 w3 w4"
     encoded = policy.tokenizer(text, return_tensors="pt")
     theirs = merged.generate(
         encoded.input_ids, attention_mask=encoded.attention_mask, do_sample=False, max_new_tokens=8
     )
-    expected = policy.tokenizer.decode(theirs[0, encoded.input_ids.shape[1] :], skip_special_tokens=True)
+    skip = 1 if family in ENCODER_DECODER else encoded.input_ids.shape[1]
+    expected = policy.tokenizer.decode(theirs[0, skip:], skip_special_tokens=True)
     assert policy.generate(text, {"a": 0.5, "b": 0.5}, temperature=0, max_new_tokens=8) == [expected]
 
 

@@ -61,7 +61,7 @@ def build_trainer(tmp_path, *, family="qwen2", rewards=None, model=None, **chang
         for k in ("callbacks", "eval_dataset", "peft_config", "processing_class")
         if k in changes
     }
-    extra.setdefault("processing_class", build_tokenizer())
+    extra.setdefault("processing_class", build_tokenizer(family))
     return CLPTrainer(
         model or build_model(family),
         {"low": low_words, "high": high_words} if rewards is None else rewards,
@@ -126,7 +126,7 @@ def test_every_option_trains(tmp_path, changes):
     assert all(math.isfinite(v) for entry in log_of(tmp_path) for v in entry.values())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama-tied"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama-tied", "t5-v1.1"])
 def test_other_families_train(tmp_path, family):
     assert build_trainer(tmp_path, family=family, max_steps=2).train().global_step == 2
 
