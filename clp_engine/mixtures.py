@@ -82,9 +82,7 @@ class _Parts:
         kept, number = needed.nonzero().squeeze(-1), needed.long().cumsum(0) - 1
         position = torch.zeros(self.slots.shape[0], dtype=torch.long, device=rows.device)
         position[rows] = torch.arange(len(rows), device=rows.device)
-        return _Parts(
-            position[self.owner[kept]], self.blend[kept], number[slots], self.share[rows]
-        ), kept
+        return _Parts(position[self.owner[kept]], self.blend[kept], number[slots], self.share[rows]), kept
 
     def mix(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, ...) from the parts' (N, ...), rounded once, to hidden's dtype."""

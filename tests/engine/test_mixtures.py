@@ -1,4 +1,4 @@
-"""A logit mixture is the specialists' logits mixed by hand: in what is sampled, scored, reported; and the base where it should."""
+"""A logit mixture is the specialists' logits mixed by hand, in what is sampled, scored and reported."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from clp_engine.seeds import derive
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [40, 41]]
 # The reference, a mixture, a corner, a mixture of all three; coefficients that neither sum to one nor are positive.
-WEIGHTS = torch.tensor([[0, 0, 0], [0.4, 0.6, 0], [1, 0, 0], [0.2, 0.5, 0.3], [1.5, -0.75, 0]])
+WEIGHTS = torch.tensor([[0, 0, 0], [0.4, 0.6, 0], [1, 0, 0], [0.2, 0.5, 0.3], [1.5, -0.25, 0]])
 MIXED = Conditions(WEIGHTS, torch.full((5,), 0.1))
 OBJECTIVES = ("a", "b", "c")
 
@@ -82,7 +82,11 @@ def test_tokens_log_probs_and_kl_are_those_of_logits_mixed_by_hand(family, scale
         expected, picked = logits.log_softmax(-1), (torch.arange(n), torch.tensor(completion))
         for name, value in (("sampled", drawn.logprobs), ("scored", stats.logprob)):
             torch.testing.assert_close(
-                value[row, :n], expected[picked], rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+                value[row, :n],
+                expected[picked],
+                rtol=1e-3,
+                atol=1e-3,
+                msg=lambda m, name=name: f"{name}: {m}",
             )
         torch.testing.assert_close(stats.ref_logprob[row, :n], reference[picked], rtol=1e-3, atol=1e-3)
         kl = (expected.exp() * (expected - reference)).sum(-1)
