@@ -179,7 +179,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     run = parser.add_argument_group("what is trained")
-    run.add_argument("--model", help="name or path of a causal language model (default: the task's)")
+    run.add_argument("--model", help="name or path of a language model (default: the task's)")
     run.add_argument("--task", help="an embedded task instead of dataset and rewards: docsum")
     run.add_argument("--dataset", metavar="FILE", help="JSON lines with a prompt each")
     run.add_argument("--eval-dataset", metavar="FILE", help="held-out prompts, for evaluation")

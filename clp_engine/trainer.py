@@ -61,8 +61,8 @@ class Generation:
 class CLPTrainer:
     """Trains a conditioned policy; order and names of the arguments are GRPOTrainer's.
 
-    model: a ConditionedPolicy, a model name or path, or a loaded causal language model; the latter become a policy with one
-        objective per reward, as `args` and `peft_config` (r, lora_alpha, target_modules) say.
+    model: a ConditionedPolicy, a model name or path, or a loaded causal or encoder-decoder language model; the latter become
+        a policy with one objective per reward, as `args` and `peft_config` (r, lora_alpha, target_modules) say.
     reward_funcs: see `rewards.RewardSet`; their names are the objectives. args: a CLPConfig.
     train_dataset, eval_dataset: rows with a `prompt` (text or chat messages); other columns go to the reward functions.
     processing_class: the tokenizer, if it is not the model's own. callbacks: transformers.TrainerCallback classes or objects.

@@ -74,7 +74,8 @@ def build_model(family: str, seed: int = 0):
     torch.manual_seed(seed)
     auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODER else AutoModelForCausalLM
     model = auto.from_config(CONFIGS[family]())
-    if family == "t5-v1.1":  # transformers ties what it builds from a config, and unties what a checkpoint holds apart
+    if family == "t5-v1.1":
+        # transformers ties what it builds from a config; a checkpoint may hold the two apart.
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.15)
     with torch.no_grad():
         # Initial weights are so small that every model is nearly uniform; larger ones make errors visible. T5's are larger.

@@ -104,9 +104,7 @@ def test_a_conditioned_output_projection_is_scored_as_it_is_sampled():
     policy = build_policy("t5-v1.1", target_modules=["lm_head", "q"])
     conditions = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.zeros(4))
     drawn = rollout(policy, PROMPTS, conditions, num_generations=2, sampling=SamplingParams(6), seed=4)
-    torch.testing.assert_close(
-        score(policy, drawn, conditions).logprob, drawn.logprobs, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(score(policy, drawn, conditions).logprob, drawn.logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_a_start_token_is_refused():

@@ -1,0 +1,247 @@
+"""Decode-time mixing of specialists: every token is drawn from a mixture of their logits.
+
+    z(w) = z_ref + sum_i c_i (z_i - z_ref),      c = scale * w      (with kl_conditioning: scale * c(alpha) * w)
+
+`z_i` are the logits of specialist i, `z_ref` those of the base model. It is the zero-shot counterpart of logit conditioning:
+nothing is trained for a weighting, and every completion is decoded once under each specialist it weighs. With `sum_i w_i = 1`
+it is `log pi ~ scale * sum_i w_i log pi_i + (1 - scale) * log pi_ref`, and `scale` is the realignment coefficient lambda of
+DeRa (Liu et al., 2024): below 1 towards the reference, above 1 beyond the specialists. If every specialist is the optimum of
+its reward, `pi_i ~ pi_ref exp(R_i / beta)`, then `prod_i pi_i^w_i` is the optimum of `w.R` (multi-objective decoding, Shi et
+al., 2024), once it is normalised over whole completions; here it is normalised at every token, which is the same for
+completions of one token and an approximation for longer ones.
+
+The output projection is linear and its coefficients, the reference's `1 - sum_i c_i` among them, sum to one, so that mixing
+logits is mixing last hidden states, `W (sum_i c_i h_i) + b`: statistics, exact KL included, come from the same
+`linear_logprob` as any policy's. Where the model caps its logits the mixture is of the logits before the cap. The hidden
+states are mixed in float32 (or better) and rounded once to the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from clp_kernels import TokenStats
+
+from clp_engine.conditions import Conditions
+from clp_engine.errors import ConfigError
+from clp_engine.policy import ConditionedPolicy
+from clp_engine.rollout import Rollout
+from clp_engine.scoring import completion_hidden
+
+_NEGLIGIBLE = 1e-6  # float32 weights that sum to one do so up to this
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Rows of a mixture, taken apart: each row is a sum over its parts, one for each member with a coefficient.
+
+    owner: (N,), the row each part belongs to; blend: (N, M), one-hot, zero for the reference.
+    slots, share: (rows, K), the parts of each row and their coefficients, K the most that a row has; a row with fewer has its
+    first part again with a coefficient of zero.
+    """
+
+    owner: torch.Tensor
+    blend: torch.Tensor
+    slots: torch.Tensor
+    share: torch.Tensor
+
+    @classmethod
+    def of(cls, coefficients: torch.Tensor) -> _Parts:
+        """coefficients: (rows, M) of the specialists; the reference has what they lack to one."""
+        rest = 1 - coefficients.sum(-1, keepdim=True)
+        rest = torch.where(rest.abs() < _NEGLIGIBLE, 0.0, rest)
+        share = torch.cat([coefficients, rest], 1)
+        present = share != 0
+        owner, member = present.nonzero().unbind(-1)
+        blend = torch.eye(share.shape[1], device=share.device)[member, :-1]
+        # Present members first, in their order; their parts are numbered row by row.
+        width = int(present.sum(-1).max())
+        order = (~present).long().argsort(dim=-1, stable=True)[:, :width]
+        counts = present.sum(-1, keepdim=True)
+        place = torch.arange(width, device=share.device)
+        slots = counts.cumsum(0) - counts + torch.where(place < counts, place, 0)
+        return cls(owner, blend, slots, share.gather(1, order))
+
+    def repeat(self, times: int) -> _Parts:
+        """Each row `times` times in a row, where each part's rows lie together."""
+        copies = torch.arange(times, device=self.slots.device)
+        slots = (self.slots.unsqueeze(1) * times + copies.view(1, -1, 1)).flatten(0, 1)
+        owner = (self.owner.unsqueeze(-1) * times + copies).flatten()
+        return _Parts(
+            owner, self.blend.repeat_interleave(times, 0), slots, self.share.repeat_interleave(times, 0)
+        )
+
+    def keep(self, rows: torch.Tensor) -> tuple[_Parts, torch.Tensor]:
+        """(the parts of these rows, which of the present parts they are)."""
+        slots = self.slots[rows]
+        needed = torch.zeros(len(self.owner), dtype=torch.bool, device=rows.device)
+        needed[slots.flatten()] = True
+        kept, number = needed.nonzero().squeeze(-1), needed.long().cumsum(0) - 1
+        position = torch.zeros(self.slots.shape[0], dtype=torch.long, device=rows.device)
+        position[rows] = torch.arange(len(rows), device=rows.device)
+        return _Parts(position[self.owner[kept]], self.blend[kept], number[slots], self.share[rows]), kept
+
+    def mix(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, ...) from the parts' (N, ...), rounded once, to hidden's dtype."""
+        share = self.share.view(*self.share.shape, *(1,) * (hidden.dim() - 1))
+        members = hidden[self.slots].to(torch.promote_types(hidden.dtype, share.dtype))
+        return (members * share).sum(1).to(hidden.dtype)
+
+
+class LogitMixture:
+    """Specialists mixed at decode time, with what `rollout`, `score`, `evaluate` and `generate` use of a policy.
+
+    policy: its corners (one objective's weight 1, the others' 0) are the specialists; left as it is.
+    scale: lambda, see the module. Weightings lie on the simplex, as a policy's; `Conditions` made by hand may hold any finite
+        numbers (negative ones guide away from a specialist). Rows of weight zero are the base model.
+    Raises ConfigError for a policy whose output projection is conditioned, or a scale that is not finite.
+    """
+
+    def __init__(self, policy: ConditionedPolicy, *, scale: float = 1.0):
+        if any(layer is policy.backbone.head.module for layer in policy.layers.values()):
+            raise ConfigError(
+                "this policy's output projection is conditioned, so that its specialists' logits are not one projection "
+                "of mixed hidden states; where nothing else is conditioned the policy's own blend is this mixture already"
+            )
+        if policy.conditioning.prompt or not policy.conditioning.blended:
+            raise ConfigError(
+                f"a policy with conditioning={policy.spec.conditioning!r} has no specialists at its corners to mix"
+            )
+        if not math.isfinite(scale):
+            raise ConfigError(f"scale={scale}: expected a finite number")
+        self.policy, self.scale = policy, float(scale)
+
+    # -- what it is: the policy's ---------------------------------------------------------------------------------------
+
+    @property
+    def spec(self):
+        return self.policy.spec
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self.policy.objectives
+
+    @property
+    def kl_is_beta(self) -> bool:
+        return self.policy.kl_is_beta
+
+    @property
+    def config(self):
+        return self.policy.config
+
+    @property
+    def tokenizer(self):
+        return self.policy.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        return self.policy.stop_token_ids
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.policy.pad_token_id
+
+    def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
+        """As `ConditionedPolicy.conditions`."""
+        return self.policy.conditions(weights, kl, rows)
+
+    # -- computing ----------------------------------------------------------------------------------------------------
+
+    def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
+        """`c` (rows, M) on the model's device, or None where every row is the reference."""
+        blend = self.policy.coefficients(conditions)
+        return None if blend is None else blend * self.scale
+
+    def shown_prompts(self, prompt_ids, conditions: Conditions, prompts=None) -> None:
+        """None: specialists read the prompt as it is."""
+
+    def decoding(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        conditions: Conditions,
+        group: int,
+        room: int,
+    ) -> MixtureDecoding:
+        """What `rollout` draws from, as `ConditionedPolicy.decoding`."""
+        coefficients = self.coefficients(conditions)
+        if coefficients is None:
+            coefficients = torch.zeros(conditions.weights.shape, device=self.device)
+        return MixtureDecoding(self.policy, prompt_ids, prompt_mask, _Parts.of(coefficients), group, room)
+
+    def completion_hidden(self, batch: Rollout, conditions: Conditions | None) -> torch.Tensor:
+        """(B, T, H): the mixed hidden state that predicts each completion token; see `scoring.completion_hidden`."""
+        coefficients = self.coefficients(conditions)
+        if coefficients is None:
+            return self.policy.completion_hidden(batch, None)
+        parts = _Parts.of(coefficients)
+        rows = parts.repeat(batch.group)
+        taken_apart = Rollout(
+            batch.prompt_ids[parts.owner],
+            batch.prompt_mask[parts.owner],
+            batch.completion_ids[rows.owner],
+            batch.completion_mask[rows.owner],
+            batch.logprobs[rows.owner],
+            batch.terminated[rows.owner],
+        )
+        return rows.mix(completion_hidden(self.policy, taken_apart, parts.blend))
+
+    def token_stats(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        ref_hidden: torch.Tensor | None = None,
+        conditions: Conditions | None = None,
+        temperature: float = 1.0,
+        outputs: Sequence[str] = ("logprob",),
+    ) -> TokenStats:
+        """As `ConditionedPolicy.token_stats`, of mixed hidden states."""
+        return self.policy.token_stats(
+            hidden, targets, ref_hidden=ref_hidden, temperature=temperature, outputs=outputs
+        )
+
+    def generate(self, prompts: str | Sequence[str], weights=None, kl=None, **options) -> list:
+        """As `ConditionedPolicy.generate`, which needs of its policy only what is here."""
+        return ConditionedPolicy.generate(self, prompts, weights, kl, **options)
+
+
+class MixtureDecoding:
+    """Logits of mixtures, see `rollout.Decoding`: each row runs as its parts, each part under one specialist or the base."""
+
+    def __init__(
+        self,
+        policy: ConditionedPolicy,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        parts: _Parts,
+        group: int,
+        room: int,
+    ):
+        self._backbone, self._in_force, self._parts = policy.backbone, policy.blend, parts
+        self._prompts = prompt_ids[parts.owner], prompt_mask[parts.owner]
+        self._group, self._room = group, room
+
+    def start(self) -> torch.Tensor:
+        with self._in_force.use(self._parts.blend):
+            hidden, self._context = self._backbone.prefill(*self._prompts)
+        logits = self._backbone.head.logits(self._parts.mix(hidden[:, -1]))
+        self._context.repeat(self._group, room=self._room)
+        self._parts = self._parts.repeat(self._group)
+        return logits.repeat_interleave(self._group, 0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        with self._in_force.use(self._parts.blend):
+            hidden = self._backbone.extend(self._context, tokens[self._parts.owner].unsqueeze(1))
+        return self._backbone.head.logits(self._parts.mix(hidden[:, -1]))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._parts, kept = self._parts.keep(rows)
+        self._context.select(kept)
