@@ -26,6 +26,7 @@ examples:
   clp-engine evaluate runs/demo                       Pareto front: report.json, report.md, pareto.png
   clp-engine generate runs/demo --weights coverage=0.7,brevity=0.3 --prompt "Return the sum of ..."
   clp-engine export runs/demo --weights coverage=0.7,brevity=0.3 --to adapter
+  clp-engine compare CONFIG.yaml                      methods and baselines over seeds, in one report
 
 exit codes: 0 done, 1 an error of the engine, 2 a mistake in what was asked, 130 interrupted
 """
@@ -46,6 +47,31 @@ examples:
   clp-engine train CONFIG.yaml
   clp-engine train CONFIG.yaml --resume
   clp-engine train --task docsum --objectives coverage,brevity --max-steps 200 --output-dir runs/mine
+"""
+
+_COMPARE_EPILOG = """\
+CONFIG.yaml holds the settings that all methods share, as for train, and:
+
+  task: docsum
+  objectives: [coverage, brevity]
+  output_dir: runs/comparison
+  seeds: [0, 1, 2]
+  budget_tokens: 400000                   # generated in a full budget; or max_steps
+  methods:
+    LoRA-CLP: {conditioning: lora}
+    prompt: {conditioning: prompt, learning_rate: 1e-4}
+    specialists: {kind: specialists, weightings: [[1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1]]}
+    Rewarded Soups: {kind: soup}          # its specialists share one budget; budget: each gives each a full one
+    logit mixing: {kind: logit_mixing}
+  evaluation: {prompts: 256, num_generations: 2, grid: 11, margin: 0.1}
+
+A specialist per KL coefficient, for one objective: {kind: kl_specialists, alphas: [0.01, 0.1]}.
+The same command goes on where an earlier one stopped, and trains nothing twice.
+
+examples:
+  clp-engine compare CONFIG.yaml --dry-run
+  clp-engine compare CONFIG.yaml --jobs 2
+  clp-engine compare CONFIG.yaml --only LoRA-CLP,prompt --seeds 0
 """
 
 _RUN_HELP = "run folder (or a policy folder or checkpoint in it)"
@@ -76,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments, unknown = _parser(argv).parse_known_args(argv)
             if unknown:
                 arguments.parser.refuse(unknown)
-            arguments.run(arguments)
+            code = arguments.run(arguments)
         finally:
             sys.stdout.flush()
-        return 0
+        return code or 0
     except ConfigError as error:
         if debug:
             raise
@@ -144,6 +170,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_evaluate(command("evaluate", _evaluate, "measure the Pareto front of a run"))
     _add_generate(command("generate", _generate, "generate text at a weighting of the objectives"))
     _add_export(command("export", _export, "write one weighting as an ordinary PEFT adapter or model"))
+    _add_compare(command("compare", _compare, "compare methods and baselines over seeds", _COMPARE_EPILOG))
     info = command("info", _info, "show versions, devices and kernel back-ends")
     info.add_argument("--json", action="store_true", help="as JSON")
     return parser
@@ -274,6 +301,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--merged", action="store_true", help="a transformers model instead of an adapter")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="methods, seeds, budget and shared settings")
+    parser.add_argument("--output-dir", metavar="DIR", help="instead of the file's output_dir")
+    parser.add_argument("--only", metavar="A,B", help="do these methods alone; the report covers what is there")
+    parser.add_argument("--seeds", metavar="0,1", help="do these of the file's seeds alone")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, each with its share of the cores")
+    parser.add_argument("--report-only", action="store_true", help="write the report of what is there")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and what is done already")
 
 
 def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
@@ -524,6 +561,44 @@ def _export(arguments: argparse.Namespace) -> None:
         policy.export_adapter(target, weights, arguments.kl)
     base = policy.spec.base_model
     print(f"model: {target}" if arguments.merged else f"adapter: {target}  (base model: {base})")
+
+
+def _compare(arguments: argparse.Namespace) -> int | None:
+    from clp_engine import compare as comparing
+    from clp_engine.compare import report as rendering
+
+    config = _read_yaml(arguments.config)
+    if arguments.output_dir is not None:
+        config["output_dir"] = arguments.output_dir
+    only = None if arguments.only is None else [n.strip() for n in arguments.only.split(",") if n.strip()]
+    seeds = None if arguments.seeds is None else _whole_numbers(arguments.seeds, "--seeds")
+    if arguments.dry_run:
+        return print(comparing.describe(comparing.make_plan(config), only, seeds))
+    command = shlex.join(["clp-engine", *sys.argv[1:]])
+    try:
+        comparison = comparing.compare(
+            config,
+            only=only,
+            seeds=seeds,
+            jobs=arguments.jobs,
+            report_only=arguments.report_only,
+            command=command,
+        )
+    except KeyboardInterrupt:
+        raise runs.Interrupted(f"interrupted, nothing is lost; go on with: {command}") from None
+    except comparing.CompareFailed as error:
+        if error.comparison is not None:
+            print(f"\n{rendering.summary(error.comparison)}\n\nreport: {config['output_dir']}/comparison.md")
+        print(f"clp-engine: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{rendering.summary(comparison)}\n\nreport: {config['output_dir']}/comparison.md")
+
+
+def _whole_numbers(text: str, flag: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: expected whole numbers, such as 0,1") from None
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -46,11 +46,11 @@ def write_report(report: ParetoReport, directory: str | Path) -> list[Path]:
     write_text(written[1], markdown(report, picture=figure is not None))
     if figure is not None:
         written.append(directory / "pareto.png")
-        _write_png(figure, written[-1])
+        write_png(figure, written[-1])
     return written
 
 
-def _write_png(figure: Figure, path: Path) -> None:
+def write_png(figure: Figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     temporary = path.with_name(f".{path.name}.new-{os.getpid()}")

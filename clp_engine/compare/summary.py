@@ -1,0 +1,505 @@
+"""What a comparison shows: every method over its seeds, and every method against the baselines.
+
+Intervals are over training seeds. All methods and seeds share the prompts and the random numbers of the evaluation, so a
+difference between two methods at one seed is paired; the interval is Student's for the mean of n independent seeds,
+
+    mean +- t_(n-1, 97.5 %) * s / sqrt(n),
+
+and None with one seed. It covers the luck of training. It does not cover the choice of prompts, which is the same for all:
+for that see the bootstrap intervals of each report.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clp_engine import info, pareto
+from clp_engine.compare import work
+from clp_engine.compare.plan import Method, Plan
+from clp_engine.errors import ConfigError
+from clp_engine.evaluation import Base, ParetoReport, Point, default_grid, source_commit, versions
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, its interval (None with fewer than two values), and the values, seed by seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        values = tuple(float(v) for v in values)
+        mean = math.fsum(values) / len(values)
+        if len(values) < 2:
+            return cls(mean, None, None, values)
+        deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        half = t_quantile(CONFIDENCE, len(values) - 1) * deviation / math.sqrt(len(values))
+        return cls(mean, mean - half, mean + half, values)
+
+    @property
+    def half_width(self) -> float | None:
+        return None if self.high is None else self.high - self.mean
+
+
+def t_quantile(confidence: float, df: int) -> float:
+    """t with P(|T| <= t) = confidence for Student's T with `df` (whole) degrees of freedom, by bisection."""
+    low, high = 0.0, 1.0
+    while t_probability(high, df) < confidence:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, df) < confidence else (low, middle)
+    return (low + high) / 2
+
+
+def t_probability(t: float, df: int) -> float:
+    """P(|T| <= t), a finite sum for whole df (Abramowitz and Stegun 26.7.3 and 26.7.4); with theta = atan(t / sqrt(df)),
+
+    odd   2/pi (theta + sin cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ... up to cos^(df-3)))
+    even  sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ... up to cos^(df-2))
+    """
+    theta = math.atan(t / math.sqrt(df))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = df % 2
+    term, total = 1.0, 0.0
+    for k in range((df - odd) // 2):
+        if k:
+            term *= (2 * k - 1 + odd) / (2 * k + odd) * cosine**2
+        total += term
+    return 2 / math.pi * (theta + sine * cosine * total) if odd else sine * total
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One weighting (and KL coefficient) of a method, over its seeds. utility: w.R; objective: what training maximises there,
+    `(1 - alpha) w.R - alpha KL`, or `w.R - beta KL`; matched: one of the specialists' weightings."""
+
+    weights: dict[str, float]
+    kl_coef: float
+    rewards: dict[str, Estimate]
+    kl: Estimate
+    length: Estimate
+    utility: Estimate
+    objective: Estimate
+    matched: bool
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """A method over the seeds it has been evaluated for.
+
+    hypervolume, expected_utility, realised_utility, steerability: see `pareto`; over all points of the method. kl_volume:
+    hypervolume of (reward, -KL) points, for one objective only. `_matched`: over the weightings (and KL coefficients) that
+    specialists were trained for, which every method then has: None where there are no specialists.
+    kl, length: means over the points. The rest is what training took, summed over the runs the method needs (whoever else
+    needs them too): runs, optimiser steps, completions, tokens generated, parameters trained, seconds of steps.
+    """
+
+    name: str
+    kind: str
+    description: str
+    seeds: tuple[int, ...]
+    points: tuple[FrontPoint, ...]
+    hypervolume: Estimate
+    hypervolume_matched: Estimate | None
+    kl_volume: Estimate | None
+    kl_volume_matched: Estimate | None
+    expected_utility: Estimate
+    realised_utility: Estimate
+    realised_utility_matched: Estimate | None
+    steerability: dict[str, Estimate | None]
+    kl: Estimate
+    length: Estimate
+    runs: int
+    steps: Estimate
+    completions: Estimate
+    generated_tokens: Estimate
+    trained_parameters: int
+    seconds: Estimate
+
+    def volume(self, matched: bool = False) -> Estimate | None:
+        """The hypervolume that says something: of rewards, or of reward and KL where there is one reward."""
+        volumes = (
+            (self.kl_volume, self.kl_volume_matched)
+            if self.kl_volume
+            else (self.hypervolume, self.hypervolume_matched)
+        )
+        return volumes[matched]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """At one weighting (and KL coefficient), method minus reference, paired over seeds."""
+
+    weights: dict[str, float]
+    kl_coef: float
+    utility: Estimate
+    objective: Estimate
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A method against a reference, over the seeds both have.
+
+    volume_ratio: of `MethodResult.volume`, method by reference, each at all its own points; volume_ratio_matched: both at
+    the specialists' weightings. dominated: how many of the reference's `reference_points` points some point of the method
+    dominates.
+    differences: at every weighting both have; utility, objective: their means over the weightings.
+    """
+
+    method: str
+    reference: str
+    seeds: tuple[int, ...]
+    volume_ratio: Estimate | None
+    volume_ratio_matched: Estimate | None
+    dominated: Estimate
+    reference_points: int
+    differences: tuple[Difference, ...]
+    utility: Estimate | None
+    objective: Estimate | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The content of comparison.json. missing: methods and seeds that have no complete report yet."""
+
+    task: str | None
+    model: str
+    objectives: list[str]
+    seeds: list[int]
+    reference_point: dict[str, float]
+    kl_limit: float | None
+    base: Base
+    methods: list[MethodResult]
+    contrasts: list[Contrast]
+    missing: list[str]
+    setup: dict[str, Any]
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commits: list[str]
+    command: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def method(self, name: str) -> MethodResult:
+        return next(m for m in self.methods if m.name == name)
+
+    @property
+    def varies_kl(self) -> bool:
+        return len({p.kl_coef for m in self.methods for p in m.points}) > 1
+
+
+@dataclass(frozen=True)
+class Front:
+    """A method at one seed, as arrays: weights (P, M), kl_coefs (P,), rewards (P, M), kl (P,), length (P,)."""
+
+    weights: np.ndarray
+    kl_coefs: np.ndarray
+    rewards: np.ndarray
+    kl: np.ndarray
+    length: np.ndarray
+
+    @classmethod
+    def of(cls, points: Sequence[Point], objectives: Sequence[str]) -> Front:
+        points = sorted(points, key=lambda p: ([p.weights[n] for n in objectives], p.kl_coef))
+        return cls(
+            np.array([[p.weights[n] for n in objectives] for p in points]),
+            np.array([p.kl_coef for p in points]),
+            np.array([[p.rewards[n].mean for n in objectives] for p in points]),
+            np.array([p.kl for p in points]),
+            np.array([p.length for p in points]),
+        )
+
+    def at(self, rows) -> Front:
+        return Front(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+
+    @property
+    def keys(self) -> list[tuple[float, ...]]:
+        """(w_1 ... w_M, kl) of every point: the same asked of two methods is the same key."""
+        return [
+            (*(round(w, 6) for w in row), round(kl, 6))
+            for row, kl in zip(self.weights.tolist(), self.kl_coefs.tolist())
+        ]
+
+    @property
+    def utility(self) -> np.ndarray:
+        return (self.weights * self.rewards).sum(-1)
+
+    def objective(self, kl_is_beta: bool) -> np.ndarray:
+        keep = 1.0 if kl_is_beta else 1 - self.kl_coefs
+        return keep * self.utility - self.kl_coefs * self.kl
+
+    def restricted(self, keys: set[tuple[float, ...]]) -> Front | None:
+        """The points with these keys; None unless every one is there."""
+        rows = [i for i, key in enumerate(self.keys) if key in keys]
+        return self.at(rows) if keys and len(rows) == len(keys) else None
+
+
+# --- from reports --------------------------------------------------------------------------------------------------------
+
+
+def collect(plan: Plan, command: str = "") -> Comparison:
+    """From every report of the plan that is there. Raises ConfigError where there is none yet."""
+    fronts: dict[str, dict[int, Front]] = {}
+    trainings: dict[str, dict[int, list[work.Training]]] = {}
+    missing = []
+    for method in plan.methods:
+        fronts[method.name], trainings[method.name] = {}, {}
+        for seed in plan.seeds:
+            evaluations = plan.of(method.name, seed)
+            if not all(work.is_evaluated(plan, e) for e in evaluations):
+                missing.append(f"{method.name}, seed {seed}")
+                continue
+            points = [p for e in evaluations for p in work.report_of(plan, e).points]
+            fronts[method.name][seed] = Front.of(points, plan.objectives)
+            needed = dict.fromkeys(name for e in evaluations for name in e.runs)
+            trainings[method.name][seed] = [work.Training.load(plan.run_folder(name)) for name in needed]
+    if not any(fronts.values()):
+        raise ConfigError(
+            f"{plan.output_dir}: no method has been evaluated yet; run without --report-only first"
+        )
+    base = work.report_of(plan, None)
+    return summarise(
+        plan.methods,
+        fronts,
+        trainings,
+        base,
+        objectives=plan.objectives,
+        references=plan.references,
+        kl_is_beta=plan.kl_is_beta,
+        kl_limit=plan.evaluation.kl_limit,
+        missing=missing,
+        task=plan.spec.task,
+        model=plan.spec.model,
+        seeds=list(plan.seeds),
+        setup={**dataclasses.asdict(plan.evaluation), **plan.sampling},
+        config=plan.config,
+        command=command,
+    )
+
+
+def summarise(
+    methods: Sequence[Method],
+    fronts: Mapping[str, Mapping[int, Front]],
+    trainings: Mapping[str, Mapping[int, Sequence[work.Training]]],
+    base: ParetoReport,
+    *,
+    objectives: Sequence[str],
+    references: Sequence[str],
+    kl_is_beta: bool = False,
+    kl_limit: float | None = None,
+    **about: Any,
+) -> Comparison:
+    """Aggregate fronts (method -> seed -> Front) over seeds; `about` fills the other fields of Comparison."""
+    present = [m for m in methods if fronts[m.name]]
+    every = [f for m in present for f in fronts[m.name].values()]
+    if len(objectives) > 1:
+        kl_limit = None
+    elif kl_limit is None:
+        kl_limit = float(max(f.kl.max() for f in every))
+    reference = np.array([base.reference_point[n] for n in objectives])
+    base_rewards = np.array([base.base.rewards[n].mean for n in objectives])
+    matched = next(
+        (set(next(iter(fronts[m.name].values())).keys) for m in present if m.kind.endswith("specialists")),
+        set(),
+    )
+    measure = _Measure(objectives, reference, base_rewards, kl_limit, kl_is_beta, matched)
+    results = [_method_result(m, fronts[m.name], trainings[m.name], measure) for m in present]
+    contrasts = [
+        _contrast(m.name, r, fronts[m.name], fronts[r], measure)
+        for r in references
+        for m in present
+        if m.name != r and set(fronts[m.name]) & set(fronts[r])
+    ]
+    used = [t for by_seed in trainings.values() for runs in by_seed.values() for t in runs]
+    return Comparison(
+        objectives=list(objectives),
+        reference_point=dict(base.reference_point),
+        kl_limit=kl_limit,
+        base=base.base,
+        methods=results,
+        contrasts=contrasts,
+        machine={
+            "processor": info.collect()["devices"][0]["name"],
+            "platform": platform.platform(),
+            "devices": sorted({t.device for t in used}),
+            "threads": sorted({t.threads for t in used}),
+        },
+        versions=versions(),
+        commits=sorted({c for c in [*(t.commit for t in used), base.commit, source_commit()] if c}),
+        **about,
+    )
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What every front is measured against."""
+
+    objectives: Sequence[str]
+    reference: np.ndarray
+    base: np.ndarray
+    kl_limit: float | None
+    kl_is_beta: bool
+    matched: set[tuple[float, ...]]
+
+    def hypervolume(self, front: Front) -> float:
+        return float(pareto.hypervolume(front.rewards, self.reference))
+
+    def kl_volume(self, front: Front) -> float:
+        """Hypervolume of the points (R, -KL), and of the base model's (R_base, 0), above (reference, -kl_limit)."""
+        points = np.stack([np.append(front.rewards[:, 0], self.base[0]), -np.append(front.kl, 0.0)], -1)
+        return float(pareto.hypervolume(points, np.array([self.reference[0], -self.kl_limit])))
+
+    def volume(self, front: Front) -> float:
+        return self.hypervolume(front) if self.kl_limit is None else self.kl_volume(front)
+
+
+def _method_result(
+    method: Method,
+    fronts: Mapping[int, Front],
+    trainings: Mapping[int, Sequence[work.Training]],
+    measure: _Measure,
+) -> MethodResult:
+    seeds = tuple(fronts)
+    each = [fronts[seed] for seed in seeds]
+    matched = [f.restricted(measure.matched) for f in each]
+    matched = None if any(f is None for f in matched) else matched
+    lattice = default_grid(len(measure.objectives))
+    took = [trainings[seed] for seed in seeds]
+    one = len(measure.objectives) == 1
+    return MethodResult(
+        name=method.name,
+        kind=method.kind,
+        description=method.description,
+        seeds=seeds,
+        points=_points(each, measure),
+        hypervolume=_over(each, measure.hypervolume),
+        hypervolume_matched=_over(matched, measure.hypervolume),
+        kl_volume=_over(each, measure.kl_volume) if one else None,
+        kl_volume_matched=_over(matched, measure.kl_volume) if one else None,
+        expected_utility=_over(each, lambda f: pareto.expected_utility(f.rewards, lattice)),
+        realised_utility=_over(each, lambda f: f.utility.mean()),
+        realised_utility_matched=_over(matched, lambda f: f.utility.mean()),
+        steerability=_steerability(each, measure.objectives),
+        kl=_over(each, lambda f: f.kl.mean()),
+        length=_over(each, lambda f: f.length.mean()),
+        runs=len(took[0]),
+        steps=Estimate.of([sum(t.steps for t in runs) for runs in took]),
+        completions=Estimate.of([sum(t.completions for t in runs) for runs in took]),
+        generated_tokens=Estimate.of([sum(t.generated_tokens for t in runs) for runs in took]),
+        trained_parameters=sum(t.trained_parameters for t in took[0]),
+        seconds=Estimate.of([sum(t.seconds for t in runs) for runs in took]),
+    )
+
+
+def _over(fronts: Sequence[Front] | None, metric) -> Estimate | None:
+    return None if fronts is None else Estimate.of([metric(front) for front in fronts])
+
+
+def _points(fronts: Sequence[Front], measure: _Measure) -> tuple[FrontPoint, ...]:
+    def over_seeds(values) -> list[Estimate]:
+        return [Estimate.of(column) for column in np.stack(values, -1).tolist()]
+
+    first, names = fronts[0], measure.objectives
+    rewards = [over_seeds([f.rewards[:, i] for f in fronts]) for i in range(len(names))]
+    columns = zip(
+        first.keys,
+        zip(*rewards),
+        over_seeds([f.kl for f in fronts]),
+        over_seeds([f.length for f in fronts]),
+        over_seeds([f.utility for f in fronts]),
+        over_seeds([f.objective(measure.kl_is_beta) for f in fronts]),
+    )
+    return tuple(
+        FrontPoint(
+            dict(zip(names, key)),
+            key[-1],
+            dict(zip(names, reward)),
+            kl,
+            length,
+            utility,
+            objective,
+            key in measure.matched,
+        )
+        for key, reward, kl, length, utility, objective in columns
+    )
+
+
+def _steerability(fronts: Sequence[Front], objectives: Sequence[str]) -> dict[str, Estimate | None]:
+    """None where it is undefined at some seed."""
+    by_seed = np.stack([pareto.steerability(f.rewards, f.weights) for f in fronts])  # (seeds, M)
+    return {
+        name: None if np.isnan(column).any() else Estimate.of(column.tolist())
+        for name, column in zip(objectives, by_seed.T)
+    }
+
+
+def _contrast(
+    method: str, reference: str, mine: Mapping[int, Front], theirs: Mapping[int, Front], measure: _Measure
+) -> Contrast:
+    seeds = tuple(seed for seed in mine if seed in theirs)
+    pairs = [(mine[seed], theirs[seed]) for seed in seeds]
+    matched = [(a.restricted(measure.matched), b.restricted(measure.matched)) for a, b in pairs]
+    differences = _differences(pairs, measure)
+    return Contrast(
+        method,
+        reference,
+        seeds,
+        _ratio(pairs, measure),
+        None if any(None in pair for pair in matched) else _ratio(matched, measure),
+        Estimate.of([dominated(a.rewards, b.rewards) for a, b in pairs]),
+        len(pairs[0][1].kl_coefs),
+        differences,
+        _mean_over_points([d.utility for d in differences]),
+        _mean_over_points([d.objective for d in differences]),
+    )
+
+
+def _ratio(pairs: Sequence[tuple[Front, Front]], measure: _Measure) -> Estimate | None:
+    volumes = [(measure.volume(a), measure.volume(b)) for a, b in pairs]
+    return Estimate.of([a / b for a, b in volumes]) if all(b > 0 for _, b in volumes) else None
+
+
+def dominated(front: np.ndarray, reference: np.ndarray) -> int:
+    """How many points of `reference` (Q, M) some point of `front` (P, M) dominates: as good everywhere, better somewhere."""
+    q, p = front[None, :, :], reference[:, None, :]
+    return int(((q >= p).all(-1) & (q > p).any(-1)).any(-1).sum())
+
+
+def _differences(pairs: Sequence[tuple[Front, Front]], measure: _Measure) -> tuple[Difference, ...]:
+    shared = [key for key in pairs[0][0].keys if key in set(pairs[0][1].keys)]
+    if not shared:
+        return ()
+
+    def minus(value) -> list[Estimate]:
+        rows = [
+            value(a)[[a.keys.index(k) for k in shared]] - value(b)[[b.keys.index(k) for k in shared]]
+            for a, b in pairs
+        ]
+        return [Estimate.of(column) for column in np.stack(rows, -1).tolist()]
+
+    utilities = minus(lambda f: f.utility)
+    objectives = minus(lambda f: f.objective(measure.kl_is_beta))
+    return tuple(
+        Difference(dict(zip(measure.objectives, key)), key[-1], u, o)
+        for key, u, o in zip(shared, utilities, objectives)
+    )
+
+
+def _mean_over_points(estimates: Sequence[Estimate]) -> Estimate | None:
+    """Mean over points at each seed first, then over seeds."""
+    return Estimate.of(np.mean([e.values for e in estimates], 0).tolist()) if estimates else None

@@ -1,0 +1,243 @@
+"""Doing one piece of a plan: train a run, or evaluate what was trained. Each is done once and can be repeated at any time.
+
+RUN/training.json       written last: what the training took; its presence means that the run is done
+EVALUATION/inputs.json  digest of what the report depends on; another digest means that it is stale
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clp_engine import runs
+from clp_engine.compare.plan import WITHOUT_EFFECT, Evaluation, Plan, Run
+from clp_engine.errors import ConfigError
+from clp_engine.files import checkpoints, write_directory, write_text
+
+if TYPE_CHECKING:
+    from clp_engine.evaluation import ParetoReport
+    from clp_engine.trainer import CLPTrainer
+
+BASE = "base"  # the evaluation of the base model, which sets the reference point
+_TRAINING, _INPUTS = "training.json", "inputs.json"
+
+
+class Busy(Exception):
+    """Another process is at this piece."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run took. seconds: of its steps, without loading and saving, summed over interruptions."""
+
+    seconds: float
+    steps: int
+    completions: int
+    generated_tokens: int
+    trained_parameters: int
+    threads: int
+    device: str
+    versions: dict[str, str]
+    commit: str | None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Training | None:
+        path = Path(folder) / _TRAINING
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
+
+
+def is_trained(plan: Plan, run: Run) -> bool:
+    folder = plan.run_folder(run.name)
+    done = (folder / _TRAINING).is_file()
+    if done:
+        check_unchanged(run, folder)
+    return done
+
+
+def check_unchanged(run: Run, folder: Path) -> None:
+    """Raises ConfigError where a run was made under other settings: the digest does not see a changed default."""
+    saved = runs.RunSpec.load(folder)
+    if saved is None:
+        return
+    mine = run.config
+    changed = [
+        name
+        for name, value in saved.config.items()
+        if name in mine and mine[name] != value and not WITHOUT_EFFECT.fullmatch(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} was trained with another {', '.join(changed)}; remove it to train it again"
+        )
+
+
+def train(plan: Plan, run: Run, progress: bool = True) -> None:
+    """Train a run, from its newest checkpoint where there is one; nothing where it is done. Raises Busy, and whatever
+    training raises; `runs.Interrupted` leaves a checkpoint."""
+    from clp_engine.config import CLPConfig
+
+    folder = plan.run_folder(run.name)
+    with exclusive(folder):
+        if is_trained(plan, run):
+            return
+        config = CLPConfig.from_dict(
+            {**run.config, "disable_tqdm": not progress or run.config["disable_tqdm"]}
+        )
+        trainer = runs.train(run.spec, config, resume=bool(checkpoints(folder)), again="the same command")
+        _write_json(folder / _TRAINING, asdict(_training(trainer)))
+        if not plan.keep_checkpoints:
+            for path in checkpoints(folder):
+                shutil.rmtree(path)
+
+
+def _training(trainer: CLPTrainer) -> Training:
+    """Sums over the steps, from the means in the log: these survive an interruption, a clock does not."""
+    import torch
+
+    from clp_engine.evaluation import source_commit, versions
+
+    config, state = trainer.args, trainer.state
+    seconds = tokens = 0.0
+    before = 0
+    unlogged = {**trainer.metric_log.drain(), "step": state.global_step}
+    for entry in [*state.log_history, unlogged]:
+        if "step_time" not in entry:
+            continue  # of an evaluation, or nothing happened since the last entry
+        steps, before = entry["step"] - before, entry["step"]
+        seconds += entry["step_time"] * steps
+        # Completions are drawn every num_iterations steps.
+        tokens += (
+            entry.get("completions/mean_length", 0.0) * config.batch_size * steps / config.num_iterations
+        )
+    return Training(
+        seconds=round(seconds, 3),
+        steps=state.global_step,
+        completions=-(-state.global_step // config.num_iterations) * config.batch_size,
+        generated_tokens=round(tokens),
+        trained_parameters=sum(p.numel() for p in trainer.policy.adapter_parameters().values()),
+        threads=torch.get_num_threads(),
+        device=str(trainer.policy.device),
+        versions=versions(),
+        commit=source_commit(),
+    )
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def is_evaluated(plan: Plan, evaluation: Evaluation | None) -> bool:
+    """Whether a report is there that was made of the same runs in the same way; None is the base model's."""
+    name = BASE if evaluation is None else evaluation.name
+    path = plan.evaluation_folder(name) / _INPUTS
+    return path.is_file() and _read_json(path).get("digest") == plan.evaluation_digest(evaluation)
+
+
+def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
+    from clp_engine.evaluation import ParetoReport
+
+    return ParetoReport.load(plan.evaluation_folder(BASE if evaluation is None else evaluation.name))
+
+
+def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -> None:
+    """Write the report of a method at a seed (or of one specialist), or of the base model; nothing where it is there."""
+    from clp_engine import evaluation as measuring
+    from clp_engine.rollout import SamplingParams
+
+    name = BASE if evaluation is None else evaluation.name
+    folder = plan.evaluation_folder(name)
+    with exclusive(folder):
+        if is_evaluated(plan, evaluation):
+            return
+        settings, spec = plan.evaluation, plan.spec
+        policy = _untrained(plan) if evaluation is None else _assemble(plan, evaluation)
+        kl = None if evaluation is None else evaluation.kl
+        report = measuring.evaluate(
+            policy,
+            spec.reward_functions(),
+            spec.eval_rows(settings.prompts, seed=settings.seed, split=settings.split),
+            # One weighting of an untrained policy: the base model, and once more the base model.
+            grid=[list(w) for w in (_anywhere(plan) if evaluation is None else evaluation.grid)],
+            kl=list(kl) if isinstance(kl, tuple) else kl,
+            num_generations=settings.num_generations,
+            sampling=SamplingParams(**plan.sampling),
+            max_prompt_length=spec.config["max_prompt_length"],
+            batch_rows=settings.batch_rows,
+            margin=settings.margin,
+            reference_point=None if evaluation is None else report_of(plan, None).reference_point,
+            bootstrap=settings.bootstrap,
+            seed=settings.seed,
+            task=spec.task,
+            progress=progress,
+        )
+        inputs = {"digest": plan.evaluation_digest(evaluation)}
+        if evaluation is not None:
+            inputs |= {"runs": list(evaluation.runs), "assembly": evaluation.assembly}
+        with write_directory(folder) as temporary:
+            report.save(temporary)
+            _write_json(temporary / _INPUTS, inputs)
+
+
+def _anywhere(plan: Plan) -> list[list[float]]:
+    count = len(plan.objectives)
+    return [[1.0 / count] * count]
+
+
+def _untrained(plan: Plan):
+    runs.quiet_transformers()
+    from clp_engine.policy import ConditionedPolicy
+
+    return ConditionedPolicy.from_pretrained(plan.spec.model, plan.objectives, kl_is_beta=plan.kl_is_beta)
+
+
+def _assemble(plan: Plan, evaluation: Evaluation):
+    """The policy to evaluate, made of its runs."""
+    policies = [runs.load_policy(plan.run_folder(name)) for name in evaluation.runs]
+    if evaluation.assembly == "single":
+        return policies[0]
+    from clp_engine.policy import ConditionedPolicy
+
+    soup = ConditionedPolicy.from_specialists(policies)
+    if evaluation.assembly == "soup":
+        return soup
+    from clp_engine.mixtures import LogitMixture
+
+    return LogitMixture(soup)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the lock of a piece, `.<name>.lock` beside its folder; Busy where another process has it.
+
+    The system gives the lock back when its holder ends, however it ends: a killed process leaves none behind.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Busy(f"another process is at {folder}") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
