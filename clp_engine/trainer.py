@@ -9,15 +9,10 @@ micro-batch of whole groups score policy and reference and add the gradient. Eve
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +23,19 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from clp_engine import checkpoint, seeds
-from clp_engine.conditions import Conditions
+from clp_engine import checkpoint
 from clp_engine.config import CLPConfig
-from clp_engine.data import PromptBatch, PromptDataset, completion_texts
+from clp_engine.data import PromptDataset
 from clp_engine.errors import ConfigError
-from clp_engine.estimators import MixController, loss_weights, rescale_rewards, scalarise
-from clp_engine.metrics import MetricLog, PhaseTimer, completion_metrics, reward_metrics
+from clp_engine.estimators import MixController, loss_weights, rescale_rewards
+from clp_engine.generation import Collector, Generation
+from clp_engine.metrics import MetricLog, PhaseTimer
 from clp_engine.policy import ConditionedPolicy
+from clp_engine.progress import finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
-from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
 from clp_engine.update import MicroBatch, backward
-
-# Counters that keep the uses of one seed apart (data.py has 1).
-_CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
-
-
-@dataclass
-class Generation:
-    """The completions of one batch, rewarded; `old_logprob` (B, T) is filled by the first pass of several over them."""
-
-    rollout: Rollout
-    conditions: Conditions
-    rewards: torch.Tensor
-    scalar: torch.Tensor
-    metrics: dict[str, float]
-    old_logprob: torch.Tensor | None = None
 
 
 class CLPTrainer:
@@ -101,19 +81,14 @@ class CLPTrainer:
             raise ConfigError("no tokenizer: give processing_class=")
         self.policy.tokenizer = self.tokenizer
         self.train_dataset, self.eval_dataset = self._dataset(train_dataset), self._dataset(eval_dataset)
-        self.sampling = SamplingParams(
-            self.args.max_completion_length,
-            self.args.temperature,
-            self.args.top_k,
-            self.args.top_p,
-            self.args.min_p,
+        self.timer = PhaseTimer(self.policy.device)
+        self.collector = Collector(
+            self.policy, self.rewards, self.sampler, self.tokenizer, self.args, self.timer
         )
         self.controller = MixController()
         self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
         self.control = TrainerControl()
         self.optimizer, self.lr_scheduler = optimizers
-        self._extra_metrics: dict[str, list[float]] = {}
-        self._extra_columns: dict[str, list] = {}
         reporting = get_reporting_integration_callbacks(self.args.report_to)
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback, *reporting, *(callbacks or [])],
@@ -204,89 +179,6 @@ class CLPTrainer:
         )
 
     # -- one step -----------------------------------------------------------------------------------------------------
-
-    def _collect(self, step: int) -> Generation:
-        """Prompts, conditions, completions and rewards of optimiser step `step`."""
-        a = self.args
-        prompts = a.batch_size // a.num_generations
-        position = step // a.num_iterations * prompts
-        batch = self.train_dataset.batch(
-            self.train_dataset.indices(position, prompts, a.seed, a.shuffle_dataset)
-        )
-        # Prompts of like length share a micro-batch; the order changes nothing else, since every prompt draws for itself.
-        conditions = self.sampler.sample(prompts, seeds.generator(a.seed, _CONDITIONS, step))
-        order = sorted(range(prompts), key=lambda i: len(batch.token_ids[i]))
-        row_seeds = (
-            seeds.derive(a.seed, _TOKENS, step, torch.arange(a.batch_size)).view(prompts, -1)[order].view(-1)
-        )
-        batch = PromptBatch(
-            [batch.prompts[i] for i in order],
-            [batch.token_ids[i] for i in order],
-            {name: [values[i] for i in order] for name, values in batch.columns.items()},
-        )
-        return self._generate(batch, conditions[order], row_seeds, "train")
-
-    def _generate(
-        self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor, mode: str
-    ) -> Generation:
-        a, group = self.args, self.args.num_generations
-        with self.timer("rollout"):
-            drawn = rollout(
-                self.policy,
-                batch.token_ids,
-                conditions,
-                num_generations=group,
-                sampling=self.sampling,
-                row_seeds=row_seeds,
-            )
-        with self.timer("reward"):
-            rewards = self._reward(batch, drawn)
-            scalar = scalarise(rewards, conditions.repeat(group).weights)
-        metrics = completion_metrics(drawn) | reward_metrics(
-            self.rewards.names, rewards, scalar, conditions.repeat(group), group
-        )
-        metrics |= {name: sum(v) / len(v) for name, v in self._extra_metrics.items()}
-        self.state.num_input_tokens_seen += int(drawn.prompt_mask.sum()) * group + int(
-            drawn.completion_mask.sum()
-        )
-        if a.log_completions and mode == "train":
-            self._write_completions(batch, drawn, conditions, rewards)
-        return Generation(drawn, conditions, rewards, scalar.to(self.policy.device), metrics)
-
-    def _reward(self, batch: PromptBatch, drawn: Rollout) -> torch.Tensor:
-        prompts, columns = batch.repeated(drawn.group)
-        token_lists = drawn.token_lists()
-        self._extra_metrics, self._extra_columns = {}, {}
-        return self.rewards(
-            prompts,
-            completion_texts(self.tokenizer, token_lists, prompts),
-            token_lists,
-            columns,
-            trainer_state=self.state,
-            log_extra=self._extra_columns.__setitem__,
-            log_metric=lambda name, value: self._extra_metrics.setdefault(name, []).append(float(value)),
-        )
-
-    def _write_completions(
-        self, batch: PromptBatch, drawn: Rollout, conditions: Conditions, rewards: torch.Tensor
-    ) -> None:
-        prompts, _ = batch.repeated(drawn.group)
-        texts = completion_texts(self.tokenizer, drawn.token_lists(), prompts)
-        weights = conditions.repeat(drawn.group).weights.tolist()
-        with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as file:
-            for i, (prompt, text) in enumerate(zip(prompts, texts)):
-                row = {
-                    "step": self.state.global_step,
-                    "prompt": prompt,
-                    "completion": text,
-                    "weights": dict(zip(self.rewards.names, weights[i])),
-                    "rewards": {
-                        n: None if math.isnan(r) else r
-                        for n, r in zip(self.rewards.names, rewards[i].tolist())
-                    },
-                    **{name: column[i] for name, column in self._extra_columns.items()},
-                }
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
     def _update(self, generation: Generation) -> dict[str, float]:
         """Gradient of every micro-batch, clipping, one optimiser step; returns metrics."""
@@ -403,7 +295,7 @@ class CLPTrainer:
             disable=a.disable_tqdm,
             dynamic_ncols=True,
         )
-        with bar, _finish_step_on_interrupt() as interrupted:
+        with bar, finish_step_on_interrupt() as interrupted:
             while state.global_step < state.max_steps and not self.control.should_training_stop:
                 losses.append(self._step(bar))
                 if interrupted.is_set():
@@ -433,7 +325,7 @@ class CLPTrainer:
             math.ceil(a.num_train_epochs),
         )
         self._create_optimizer(state.max_steps)
-        self.metric_log, self.timer = MetricLog(), PhaseTimer(self.policy.device)
+        self.metric_log = MetricLog()
         if resume_from_checkpoint:
             self._restore(checkpoint.resolve(a.output_dir, resume_from_checkpoint))
         else:
@@ -449,7 +341,8 @@ class CLPTrainer:
             self._begin_epoch_if_new()
         self.control = self.callback_handler.on_step_begin(a, state, self.control)
         if iteration == 0:
-            self._generation = self._collect(state.global_step)
+            self._generation = self.collector.training_batch(self.train_dataset, state.global_step, state)
+            state.num_input_tokens_seen += self._generation.num_tokens
         metrics = self._update(self._generation)
         if iteration == 0:
             metrics |= self._generation.metrics
@@ -496,19 +389,15 @@ class CLPTrainer:
         dataset = self.eval_dataset if eval_dataset is None else self._dataset(eval_dataset)
         if dataset is None:
             raise ConfigError("evaluate() needs an eval_dataset")
-        a, log, tokens_seen = self.args, MetricLog(), self.state.num_input_tokens_seen
-        self.timer = getattr(self, "timer", PhaseTimer(self.policy.device))
+        a, log = self.args, MetricLog()
         per_batch = max(1, a.per_device_eval_batch_size // a.num_generations)
         for start in range(0, len(dataset), per_batch):
-            batch = dataset.batch(range(start, min(start + per_batch, len(dataset))))
-            rows = len(batch.prompts)
-            conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
-            row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * a.num_generations))
-            generation = self._generate(batch, conditions, row_seeds, "eval")
+            stop = min(start + per_batch, len(dataset))
+            generation = self.collector.evaluation_batch(dataset, start, stop, self.state)
             stats = score(
                 self.policy,
                 generation.rollout,
-                conditions,
+                generation.conditions,
                 outputs=("logprob", "kl", "entropy"),
                 temperature=a.temperature,
             )
@@ -521,7 +410,6 @@ class CLPTrainer:
                     "kl_sequence": stats.kl.sum(-1).mean().item(),
                 }
             )
-        self.state.num_input_tokens_seen = tokens_seen
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in log.drain().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(a, self.state, self.control, metrics)
@@ -616,24 +504,3 @@ _FREE_TO_CHANGE = {
     "disable_tqdm",
     "per_device_eval_batch_size",
 }
-
-
-@contextlib.contextmanager
-def _finish_step_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that the step can end; the second raises KeyboardInterrupt at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(signum, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
