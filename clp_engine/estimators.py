@@ -53,7 +53,7 @@ from dataclasses import dataclass
 import torch
 
 ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
-BASELINES = ("leave_one_out", "group_mean", "none")
+BASELINES = ("leave_one_out", "group_mean", "value", "none")
 SCALE_REWARDS = ("none", "group", "batch")
 LOSS_TYPES = ("sequence", "grpo", "dapo", "dr_grpo")
 

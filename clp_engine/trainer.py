@@ -116,6 +116,7 @@ class CLPTrainer:
                 a.grid_resolution,
                 a.fixed_weights,
                 a.kl,
+                a.stratified_weights,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -125,7 +126,7 @@ class CLPTrainer:
         kl = {
             "min_kl": self.sampler.min_kl,
             "kl_is_beta": a.kl_is_beta,
-            "default_kl": a.kl if isinstance(a.kl, float) else math.sqrt(a.kl[0] * a.kl[1]),
+            "default_kl": a.default_kl,
         }
         if isinstance(model, ConditionedPolicy):
             if peft_config is not None:
