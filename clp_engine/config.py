@@ -14,7 +14,7 @@ from clp_engine.conditions import KL_CONDITIONING
 from clp_engine.errors import ConfigError
 
 KL_ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
-BASELINES = ("leave_one_out", "group_mean", "value", "none")
+BASELINES = ("leave_one_out", "group_mean", "none", "value")
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
 DEFAULT_ALPHA = 0.1
@@ -79,7 +79,7 @@ class CLPConfig:
         "return", "gradient of the KL: return, exact, mixed (unbiased); k2, k3 (biased, for comparison)"
     )
     baseline: str = _option(
-        "leave_one_out", "baseline of the return: leave_one_out, group_mean, value (a learned head) or none"
+        "leave_one_out", "baseline of the return: leave_one_out, group_mean, none or value (a learned head)"
     )
     value_learning_rate: float = _option(1e-3, "peak learning rate of the head of baseline value")
     scale_rewards: str = _option(
@@ -153,7 +153,7 @@ class CLPConfig:
         if self.baseline in ("leave_one_out", "group_mean") and self.num_generations < 2:
             raise ConfigError(
                 f"baseline={self.baseline!r} compares completions of one prompt; num_generations must be at least 2 "
-                "(baseline='value' and 'none' work with 1)"
+                "(baseline='none' and 'value' work with 1)"
             )
         if self.scale_rewards == "group" and self.num_generations < 2:
             raise ConfigError(
