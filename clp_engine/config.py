@@ -111,7 +111,8 @@ class CLPConfig:
     num_train_epochs: float = _option(3.0, "passes over the training prompts, where max_steps is not given")
     max_steps: int = _option(-1, "optimiser steps; overrides num_train_epochs where positive")
     max_generated_tokens: int | None = _option(
-        None, "end with the step in which so many completion tokens have been generated; overrides num_train_epochs"
+        None,
+        "end with the step in which so many completion tokens have been generated; overrides num_train_epochs",
     )
     learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
     lr_scheduler_type: str = _option(

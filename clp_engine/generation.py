@@ -30,7 +30,8 @@ _CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
 
 @dataclass
 class Generation:
-    """The completions of one batch, rewarded; `old_logprob` (B, T) is filled by the first pass of several over them."""
+    """The completions of one batch, rewarded; the first pass over them fills in `old_logprob` (B, T) and, with a value head,
+    `values` (B, T), for the passes after it."""
 
     rollout: Rollout
     conditions: Conditions
@@ -38,6 +39,7 @@ class Generation:
     scalar: torch.Tensor
     metrics: dict[str, float]
     old_logprob: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -14,7 +14,6 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -31,11 +30,12 @@ from clp_engine.estimators import MixController, loss_weights, rescale_rewards
 from clp_engine.generation import Collector, Generation
 from clp_engine.metrics import MetricLog, PhaseTimer
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.progress import finish_step_on_interrupt
+from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
 from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
 from clp_engine.update import MicroBatch, backward
+from clp_engine.value import ValueHead, explained_variance
 
 
 class CLPTrainer:
@@ -86,6 +86,9 @@ class CLPTrainer:
             self.policy, self.rewards, self.sampler, self.tokenizer, self.args, self.timer
         )
         self.controller = MixController()
+        self.value_head = self._build_value_head() if self.args.baseline == "value" else None
+        self.num_generated_tokens = 0
+        self._schedule_over_tokens: bool | None = None  # None until there is an optimiser
         self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
         self.control = TrainerControl()
         self.optimizer, self.lr_scheduler = optimizers
@@ -160,8 +163,19 @@ class CLPTrainer:
             **kl,
         )
 
-    def _create_optimizer(self, max_steps: int) -> None:
+    def _build_value_head(self) -> ValueHead:
+        width = self.policy.backbone.head.module.weight.shape[-1]
+        return ValueHead(width, len(self.rewards), self.args.seed).to(self.policy.device)
+
+    def _create_optimizer(self) -> None:
         a = self.args
+        if self._schedule_over_tokens is not None:
+            return
+        if self.optimizer is not None and self.value_head is not None and self.lr_scheduler is not None:
+            raise ConfigError(
+                "optimizers: a scheduler of your own knows nothing of the value head of baseline='value'; "
+                "give the optimiser alone, or another baseline"
+            )
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
                 self.policy.adapter_parameters().values(),
@@ -171,15 +185,31 @@ class CLPTrainer:
                 eps=a.adam_epsilon,
                 weight_decay=a.weight_decay,
             )
+        if self.value_head is not None:
+            self.optimizer.add_param_group(
+                {
+                    "params": list(self.value_head.parameters()),
+                    "lr": a.value_learning_rate,
+                    "weight_decay": 0.0,
+                }
+            )
+        self._schedule_over_tokens = self.lr_scheduler is None and self.budget.tokens is not None
         if self.lr_scheduler is None:
-            warmup = a.warmup_steps or math.ceil(a.warmup_ratio * max_steps)
-            self.lr_scheduler = get_scheduler(a.lr_scheduler_type, self.optimizer, warmup, max_steps)
+            whole = self.budget.tokens or self.budget.steps
+            warmup = a.warmup_steps or math.ceil(a.warmup_ratio * whole)
+            self.lr_scheduler = get_scheduler(a.lr_scheduler_type, self.optimizer, warmup, whole)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
             self.optimizer,
             self.lr_scheduler,
         )
 
     # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _advance_schedule(self) -> None:
+        """The learning rate of the next step: by the steps done, or by the share of the token budget used."""
+        if self._schedule_over_tokens:
+            self.lr_scheduler.last_epoch = min(self.num_generated_tokens, self.budget.tokens) - 1
+        self.lr_scheduler.step()
 
     def _update(self, generation: Generation) -> dict[str, float]:
         """Gradient of every micro-batch, clipping, one optimiser step; returns metrics."""
@@ -192,13 +222,14 @@ class CLPTrainer:
         prompts = drawn.prompt_ids.shape[0]
         per_micro_batch = max(1, a.per_device_train_batch_size // a.num_generations)
         results, old = [], torch.zeros_like(drawn.logprobs)
+        values = None if self.value_head is None else torch.zeros_like(old)
+        first, counted_tokens = generation.old_logprob is None, int((weights > 0).sum())
         with self.timer("update"):
             for start in range(0, prompts, per_micro_batch):
                 stop = min(start + per_micro_batch, prompts)
                 rows = slice(start * drawn.group, stop * drawn.group)
                 part = drawn.prompts(start, stop)
                 width = slice(0, part.completion_ids.shape[1])
-                first = generation.old_logprob is None
                 result = backward(
                     self.policy,
                     MicroBatch(
@@ -207,15 +238,20 @@ class CLPTrainer:
                         rewards[rows],
                         weights[rows, width],
                         None if first else generation.old_logprob[rows, width],
+                        None if first or values is None else generation.values[rows, width],
                     ),
                     a,
                     self.controller,
+                    self.value_head,
+                    max(counted_tokens, 1),
                 )
                 old[rows, width] = result.logprob
+                if values is not None:
+                    values[rows, width] = result.values
                 results.append((part, result))
         metrics = self._update_metrics(results, first)
         if first:
-            generation.old_logprob = old
+            generation.old_logprob, generation.values = old, values
         with self.timer("optimizer"):
             parameters = list(self.policy.adapter_parameters().values())
             norm = torch.nn.utils.clip_grad_norm_(parameters, a.max_grad_norm or math.inf).item()
@@ -226,9 +262,11 @@ class CLPTrainer:
                 )
             self.control = self.callback_handler.on_pre_optimizer_step(a, self.state, self.control)
             metrics |= {"grad_norm": norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+            if self.value_head is not None:
+                torch.nn.utils.clip_grad_norm_(self.value_head.parameters(), a.max_grad_norm or math.inf)
             self.optimizer.step()
             self.control = self.callback_handler.on_optimizer_step(a, self.state, self.control)
-            self.lr_scheduler.step()
+            self._advance_schedule()
             self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
@@ -257,6 +295,16 @@ class CLPTrainer:
                 "clip_ratio/high_mean": sum(high) / len(high),
                 "clip_ratio/region_mean": (sum(low) + sum(high)) / len(low),
             }
+        if self.value_head is not None:
+            targets, predictions = (
+                torch.cat([getattr(r, name) for _, r in results]) for name in ("targets", "predictions")
+            )
+            metrics |= {
+                "value_loss": (targets - predictions).square().mean().item(),
+                "explained_variance": explained_variance(predictions, targets),
+            }
+            if first:
+                self.value_head.observe(targets)
         if self.args.kl_estimator == "mixed":
             metrics["kl_mix"] = self.controller.mix
             self.controller.update(
@@ -267,10 +315,19 @@ class CLPTrainer:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     @property
-    def max_steps(self) -> int:
+    def budget(self) -> Budget:
+        a = self.args
+        per_step = a.batch_size * a.max_completion_length
+        return Budget(self.max_steps, a.max_generated_tokens, per_step, a.num_iterations)
+
+    @property
+    def max_steps(self) -> int | None:
+        """Optimiser steps of the whole run, None where generated tokens alone end it."""
         a = self.args
         if a.max_steps > 0:
             return a.max_steps
+        if a.max_generated_tokens is not None:
+            return None
         prompts = a.batch_size // a.num_generations
         return max(1, math.ceil(a.num_train_epochs * len(self.train_dataset) / prompts)) * a.num_iterations
 
@@ -288,16 +345,18 @@ class CLPTrainer:
         state = self.state
         self.control = self.callback_handler.on_train_begin(a, state, self.control)
         started, first_step, losses = time.perf_counter(), state.global_step, []
+        by_tokens = a.max_generated_tokens is not None
         bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
+            total=a.max_generated_tokens if by_tokens else state.max_steps,
+            initial=self.num_generated_tokens if by_tokens else state.global_step,
             desc="train",
-            unit="step",
+            unit="token" if by_tokens else "step",
+            unit_scale=by_tokens,
             disable=a.disable_tqdm,
             dynamic_ncols=True,
         )
         with bar, finish_step_on_interrupt() as interrupted:
-            while state.global_step < state.max_steps and not self.control.should_training_stop:
+            while not self._spent and not self.control.should_training_stop:
                 losses.append(self._step(bar))
                 if interrupted.is_set():
                     self._save_when_whole()
@@ -313,24 +372,29 @@ class CLPTrainer:
                 "train_runtime": seconds,
                 "train_steps_per_second": steps / seconds,
                 "num_tokens": state.num_input_tokens_seen,
+                "num_generated_tokens": self.num_generated_tokens,
             },
         )
+
+    @property
+    def _spent(self) -> bool:
+        return self.budget.spent(self.state.global_step, self.num_generated_tokens)
 
     def _prepare(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         """Optimiser, state and log, from the start or from a checkpoint."""
         a, state = self.args, self.state
-        state.max_steps = self.max_steps
         state.logging_steps, state.eval_steps, state.save_steps = a.logging_steps, a.eval_steps, a.save_steps
         state.train_batch_size, state.num_train_epochs = (
             a.per_device_train_batch_size,
             math.ceil(a.num_train_epochs),
         )
-        self._create_optimizer(state.max_steps)
+        self._create_optimizer()
         self.metric_log = MetricLog()
         if resume_from_checkpoint:
             self._restore(checkpoint.resolve(a.output_dir, resume_from_checkpoint))
         else:
             set_seed(a.seed)  # nothing here draws from the global generators, but reward functions may
+        self.state.max_steps = self.budget.max_steps(self.state.global_step, self.num_generated_tokens)
         self._open_log(resumed=bool(resume_from_checkpoint))
 
     def _step(self, bar) -> float:
@@ -344,16 +408,19 @@ class CLPTrainer:
         if iteration == 0:
             self._generation = self.collector.training_batch(self.train_dataset, state.global_step, state)
             state.num_input_tokens_seen += self._generation.num_tokens
+            generated = self._generation.num_generated_tokens
+            self.num_generated_tokens += generated
         metrics = self._update(self._generation)
         if iteration == 0:
             metrics |= self._generation.metrics
         state.global_step += 1
+        state.max_steps = self.budget.max_steps(state.global_step, self.num_generated_tokens)
         state.epoch = self._epoch(state.global_step)
         metrics |= {"step_time": time.perf_counter() - start} | {
             f"time/{k}": v for k, v in self.timer.seconds.items()
         }
         self.metric_log.add(metrics)
-        bar.update()
+        bar.update(1 if a.max_generated_tokens is None else generated if iteration == 0 else 0)
         bar.set_postfix(
             reward=f"{self._generation.metrics['reward']:.3f}",
             kl=f"{metrics['kl_sequence']:.2f}",
@@ -361,7 +428,13 @@ class CLPTrainer:
         )
         self.control = self.callback_handler.on_step_end(a, state, self.control)
         if self.control.should_log:
-            self.log({**self.metric_log.drain(), "num_tokens": state.num_input_tokens_seen})
+            self.log(
+                {
+                    **self.metric_log.drain(),
+                    "num_tokens": state.num_input_tokens_seen,
+                    "num_generated_tokens": self.num_generated_tokens,
+                }
+            )
         if self.control.should_evaluate:
             self.evaluate()
         # DefaultFlowCallback asks for a save at the last step whatever the strategy; save_model covers that.
@@ -458,16 +531,20 @@ class CLPTrainer:
                 "mix_controller": self.controller.state_dict(),
                 "metric_log": self.metric_log.state_dict(),
                 "trainer": dataclasses.asdict(self.state),
+                "num_generated_tokens": self.num_generated_tokens,
             },
             self.args.save_total_limit,
+            self.value_head,
         )
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _restore(self, path: Path) -> None:
-        saved: dict[str, Any] = checkpoint.load(path, self.policy, self.optimizer)
+        saved = checkpoint.read_state(path)
+        # A setting that the checkpoint does not know had no other value then than its default.
+        before = {**CLPConfig().to_dict(), **saved["config"]}
         changed = [
             name
-            for name, value in saved["config"].items()
+            for name, value in before.items()
             if name not in _FREE_TO_CHANGE and getattr(self.args, name, None) != value
         ]
         if changed:
@@ -475,15 +552,17 @@ class CLPTrainer:
                 f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
                 "(or start a new run from its policy folder)"
             )
+        checkpoint.load(path, self.policy, self.optimizer, self.value_head)
         self.lr_scheduler.load_state_dict(saved["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = rate
         self.sampler.load_state_dict(saved["sampler"])
         self.controller.load_state_dict(saved["mix_controller"])
         self.metric_log.load_state_dict(saved["metric_log"])
+        self.num_generated_tokens = saved.get("num_generated_tokens", 0)
         limits = {
             k: getattr(self.state, k)
-            for k in ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")
+            for k in ("logging_steps", "eval_steps", "save_steps", "num_train_epochs")
         }
         self.state = TrainerState(**{**saved["trainer"], **limits})
 
