@@ -223,7 +223,18 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="weightings along an edge of the simplex (default: 11 for two or three)",
     )
-    parser.add_argument("--kl", type=float, help="KL coefficient of all points (default: that of training)")
+    parser.add_argument(
+        "--kl",
+        type=_numbers,
+        metavar="A,B",
+        help="KL coefficient of all points, or several: every weighting at each (default: that of training)",
+    )
+    parser.add_argument(
+        "--kl-limit",
+        type=float,
+        metavar="NATS",
+        help="KL up to which reward is compared with KL, where there are several coefficients (default: the largest)",
+    )
     number("--num-generations", int, 1, "completions per prompt and weighting")
     number("--margin", float, 0.1, "the hypervolume's reference point is the base's mean reward minus this")
     parser.add_argument("--reference-point", metavar="A=X,B=Y", help="the reference point by objective")
@@ -274,6 +285,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--merged", action="store_true", help="a transformers model instead of an adapter")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
+
+
+def _numbers(text: str) -> list[float]:
+    """'0.01,0.1' as a list."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a number, or several such as 0.01,0.1"
+        ) from None
 
 
 def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
@@ -403,6 +424,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         rows,
         grid=arguments.grid,
         kl=arguments.kl,
+        kl_limit=arguments.kl_limit,
         margin=arguments.margin,
         num_generations=arguments.num_generations,
         sampling=_sampling(arguments, spec),
