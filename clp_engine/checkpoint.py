@@ -89,6 +89,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return json.loads((path / _STATE).read_text(encoding="utf-8"))
 
 
+def load_policy(path: str | Path, policy) -> None:
+    """Set the policy's adapters to those of a checkpoint."""
+    policy.load_adapters(load_file(Path(path) / _POLICY / "adapters.safetensors"))
+
+
 def load_value_head(path: str | Path, value_head: ValueHead) -> None:
     """Restore the head as it was; raises ConfigError where the run had none."""
     tensors = load_file(Path(path) / _TENSORS)
@@ -104,7 +109,7 @@ def load(
     """Restore adapters, value head, optimiser and random states."""
     path = Path(path)
     state = read_state(path)
-    policy.load_adapters(load_file(path / _POLICY / "adapters.safetensors"))
+    load_policy(path, policy)
     if value_head is not None:
         load_value_head(path, value_head)
     tensors = load_file(path / _TENSORS)

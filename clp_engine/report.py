@@ -122,7 +122,7 @@ def summary(report: ParetoReport) -> str:
     if report.kl_hypervolume is not None:
         of_kl = "undefined" if report.kl_steerability is None else f"{report.kl_steerability:.2f}"
         lines |= {
-            f"  {report.kl_name}, KL": of_kl,
+            "KL steerability": of_kl,
             "reward against KL": f"{_with_interval(report.kl_hypervolume)}, KL up to {report.kl_limit:.2f}",
         }
     return "\n".join(f"{name:<18}{value}" for name, value in lines.items())
@@ -134,17 +134,18 @@ def _with_interval(value: Interval, digits: int = 3) -> str:
 
 _HOW_TO_READ = """## How to read this
 
-- Each row is one weighting `w` of the same model (and one KL coefficient). Rewards are means over prompts with 95 % bootstrap
-  intervals in brackets; `*` marks rows that no other row dominates. As the weight of an objective grows,
-  its reward should grow too: **steerability** is the rank correlation of the two, 1 if it always does.
+- Each row is one weighting `w` of the same model (and one KL coefficient, where it varies). Rewards are
+  means over prompts with 95 % bootstrap intervals in brackets; `*` marks rows that no other row dominates.
+  As the weight of an objective grows, its reward should grow too: **steerability** is the rank correlation
+  of the two, 1 if it always does.
 - **KL** is the exact divergence from the base model, summed over the tokens of a completion, in nats: how
   far the model had to move. **tokens** is the mean length of a completion.
 - **hypervolume** is how much of the space of rewards the front covers above the reference point; higher is
   better. The base model's is that of its one point, *gain* the difference, over the same prompts. The best
   of many noisy points looks good by luck: *by chance* is what a front no better than the base model stays
   below 95 % of the time, and only a hypervolume well above it is evidence.
-- Where the KL coefficient varies, its own steerability is its rank correlation with the KL, -1 if a larger
-  one always stays nearer to the base model. **reward against KL** is the area between the base model's
+- Where the KL coefficient varies, **KL steerability** is its rank correlation with the KL, -1 if a larger one
+  always stays nearer to the base model. **reward against KL** is the area between the base model's
   reward and the best reward to be had for a KL of at most x, for x from 0 to the limit given with it,
   averaged over the weightings: compare it between reports with the same limit only.
 - **expected utility** is what users with random weightings get who may pick any row; **realised utility**

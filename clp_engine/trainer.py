@@ -26,7 +26,7 @@ from clp_engine import checkpoint
 from clp_engine.config import CLPConfig
 from clp_engine.data import PromptDataset
 from clp_engine.errors import ConfigError
-from clp_engine.estimators import MixController, loss_weights, rescale_rewards
+from clp_engine.estimators import MixController
 from clp_engine.generation import Collector, Generation
 from clp_engine.metrics import MetricLog, PhaseTimer
 from clp_engine.policy import ConditionedPolicy
@@ -34,7 +34,7 @@ from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
 from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
-from clp_engine.update import MicroBatch, backward
+from clp_engine.update import backward, micro_batches
 from clp_engine.value import ValueHead, explained_variance
 
 
@@ -214,41 +214,18 @@ class CLPTrainer:
     def _update(self, generation: Generation) -> dict[str, float]:
         """Gradient of every micro-batch, clipping, one optimiser step; returns metrics."""
         a, drawn = self.args, generation.rollout
-        counted = drawn.completion_mask
-        if a.mask_truncated_completions:
-            counted = counted & drawn.terminated.unsqueeze(-1)
-        weights = loss_weights(counted, a.loss_type, a.max_completion_length)
-        rewards = rescale_rewards(generation.scalar, drawn.group, a.scale_rewards)
-        prompts = drawn.prompt_ids.shape[0]
-        per_micro_batch = max(1, a.per_device_train_batch_size // a.num_generations)
+        first = generation.old_logprob is None
         results, old = [], torch.zeros_like(drawn.logprobs)
         values = None if self.value_head is None else torch.zeros_like(old)
-        first, counted_tokens = generation.old_logprob is None, int((weights > 0).sum())
         with self.timer("update"):
-            for start in range(0, prompts, per_micro_batch):
-                stop = min(start + per_micro_batch, prompts)
-                rows = slice(start * drawn.group, stop * drawn.group)
-                part = drawn.prompts(start, stop)
-                width = slice(0, part.completion_ids.shape[1])
+            for here, part in micro_batches(generation, a):
                 result = backward(
-                    self.policy,
-                    MicroBatch(
-                        part,
-                        generation.conditions[start:stop],
-                        rewards[rows],
-                        weights[rows, width],
-                        None if first else generation.old_logprob[rows, width],
-                        None if first or values is None else generation.values[rows, width],
-                    ),
-                    a,
-                    self.controller,
-                    self.value_head,
-                    max(counted_tokens, 1),
+                    self.policy, part, a, self.controller, self.value_head, generation.num_generated_tokens
                 )
-                old[rows, width] = result.logprob
+                old[here] = result.logprob
                 if values is not None:
-                    values[rows, width] = result.values
-                results.append((part, result))
+                    values[here] = result.values
+                results.append((part.rollout, result))
         metrics = self._update_metrics(results, first)
         if first:
             generation.old_logprob, generation.values = old, values

@@ -1,7 +1,8 @@
-"""The gradient of one micro-batch: statistics of its tokens, the estimator's coefficients, one backward pass."""
+"""The gradient of a step, by micro-batch: statistics of its tokens, the estimator's coefficients, one backward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from clp_engine.estimators import (
     MixController,
     Tokens,
     coefficients,
+    loss_weights,
     objective_scales,
+    rescale_rewards,
     returns_to_go,
 )
 from clp_engine.rollout import Rollout
@@ -23,6 +26,7 @@ from clp_engine.scoring import ALL, completion_stats, unpacked
 from clp_engine.value import ValueHead
 
 if TYPE_CHECKING:
+    from clp_engine.generation import Generation
     from clp_engine.policy import ConditionedPolicy
 
 
@@ -44,11 +48,34 @@ class MicroBatch:
     values: torch.Tensor | None = None
 
 
+def micro_batches(
+    generation: Generation, config: CLPConfig
+) -> Iterator[tuple[tuple[slice, slice], MicroBatch]]:
+    """A step's completions cut into micro-batches of whole groups, each with the part of (B, T) it covers."""
+    drawn = generation.rollout
+    counted = drawn.completion_mask
+    if config.mask_truncated_completions:
+        counted = counted & drawn.terminated.unsqueeze(-1)
+    weights = loss_weights(counted, config.loss_type, config.max_completion_length)
+    rewards = rescale_rewards(generation.scalar, drawn.group, config.scale_rewards)
+    prompts = drawn.prompt_ids.shape[0]
+    per_micro_batch = max(1, config.per_device_train_batch_size // config.num_generations)
+    for start in range(0, prompts, per_micro_batch):
+        stop = min(start + per_micro_batch, prompts)
+        part = drawn.prompts(start, stop)
+        here = slice(start * drawn.group, stop * drawn.group), slice(0, part.completion_ids.shape[1])
+        old, values = (None if t is None else t[here] for t in (generation.old_logprob, generation.values))
+        yield (
+            here,
+            MicroBatch(part, generation.conditions[start:stop], rewards[here[0]], weights[here], old, values),
+        )
+
+
 @dataclass(frozen=True)
 class MicroBatchResult:
     """What a backward pass found; statistics (B, T), detached, zero outside the completion mask.
 
-    With a value head: values (B, T), those the advantages were taken from; targets, predictions (N,), what the head was
+    With a value head: values (B, T), those the advantages were taken from; targets, predictions (N,), what the head is
     fitted to and what it said, for the tokens that have a return.
     """
 
@@ -131,11 +158,11 @@ def backward(
     config: CLPConfig,
     controller: MixController,
     value_head: ValueHead | None = None,
-    value_tokens: int = 1,
+    step_tokens: int = 1,
 ) -> MicroBatchResult:
     """Add the gradient of the micro-batch's loss to the adapters' `.grad`, and that of the value head's to the head's.
 
-    value_tokens: tokens of the whole optimiser step, over which the head's loss is a mean.
+    step_tokens: completion tokens of the whole optimiser step, over which the head's loss is a mean.
     """
     scored = forward(policy, batch, config, value_head)
     mix, tokens = controller.mix, scored.tokens
@@ -167,7 +194,7 @@ def backward(
         )
         fitted = ((batch.weights > 0) & ~returns.isnan())[tokens.mask]
         targets, predicted = returns[tokens.mask][fitted], scored.predicted[fitted]
-        (value_head.loss(predicted, targets) / value_tokens).backward()
+        (value_head.loss(predicted, targets) / step_tokens).backward()
         predictions = predicted.detach()
     return MicroBatchResult(
         loss.item(),

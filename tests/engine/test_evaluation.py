@@ -275,7 +275,7 @@ def test_the_kl_coefficient_is_in_table_summary_and_picture_where_it_varies(seve
     header, _, first = table(several).splitlines()[:3]
     assert "| alpha |" in " ".join(header.split()) and "alpha" not in table(report)
     assert "| 0.00 | 1.00 | 1 |" in " ".join(first.split())
-    assert "alpha, KL" in summary(several) and "reward against KL" in summary(several)
+    assert "KL steerability" in summary(several) and "reward against KL" in summary(several)
     assert "reward against KL" not in summary(report)
     several.save(tmp_path)
     assert ParetoReport.load(tmp_path) == several
