@@ -1,4 +1,4 @@
-"""Checkpoints: adapters, optimiser, schedule, sampler, random states and position; safetensors and JSON, atomic."""
+"""Checkpoints: adapters, value head, optimiser, schedule, sampler, random states, position; safetensors and JSON, atomic."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from clp_engine.errors import ConfigError
 from clp_engine.files import checkpoints, write_directory
+from clp_engine.value import ValueHead
 
 _STATE, _TENSORS, _POLICY = "trainer_state.json", "training.safetensors", "policy"
+_VALUE = "value."  # in front of the value head's tensors
 
 
 def _random_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -50,11 +52,14 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int | None,
+    value_head: ValueHead | None = None,
 ) -> Path:
     """Write <output_dir>/checkpoint-<step>; `state` must be JSON. Older ones beyond `keep` go."""
     path = Path(output_dir) / f"checkpoint-{step}"
     plain, tensors = _random_states()
-    names = {parameter: name for name, parameter in policy.adapter_parameters().items()}
+    names = {parameter: name for name, parameter in trained_parameters(policy, value_head).items()}
+    if value_head is not None:
+        tensors |= {f"{_VALUE}{n}": t.detach().cpu() for n, t in value_head.state_dict().items()}
     for parameter, slots in optimizer.state.items():
         for slot, value in slots.items():
             tensors[f"optimizer.{names[parameter]}.{slot}"] = value.detach().cpu().contiguous()
@@ -70,15 +75,45 @@ def save(
     return path
 
 
-def load(path: str | Path, policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore adapters, optimiser and random states; returns the JSON state. Raises ConfigError for no checkpoint."""
+def trained_parameters(policy, value_head: ValueHead | None = None) -> dict[str, torch.nn.Parameter]:
+    """Every parameter that a run trains, by the name it has in a checkpoint."""
+    head = {} if value_head is None else dict(value_head.named_parameters())
+    return {**policy.adapter_parameters(), **{f"{_VALUE}{name}": p for name, p in head.items()}}
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint. Raises ConfigError where there is none."""
     path = Path(path)
     if not (path / _STATE).is_file():
         raise ConfigError(f"{path}: no {_STATE} here; expected a folder checkpoint-<step> of an earlier run")
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    policy.load_adapters(load_file(path / _POLICY / "adapters.safetensors"))
+    return json.loads((path / _STATE).read_text(encoding="utf-8"))
+
+
+def load_policy(path: str | Path, policy) -> None:
+    """Set the policy's adapters to those of a checkpoint."""
+    policy.load_adapters(load_file(Path(path) / _POLICY / "adapters.safetensors"))
+
+
+def load_value_head(path: str | Path, value_head: ValueHead) -> None:
+    """Restore the head as it was; raises ConfigError where the run had none."""
+    tensors = load_file(Path(path) / _TENSORS)
+    own = {name.removeprefix(_VALUE): t for name, t in tensors.items() if name.startswith(_VALUE)}
+    if not own:
+        raise ConfigError(f"{path} holds no value head; its run had another baseline")
+    value_head.load_state_dict(own)
+
+
+def load(
+    path: str | Path, policy, optimizer: torch.optim.Optimizer, value_head: ValueHead | None = None
+) -> None:
+    """Restore adapters, value head, optimiser and random states."""
+    path = Path(path)
+    state = read_state(path)
+    load_policy(path, policy)
+    if value_head is not None:
+        load_value_head(path, value_head)
     tensors = load_file(path / _TENSORS)
-    for name, parameter in policy.adapter_parameters().items():
+    for name, parameter in trained_parameters(policy, value_head).items():
         prefix = f"optimizer.{name}."
         slots = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         optimizer.state[parameter] = {
@@ -88,7 +123,6 @@ def load(path: str | Path, policy, optimizer: torch.optim.Optimizer) -> dict[str
             for slot, value in slots.items()
         }
     _restore_random(state["random"], tensors)
-    return state
 
 
 def resolve(output_dir: str | Path, resume: str | Path | bool) -> Path:

@@ -250,7 +250,18 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="weightings along an edge of the simplex (default: 11 for two or three)",
     )
-    parser.add_argument("--kl", type=float, help="KL coefficient of all points (default: that of training)")
+    parser.add_argument(
+        "--kl",
+        type=_numbers,
+        metavar="A,B",
+        help="KL coefficient of all points, or several: every weighting at each (default: that of training)",
+    )
+    parser.add_argument(
+        "--kl-limit",
+        type=float,
+        metavar="NATS",
+        help="KL up to which reward is compared with KL, where there are several coefficients (default: the largest)",
+    )
     number("--num-generations", int, 1, "completions per prompt and weighting")
     number("--margin", float, 0.1, "the hypervolume's reference point is the base's mean reward minus this")
     parser.add_argument("--reference-point", metavar="A=X,B=Y", help="the reference point by objective")
@@ -306,11 +317,27 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="methods, seeds, budget and shared settings")
     parser.add_argument("--output-dir", metavar="DIR", help="instead of the file's output_dir")
-    parser.add_argument("--only", metavar="A,B", help="do these methods alone; the report covers what is there")
+    parser.add_argument(
+        "--only", metavar="A,B", help="do these methods alone; the report covers what is there"
+    )
     parser.add_argument("--seeds", metavar="0,1", help="do these of the file's seeds alone")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, each with its share of the cores")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes, each with its share of the cores"
+    )
     parser.add_argument("--report-only", action="store_true", help="write the report of what is there")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done and what is done already")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be done and what is done already"
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    """'0.01,0.1' as a list."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a number, or several such as 0.01,0.1"
+        ) from None
 
 
 def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
@@ -440,6 +467,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         rows,
         grid=arguments.grid,
         kl=arguments.kl,
+        kl_limit=arguments.kl_limit,
         margin=arguments.margin,
         num_generations=arguments.num_generations,
         sampling=_sampling(arguments, spec),

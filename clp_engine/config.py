@@ -16,7 +16,9 @@ from clp_engine.errors import ConfigError
 from clp_engine.prompting import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
 
 KL_ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
+BASELINES = ("leave_one_out", "group_mean", "none", "value")
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
+KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
 DEFAULT_ALPHA = 0.1
 
 
@@ -30,8 +32,9 @@ class CLPConfig:
 
     One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions, `num_generations` for
     each of its prompts; the batch is cut into micro-batches of whole groups. The KL coefficient is given as `alpha`
-    (objective `(1 - alpha) w.R - alpha KL`) or `beta` (`w.R - beta KL`), never both; either is a number, or a range from
-    which one is drawn per prompt. Raises ConfigError for a value that cannot be used.
+    (objective `(1 - alpha) w.R - alpha KL`) or `beta` (`w.R - beta KL`), never both; either is a number, or a range or list
+    from which one is drawn per prompt. Training lasts `max_steps`, `num_train_epochs`, or until `max_generated_tokens` are
+    generated. Raises ConfigError for a value that cannot be used.
     """
 
     output_dir: str = _option("runs/clp", "folder of the run: logs, checkpoints, final policy")
@@ -63,6 +66,9 @@ class CLPConfig:
     )
     corner_probability: float = _option(0.1, "share of prompts that get a single objective")
     grid_resolution: int = _option(10, "steps along an edge for weight_sampler grid")
+    stratified_weights: bool = _option(
+        False, "fill the simplex evenly within each step; for weight_sampler uniform"
+    )
     fixed_weights: list[float] | None = _option(
         None, "the weights for weight_sampler fixed, in the order of the rewards"
     )
@@ -70,14 +76,23 @@ class CLPConfig:
         None, f"KL coefficient in (1 - alpha) w.R - alpha KL; default {DEFAULT_ALPHA}"
     )
     alpha_range: list[float] | None = _option(None, "low, high: alpha drawn log-uniformly per prompt")
+    alpha_grid: list[float] | None = _option(
+        None, "values: alpha drawn from them per prompt, each equally likely; 1 is the reference model"
+    )
     beta: float | None = _option(None, "KL coefficient in w.R - beta KL (TRL's), instead of alpha")
     beta_range: list[float] | None = _option(None, "low, high: beta drawn log-uniformly per prompt")
+    beta_grid: list[float] | None = _option(
+        None, "values: beta drawn from them per prompt, each equally likely"
+    )
 
     # the objective
     kl_estimator: str = _option(
         "return", "gradient of the KL: return, exact, mixed (unbiased); k2, k3 (biased, for comparison)"
     )
-    baseline: str = _option("leave_one_out", "baseline of the return: leave_one_out, group_mean or none")
+    baseline: str = _option(
+        "leave_one_out", "baseline of the return: leave_one_out, group_mean, none or value (a learned head)"
+    )
+    value_learning_rate: float = _option(1e-3, "peak learning rate of the head of baseline value")
     scale_rewards: str = _option(
         "none", "divide rewards by a standard deviation: none, group or batch; changes what alpha means"
     )
@@ -106,6 +121,10 @@ class CLPConfig:
     per_device_eval_batch_size: int = _option(64, "completions per batch of evaluate()")
     num_train_epochs: float = _option(3.0, "passes over the training prompts, where max_steps is not given")
     max_steps: int = _option(-1, "optimiser steps; overrides num_train_epochs where positive")
+    max_generated_tokens: int | None = _option(
+        None,
+        "end with the step in which so many completion tokens have been generated; overrides num_train_epochs",
+    )
     learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
     lr_scheduler_type: str = _option(
         "linear", "a schedule of transformers.get_scheduler: linear, cosine, constant, ..."
@@ -143,9 +162,14 @@ class CLPConfig:
                 f"per_device_train_batch_size * gradient_accumulation_steps = {self.batch_size} completions do not divide into "
                 f"groups of num_generations = {self.num_generations}; make it a multiple"
             )
-        if self.baseline != "none" and self.num_generations < 2:
+        if self.baseline in ("leave_one_out", "group_mean") and self.num_generations < 2:
             raise ConfigError(
-                f"baseline={self.baseline!r} compares completions of one prompt; num_generations must be at least 2"
+                f"baseline={self.baseline!r} compares completions of one prompt; num_generations must be at least 2 "
+                "(baseline='none' and 'value' work with 1)"
+            )
+        if self.scale_rewards == "group" and self.num_generations < 2:
+            raise ConfigError(
+                "scale_rewards='group' needs the spread within a group; num_generations must be at least 2"
             )
 
     def _check_choices(self) -> None:
@@ -153,7 +177,7 @@ class CLPConfig:
             "kl_conditioning": KL_CONDITIONING,
             "weight_sampler": WEIGHT_SAMPLERS,
             "kl_estimator": KL_ESTIMATORS,
-            "baseline": ("leave_one_out", "group_mean", "none"),
+            "baseline": BASELINES,
             "scale_rewards": ("none", "group", "batch"),
             "loss_type": ("sequence", "grpo", "dapo", "dr_grpo"),
             "eval_strategy": ("no", "steps"),
@@ -171,6 +195,10 @@ class CLPConfig:
             check_template(self.prompt_template)
         if self.weight_sampler == "fixed" and self.fixed_weights is None:
             raise ConfigError("weight_sampler='fixed' needs fixed_weights")
+        if self.stratified_weights and self.weight_sampler != "uniform":
+            raise ConfigError(
+                f"stratified_weights is for weight_sampler='uniform'; got weight_sampler={self.weight_sampler!r}"
+            )
 
     def _check_ranges(self) -> None:
         positive = (
@@ -191,6 +219,7 @@ class CLPConfig:
         )
         not_negative = (
             "learning_rate",
+            "value_learning_rate",
             "warmup_steps",
             "warmup_ratio",
             "weight_decay",
@@ -204,30 +233,44 @@ class CLPConfig:
                 raise ConfigError(
                     f"{name}={value}: expected {'at least 0' if name in not_negative else 'a positive number'}"
                 )
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+        budget = self.max_generated_tokens
+        if budget is not None and budget < 1:
+            raise ConfigError(f"max_generated_tokens={budget}: expected a positive number")
+        if budget is None and self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ConfigError(
                 f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: one must be positive"
             )
+        if budget is not None and self.warmup_steps:
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps}: with max_generated_tokens the schedule runs over tokens; "
+                "give warmup_ratio, a share of them"
+            )
 
     def _check_kl(self) -> None:
-        names = ("alpha", "alpha_range", "beta", "beta_range")
-        given = [name for name in names if getattr(self, name) is not None]
+        given = [name for name in KL_NAMES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(
-                f"{' and '.join(given)} were both given; the KL coefficient is one of {', '.join(names)}"
+                f"{' and '.join(given)} were both given; the KL coefficient is one of {', '.join(KL_NAMES)}"
             )
-        low, high = (self.kl, self.kl) if isinstance(self.kl, float) else self.kl
-        if not 0 <= low <= high or not self.kl_is_beta and high > 1:
+        name, kl = (given or ["alpha"])[0], self.kl
+        values = [kl] if isinstance(kl, float) else list(kl)
+        ordered = not isinstance(kl, tuple) or values[0] <= values[1]
+        if not (ordered and all(v >= 0 and math.isfinite(v) and (v <= 1 or self.kl_is_beta) for v in values)):
             raise ConfigError(
-                f"{(given or ['alpha'])[0]}={self.kl}: expected "
-                f"{'0 or more' if self.kl_is_beta else 'between 0 and 1'}, low before high"
+                f"{name}={kl}: expected {'0 or more' if self.kl_is_beta else 'between 0 and 1'}"
+                f"{', low before high' if isinstance(kl, tuple) else ''}"
             )
-        if low == 0 and not isinstance(self.kl, float):
-            raise ConfigError(
-                f"{given[0]} is drawn log-uniformly and must start above 0; got {list(self.kl)}"
-            )
-        if self.kl_conditioning == "odds" and low == 0:
-            raise ConfigError("kl_conditioning='odds' needs a KL coefficient above 0")
+        if isinstance(kl, tuple) and values[0] == 0:
+            raise ConfigError(f"{name} is drawn log-uniformly and must start above 0; got {values}")
+        if len(set(values)) < len(values) and isinstance(kl, list):
+            raise ConfigError(f"{name}={values}: a value occurs twice; all are equally likely")
+        if self.kl_conditioning == "odds":
+            if min(values) == 0:
+                raise ConfigError("kl_conditioning='odds' needs a KL coefficient above 0")
+            if min(values) == 1 and not self.kl_is_beta:
+                raise ConfigError(
+                    "kl_conditioning='odds' needs an alpha below 1: at 1 there is only the reference"
+                )
 
     @property
     def batch_size(self) -> int:
@@ -243,18 +286,32 @@ class CLPConfig:
 
     @property
     def kl_is_beta(self) -> bool:
-        return self.beta is not None or self.beta_range is not None
+        return any(getattr(self, name) is not None for name in KL_NAMES if name.startswith("beta"))
 
     @property
-    def kl(self) -> float | tuple[float, float]:
-        """The KL coefficient: a number, or (low, high)."""
-        span = self.alpha_range or self.beta_range
+    def kl(self) -> float | tuple[float, float] | list[float]:
+        """The KL coefficient: a number, a range (low, high), or a list to draw from."""
+        span = self.alpha_range if self.alpha_range is not None else self.beta_range
         if span is not None:
             if len(span) != 2:
                 raise ConfigError(f"a range of the KL coefficient has two ends; got {span}")
             return (float(span[0]), float(span[1]))
+        grid = self.alpha_grid if self.alpha_grid is not None else self.beta_grid
+        if grid is not None:
+            if not grid:
+                raise ConfigError("a list of KL coefficients needs at least one value; got none")
+            return [float(value) for value in grid]
         value = self.beta if self.beta is not None else self.alpha
         return float(DEFAULT_ALPHA if value is None else value)
+
+    @property
+    def default_kl(self) -> float:
+        """The policy's KL coefficient where none is asked for: the number, the geometric middle of the range, or the list's
+        median (the lower of two)."""
+        kl = self.kl
+        if isinstance(kl, tuple):
+            return math.sqrt(kl[0] * kl[1])
+        return sorted(kl)[(len(kl) - 1) // 2] if isinstance(kl, list) else kl
 
     @property
     def logging_strategy(self) -> str:

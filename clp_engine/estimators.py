@@ -36,6 +36,19 @@ price: where the log-ratio is mostly noise that no reward explains (random logit
 whole sum has up to 1.8 times the variance in `return`; `exact` is lower than both there, by up to a factor
 of ten, and `mixed` finds it.
 
+With baseline="value" A is one number per token instead: the part of the return that is still to come, less
+a prediction of it from the prefix (and prompt, w, kl):
+
+    A_t = G_t - V(y_<t)        G_t = reward_scale * r - kl_coef * penalty_t
+    return  penalty_t = sum_{t' >= t} (logprob - ref_logprob)
+    exact   penalty_t = sum_{t' > t} KL_t'           (KL_t itself is differentiated, with c_kl = -kl_coef)
+    mixed   mix * exact + (1 - mix) * return         k2, k3   penalty_t = 0
+
+The gradient's expectation does not change, because grad log pi(y_t | y_<t) has mean zero given the prefix:
+E[V(y_<t) grad log pi(y_t | y_<t)] = E[V(y_<t) E[grad log pi(y_t | y_<t) | y_<t]] = 0. Leaving out what lies
+before t is the same argument. The whole sum as the penalty would give the same A_t: a V that predicts it
+contains the part before t exactly. No other completion of the prompt is needed, so one is enough.
+
 What is biased in k2 and k3: the sampled estimate of the KL is differentiated as if the samples were fixed,
 token by token. For k2 the expectation over token t is the gradient of KL_t, but the effect of token t on
 the KL of later steps is missing (as in `exact` without its penalty); with one step k2 is unbiased. For k3
@@ -53,7 +66,7 @@ from dataclasses import dataclass
 import torch
 
 ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
-BASELINES = ("leave_one_out", "group_mean", "none")
+BASELINES = ("leave_one_out", "group_mean", "none", "value")
 SCALE_REWARDS = ("none", "group", "batch")
 LOSS_TYPES = ("sequence", "grpo", "dapo", "dr_grpo")
 
@@ -82,7 +95,8 @@ class Coefficients:
 
     logprob: (B, T), zero outside the mask.
     kl: (B, T), or None where the estimator does not differentiate the KL.
-    advantage: (B,), the baselined return; zero for rows that have none.
+    advantage: (B,), the baselined return; zero for rows that have none. With baseline "value" (B, T), by
+        token, zero outside the mask.
     clip_low, clip_high: scalars, the fraction of the counted tokens whose ratio was clipped from below and
         from above; None without old_logprob.
     """
@@ -176,6 +190,7 @@ def coefficients(
     baseline: str = "leave_one_out",
     scale_rewards: str = "none",
     mix: float = 0.5,
+    values: torch.Tensor | None = None,
     old_logprob: torch.Tensor | None = None,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
@@ -186,7 +201,10 @@ def coefficients(
         baseline one that has nobody to be compared with, gets coefficients of zero, its KL included: it has
         no objective.
     group_size: consecutive rows that share prompt and condition; B must be a multiple of it.
-    baseline: "leave_one_out", "group_mean" or "none" (see the functions of those names).
+    baseline: "leave_one_out", "group_mean" (see the functions of those names), "value" or "none".
+    values: (B, T), for baseline "value": what the return from each token on was expected to be, before that
+        token was known. It may depend on the prompt, w, kl and the tokens before, on earlier batches, and on
+        nothing else; not on this batch's rewards either.
     mix: share of `exact` in `mixed`, in [0, 1]; it may depend on earlier batches only (MixController).
     old_logprob: (B, T), the log-probs the completions were sampled with, where the policy has moved since.
         The term in A becomes the clipped surrogate min(ratio * A, clip(ratio, 1 - epsilon, 1 +
@@ -198,22 +216,22 @@ def coefficients(
     Returns Coefficients in the dtype of tokens.logprob, detached. Raises ValueError for an unknown name, a
     shape that does not fit, or a missing tokens.kl.
     """
-    _check(tokens, rewards, kl_coef, reward_scale, group_size, estimator, baseline, mix)
+    _check(tokens, rewards, kl_coef, reward_scale, group_size, estimator, baseline, mix, values)
     dtype, mask = tokens.logprob.dtype, tokens.mask
     kl_coef, reward_scale = kl_coef.to(dtype), reward_scale.to(dtype)
     rewards = rescale_rewards(rewards.to(dtype), group_size, scale_rewards)
     log_ratio = torch.where(mask, tokens.logprob - tokens.ref_logprob, 0.0)
 
-    exact = {"exact": 1.0, "mixed": float(mix)}.get(estimator, 0.0)
-    if estimator in ("k2", "k3"):
-        penalty = torch.zeros_like(rewards)
+    exact = _share_of_exact(estimator, mix)
+    if baseline == "value":
+        returns = _returns_to_go(tokens, log_ratio, rewards, kl_coef, reward_scale, estimator, exact)
+        counts = ~returns.isnan().any(-1)
+        advantage = torch.where(tokens.mask & counts.unsqueeze(-1), returns - values.to(dtype), 0.0)
+        score = advantage
     else:
-        penalty = (1 - exact) * log_ratio.sum(-1)
-        if exact:
-            penalty = penalty + exact * torch.where(mask, tokens.kl, 0.0).sum(-1)
-    advantage, counts = _advantage(reward_scale * rewards - kl_coef * penalty, group_size, baseline)
-
-    score = advantage.unsqueeze(-1) * mask
+        penalty = _penalty(tokens, log_ratio, estimator, exact).sum(-1)
+        advantage, counts = _advantage(reward_scale * rewards - kl_coef * penalty, group_size, baseline)
+        score = advantage.unsqueeze(-1) * tokens.mask
     clip_low = clip_high = None
     if old_logprob is not None:
         score, clip_low, clip_high = _clipped(score, tokens, old_logprob, epsilon, epsilon_high)
@@ -224,6 +242,33 @@ def coefficients(
     elif estimator == "k3":
         score = score + loss_coef * torch.expm1(-log_ratio)
     return Coefficients(score, -exact * loss_coef if exact else None, advantage, clip_low, clip_high)
+
+
+@torch.no_grad()
+def returns_to_go(
+    tokens: Tokens,
+    rewards: torch.Tensor,
+    kl_coef: torch.Tensor,
+    reward_scale: torch.Tensor,
+    group_size: int,
+    *,
+    estimator: str = "return",
+    scale_rewards: str = "none",
+    mix: float = 0.5,
+) -> torch.Tensor:
+    """G_t of each token, what a value function predicts (formula at the top of the module): (B, T).
+
+    Arguments as for `coefficients`. NaN in rows without a reward; zero outside the mask.
+    """
+    _check(tokens, rewards, kl_coef, reward_scale, group_size, estimator, "none", mix, None)
+    dtype = tokens.logprob.dtype
+    rewards = rescale_rewards(rewards.to(dtype), group_size, scale_rewards)
+    log_ratio = torch.where(tokens.mask, tokens.logprob - tokens.ref_logprob, 0.0)
+    exact = _share_of_exact(estimator, mix)
+    returns = _returns_to_go(
+        tokens, log_ratio, rewards, kl_coef.to(dtype), reward_scale.to(dtype), estimator, exact
+    )
+    return torch.where(tokens.mask, returns, 0.0)
 
 
 @torch.no_grad()
@@ -317,6 +362,35 @@ class MixController:
         self.dot, self.norm = float(state["dot"]), float(state["norm"])
 
 
+def _share_of_exact(estimator: str, mix: float) -> float:
+    return {"exact": 1.0, "mixed": float(mix)}.get(estimator, 0.0)
+
+
+def _penalty(tokens: Tokens, log_ratio: torch.Tensor, estimator: str, exact: float) -> torch.Tensor:
+    """What each token adds to the penalty of its completion: (B, T), zero outside the mask."""
+    if estimator in ("k2", "k3"):
+        return torch.zeros_like(log_ratio)
+    penalty = (1 - exact) * log_ratio
+    return penalty + exact * torch.where(tokens.mask, tokens.kl, 0.0) if exact else penalty
+
+
+def _returns_to_go(
+    tokens: Tokens,
+    log_ratio: torch.Tensor,
+    rewards: torch.Tensor,
+    kl_coef: torch.Tensor,
+    reward_scale: torch.Tensor,
+    estimator: str,
+    exact: float,
+) -> torch.Tensor:
+    """G_t at every position: (B, T), NaN in rows without a reward."""
+    penalty = _penalty(tokens, log_ratio, estimator, exact)
+    to_come = penalty.flip(-1).cumsum(-1).flip(-1)
+    if exact:  # the KL of step t does not depend on token t
+        to_come = to_come - exact * torch.where(tokens.mask, tokens.kl, 0.0)
+    return (reward_scale * rewards).unsqueeze(-1) - kl_coef.unsqueeze(-1) * to_come
+
+
 def _advantage(returns: torch.Tensor, group_size: int, baseline: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantage (B,) and whether the row counts (B,) bool."""
     present = ~returns.isnan()
@@ -372,15 +446,26 @@ def _check(
     estimator: str,
     baseline: str,
     mix: float,
+    values: torch.Tensor | None,
 ) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}: expected one of {', '.join(ESTIMATORS)}")
     if baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r}: expected one of {', '.join(BASELINES)}")
-    if baseline != "none" and group_size < 2:
+    if baseline in ("leave_one_out", "group_mean") and group_size < 2:
         raise ValueError(
             f"baseline={baseline!r} compares the completions of a prompt and needs a group_size "
-            f"of at least 2; got {group_size}. Use more completions, or baseline='none'"
+            f"of at least 2; got {group_size}. Use more completions, or baseline='none' or 'value'"
+        )
+    if (values is None) == (baseline == "value"):
+        raise ValueError(
+            f"values belong to baseline='value' and it needs them; got baseline={baseline!r} "
+            f"{'without' if values is None else 'with'} values"
+        )
+    if values is not None and values.shape != tokens.logprob.shape:
+        raise ValueError(
+            f"values must have the shape of tokens.logprob, {tuple(tokens.logprob.shape)}; "
+            f"got {tuple(values.shape)}"
         )
     if not 0 <= mix <= 1:
         raise ValueError(f"mix must be in [0, 1]; got {mix}")

@@ -1,5 +1,5 @@
-"""The front of a conditioned policy: rewards, KL and length at a grid of weightings, beside the base
-model's.
+"""The front of a conditioned policy: rewards, KL and length at a grid of weightings and KL coefficients,
+beside the base model's.
 
 One resident model serves all weightings and the base (the row of weight zero): batches hold rows of every
 point. Common random numbers: completion g of prompt n draws from the random stream (seed, n, g) at every
@@ -56,7 +56,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Point:
-    """What the policy does at one weighting.
+    """What the policy does at one weighting and one KL coefficient.
 
     rewards: mean over prompts; kl: mean over completions of `sum_t KL(pi(.|y_<t) || pi_ref(.|y_<t))`, in
     nats, exact over the vocabulary; length: mean tokens per completion, end token included; truncated: share
@@ -93,6 +93,9 @@ class ParetoReport:
     95 % of the time. expected_utility: over the default lattice of weightings; realised_utility, regret: over
     the points evaluated. steerability: None where a rank correlation is undefined. seconds, setup, versions,
     commit: how it was made.
+
+    Where several KL coefficients were evaluated, else None: kl_steerability, -1 if a larger coefficient always
+    leads to less KL (None as well where it is undefined); kl_hypervolume, of reward against KL up to kl_limit.
     """
 
     task: str | None
@@ -114,6 +117,19 @@ class ParetoReport:
     setup: dict[str, Any]
     versions: dict[str, str]
     commit: str | None
+    kl_steerability: float | None = None
+    kl_hypervolume: Interval | None = None
+    kl_limit: float | None = None
+
+    @property
+    def kl_coefs(self) -> list[float]:
+        """The KL coefficients evaluated, in their order."""
+        return list(dict.fromkeys(point.kl_coef for point in self.points))
+
+    @property
+    def kl_name(self) -> str:
+        """What the KL coefficient is: alpha or beta."""
+        return self.setup.get("kl_name", "alpha")
 
     def to_dict(self) -> dict[str, Any]:
         """As in report.json: plain dicts, lists, numbers and strings."""
@@ -121,10 +137,12 @@ class ParetoReport:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ParetoReport:
-        """The inverse of `to_dict`; keys that are not known here are left out. Raises ConfigError for a
-        missing one."""
+        """The inverse of `to_dict`; keys that are not known here are left out, and what reports did not always
+        have may be missing. Raises ConfigError for another missing key."""
         try:
-            values = {f.name: raw[f.name] for f in dataclasses.fields(cls)}
+            always = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+            values = {name: raw[name] for name in always}
+            values |= {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
             values["points"] = [Point(**{**p, "rewards": _intervals(p["rewards"])}) for p in raw["points"]]
             base = raw["base"]
             values["base"] = Base(
@@ -136,6 +154,8 @@ class ParetoReport:
             )
             for name in ("hypervolume_interval", "hypervolume_gain", "realised_utility_interval"):
                 values[name] = Interval(**raw[name])
+            if values.get("kl_hypervolume") is not None:
+                values["kl_hypervolume"] = Interval(**raw["kl_hypervolume"])
         except (KeyError, TypeError) as error:
             raise ConfigError(f"not a report of this version of clp-engine: {error}") from error
         return cls(**values)
@@ -197,7 +217,8 @@ def evaluate(
     prompts: Sequence[str | Row],
     *,
     grid: int | Sequence | None = None,
-    kl: float | None = None,
+    kl: float | Sequence[float] | None = None,
+    kl_limit: float | None = None,
     num_generations: int = 1,
     sampling: SamplingParams | None = None,
     max_prompt_length: int | None = None,
@@ -216,7 +237,10 @@ def evaluate(
     reward_funcs: one per objective of the policy, in its order, or a mapping by objective name.
     prompts: texts, or dataset rows with `prompt` and further columns, which the reward functions receive.
     grid: weightings (mappings or sequences), or points per edge of the simplex lattice; None is 11 points for
-        two objectives, 66 for three. kl: the KL coefficient of all points; None is the policy's default.
+        two objectives, 66 for three.
+    kl: the KL coefficient of all points, or a list: every weighting is evaluated at each. None is the policy's
+        default. kl_limit: KL up to which reward is compared with KL (`pareto.kl_hypervolume`); None is the
+        largest of the points: give one to compare reports with each other.
     num_generations: completions per prompt and point. max_prompt_length: keep the last so many tokens of a
         prompt. batch_rows: completions decoded together.
     reference_point: by objective; None is the base model's mean reward minus `margin`, in units of reward.
@@ -232,7 +256,12 @@ def evaluate(
     if num_generations < 1 or bootstrap < 1:
         raise ConfigError(f"num_generations={num_generations}, bootstrap={bootstrap}: expected at least 1")
     weightings = _weightings(policy, grid)
-    conditions = policy.conditions(weightings, kl, len(weightings))
+    kls = _kl_coefficients(policy, kl)
+    if kl_limit is not None and not kl_limit > 0:
+        raise ConfigError(f"kl_limit={kl_limit}: expected a positive number of nats")
+    # All weightings at the first coefficient, then all at the second.
+    repeated = [value for value in kls for _ in weightings]
+    conditions = policy.conditions(weightings * len(kls), repeated, len(repeated))
     margins = _by_objective(margin, policy.objectives, "margin")
     if reference_point is not None:
         reference_point = _by_objective(reference_point, policy.objectives, "reference_point")
@@ -253,9 +282,12 @@ def evaluate(
         "confidence": CONFIDENCE,
         "seed": seed,
         "device": str(policy.device),
+        "kl_name": "beta" if policy.kl_is_beta else "alpha",
         "random_numbers": "common: completion g of prompt n has the same random stream at every point",
     }
     summary = _summary(measured, means, conditions, reference, policy.objectives, bootstrap, seed)
+    if len(kls) > 1:
+        summary |= _kl_summary(measured, means, conditions, kls, kl_limit, bootstrap, seed)
     report = ParetoReport(
         task=task,
         model=policy.spec.base_model,
@@ -311,6 +343,15 @@ def _weightings(policy: ConditionedPolicy, grid) -> list:
     if not grid:
         raise ConfigError("grid is empty; give at least one weighting")
     return grid
+
+
+def _kl_coefficients(policy: ConditionedPolicy, kl: float | Sequence[float] | None) -> list[float]:
+    if kl is None:
+        return [policy.spec.default_kl]
+    kls = [float(value) for value in kl] if isinstance(kl, Sequence | np.ndarray) else [float(kl)]
+    if not kls or len(set(kls)) < len(kls):
+        raise ConfigError(f"kl={list(kls)}: expected at least one KL coefficient, none of them twice")
+    return kls
 
 
 def _by_objective(value, objectives: Sequence[str], name: str) -> np.ndarray:
@@ -452,6 +493,42 @@ def _summary(
         "realised_utility_interval": _interval(realised, pareto.realised_utility(resampled_front, weights)),
         "regret": {"mean": float(lost.mean()), "max": float(lost.max())},
         "steerability": {name: None if np.isnan(r) else r for name, r in zip(objectives, rho)},
+    }
+
+
+def _kl_summary(
+    measured: _Measured,
+    means: np.ndarray,
+    conditions: Conditions,
+    kls: Sequence[float],
+    limit: float | None,
+    bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The fields of ParetoReport that compare KL coefficients with each other."""
+    weights = conditions.weights.double().numpy()
+
+    def by_weighting(values: np.ndarray) -> np.ndarray:
+        """(..., P), the weightings of one coefficient after those of another, as (..., W, K)."""
+        return np.swapaxes(values.reshape(*values.shape[:-1], len(kls), -1), -1, -2)
+
+    def volume(rewards: np.ndarray, kl: np.ndarray) -> np.ndarray:
+        front, base = rewards[..., :-1, :], rewards[..., -1, :]
+        of_base = base @ weights[: len(weights) // len(kls)].T
+        return pareto.kl_hypervolume(
+            by_weighting((front * weights).sum(-1)), by_weighting(kl), of_base, limit
+        )
+
+    kl = measured.kl[:-1].mean(-1)
+    limit = float(kl.max()) if limit is None else float(limit)
+    rho = float(pareto.kl_steerability(by_weighting(kl), kls))
+    # One seed: the same prompts are drawn for rewards and KL.
+    resampled_rewards = pareto.bootstrap_means(measured.rewards, bootstrap, seed)
+    resampled_kl = pareto.bootstrap_means(measured.kl[:-1, :, None], bootstrap, seed)[..., 0]
+    return {
+        "kl_steerability": None if math.isnan(rho) else rho,
+        "kl_hypervolume": _interval(volume(means, kl), volume(resampled_rewards, resampled_kl)),
+        "kl_limit": limit,
     }
 
 

@@ -130,12 +130,48 @@ def steerability(points: ArrayLike, weights: ArrayLike) -> Array:
     should.
     """
     points, weights = _front(points), _weights(points, weights)
-    asked = ranks(weights.T)  # (M, P)
-    got = ranks(np.swapaxes(points, -1, -2))  # (..., M, P)
-    asked = asked - asked.mean(-1, keepdims=True)
-    got = got - got.mean(-1, keepdims=True)
-    spread = np.sqrt((asked**2).sum(-1) * (got**2).sum(-1))
-    return np.divide((asked * got).sum(-1), spread, out=np.full(spread.shape, np.nan), where=spread > 0)
+    return _rank_correlation(weights.T, np.swapaxes(points, -1, -2))
+
+
+def _rank_correlation(x: Array, y: Array) -> Array:
+    """Spearman's, along the last axis; NaN where either is constant."""
+    x, y = ranks(x), ranks(y)
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    spread = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.divide((x * y).sum(-1), spread, out=np.full(spread.shape, np.nan), where=spread > 0)
+
+
+def kl_steerability(kl: ArrayLike, kl_coefs: ArrayLike) -> Array:
+    """Spearman rank correlation of the KL coefficient with the KL it leads to: (..., W, K) -> (...).
+
+        rho = mean over w of Pearson(ranks(kl_coefs), ranks(KL(pi_w)))
+
+    kl: W weightings at K coefficients each; kl_coefs: (K,). -1 if more of the penalty is always less KL.
+    Weightings whose KL takes one value only are left out; NaN where that is all of them, or K is 1.
+    """
+    rho = _rank_correlation(np.asarray(kl_coefs, dtype=np.float64), _front(kl, "kl"))
+    defined = ~np.isnan(rho)
+    return _divide(np.where(defined, rho, 0.0).sum(-1), defined.sum(-1))
+
+
+def kl_hypervolume(utility: ArrayLike, kl: ArrayLike, base: ArrayLike, limit: float) -> Array:
+    """Hypervolume in (utility, -KL), of the front that the KL coefficient spans: (..., W, K) -> (...).
+
+        HV_w = | union_k { (u, x) : base_w <= u <= w . R_k,  KL_k <= x <= limit } |,    mean over w
+             = integral_0^limit max(0, max_{k : KL_k <= x} w . R_k - base_w) dx
+
+    The reference point is the base policy's utility at a KL of `limit`. Divided by `limit` it is what a user
+    gains over the base who may spend x nats, x uniform up to the limit. utility, kl: W weightings at K
+    coefficients (or runs) each; base: (..., W). Compare fronts at one limit, chosen before they are known.
+    """
+    utility, kl = _front(utility, "utility"), _front(kl, "kl")
+    if utility.shape != kl.shape or not limit >= 0:
+        raise ValueError(
+            f"kl_hypervolume needs utility and kl of one shape and a limit of 0 or more; "
+            f"got {utility.shape}, {kl.shape} and {limit}"
+        )
+    boxes = np.stack([utility - np.asarray(base, dtype=np.float64)[..., None], limit - kl], -1)
+    return _volume(np.maximum(boxes, 0.0)).mean(-1)
 
 
 def mean_rewards(rewards: ArrayLike) -> Array:

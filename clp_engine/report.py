@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Corner colours of the weight simplex for three objectives and more; a weighting mixes them.
 _CORNERS = ("#d1495b", "#2b7bba", "#2a9d5c", "#b8860b", "#7b4fa3", "#4d4d4d")
 _GREY = "#8a8a8a"
+# One per KL coefficient.
+_MARKERS, _STYLES = "osD^vP", ("-", "--", "-.", ":")
 
 
 def write_report(report: ParetoReport, directory: str | Path) -> list[Path]:
@@ -64,13 +66,16 @@ def write_png(figure: Figure, path: Path) -> None:
 def table(report: ParetoReport) -> str:
     """One line per point and one for the base, columns aligned; valid Markdown and readable as it is.
 
-    Rewards are `mean [low, high]`; a star marks the points no other point dominates.
+    alpha (or beta) has a column where it varies. Rewards are `mean [low, high]`; a star marks the points no
+    other point dominates.
     """
     names = report.objectives
-    header = [*(f"w {name}" for name in names), *names, "KL", "tokens", "front"]
+    coefficient = [report.kl_name] if len(report.kl_coefs) > 1 else []
+    header = [*(f"w {name}" for name in names), *coefficient, *names, "KL", "tokens", "front"]
     rows = [
         [
             *(f"{p.weights[n]:.2f}" for n in names),
+            *(f"{p.kl_coef:g}" for _ in coefficient),
             *(_with_interval(p.rewards[n]) for n in names),
             f"{p.kl:.2f}",
             f"{p.length:.1f}",
@@ -81,7 +86,7 @@ def table(report: ParetoReport) -> str:
     base = report.base
     rows.append(
         [
-            *("base" if i == 0 else "" for i in range(len(names))),
+            *("base" if i == 0 else "" for i in range(len(names) + len(coefficient))),
             *(_with_interval(base.rewards[n]) for n in names),
             "0",
             f"{base.length:.1f}",
@@ -114,6 +119,12 @@ def summary(report: ParetoReport) -> str:
         "regret": f"{report.regret['mean']:.3f} on average, {report.regret['max']:.3f} at worst",
         "steerability": rho,
     }
+    if report.kl_hypervolume is not None:
+        of_kl = "undefined" if report.kl_steerability is None else f"{report.kl_steerability:.2f}"
+        lines |= {
+            "KL steerability": of_kl,
+            "reward against KL": f"{_with_interval(report.kl_hypervolume)}, KL up to {report.kl_limit:.2f}",
+        }
     return "\n".join(f"{name:<18}{value}" for name, value in lines.items())
 
 
@@ -123,15 +134,20 @@ def _with_interval(value: Interval, digits: int = 3) -> str:
 
 _HOW_TO_READ = """## How to read this
 
-- Each row is one weighting `w` of the same model. Rewards are means over prompts with 95 % bootstrap
-  intervals in brackets; `*` marks rows that no other row dominates. As the weight of an objective grows,
-  its reward should grow too: **steerability** is the rank correlation of the two, 1 if it always does.
+- Each row is one weighting `w` of the same model (and one KL coefficient, where it varies). Rewards are
+  means over prompts with 95 % bootstrap intervals in brackets; `*` marks rows that no other row dominates.
+  As the weight of an objective grows, its reward should grow too: **steerability** is the rank correlation
+  of the two, 1 if it always does.
 - **KL** is the exact divergence from the base model, summed over the tokens of a completion, in nats: how
   far the model had to move. **tokens** is the mean length of a completion.
 - **hypervolume** is how much of the space of rewards the front covers above the reference point; higher is
   better. The base model's is that of its one point, *gain* the difference, over the same prompts. The best
   of many noisy points looks good by luck: *by chance* is what a front no better than the base model stays
   below 95 % of the time, and only a hypervolume well above it is evidence.
+- Where the KL coefficient varies, **KL steerability** is its rank correlation with the KL, -1 if a larger one
+  always stays nearer to the base model. **reward against KL** is the area between the base model's
+  reward and the best reward to be had for a KL of at most x, for x from 0 to the limit given with it,
+  averaged over the weightings: compare it between reports with the same limit only.
 - **expected utility** is what users with random weightings get who may pick any row; **realised utility**
   is what they get by asking for their own weighting, which punishes a model that ignores it. **regret** is
   what the best row for a weighting would have added to the row that was asked for."""
@@ -139,11 +155,14 @@ _HOW_TO_READ = """## How to read this
 
 def markdown(report: ParetoReport, picture: bool = True) -> str:
     """report.md: table, metrics, and how to read them. picture: whether pareto.png lies beside it."""
-    setup, count, each = report.setup, len(report.points), report.setup["num_generations"]
+    setup, each = report.setup, report.setup["num_generations"]
+    coefficients = report.kl_coefs
+    count = len(report.points) // len(coefficients)
+    values = f" at each of {len(coefficients)} values of {report.kl_name}" if len(coefficients) > 1 else ""
     seconds = [f"{phase} {value:.0f} s" for phase, value in report.seconds.items() if value is not None]
     made = (
         f"Model {report.model or 'without a name'}, conditioned on {', '.join(report.objectives)}, and "
-        f"the base model. {count} weighting{'s' * (count > 1)}, {setup['prompts']} prompts, {each} "
+        f"the base model. {count} weighting{'s' * (count > 1)}{values}, {setup['prompts']} prompts, {each} "
         f"completion{'s' * (each > 1)} for each pair. On {setup['device']}, {' and '.join(seconds)}."
     )
     reference = "The reference point was given."
@@ -170,13 +189,14 @@ def markdown(report: ParetoReport, picture: bool = True) -> str:
 
 
 def draw(report: ParetoReport) -> Figure:
-    """Two objectives: the front, coloured by weight. More: one panel per pair. One: its reward against KL."""
+    """Two objectives: the front, coloured by weight, one line per KL coefficient. More: one panel per pair. One: its reward
+    against KL, coloured by KL coefficient where there are several."""
     from matplotlib.figure import Figure
 
     pairs = list(combinations(report.objectives, 2))
     if not pairs:
         figure = Figure(figsize=(6, 4.5), layout="constrained")
-        _reward_against_kl(figure.add_subplot(), report)
+        _reward_against_kl(figure, report)
         return figure
     columns = min(len(pairs), 3)
     rows = -(-len(pairs) // columns)
@@ -200,22 +220,27 @@ def draw(report: ParetoReport) -> Figure:
 
 
 def _panel(axis: Axes, report: ParetoReport, x: str, y: str) -> None:
-    points = sorted(report.points, key=lambda p: [p.weights[name] for name in report.objectives])
-    two = len(report.objectives) == 2
-    across, up = ([p.rewards[name].mean for p in points] for name in (x, y))
-    if two:
-        axis.plot(across, up, color=_GREY, lw=1, zorder=1)
-    for point in points:
-        _error_bars(axis, point, x, y, _GREY, alpha=0.55 if two else 0.25)
-    axis.scatter(
-        across,
-        up,
-        c=_colours(report, points),
-        s=60 if two else 30,
-        edgecolors="white",
-        linewidths=0.7,
-        zorder=3,
-    )
+    two, several = len(report.objectives) == 2, len(report.kl_coefs) > 1
+    for i, kl in enumerate(report.kl_coefs):
+        points = [p for p in report.points if p.kl_coef == kl]
+        points.sort(key=lambda p: [p.weights[name] for name in report.objectives])
+        across, up = ([p.rewards[name].mean for p in points] for name in (x, y))
+        style, marker = _STYLES[i % len(_STYLES)], _MARKERS[i % len(_MARKERS)] if several else "o"
+        if two:
+            label = f"{report.kl_name} {kl:g}" if several else None
+            axis.plot(across, up, color=_GREY, lw=1, ls=style, marker=marker, ms=5, zorder=1, label=label)
+        for point in points:
+            _error_bars(axis, point, x, y, _GREY, alpha=0.55 if two else 0.25)
+        axis.scatter(
+            across,
+            up,
+            c=_colours(report, points),
+            s=60 if two else 30,
+            marker=marker,
+            edgecolors="white",
+            linewidths=0.7,
+            zorder=3,
+        )
     base = report.base
     _error_bars(axis, base, x, y, "black", alpha=0.8)
     axis.scatter(
@@ -287,29 +312,68 @@ def _corner_legend(figure: Figure, report: ParetoReport) -> None:
     handles = [
         dot(_CORNERS[i % len(_CORNERS)], f"all weight on {name}") for i, name in enumerate(report.objectives)
     ]
+    if len(report.kl_coefs) > 1:
+        handles += [
+            dot(_GREY, f"{report.kl_name} {kl:g}", _MARKERS[i % len(_MARKERS)])
+            for i, kl in enumerate(report.kl_coefs)
+        ]
     handles += [dot("black", "base model", "*"), dot("black", "reference point", "+")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=9
+    )
 
 
-def _reward_against_kl(axis: Axes, report: ParetoReport) -> None:
-    name = report.objectives[0]
-    for kl, at, marker, label in (
-        (0.0, report.base, "*", "base model"),
-        *((p.kl, p, "o", "conditioned policy") for p in report.points),
-    ):
-        value = at.rewards[name]
-        axis.vlines(kl, value.low, value.high, color=_GREY, lw=1)
+def _reward_against_kl(figure: Figure, report: ParetoReport) -> None:
+    """The points in the order of their KL, connected where there are several KL coefficients, the base model at KL 0."""
+    axis, name = figure.add_subplot(), report.objectives[0]
+    points = sorted(report.points, key=lambda p: p.kl)
+    rewards = [p.rewards[name] for p in points]
+    base = report.base.rewards[name]
+    axis.vlines([0.0], base.low, base.high, color=_GREY, lw=1)
+    axis.scatter(0.0, base.mean, marker="*", s=120, color="black", zorder=3, label="base model")
+    axis.vlines(
+        [p.kl for p in points], [r.low for r in rewards], [r.high for r in rewards], color=_GREY, lw=1
+    )
+    if len(points) > 1:
+        axis.plot(
+            [0.0, *(p.kl for p in points)],
+            [base.mean, *(r.mean for r in rewards)],
+            color=_GREY,
+            lw=1,
+            zorder=1,
+        )
+        _scatter_by_coefficient(figure, axis, report, points)
+    else:
         axis.scatter(
-            kl,
-            value.mean,
-            marker=marker,
-            s=120,
-            label=label,
-            zorder=3,
-            color="black" if marker == "*" else _CORNERS[1],
+            points[0].kl, rewards[0].mean, s=120, color=_CORNERS[1], zorder=3, label="conditioned policy"
         )
     axis.set_xlabel("KL from the base model (nats per completion)")
     axis.set_ylabel(f"{name} (mean reward)")
     axis.grid(alpha=0.25, lw=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
+
+
+def _scatter_by_coefficient(
+    figure: Figure, axis: Axes, report: ParetoReport, points: Sequence[Point]
+) -> None:
+    """Colour is the KL coefficient, on a logarithmic scale where none is 0."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    coefficients = [p.kl_coef for p in points]
+    norm = (LogNorm if min(coefficients) > 0 else Normalize)(min(coefficients), max(coefficients))
+    drawn = axis.scatter(
+        [p.kl for p in points],
+        [p.rewards[report.objectives[0]].mean for p in points],
+        c=coefficients,
+        norm=norm,
+        s=70,
+        cmap="viridis_r",
+        edgecolors="white",
+        linewidths=0.7,
+        zorder=3,
+        label="conditioned policy",
+    )
+    bar = figure.colorbar(drawn, ax=axis, pad=0.02)
+    bar.set_label(report.kl_name)
+    bar.outline.set_visible(False)

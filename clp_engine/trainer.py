@@ -9,17 +9,11 @@ micro-batch of whole groups score policy and reference and add the gradient. Eve
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -28,34 +22,20 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from clp_engine import checkpoint, seeds
-from clp_engine.conditions import Conditions
+from clp_engine import checkpoint
 from clp_engine.config import CLPConfig
-from clp_engine.data import PromptBatch, PromptDataset, completion_texts
+from clp_engine.data import PromptDataset
 from clp_engine.errors import ConfigError
-from clp_engine.estimators import MixController, loss_weights, rescale_rewards, scalarise
-from clp_engine.metrics import MetricLog, PhaseTimer, completion_metrics, reward_metrics
+from clp_engine.estimators import MixController
+from clp_engine.generation import Collector, Generation
+from clp_engine.metrics import MetricLog, PhaseTimer
 from clp_engine.policy import ConditionedPolicy
+from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
-from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
-from clp_engine.update import MicroBatch, backward
-
-# Counters that keep the uses of one seed apart (data.py has 1).
-_CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
-
-
-@dataclass
-class Generation:
-    """The completions of one batch, rewarded; `old_logprob` (B, T) is filled by the first pass of several over them."""
-
-    rollout: Rollout
-    conditions: Conditions
-    rewards: torch.Tensor
-    scalar: torch.Tensor
-    metrics: dict[str, float]
-    old_logprob: torch.Tensor | None = None
+from clp_engine.update import backward, micro_batches
+from clp_engine.value import ValueHead, explained_variance
 
 
 class CLPTrainer:
@@ -101,19 +81,17 @@ class CLPTrainer:
             raise ConfigError("no tokenizer: give processing_class=")
         self.policy.tokenizer = self.tokenizer
         self.train_dataset, self.eval_dataset = self._dataset(train_dataset), self._dataset(eval_dataset)
-        self.sampling = SamplingParams(
-            self.args.max_completion_length,
-            self.args.temperature,
-            self.args.top_k,
-            self.args.top_p,
-            self.args.min_p,
+        self.timer = PhaseTimer(self.policy.device)
+        self.collector = Collector(
+            self.policy, self.rewards, self.sampler, self.tokenizer, self.args, self.timer
         )
         self.controller = MixController()
+        self.value_head = self._build_value_head() if self.args.baseline == "value" else None
+        self.num_generated_tokens = 0
+        self._schedule_over_tokens: bool | None = None  # None until there is an optimiser
         self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
         self.control = TrainerControl()
         self.optimizer, self.lr_scheduler = optimizers
-        self._extra_metrics: dict[str, list[float]] = {}
-        self._extra_columns: dict[str, list] = {}
         reporting = get_reporting_integration_callbacks(self.args.report_to)
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback, *reporting, *(callbacks or [])],
@@ -141,6 +119,7 @@ class CLPTrainer:
                 a.grid_resolution,
                 a.fixed_weights,
                 a.kl,
+                a.stratified_weights,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -150,7 +129,7 @@ class CLPTrainer:
         kl = {
             "min_kl": self.sampler.min_kl,
             "kl_is_beta": a.kl_is_beta,
-            "default_kl": a.kl if isinstance(a.kl, float) else math.sqrt(a.kl[0] * a.kl[1]),
+            "default_kl": a.default_kl,
         }
         if isinstance(model, ConditionedPolicy):
             if peft_config is not None:
@@ -186,8 +165,19 @@ class CLPTrainer:
             **kl,
         )
 
-    def _create_optimizer(self, max_steps: int) -> None:
+    def _build_value_head(self) -> ValueHead:
+        width = self.policy.backbone.head.module.weight.shape[-1]
+        return ValueHead(width, len(self.rewards), self.args.seed).to(self.policy.device)
+
+    def _create_optimizer(self) -> None:
         a = self.args
+        if self._schedule_over_tokens is not None:
+            return
+        if self.optimizer is not None and self.value_head is not None and self.lr_scheduler is not None:
+            raise ConfigError(
+                "optimizers: a scheduler of your own knows nothing of the value head of baseline='value'; "
+                "give the optimiser alone, or another baseline"
+            )
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
                 self.policy.adapter_parameters().values(),
@@ -197,9 +187,19 @@ class CLPTrainer:
                 eps=a.adam_epsilon,
                 weight_decay=a.weight_decay,
             )
+        if self.value_head is not None:
+            self.optimizer.add_param_group(
+                {
+                    "params": list(self.value_head.parameters()),
+                    "lr": a.value_learning_rate,
+                    "weight_decay": 0.0,
+                }
+            )
+        self._schedule_over_tokens = self.lr_scheduler is None and self.budget.tokens is not None
         if self.lr_scheduler is None:
-            warmup = a.warmup_steps or math.ceil(a.warmup_ratio * max_steps)
-            self.lr_scheduler = get_scheduler(a.lr_scheduler_type, self.optimizer, warmup, max_steps)
+            whole = self.budget.tokens or self.budget.steps
+            warmup = a.warmup_steps or math.ceil(a.warmup_ratio * whole)
+            self.lr_scheduler = get_scheduler(a.lr_scheduler_type, self.optimizer, warmup, whole)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
             self.optimizer,
             self.lr_scheduler,
@@ -207,125 +207,30 @@ class CLPTrainer:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _collect(self, step: int) -> Generation:
-        """Prompts, conditions, completions and rewards of optimiser step `step`."""
-        a = self.args
-        prompts = a.batch_size // a.num_generations
-        position = step // a.num_iterations * prompts
-        batch = self.train_dataset.batch(
-            self.train_dataset.indices(position, prompts, a.seed, a.shuffle_dataset)
-        )
-        # Prompts of like length share a micro-batch; the order changes nothing else, since every prompt draws for itself.
-        conditions = self.sampler.sample(prompts, seeds.generator(a.seed, _CONDITIONS, step))
-        order = sorted(range(prompts), key=lambda i: len(batch.token_ids[i]))
-        row_seeds = (
-            seeds.derive(a.seed, _TOKENS, step, torch.arange(a.batch_size)).view(prompts, -1)[order].view(-1)
-        )
-        batch = PromptBatch(
-            [batch.prompts[i] for i in order],
-            [batch.token_ids[i] for i in order],
-            {name: [values[i] for i in order] for name, values in batch.columns.items()},
-        )
-        return self._generate(batch, conditions[order], row_seeds, "train")
-
-    def _generate(
-        self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor, mode: str
-    ) -> Generation:
-        a, group = self.args, self.args.num_generations
-        with self.timer("rollout"):
-            drawn = rollout(
-                self.policy,
-                batch.token_ids,
-                conditions,
-                num_generations=group,
-                sampling=self.sampling,
-                row_seeds=row_seeds,
-                prompts=batch.prompts,
-            )
-        with self.timer("reward"):
-            rewards = self._reward(batch, drawn)
-            scalar = scalarise(rewards, conditions.repeat(group).weights)
-        metrics = completion_metrics(drawn) | reward_metrics(
-            self.rewards.names, rewards, scalar, conditions.repeat(group), group
-        )
-        metrics |= {name: sum(v) / len(v) for name, v in self._extra_metrics.items()}
-        self.state.num_input_tokens_seen += int(drawn.prompt_mask.sum()) * group + int(
-            drawn.completion_mask.sum()
-        )
-        if a.log_completions and mode == "train":
-            self._write_completions(batch, drawn, conditions, rewards)
-        return Generation(drawn, conditions, rewards, scalar.to(self.policy.device), metrics)
-
-    def _reward(self, batch: PromptBatch, drawn: Rollout) -> torch.Tensor:
-        prompts, columns = batch.repeated(drawn.group)
-        token_lists = drawn.token_lists()
-        self._extra_metrics, self._extra_columns = {}, {}
-        return self.rewards(
-            prompts,
-            completion_texts(self.tokenizer, token_lists, prompts),
-            token_lists,
-            columns,
-            trainer_state=self.state,
-            log_extra=self._extra_columns.__setitem__,
-            log_metric=lambda name, value: self._extra_metrics.setdefault(name, []).append(float(value)),
-        )
-
-    def _write_completions(
-        self, batch: PromptBatch, drawn: Rollout, conditions: Conditions, rewards: torch.Tensor
-    ) -> None:
-        prompts, _ = batch.repeated(drawn.group)
-        texts = completion_texts(self.tokenizer, drawn.token_lists(), prompts)
-        weights = conditions.repeat(drawn.group).weights.tolist()
-        with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as file:
-            for i, (prompt, text) in enumerate(zip(prompts, texts)):
-                row = {
-                    "step": self.state.global_step,
-                    "prompt": prompt,
-                    "completion": text,
-                    "weights": dict(zip(self.rewards.names, weights[i])),
-                    "rewards": {
-                        n: None if math.isnan(r) else r
-                        for n, r in zip(self.rewards.names, rewards[i].tolist())
-                    },
-                    **{name: column[i] for name, column in self._extra_columns.items()},
-                }
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    def _advance_schedule(self) -> None:
+        """The learning rate of the next step: by the steps done, or by the share of the token budget used."""
+        if self._schedule_over_tokens:
+            self.lr_scheduler.last_epoch = min(self.num_generated_tokens, self.budget.tokens) - 1
+        self.lr_scheduler.step()
 
     def _update(self, generation: Generation) -> dict[str, float]:
         """Gradient of every micro-batch, clipping, one optimiser step; returns metrics."""
         a, drawn = self.args, generation.rollout
-        counted = drawn.completion_mask
-        if a.mask_truncated_completions:
-            counted = counted & drawn.terminated.unsqueeze(-1)
-        weights = loss_weights(counted, a.loss_type, a.max_completion_length)
-        rewards = rescale_rewards(generation.scalar, drawn.group, a.scale_rewards)
-        prompts = drawn.prompt_ids.shape[0]
-        per_micro_batch = max(1, a.per_device_train_batch_size // a.num_generations)
+        first = generation.old_logprob is None
         results, old = [], torch.zeros_like(drawn.logprobs)
+        values = None if self.value_head is None else torch.zeros_like(old)
         with self.timer("update"):
-            for start in range(0, prompts, per_micro_batch):
-                stop = min(start + per_micro_batch, prompts)
-                rows = slice(start * drawn.group, stop * drawn.group)
-                part = drawn.prompts(start, stop)
-                width = slice(0, part.completion_ids.shape[1])
-                first = generation.old_logprob is None
+            for here, part in micro_batches(generation, a):
                 result = backward(
-                    self.policy,
-                    MicroBatch(
-                        part,
-                        generation.conditions[start:stop],
-                        rewards[rows],
-                        weights[rows, width],
-                        None if first else generation.old_logprob[rows, width],
-                    ),
-                    a,
-                    self.controller,
+                    self.policy, part, a, self.controller, self.value_head, generation.num_generated_tokens
                 )
-                old[rows, width] = result.logprob
-                results.append((part, result))
+                old[here] = result.logprob
+                if values is not None:
+                    values[here] = result.values
+                results.append((part.rollout, result))
         metrics = self._update_metrics(results, first)
         if first:
-            generation.old_logprob = old
+            generation.old_logprob, generation.values = old, values
         with self.timer("optimizer"):
             parameters = list(self.policy.adapter_parameters().values())
             norm = torch.nn.utils.clip_grad_norm_(parameters, a.max_grad_norm or math.inf).item()
@@ -336,9 +241,11 @@ class CLPTrainer:
                 )
             self.control = self.callback_handler.on_pre_optimizer_step(a, self.state, self.control)
             metrics |= {"grad_norm": norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+            if self.value_head is not None:
+                torch.nn.utils.clip_grad_norm_(self.value_head.parameters(), a.max_grad_norm or math.inf)
             self.optimizer.step()
             self.control = self.callback_handler.on_optimizer_step(a, self.state, self.control)
-            self.lr_scheduler.step()
+            self._advance_schedule()
             self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
@@ -367,6 +274,16 @@ class CLPTrainer:
                 "clip_ratio/high_mean": sum(high) / len(high),
                 "clip_ratio/region_mean": (sum(low) + sum(high)) / len(low),
             }
+        if self.value_head is not None:
+            targets, predictions = (
+                torch.cat([getattr(r, name) for _, r in results]) for name in ("targets", "predictions")
+            )
+            metrics |= {
+                "value_loss": (targets - predictions).square().mean().item(),
+                "explained_variance": explained_variance(predictions, targets),
+            }
+            if first:
+                self.value_head.observe(targets)
         if self.args.kl_estimator == "mixed":
             metrics["kl_mix"] = self.controller.mix
             self.controller.update(
@@ -377,10 +294,19 @@ class CLPTrainer:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     @property
-    def max_steps(self) -> int:
+    def budget(self) -> Budget:
+        a = self.args
+        per_step = a.batch_size * a.max_completion_length
+        return Budget(self.max_steps, a.max_generated_tokens, per_step, a.num_iterations)
+
+    @property
+    def max_steps(self) -> int | None:
+        """Optimiser steps of the whole run, None where generated tokens alone end it."""
         a = self.args
         if a.max_steps > 0:
             return a.max_steps
+        if a.max_generated_tokens is not None:
+            return None
         prompts = a.batch_size // a.num_generations
         return max(1, math.ceil(a.num_train_epochs * len(self.train_dataset) / prompts)) * a.num_iterations
 
@@ -398,16 +324,18 @@ class CLPTrainer:
         state = self.state
         self.control = self.callback_handler.on_train_begin(a, state, self.control)
         started, first_step, losses = time.perf_counter(), state.global_step, []
+        by_tokens = a.max_generated_tokens is not None
         bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
+            total=a.max_generated_tokens if by_tokens else state.max_steps,
+            initial=self.num_generated_tokens if by_tokens else state.global_step,
             desc="train",
-            unit="step",
+            unit="token" if by_tokens else "step",
+            unit_scale=by_tokens,
             disable=a.disable_tqdm,
             dynamic_ncols=True,
         )
-        with bar, _finish_step_on_interrupt() as interrupted:
-            while state.global_step < state.max_steps and not self.control.should_training_stop:
+        with bar, finish_step_on_interrupt() as interrupted:
+            while not self._spent and not self.control.should_training_stop:
                 losses.append(self._step(bar))
                 if interrupted.is_set():
                     self._save_when_whole()
@@ -423,24 +351,29 @@ class CLPTrainer:
                 "train_runtime": seconds,
                 "train_steps_per_second": steps / seconds,
                 "num_tokens": state.num_input_tokens_seen,
+                "num_generated_tokens": self.num_generated_tokens,
             },
         )
+
+    @property
+    def _spent(self) -> bool:
+        return self.budget.spent(self.state.global_step, self.num_generated_tokens)
 
     def _prepare(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         """Optimiser, state and log, from the start or from a checkpoint."""
         a, state = self.args, self.state
-        state.max_steps = self.max_steps
         state.logging_steps, state.eval_steps, state.save_steps = a.logging_steps, a.eval_steps, a.save_steps
         state.train_batch_size, state.num_train_epochs = (
             a.per_device_train_batch_size,
             math.ceil(a.num_train_epochs),
         )
-        self._create_optimizer(state.max_steps)
-        self.metric_log, self.timer = MetricLog(), PhaseTimer(self.policy.device)
+        self._create_optimizer()
+        self.metric_log = MetricLog()
         if resume_from_checkpoint:
             self._restore(checkpoint.resolve(a.output_dir, resume_from_checkpoint))
         else:
             set_seed(a.seed)  # nothing here draws from the global generators, but reward functions may
+        self.state.max_steps = self.budget.max_steps(self.state.global_step, self.num_generated_tokens)
         self._open_log(resumed=bool(resume_from_checkpoint))
 
     def _step(self, bar) -> float:
@@ -452,17 +385,21 @@ class CLPTrainer:
             self._begin_epoch_if_new()
         self.control = self.callback_handler.on_step_begin(a, state, self.control)
         if iteration == 0:
-            self._generation = self._collect(state.global_step)
+            self._generation = self.collector.training_batch(self.train_dataset, state.global_step, state)
+            state.num_input_tokens_seen += self._generation.num_tokens
+            generated = self._generation.num_generated_tokens
+            self.num_generated_tokens += generated
         metrics = self._update(self._generation)
         if iteration == 0:
             metrics |= self._generation.metrics
         state.global_step += 1
+        state.max_steps = self.budget.max_steps(state.global_step, self.num_generated_tokens)
         state.epoch = self._epoch(state.global_step)
         metrics |= {"step_time": time.perf_counter() - start} | {
             f"time/{k}": v for k, v in self.timer.seconds.items()
         }
         self.metric_log.add(metrics)
-        bar.update()
+        bar.update(1 if a.max_generated_tokens is None else generated if iteration == 0 else 0)
         bar.set_postfix(
             reward=f"{self._generation.metrics['reward']:.3f}",
             kl=f"{metrics['kl_sequence']:.2f}",
@@ -470,7 +407,13 @@ class CLPTrainer:
         )
         self.control = self.callback_handler.on_step_end(a, state, self.control)
         if self.control.should_log:
-            self.log({**self.metric_log.drain(), "num_tokens": state.num_input_tokens_seen})
+            self.log(
+                {
+                    **self.metric_log.drain(),
+                    "num_tokens": state.num_input_tokens_seen,
+                    "num_generated_tokens": self.num_generated_tokens,
+                }
+            )
         if self.control.should_evaluate:
             self.evaluate()
         # DefaultFlowCallback asks for a save at the last step whatever the strategy; save_model covers that.
@@ -499,19 +442,15 @@ class CLPTrainer:
         dataset = self.eval_dataset if eval_dataset is None else self._dataset(eval_dataset)
         if dataset is None:
             raise ConfigError("evaluate() needs an eval_dataset")
-        a, log, tokens_seen = self.args, MetricLog(), self.state.num_input_tokens_seen
-        self.timer = getattr(self, "timer", PhaseTimer(self.policy.device))
+        a, log = self.args, MetricLog()
         per_batch = max(1, a.per_device_eval_batch_size // a.num_generations)
         for start in range(0, len(dataset), per_batch):
-            batch = dataset.batch(range(start, min(start + per_batch, len(dataset))))
-            rows = len(batch.prompts)
-            conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
-            row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * a.num_generations))
-            generation = self._generate(batch, conditions, row_seeds, "eval")
+            stop = min(start + per_batch, len(dataset))
+            generation = self.collector.evaluation_batch(dataset, start, stop, self.state)
             stats = score(
                 self.policy,
                 generation.rollout,
-                conditions,
+                generation.conditions,
                 outputs=("logprob", "kl", "entropy"),
                 temperature=a.temperature,
             )
@@ -524,7 +463,6 @@ class CLPTrainer:
                     "kl_sequence": stats.kl.sum(-1).mean().item(),
                 }
             )
-        self.state.num_input_tokens_seen = tokens_seen
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in log.drain().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(a, self.state, self.control, metrics)
@@ -572,16 +510,20 @@ class CLPTrainer:
                 "mix_controller": self.controller.state_dict(),
                 "metric_log": self.metric_log.state_dict(),
                 "trainer": dataclasses.asdict(self.state),
+                "num_generated_tokens": self.num_generated_tokens,
             },
             self.args.save_total_limit,
+            self.value_head,
         )
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _restore(self, path: Path) -> None:
-        saved: dict[str, Any] = checkpoint.load(path, self.policy, self.optimizer)
+        saved = checkpoint.read_state(path)
+        # A setting that the checkpoint does not know had no other value then than its default.
+        before = {**CLPConfig().to_dict(), **saved["config"]}
         changed = [
             name
-            for name, value in saved["config"].items()
+            for name, value in before.items()
             if name not in _FREE_TO_CHANGE and getattr(self.args, name, None) != value
         ]
         if changed:
@@ -589,15 +531,17 @@ class CLPTrainer:
                 f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
                 "(or start a new run from its policy folder)"
             )
+        checkpoint.load(path, self.policy, self.optimizer, self.value_head)
         self.lr_scheduler.load_state_dict(saved["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = rate
         self.sampler.load_state_dict(saved["sampler"])
         self.controller.load_state_dict(saved["mix_controller"])
         self.metric_log.load_state_dict(saved["metric_log"])
+        self.num_generated_tokens = saved.get("num_generated_tokens", 0)
         limits = {
             k: getattr(self.state, k)
-            for k in ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs")
+            for k in ("logging_steps", "eval_steps", "save_steps", "num_train_epochs")
         }
         self.state = TrainerState(**{**saved["trainer"], **limits})
 
@@ -619,24 +563,3 @@ _FREE_TO_CHANGE = {
     "disable_tqdm",
     "per_device_eval_batch_size",
 }
-
-
-@contextlib.contextmanager
-def _finish_step_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that the step can end; the second raises KeyboardInterrupt at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(signum, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

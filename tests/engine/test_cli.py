@@ -111,6 +111,14 @@ def test_evaluate_writes_the_report_into_the_run_and_prints_the_table(trained, c
     assert "| base |" in " ".join(printed.split()) and "hypervolume" in printed and "run/report.md" in printed
 
 
+def test_evaluate_at_several_kl_coefficients(trained, tmp_path, capsys):
+    small = ["--prompts", "2", "--bootstrap", "5", "--grid", "2", "--out", str(tmp_path)]
+    assert main(["evaluate", "run", "--kl", "0.01,0.3", "--kl-limit", "4", *small]) == 0
+    assert "alpha" in capsys.readouterr().out
+    raw = json.loads((tmp_path / "report.json").read_text())
+    assert [p["kl_coef"] for p in raw["points"]] == [0.01, 0.01, 0.3, 0.3] and raw["kl_limit"] == 4
+
+
 def test_evaluate_takes_a_policy_alone_with_dataset_and_rewards(trained, tmp_path):
     assert (
         main(
@@ -328,6 +336,7 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
             "unknown objective 'small'",
         ),
         (["evaluate", "run", "--prompts", "many"], "invalid int value: 'many'"),
+        (["evaluate", "run", "--kl", "0.1,much"], "'0.1,much': expected a number, or several"),
         (["train"], "model is missing; give a task, or model, dataset and rewards"),
         (["train", "nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
         (["train", "prompts.txt"], "expected names and values"),

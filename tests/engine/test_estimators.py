@@ -15,6 +15,7 @@ from clp_engine.estimators import (
     loss_weights,
     objective_scales,
     rescale_rewards,
+    returns_to_go,
     scalarise,
 )
 
@@ -53,8 +54,13 @@ class Enumerated:
         log_ratio = ((tokens.logprob - tokens.ref_logprob) * tokens.mask).sum(-1)
         return (logprob.exp() * (reward_scale * self.rewards - kl_coef * log_ratio)).sum()
 
-    def expected_gradient(self, group_size, reward_scale, kl_coef, change=lambda c: c, **options):
-        """Mean over all 7**group_size groups, by their probability, of the gradient per completion."""
+    def expected_gradient(
+        self, group_size, reward_scale, kl_coef, change=lambda c: c, values=None, **options
+    ):
+        """Mean over all 7**group_size groups, by their probability, of the gradient per completion.
+
+        values: (7, 2), of each outcome, for baseline "value".
+        """
         groups = torch.tensor(list(product(range(7), repeat=group_size)))
         rows = groups.flatten()
         each = self.tokens()
@@ -63,6 +69,8 @@ class Enumerated:
         probability = outcome[groups].prod(-1).repeat_interleave(group_size) / group_size
         scale = torch.full((len(rows),), reward_scale, dtype=torch.float64)
         coef = torch.full((len(rows),), kl_coef, dtype=torch.float64)
+        if values is not None:
+            options = {**options, "values": values[rows]}
         c = change(coefficients(tokens, self.rewards[rows], coef, scale, group_size, **options))
         surrogate = c.logprob * tokens.logprob + (0 if c.kl is None else c.kl * tokens.kl)
         return torch.autograd.grad((probability.unsqueeze(-1) * surrogate).sum(), self.logits)[0]
@@ -85,6 +93,49 @@ def test_expected_gradient_is_the_gradient_of_the_objective(estimator, mix, base
         group_size, 1 - alpha, alpha, estimator=estimator, mix=mix, baseline=baseline
     )
     torch.testing.assert_close(expected, policy.gradient(1 - alpha, alpha), atol=1e-10, rtol=0)
+
+
+# Any function of the prefix: one number for the empty one, one for each first token that goes on.
+OF_PREFIX = torch.tensor([[1.3, 0.0], *[[1.3, -2.1]] * 3, *[[1.3, 0.8]] * 3], dtype=torch.float64)
+OF_TOKEN = OF_PREFIX + torch.tensor([[1.0], *[[-1.0]] * 3, *[[0.5]] * 3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("estimator, mix", UNBIASED)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_value_of_the_prefix_leaves_the_expected_gradient_as_it_is(estimator, mix, alpha, group_size):
+    policy = Enumerated.random()
+    options = dict(estimator=estimator, mix=mix, baseline="value")
+    expected = policy.expected_gradient(group_size, 1 - alpha, alpha, values=OF_PREFIX, **options)
+    torch.testing.assert_close(expected, policy.gradient(1 - alpha, alpha), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", ["return", "exact"])
+def test_a_value_that_has_seen_the_token_is_biased(estimator):
+    policy = Enumerated.random()
+    truth = policy.gradient(0.7, 0.3)
+    options = dict(estimator=estimator, baseline="value")
+    error = policy.expected_gradient(1, 0.7, 0.3, values=OF_TOKEN, **options) - truth
+    assert error.norm() > 0.1 * truth.norm()
+
+
+@pytest.mark.parametrize("estimator", ["return", "exact", "mixed", "k2", "k3"])
+def test_the_advantage_is_the_return_that_is_still_to_come_less_its_value(estimator):
+    tokens = random_tokens(2, 4)
+    rewards, kl_coef, scale = torch.tensor([2.0, NAN], dtype=torch.float64), row(0.3, 2), row(0.7, 2)
+    options = dict(estimator=estimator, mix=0.25)
+    values = torch.arange(8.0, dtype=torch.float64).view(2, 4)
+    c = coefficients(tokens, rewards, kl_coef, scale, 1, baseline="value", values=values, **options)
+    goal = returns_to_go(tokens, rewards, kl_coef, scale, 1, **options)
+    share = {"return": (1.0, 0.0), "exact": (0.0, 1.0), "mixed": (0.75, 0.25)}.get(estimator, (0.0, 0.0))
+    log_ratio = tokens.logprob - tokens.ref_logprob
+    length = int(tokens.mask[0].sum())
+    for t in range(length):
+        penalty = share[0] * log_ratio[0, t:length].sum() + share[1] * tokens.kl[0, t + 1 : length].sum()
+        torch.testing.assert_close(goal[0, t], 0.7 * 2.0 - 0.3 * penalty)
+    torch.testing.assert_close(c.advantage[0], torch.where(tokens.mask[0], goal[0] - values[0], 0.0))
+    assert (c.advantage[1] == 0).all() and (c.logprob[1] == 0).all()  # no reward, no objective
+    assert c.kl is None or (c.kl[1] == 0).all()
 
 
 def test_group_mean_shrinks_the_gradient_by_the_share_of_the_others():
@@ -427,6 +478,9 @@ def test_mix_stays_between_the_two_estimators(dot, expected):
         (dict(mix=1.5), r"mix must be in \[0, 1\]; got 1.5"),
         (dict(group_size=3), "4 rows do not divide into groups of 3"),
         (dict(group_size=1), "group_size of at least 2; got 1. Use more completions, or baseline='none'"),
+        (dict(baseline="value"), "values belong to baseline='value' and it needs them"),
+        (dict(values=torch.zeros(4, 3)), "got baseline='leave_one_out' with values"),
+        (dict(baseline="value", values=torch.zeros(4)), r"the shape of tokens.logprob, \(4, 3\); got \(4,\)"),
         (dict(rewards=torch.zeros(4, 1)), r"rewards must be \(4,\), one per row; got \(4, 1\)"),
         (dict(old_logprob=torch.zeros(4, 2)), r"have the shape of logprob, \(4, 3\); got \(4, 2\)"),
     ],

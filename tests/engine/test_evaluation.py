@@ -14,7 +14,7 @@ from clp_engine import pareto
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.evaluation import ParetoReport, default_grid, evaluate, source_commit
-from clp_engine.report import table
+from clp_engine.report import draw, summary, table
 from clp_engine.rewards import RewardSet
 from clp_engine.rollout import SamplingParams, rollout
 from clp_engine.scoring import score
@@ -68,6 +68,9 @@ def test_report_has_the_published_keys(report):
         "realised_utility_interval",
         "regret",
         "setup",
+        "kl_steerability",
+        "kl_hypervolume",
+        "kl_limit",
     }
     assert set(raw) == published | additions
     assert raw["task"] == "toy" and raw["objectives"] == ["a", "b"]
@@ -225,6 +228,84 @@ def test_none_leaves_a_completion_out_of_its_objective():
     assert report.base.rewards["a"].mean == 0.75
 
 
+# --- several KL coefficients -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several():
+    """Three coefficients, of which 1 is the reference, for a policy that heeds them."""
+    return run(build_policy(kl_conditioning="linear"), grid=3, kl=[1.0, 0.5, 0.0], num_generations=2)
+
+
+def test_a_list_of_kl_coefficients_has_a_point_for_each_pair(several):
+    asked = [(p.weights["a"], p.kl_coef) for p in several.points]
+    assert asked == [(w, kl) for kl in (1.0, 0.5, 0.0) for w in (0.0, 0.5, 1.0)]
+    assert several.kl_coefs == [1.0, 0.5, 0.0] and several.kl_name == "alpha"
+    for point in several.points[:3]:  # alpha = 1: the base model, draw for draw
+        assert point.rewards == several.base.rewards and point.kl == pytest.approx(0, abs=1e-6)
+    alone = run(build_policy(kl_conditioning="linear"), grid=3, kl=0.5, num_generations=2)
+    for one, other in zip(several.points[3:6], alone.points):
+        # How rows are batched changes the last bits.
+        assert one.rewards["a"].mean == pytest.approx(other.rewards["a"].mean, abs=1e-6)
+        assert one.kl == pytest.approx(other.kl, rel=1e-4)
+    assert alone.kl_steerability is None and alone.kl_hypervolume is None and alone.kl_limit is None
+
+
+def test_metrics_of_the_kl_coefficient_are_those_of_the_points(several):
+    kl = np.array([p.kl for p in several.points]).reshape(3, 3).T  # (weightings, coefficients)
+    assert several.kl_steerability == pytest.approx(pareto.kl_steerability(kl, [1.0, 0.5, 0.0]))
+    assert several.kl_steerability == pytest.approx(-1.0)  # a smaller alpha blends more in
+    assert several.kl_limit == kl.max()
+    utility = (
+        np.array([sum(p.weights[n] * p.rewards[n].mean for n in p.weights) for p in several.points])
+        .reshape(3, 3)
+        .T
+    )
+    base = np.array(
+        [sum(p.weights[n] * several.base.rewards[n].mean for n in p.weights) for p in several.points]
+    )
+    expected = pareto.kl_hypervolume(utility, kl, base[:3], several.kl_limit)
+    assert several.kl_hypervolume.mean == pytest.approx(expected, abs=1e-5)
+    assert several.kl_hypervolume.low <= several.kl_hypervolume.mean <= several.kl_hypervolume.high + 1e-9
+    given = run(build_policy(kl_conditioning="linear"), grid=2, kl=[0.1, 0.6], kl_limit=0.5)
+    assert given.kl_limit == 0.5
+
+
+def test_the_kl_coefficient_is_in_table_summary_and_picture_where_it_varies(several, report, tmp_path):
+    header, _, first = table(several).splitlines()[:3]
+    assert "| alpha |" in " ".join(header.split()) and "alpha" not in table(report)
+    assert "| 0.00 | 1.00 | 1 |" in " ".join(first.split())
+    assert "KL steerability" in summary(several) and "reward against KL" in summary(several)
+    assert "reward against KL" not in summary(report)
+    several.save(tmp_path)
+    assert ParetoReport.load(tmp_path) == several
+    assert "3 weightings at each of 3 values of alpha" in (tmp_path / "report.md").read_text()
+    (axis, _) = draw(several).axes
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert {"alpha 1", "alpha 0.5", "alpha 0"} <= set(labels)  # a line for each
+
+
+def test_one_objective_and_several_kl_coefficients_are_a_front_of_reward_against_kl(tmp_path):
+    policy = build_policy(objectives=("a",), kl_conditioning="odds", min_kl=0.1, kl_is_beta=True)
+    report = run(policy, {"a": even}, kl=[0.1, 0.5, 2.0], output_dir=tmp_path)
+    assert len(report.points) == 3 and report.kl_name == "beta"
+    axis, bar = draw(report).axes
+    (line,) = axis.lines
+    across = line.get_xdata()
+    assert list(across) == [0.0, *sorted(p.kl for p in report.points)] and bar.get_ylabel() == "beta"
+    assert report.steerability == {"a": None} and report.kl_steerability == pytest.approx(-1.0)
+
+
+def test_a_report_from_before_there_were_kl_fronts_can_be_read(report):
+    raw = json.loads(json.dumps(report.to_dict()))
+    for name in ("kl_steerability", "kl_hypervolume", "kl_limit"):
+        del raw[name]
+    del raw["setup"]["kl_name"]
+    old = ParetoReport.from_dict(raw)
+    assert old.kl_hypervolume is None and old.kl_name == "alpha" and old.points == report.points
+    assert table(old) == table(report)
+
+
 # --- what it refuses ---------------------------------------------------------------------------------------
 
 
@@ -241,6 +322,10 @@ def test_none_leaves_a_completion_out_of_its_objective():
         ({"grid": [{"a": 0.5, "z": 0.5}]}, "unknown objective 'z'"),
         ({"grid": [[0.7, 0.7]]}, "must sum to 1"),
         ({"kl": 2.0}, "alpha between 0 and 1"),
+        ({"kl": [0.1, 2.0]}, "alpha between 0 and 1"),
+        ({"kl": []}, "at least one KL coefficient"),
+        ({"kl": [0.1, 0.1]}, "none of them twice"),
+        ({"kl": [0.1, 0.2], "kl_limit": 0.0}, "kl_limit=0.0: expected a positive number"),
         ({"reference_point": {"a": 0.0}}, "reference_point is for a; expected a, b"),
         ({"num_generations": 0}, "expected at least 1"),
         (

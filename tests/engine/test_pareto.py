@@ -142,6 +142,48 @@ def test_steerability_of_a_constant_response_is_undefined_not_zero():
     assert np.isnan(rho[0]) and rho[1] == pytest.approx(1.0)
 
 
+# --- reward against KL -------------------------------------------------------------------------------------
+
+
+def test_kl_steerability_is_minus_one_where_a_larger_coefficient_means_less_kl_at_every_weighting():
+    alphas = np.array([0.5, 0.01, 0.1])
+    kl = 1 / alphas * np.array([[1.0], [3.0]])
+    assert pareto.kl_steerability(kl, alphas) == pytest.approx(-1.0)
+    # Pooled over weightings the ranks would mix: each weighting is correlated by itself, then averaged.
+    assert pareto.kl_steerability(np.stack([kl[0], -kl[1]]), alphas) == pytest.approx(0.0)
+    # ranks (2, 0, 1) against (0, 1, 2): -1 / 2
+    assert pareto.kl_steerability([[1.0, 2.0, 3.0]], alphas) == pytest.approx(-0.5)
+    assert pareto.kl_steerability([[1.0, 1.0, 1.0], [1.0, 3.0, 2.0]], alphas) == pytest.approx(-1.0)
+    assert np.isnan(pareto.kl_steerability([[1.0], [2.0]], [0.1]))
+
+
+@pytest.mark.parametrize(
+    "utility, kl, volume",
+    [
+        ([0.5], [2.0], 0.3 * 8.0),  # from KL 2 to the limit of 10, a gain of 0.5 - 0.2
+        ([0.3, 0.5], [2.0, 6.0], 0.1 * 4.0 + 0.3 * 4.0),
+        ([0.5, 0.3], [6.0, 2.0], 0.1 * 4.0 + 0.3 * 4.0),  # in any order
+        ([0.5, 0.4], [2.0, 6.0], 0.3 * 8.0),  # more KL for less reward adds nothing
+        ([0.1, 0.9], [1.0, 12.0], 0.0),  # below the base; beyond the limit
+        ([0.2, 0.2], [0.0, 0.0], 0.0),  # the base itself
+    ],
+)
+def test_kl_hypervolume_has_the_value_computed_by_hand(utility, kl, volume):
+    assert pareto.kl_hypervolume([utility], [kl], [0.2], 10.0) == pytest.approx(volume, abs=1e-12)
+
+
+def test_kl_hypervolume_is_the_mean_over_weightings_of_the_hypervolume_of_each_and_takes_resamples():
+    rng = np.random.default_rng(0)
+    utility, kl, base = rng.random((5, 3, 4)), 8 * rng.random((5, 3, 4)), 0.5 * rng.random((5, 3))
+    each = [
+        [pareto.hypervolume(np.stack([utility[b, w], -kl[b, w]], -1), [base[b, w], -6.0]) for w in range(3)]
+        for b in range(5)
+    ]
+    np.testing.assert_allclose(pareto.kl_hypervolume(utility, kl, base, 6.0), np.mean(each, 1))
+    with pytest.raises(ValueError, match="of one shape and a limit of 0 or more"):
+        pareto.kl_hypervolume(utility, kl[..., :2], base, 6.0)
+
+
 # --- bootstrap ---------------------------------------------------------------------------------------------
 
 

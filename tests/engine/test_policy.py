@@ -9,6 +9,8 @@ from engine.conftest import ENCODER_DECODER, VOCAB, build_model, build_policy, b
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
+from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.scoring import score
 
 
 def ids(rows=4, length=9, seed=3):
@@ -191,3 +193,17 @@ def test_a_policy_needs_a_causal_language_model(tmp_path):
         ConditionedPolicy.from_pretrained(LlamaModel(small), ["a"], tokenizer=build_tokenizer())
     with pytest.raises(ConfigError, match="cannot load the model '.*missing'"):
         ConditionedPolicy.from_pretrained(str(tmp_path / "missing"), ["a"])
+
+
+@pytest.mark.parametrize("kl_conditioning", ["linear", "odds", "none"])
+def test_alpha_1_is_the_reference_to_the_bit_where_the_blend_heeds_alpha(kl_conditioning):
+    policy = build_policy(kl_conditioning=kl_conditioning, min_kl=0.1)
+    prompts, rows = [[5, 6, 7], [8, 9, 10]], torch.tensor([[0.3, 0.7], [1.0, 0.0]])
+    at_one = Conditions(rows, torch.ones(2))
+    drawn = rollout(policy, prompts, at_one, num_generations=3, sampling=SamplingParams(8), seed=3)
+    asked, base = (score(policy, drawn, c, outputs=("logprob",)).logprob for c in (at_one, None))
+    assert torch.equal(asked, base) == (kl_conditioning != "none")
+    # Beside rows of other coefficients as well: a row's blend is its own.
+    mixed = score(policy, drawn, Conditions(rows, torch.tensor([1.0, 0.1])), outputs=("logprob",)).logprob
+    assert torch.equal(mixed[:3], base[:3]) == (kl_conditioning != "none")
+    assert not torch.equal(mixed[3:], base[3:])

@@ -108,6 +108,11 @@ def test_training_makes_the_policy_heed_its_weights(tmp_path):
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
         {"beta": 0.1},
         {"alpha_range": [0.05, 0.5], "kl_conditioning": "odds"},
+        {"alpha_grid": [0.05, 0.3, 1.0], "kl_conditioning": "linear"},
+        {"alpha_grid": [1.0, 0.05], "kl_conditioning": "odds", "kl_estimator": "exact"},
+        {"alpha_grid": [0.05, 1.0], "kl_estimator": "mixed"},
+        {"beta_grid": [0.02, 0.5], "kl_conditioning": "odds"},
+        {"weight_sampler": "uniform", "stratified_weights": True},
         {"loss_type": "dapo", "scale_rewards": "group"},
         {"mask_truncated_completions": True, "loss_type": "dr_grpo"},
         {"weight_sampler": "grid"},
@@ -406,9 +411,21 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
     ("changes", "message"),
     [
         ({"alpha": 0.1, "beta": 0.1}, "alpha and beta were both given"),
+        ({"scale_rewards": "group", "num_generations": 1, "baseline": "none"}, "the spread within a group"),
         ({"alpha": 1.5}, "alpha=1.5: expected between 0 and 1"),
         ({"beta": -1.0}, "beta=-1.0: expected 0 or more"),
         ({"alpha_range": [0.5, 0.1]}, "low before high"),
+        ({"alpha_range": [0.0, 0.1]}, "alpha_range is drawn log-uniformly and must start above 0"),
+        ({"alpha_range": [0.1, 0.2, 0.3]}, "has two ends"),
+        ({"alpha_grid": [0.1], "alpha": 0.1}, "alpha and alpha_grid were both given"),
+        ({"alpha_grid": [0.1], "beta_grid": [0.1]}, "alpha_grid and beta_grid were both given"),
+        ({"alpha_grid": []}, "a list of KL coefficients needs at least one value"),
+        ({"alpha_grid": [0.1, 1.5]}, r"alpha_grid=\[0.1, 1.5\]: expected between 0 and 1"),
+        ({"beta_grid": [0.1, -1.0]}, r"beta_grid=\[0.1, -1.0\]: expected 0 or more"),
+        ({"alpha_grid": [0.1, 0.1]}, "a value occurs twice"),
+        ({"alpha_grid": [0.0, 0.1], "kl_conditioning": "odds"}, "needs a KL coefficient above 0"),
+        ({"alpha_grid": [1.0], "kl_conditioning": "odds"}, "needs an alpha below 1"),
+        ({"stratified_weights": True}, "for weight_sampler='uniform'; got weight_sampler='dirichlet'"),
         ({"kl_estimator": "k9"}, "kl_estimator='k9': expected one of return, exact, mixed, k2, k3"),
         ({"num_generations": 3}, "16 completions do not divide into groups of num_generations = 3"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
@@ -420,6 +437,23 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
 def test_settings_are_checked_where_they_are_made(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "kl", "default", "smallest"),
+    [
+        ({}, 0.1, 0.1, 0.1),
+        ({"alpha": 0.3}, 0.3, 0.3, 0.3),
+        ({"beta_range": [0.04, 0.25]}, (0.04, 0.25), 0.1, 0.04),
+        ({"alpha_grid": [1.0, 0.01, 0.1]}, [1.0, 0.01, 0.1], 0.1, 0.01),
+        ({"beta_grid": [2.0, 0.5]}, [2.0, 0.5], 0.5, 0.5),
+    ],
+)
+def test_a_policy_knows_the_kl_coefficients_it_was_trained_on(tmp_path, given, kl, default, smallest):
+    trainer = build_trainer(tmp_path, **given)
+    spec = trainer.policy.spec
+    assert trainer.args.kl == kl and (spec.min_kl, spec.kl_is_beta) == (smallest, "beta" in "".join(given))
+    assert spec.default_kl == pytest.approx(default)
 
 
 @pytest.mark.parametrize(
