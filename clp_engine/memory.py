@@ -1,0 +1,123 @@
+"""What a form of conditioning costs in memory, from shapes alone: before anything is loaded, let alone trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from clp_engine.conditioning import CARRIERS, Conditioning
+from clp_engine.errors import ConfigError
+from clp_engine.layers import attention_layers, lora_targets, unconditioned
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What stays allocated while a policy is trained, in bytes; activations and caches come on top.
+
+    base: the frozen model's parameters. deltas: theirs, float32; trained: how many numbers that is. gradients: as many.
+    optimizer: AdamW's two moments.
+    """
+
+    base: int
+    trained: int
+
+    @property
+    def deltas(self) -> int:
+        return self.trained * _FLOAT32
+
+    @property
+    def gradients(self) -> int:
+        return self.deltas
+
+    @property
+    def optimizer(self) -> int:
+        return 2 * self.deltas
+
+    @property
+    def total(self) -> int:
+        return self.base + self.deltas + self.gradients + self.optimizer
+
+    def __str__(self) -> str:
+        parts = {
+            "model": self.base,
+            "deltas": self.deltas,
+            "gradients": self.gradients,
+            "optimiser": self.optimizer,
+        }
+        listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+        return f"{self.trained:,} trained parameters; {size(self.total)} without activations ({listed})"
+
+
+def size(count: int) -> str:
+    """Bytes for people: 12.3 MiB."""
+    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 1000 else f"{value:.0f} {units[0]}"
+
+
+def skeleton(name_or_path: str | Path) -> PreTrainedModel:
+    """The model of this name without its weights: shapes and dtype alone. Raises ConfigError where it has no config."""
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=config.dtype or torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cannot read the configuration of {str(name_or_path)!r}: {reason}") from error
+    model.tie_weights()
+    return model
+
+
+def estimate(
+    model: PreTrainedModel,
+    conditioning: str,
+    objectives: int,
+    *,
+    carrier: str = "lora",
+    rank: int | Sequence[int] = 16,
+    target_modules: Sequence[str] | None = None,
+    base_itemsize: int | None = None,
+) -> Memory:
+    """For a plain model (not a policy's), its weights loaded or not; arguments as for ConditionedPolicy.from_pretrained.
+
+    base_itemsize: bytes of a base parameter where it will be loaded in another dtype.
+    """
+    parsed = Conditioning.parse(conditioning, carrier)
+    deltas = objectives if parsed.blended else 1
+    ranks = [rank] * deltas if isinstance(rank, int) else list(rank)
+    base = sum(p.numel() * (base_itemsize or p.element_size()) for p in model.parameters())
+    if "full" in parsed.carriers:
+        frozen = set(unconditioned(model))
+        return Memory(
+            base, deltas * sum(p.numel() for name, p in model.named_parameters() if name not in frozen)
+        )
+    head, trained = model.get_output_embeddings(), 0
+    for name in lora_targets(model, parsed, target_modules):
+        module = model.get_submodule(name)
+        rows, columns = _shape(module)
+        whole = module is head and all(r >= columns for r in ranks)
+        trained += rows * columns * deltas if whole else (rows + columns) * sum(ranks)
+    if "attention" in parsed.carriers:
+        layers = [model.get_submodule(name) for name in attention_layers(model)]
+        trained += deltas * sum(p.numel() for layer in layers for p in layer.parameters())
+    return Memory(base, trained)
+
+
+def by_conditioning(model: PreTrainedModel, objectives: int, **options) -> dict[str, Memory]:
+    """`estimate` for every form that blends parameters."""
+    return {name: estimate(model, name, objectives, **options) for name in CARRIERS}
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)

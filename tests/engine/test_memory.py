@@ -1,0 +1,50 @@
+"""What `info` says about memory is what training then has."""
+
+import pytest
+from engine.conftest import build_model, build_policy
+
+from clp_engine.errors import ConfigError
+from clp_engine.memory import by_conditioning, estimate, size, skeleton
+
+FORMS = [
+    {"conditioning": "lora"},
+    {"conditioning": "lora", "rank": (2, 6)},
+    {"conditioning": "full"},
+    {"conditioning": "attention"},
+    {"conditioning": "logit"},
+    {"conditioning": "logit", "rank": 32},
+    {"conditioning": "attention+lora"},
+    {"conditioning": "prompt"},
+    {"conditioning": "none", "carrier": "full"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
+def test_the_estimate_is_what_the_policy_has(family, form):
+    trained = sum(p.numel() for p in build_policy(family, **form).adapter_parameters().values())
+    options = {"rank": 4, **form}
+    memory = estimate(build_model(family), options.pop("conditioning"), 2, **options)
+    assert memory.trained == trained
+    assert memory.total == memory.base + 4 * 4 * trained
+
+
+def test_a_model_need_not_be_loaded(family, tmp_path):
+    if family == "t5-v1.1":
+        pytest.skip("the test model's untied head is not in its configuration")
+    model = build_model(family)
+    model.config.save_pretrained(tmp_path)
+    empty = skeleton(tmp_path)
+    assert all(p.is_meta for p in empty.parameters())
+    assert by_conditioning(empty, 3) == by_conditioning(model, 3)
+
+
+def test_a_missing_configuration_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the configuration of"):
+        skeleton(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (14 * 2**30, "14 GiB")]
+)
+def test_sizes_read_well(count, text):
+    assert size(count) == text
