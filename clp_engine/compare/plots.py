@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, distinguishable for colour-blind readers, without the yellow; markers tell them apart as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7B4FA3", "#8C6D31")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+_MARKERS = ("o", "s", "^", "D", "v", "p", "h", "<")
 _SPECIALIST = "#222222"
 _BASELINES = ("soup", "logit_mixing")
 
@@ -39,7 +39,12 @@ def styles(comparison: Comparison) -> dict[str, Style]:
             result[method.name] = Style(_SPECIALIST, "d", "")
             continue
         line = "--" if method.kind in _BASELINES else "-"
-        result[method.name] = Style(_COLOURS[taken % len(_COLOURS)], _MARKERS[taken % len(_MARKERS)], line)
+        result[method.name] = Style(
+            _COLOURS[taken % len(_COLOURS)],
+            # Beyond eight methods colours come again, with other markers.
+            _MARKERS[(taken + taken // len(_COLOURS)) % len(_MARKERS)],
+            line,
+        )
         taken += 1
     return result
 
@@ -180,18 +185,12 @@ def _utility_panel(axis: Axes, comparison: Comparison) -> None:
                 mec=style.colour if hollow else "white",
                 mew=1.4 if hollow else 0.6,
             )
-    base = {n: comparison.base.rewards[n].mean for n in comparison.objectives}
-    for i, key in enumerate(keys):
-        value = sum(w * base[n] for w, n in zip(key, comparison.objectives))
-        axis.hlines(
-            value, i - 0.42, i + 0.42, color="black", lw=1, ls=":", label="base model" if i == 0 else None
-        )
     for i in range(len(keys) - 1):
         axis.axvline(i + 0.5, color="#dddddd", lw=0.8, zorder=0)
     axis.set_xticks(range(len(keys)), [", ".join(f"{w:.2g}" for w in key) for key in keys])
     axis.set_xlim(-0.5, len(keys) - 0.5)
     axis.set_xlabel(f"weighting ({', '.join(comparison.objectives)})")
-    axis.set_ylabel("w.R (dotted: base model)")
+    axis.set_ylabel("utility w.R")
     _plain(axis)
     axis.grid(False, axis="x")
 
@@ -277,6 +276,8 @@ def _metric_panel(
     points = [x for v in shown for x in (v.mean, *v.values)]
     low, high = (min(points), max(points)) if points else (0.0, 1.0)
     room = max(high - low, 1e-9) * 0.35
+    if title.startswith("steerability"):  # a correlation ends at 1
+        low, high, room = min(low, 0.9), 1.0, (1.0 - min(low, 0.9)) * 0.08
     for i, (method, value) in enumerate(zip(comparison.methods, values)):
         if value is None:
             axis.text(

@@ -75,6 +75,7 @@ def method_table(comparison: Comparison) -> str:
         "utility, matched",
         "expected utility",
         *(f"steerability: {n}" for n in names),
+        *(["KL steerability"] if comparison.varies_kl else []),
         "KL",
         "tokens",
     ]
@@ -88,6 +89,7 @@ def method_table(comparison: Comparison) -> str:
             shown(m.realised_utility_matched),
             shown(m.expected_utility),
             *(shown(m.steerability[n], 2) for n in names),
+            *([shown(m.kl_steerability, 2)] if comparison.varies_kl else []),
             shown(m.kl, 2),
             shown(m.length, 1),
         ]
@@ -235,13 +237,19 @@ def _about_the_volume(c: Comparison) -> str:
         f"{margin:g}" if not isinstance(margin, dict) else ", ".join(f"{k} {v:g}" for k, v in margin.items())
     )
     if c.kl_limit is None:
-        what = "of rewards"
+        what = (
+            f"of rewards above the reference point {reference}, which is the base model's mean reward minus {margin}, the "
+            "same for all"
+        )
     else:
-        given = "given" if c.setup["kl_limit"] is not None else "the largest KL of any point here"
-        what = f"of reward and KL (`hypervolume` of the points (R, -KL), KL up to {c.kl_limit:.3f}, {given})"
+        given = "given" if c.setup["kl_limit"] is not None else "the largest of any point here"
+        what = (
+            "of reward and KL, above the base model's reward and up to a KL of "
+            f"{c.kl_limit:.3f} ({given}): divided by that limit, it is what a user gains over the base model who may spend x "
+            "nats, x uniform up to the limit"
+        )
     return (
-        f"**volume** is the hypervolume {what} above the reference point {reference}, which is the base model's mean reward "
-        f"minus {margin}, the same for all. It grows with the number of points, and methods differ in that: "
+        f"**volume** is the hypervolume {what}. It grows with the number of points, and methods differ in that: "
         "**matched** columns use the specialists' weightings alone, which all methods have."
     )
 
@@ -281,8 +289,9 @@ def _how_to_read(c: Comparison) -> str:
             "- **ratio**: of the two volumes, seed by seed, then averaged. **dominated**: points of the baseline's front that "
             "some point of the method's front beats or equals in every reward and beats in one (of means, noise included).",
             "- **steerability** is the rank correlation of an objective's weight with its reward over the front "
-            "(`pareto.steerability`). **KL** is exact, from the base model, summed over a completion, in nats; **tokens** the "
-            "mean length; both are means over the method's points.",
+            "(`pareto.steerability`), KL steerability that of the KL coefficient with the KL (-1 is best). **KL** "
+            "is exact, from the base model, summed over a completion, in nats; **tokens** the mean length; both are means over "
+            "the method's points.",
         ]
     )
 

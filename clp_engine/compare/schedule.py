@@ -5,7 +5,6 @@ Pieces come seed by seed, each evaluation right after its runs, so that an unfin
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from clp_engine.compare.plan import Evaluation, Plan, Run
 from clp_engine.errors import ConfigError
 from clp_engine.files import checkpoints, write_text
 
-_BUSY, _INTERRUPTED = 75, 130  # exit codes of a worker
+BUSY, INTERRUPTED = 75, 130  # exit codes of a worker
 _POLL = 0.2  # seconds between looks at the workers
 _PATIENCE = 2.0  # seconds before a piece that another process has is looked at again
 
@@ -48,7 +47,7 @@ class Piece:
 
     def log(self, plan: Plan) -> Path:
         """Where its output goes when it fails, or runs in a process of its own."""
-        return plan.output_dir / "logs" / f"{self.key.replace('/', '-')}.log"
+        return plan.output_dir / "logs" / f"{self.key.replace(':', '-').replace('/', '-')}.log"
 
 
 @dataclass
@@ -115,14 +114,14 @@ def execute(plan: Plan, todo: Sequence[Piece], jobs: int, say: Callable[[str], N
                 del running[key]
                 if code == 0:
                     done.add(key)
-                elif code == _BUSY:
+                elif code == BUSY:
                     # Behind the others: there may be enough to do until it is free.
                     waiting.append(worker.piece)
                     counter -= 1
                     if not any(done.issuperset(p.needs) for p in waiting[:-1]):
                         say(f"waiting for another process: {title(plan, worker.piece)}")
                         retry_at = time.monotonic() + _PATIENCE
-                elif code in (_INTERRUPTED, -signal.SIGINT):
+                elif code in (INTERRUPTED, -signal.SIGINT):
                     raise KeyboardInterrupt
                 else:
                     outcome.failed[key] = (worker.reason(), worker.piece.log(plan))
@@ -151,12 +150,12 @@ class _Here:
             piece.log(plan).unlink(missing_ok=True)  # of an earlier failure
             self.code = 0
         except work.Busy:
-            self.code = _BUSY
+            self.code = BUSY
         except (KeyboardInterrupt, runs.Interrupted):
             raise KeyboardInterrupt from None
         except Exception as error:
             write_text(piece.log(plan), traceback.format_exc())
-            self.code, self._reason = 1, _line(error)
+            self.code, self._reason = 1, describe_error(error)
 
     def poll(self) -> int:
         return self.code
@@ -173,7 +172,7 @@ class _Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "clp_engine.compare.schedule", str(plan_file(plan)), piece.key],
+                [sys.executable, "-m", "clp_engine.compare.worker", str(plan_file(plan)), piece.key],
                 stdin=subprocess.PIPE,  # never written to: its end tells the worker that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -206,15 +205,13 @@ def _stop(running: dict[str, _Worker]) -> None:
             continue
 
 
-def _line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
 
 
-# --- a worker ------------------------------------------------------------------------------------------------------------
-
-
 def plan_file(plan: Plan) -> Path:
+    """Where workers find the configuration."""
     return plan.output_dir / "config.json"
 
 
@@ -223,33 +220,3 @@ def threads_per_job(jobs: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores // jobs, int(allowed) if allowed.isdigit() else cores))
-
-
-def main(config: str, key: str) -> int:
-    """Do the piece `key` of the plan in the file `config`."""
-    import threading
-
-    from clp_engine.compare.plan import make_plan
-
-    def interrupt_when_alone() -> None:
-        sys.stdin.buffer.read()
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt_when_alone, daemon=True).start()
-    plan = make_plan(json.loads(Path(config).read_text(encoding="utf-8")))
-    piece = next(p for p in pieces(plan) if p.key == key)
-    try:
-        piece.do(plan, progress=False)
-        return 0
-    except work.Busy:
-        return _BUSY
-    except (KeyboardInterrupt, runs.Interrupted):
-        return _INTERRUPTED
-    except Exception as error:
-        traceback.print_exc()
-        print(_line(error), flush=True)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -101,8 +101,10 @@ class MethodResult:
     """A method over the seeds it has been evaluated for.
 
     hypervolume, expected_utility, realised_utility, steerability: see `pareto`; over all points of the method. kl_volume:
-    hypervolume of (reward, -KL) points, for one objective only. `_matched`: over the weightings (and KL coefficients) that
-    specialists were trained for, which every method then has: None where there are no specialists.
+    hypervolume of (reward, -KL) points, for one objective only. kl_steerability: rank correlation of the KL coefficient with
+    the KL, -1 where a larger one always means less; None where one coefficient was evaluated. `_matched`: over the
+    weightings (and KL coefficients) that specialists were trained for: None where there are no specialists, or the method
+    lacks one of their points.
     kl, length: means over the points. The rest is what training took, summed over the runs the method needs (whoever else
     needs them too): runs, optimiser steps, completions, tokens generated, parameters trained, seconds of steps.
     """
@@ -120,6 +122,7 @@ class MethodResult:
     realised_utility: Estimate
     realised_utility_matched: Estimate | None
     steerability: dict[str, Estimate | None]
+    kl_steerability: Estimate | None
     kl: Estimate
     length: Estimate
     runs: int
@@ -360,9 +363,10 @@ class _Measure:
         return float(pareto.hypervolume(front.rewards, self.reference))
 
     def kl_volume(self, front: Front) -> float:
-        """Hypervolume of the points (R, -KL), and of the base model's (R_base, 0), above (reference, -kl_limit)."""
-        points = np.stack([np.append(front.rewards[:, 0], self.base[0]), -np.append(front.kl, 0.0)], -1)
-        return float(pareto.hypervolume(points, np.array([self.reference[0], -self.kl_limit])))
+        """Of the points (R, -KL) above (R_base, -kl_limit): reward gained over the base model, integrated over the KL that
+        may be spent,  integral_0^limit max(0, max_{p : KL_p <= x} R_p - R_base) dx."""
+        points = np.stack([front.rewards[:, 0], -front.kl], -1)
+        return float(pareto.hypervolume(points, np.array([self.base[0], -self.kl_limit])))
 
     def volume(self, front: Front) -> float:
         return self.hypervolume(front) if self.kl_limit is None else self.kl_volume(front)
@@ -395,6 +399,7 @@ def _method_result(
         realised_utility=_over(each, lambda f: f.utility.mean()),
         realised_utility_matched=_over(matched, lambda f: f.utility.mean()),
         steerability=_steerability(each, measure.objectives),
+        kl_steerability=_kl_steerability(each),
         kl=_over(each, lambda f: f.kl.mean()),
         length=_over(each, lambda f: f.length.mean()),
         runs=len(took[0]),
@@ -446,6 +451,18 @@ def _steerability(fronts: Sequence[Front], objectives: Sequence[str]) -> dict[st
         name: None if np.isnan(column).any() else Estimate.of(column.tolist())
         for name, column in zip(objectives, by_seed.T)
     }
+
+
+def _kl_steerability(fronts: Sequence[Front]) -> Estimate | None:
+    """Mean over weightings of the rank correlation of KL coefficient and KL; None where it is undefined at some seed."""
+    by_seed = []
+    for front in fronts:
+        same = [np.flatnonzero((front.weights == w).all(-1)) for w in np.unique(front.weights, axis=0)]
+        columns = [(front.kl_coefs[rows], front.kl[rows]) for rows in same]
+        if not all(len(set(asked)) > 1 and len(set(got)) > 1 for asked, got in columns):
+            return None
+        by_seed.append(np.mean([np.corrcoef(pareto.ranks(a), pareto.ranks(g))[0, 1] for a, g in columns]))
+    return Estimate.of(by_seed)
 
 
 def _contrast(

@@ -1,0 +1,44 @@
+"""python -m clp_engine.compare.worker CONFIG.json PIECE: one piece of a comparison, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+from clp_engine import runs
+from clp_engine.compare import work
+from clp_engine.compare.plan import make_plan
+from clp_engine.compare.schedule import BUSY, INTERRUPTED, describe_error, pieces
+
+
+def _interrupt_when_alone() -> None:
+    """Standard input is a pipe that nobody writes to: it ends when whoever started us does, however that ends."""
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def main(config: str, key: str) -> int:
+    """Do the piece `key` of the plan in the file `config`; returns the exit code."""
+    threading.Thread(target=_interrupt_when_alone, daemon=True).start()
+    plan = make_plan(json.loads(Path(config).read_text(encoding="utf-8")))
+    piece = next(p for p in pieces(plan) if p.key == key)
+    try:
+        piece.do(plan, progress=False)
+        return 0
+    except work.Busy:
+        return BUSY
+    except (KeyboardInterrupt, runs.Interrupted):
+        return INTERRUPTED
+    except Exception as error:
+        traceback.print_exc()
+        print(describe_error(error), flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
