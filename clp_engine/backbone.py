@@ -118,19 +118,24 @@ class Backbone(ABC):
 
     def check_head(self) -> None:
         """Raise ConfigError where our split does not reproduce the model's own logits."""
-        device = self.model.device
+        device, kind = self.model.device, type(self.model).__name__
         ids = torch.arange(1, 7, device=device).unsqueeze(0) % self.model.config.get_text_config().vocab_size
         prompt, completion = ids[:, :3], ids[:, 3:]
         with torch.no_grad():
             expected = self._plain_logits(prompt, completion)
-            first, context = self.prefill(prompt, torch.ones_like(prompt, dtype=torch.bool))
-            context.repeat(1)
-            hidden = torch.cat([first, self.extend(context, completion[:, :-1])], 1)
-            ours = self.head.logits(hidden)
+            try:
+                first, context = self.prefill(prompt, torch.ones_like(prompt, dtype=torch.bool))
+                context.repeat(1)
+                ours = self.head.logits(torch.cat([first, self.extend(context, completion[:, :-1])], 1))
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                raise ConfigError(
+                    f"{kind} does not take masks and caches as other models of transformers do, and cannot be used: "
+                    f"{error}"
+                ) from error
         if not torch.allclose(ours.float(), expected.float(), rtol=1e-3, atol=1e-3):
             raise ConfigError(
-                f"{type(self.model).__name__} does something between its tokens and its logits that is not a stack of "
-                "layers with a cache, then a projection with bias, scale and softcap (difference "
+                f"{kind} does something between its tokens and its logits that is not a stack of layers with a cache, "
+                "then a projection with bias, scale and softcap (difference "
                 f"{(ours - expected).abs().max():.3g}); it cannot be used"
             )
 
