@@ -112,6 +112,14 @@ def test_a_conditioned_output_projection_is_scored_as_it_is_sampled():
     torch.testing.assert_close(score(policy, drawn, conditions).logprob, drawn.logprobs, rtol=1e-4, atol=1e-4)
 
 
+def test_bfloat16_is_scored_as_it_is_sampled(family):
+    policy = ConditionedPolicy.from_pretrained(build_model(family).bfloat16(), ["a", "b"], rank=4)
+    conditions = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.zeros(4))
+    drawn = rollout(policy, PROMPTS, conditions, num_generations=2, sampling=SamplingParams(8), seed=4)
+    gaps = (score(policy, drawn, conditions).logprob - drawn.logprobs).abs()
+    assert gaps.max() < 0.2 and gaps[drawn.completion_mask].mean() < 0.03  # a few units of 2 ** -8, logits up to 10
+
+
 def test_models_that_cannot_be_driven_say_so():
     from transformers import AutoModelForSeq2SeqLM, LEDConfig, ProphetNetConfig
 
@@ -164,6 +172,7 @@ def test_a_run_trains_resumes_to_the_bit_and_evaluates(family, tmp_path):
     first = log_of(tmp_path / "whole")[0]
     assert first["sampling/sampling_logp_difference/max"] < 1e-3 and abs(first["kl"]) < 1e-6
     assert log_of(tmp_path / "whole")[-1]["kl"] > 0
+    assert 0 <= whole.evaluate(ROWS)["eval_rewards/low/mean"] <= 1
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     trainer_of(tmp_path / "again", family).train(resume_from_checkpoint=True)
     for name in ("policy/adapters.safetensors", "checkpoint-4/training.safetensors"):
