@@ -117,7 +117,9 @@ def test_bfloat16_is_scored_as_it_is_sampled(family):
     conditions = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.zeros(4))
     drawn = rollout(policy, PROMPTS, conditions, num_generations=2, sampling=SamplingParams(8), seed=4)
     gaps = (score(policy, drawn, conditions).logprob - drawn.logprobs).abs()
-    assert gaps.max() < 0.2 and gaps[drawn.completion_mask].mean() < 0.03  # a few units of 2 ** -8, logits up to 10
+    assert (
+        gaps.max() < 0.2 and gaps[drawn.completion_mask].mean() < 0.03
+    )  # a few units of 2 ** -8, logits up to 10
 
 
 def test_models_that_cannot_be_driven_say_so():
