@@ -11,6 +11,7 @@ _WHERE = {
     "ConditionedPolicy": "policy",
     "Conditions": "conditions",
     "ConfigError": "errors",
+    "LogitMixture": "mixtures",
     "ParetoReport": "evaluation",
     "SamplingParams": "rollout",
     "evaluate": "evaluation",

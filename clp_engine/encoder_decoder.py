@@ -14,6 +14,9 @@ from clp_engine.attention_cache import repeat_rows, repeat_with_room
 from clp_engine.backbone import Backbone, Context
 from clp_engine.errors import ConfigError
 
+# Their attention takes (positions, rows, H): a layer there could not tell which row has which blend.
+_POSITIONS_FIRST = ("led", "fsmt")
+
 
 class EncoderDecoderContext(Context):
     """Keys and values of the decoder's own tokens, and those of the prompt.
@@ -51,6 +54,11 @@ class EncoderDecoderBackbone(Backbone):
     """An encoder that reads the prompt and a decoder that writes the completion."""
 
     def __init__(self, model: PreTrainedModel):
+        if model.config.model_type in _POSITIONS_FIRST:
+            raise ConfigError(
+                f"{type(model).__name__} puts positions before rows inside its attention, so that rows cannot have "
+                "blends of their own; use another model, such as BART, T5 or LongT5"
+            )
         super().__init__(model)
         self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
         if self.encoder is model or self.decoder is model:

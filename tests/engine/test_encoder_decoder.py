@@ -1,10 +1,11 @@
 """What only encoder-decoders have: a prompt in an encoder, a start token, scaled or shifted output; and a whole run of one."""
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
-from engine.conftest import ENCODER_DECODER, build_model, build_policy, build_tokenizer, model_inputs
+from engine.conftest import ENCODER_DECODER, VOCAB, build_model, build_policy, build_tokenizer, model_inputs
 from engine.test_trainer import ROWS, high_words, log_of, low_words, settings
 
 from clp_engine.backbone import make_backbone
@@ -88,15 +89,19 @@ def test_a_group_shares_its_prompt_and_gives_the_gradient_of_prompts_of_its_own(
 
 
 def test_the_head_has_the_models_scale_and_bias():
-    t5, gated, bart = (make_backbone(build_model(f)).head for f in ("t5", "t5-v1.1", "bart"))
-    assert t5.logit_scale == pytest.approx(32**-0.5) and gated.logit_scale == 1.0 and t5.bias is None
-    assert bart.bias.abs().max() > 0.5
-    model = build_model("t5")
-    model.config.scale_decoder_outputs = False
-    backbone = make_backbone(model)
-    backbone.check_head()  # the model heeds it, too
-    object.__setattr__(backbone, "head", type(t5)(t5.module, 0.9))
-    with pytest.raises(ConfigError, match="T5ForConditionalGeneration does something between"):
+    t5, bart = (make_backbone(build_model(f)).head for f in ("t5", "bart"))
+    assert t5.logit_scale == pytest.approx(32**-0.5) and t5.bias is None and bart.bias.abs().max() > 0.5
+    gated = build_model("t5-v1.1")
+    scaled = getattr(gated.config, "scale_decoder_outputs", gated.config.tie_word_embeddings)
+    assert make_backbone(gated).head.logit_scale == pytest.approx(32**-0.5 if scaled else 1.0)
+
+
+@pytest.mark.parametrize("change", [{"logit_scale": 0.9}, {"offset": None}])
+def test_a_head_that_is_not_the_models_is_refused(change):
+    backbone = make_backbone(build_model("bart"))
+    backbone.check_head()
+    backbone.head = dataclasses.replace(backbone.head, **change)
+    with pytest.raises(ConfigError, match="BartForConditionalGeneration does something between"):
         backbone.check_head()
 
 
@@ -105,6 +110,28 @@ def test_a_conditioned_output_projection_is_scored_as_it_is_sampled():
     conditions = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.zeros(4))
     drawn = rollout(policy, PROMPTS, conditions, num_generations=2, sampling=SamplingParams(6), seed=4)
     torch.testing.assert_close(score(policy, drawn, conditions).logprob, drawn.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_scored_as_it_is_sampled(family):
+    policy = ConditionedPolicy.from_pretrained(build_model(family).bfloat16(), ["a", "b"], rank=4)
+    conditions = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.zeros(4))
+    drawn = rollout(policy, PROMPTS, conditions, num_generations=2, sampling=SamplingParams(8), seed=4)
+    gaps = (score(policy, drawn, conditions).logprob - drawn.logprobs).abs()
+    assert (
+        gaps.max() < 0.2 and gaps[drawn.completion_mask].mean() < 0.03
+    )  # a few units of 2 ** -8, logits up to 10
+
+
+def test_models_that_cannot_be_driven_say_so():
+    from transformers import AutoModelForSeq2SeqLM, LEDConfig, ProphetNetConfig
+
+    tokens = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    led = LEDConfig(**tokens, d_model=16, encoder_layers=1, decoder_layers=1, attention_window=4)
+    with pytest.raises(ConfigError, match="LEDForConditionalGeneration puts positions before rows"):
+        make_backbone(AutoModelForSeq2SeqLM.from_config(led))
+    prophet = ProphetNetConfig(**tokens, hidden_size=16, num_encoder_layers=1, num_decoder_layers=1)
+    with pytest.raises(ConfigError, match="ProphetNet.* does not take masks and caches as other models"):
+        make_backbone(AutoModelForSeq2SeqLM.from_config(prophet).eval()).check_head()
 
 
 def test_a_model_without_a_start_token_is_refused():
@@ -147,6 +174,7 @@ def test_a_run_trains_resumes_to_the_bit_and_evaluates(family, tmp_path):
     first = log_of(tmp_path / "whole")[0]
     assert first["sampling/sampling_logp_difference/max"] < 1e-3 and abs(first["kl"]) < 1e-6
     assert log_of(tmp_path / "whole")[-1]["kl"] > 0
+    assert 0 <= whole.evaluate(ROWS)["eval_rewards/low/mean"] <= 1
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     trainer_of(tmp_path / "again", family).train(resume_from_checkpoint=True)
     for name in ("policy/adapters.safetensors", "checkpoint-4/training.safetensors"):
