@@ -17,6 +17,7 @@ from clp_engine import __version__, runs
 from clp_engine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from clp_engine.config import CLPConfig
     from clp_engine.rollout import SamplingParams
 
 _EPILOG = """\
@@ -171,7 +172,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_generate(command("generate", _generate, "generate text at a weighting of the objectives"))
     _add_export(command("export", _export, "write one weighting as an ordinary PEFT adapter or model"))
     _add_compare(command("compare", _compare, "compare methods and baselines over seeds", _COMPARE_EPILOG))
-    info = command("info", _info, "show versions, devices and kernel back-ends")
+    info = command("info", _info, "show versions, devices, kernel back-ends, and what a training would need")
+    info.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG.yaml|RUN",
+        help="a training: its parameters and memory, and those of other conditioning",
+    )
     info.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -311,6 +318,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kl", type=float, help="KL coefficient, for policies conditioned on it")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--merged", action="store_true", help="a transformers model instead of an adapter")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="of the adapter, where whole weights are conditioned; reports the error",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
 
 
@@ -385,8 +398,24 @@ def _train(arguments: argparse.Namespace) -> None:
     for name, value in vars(arguments).items():
         if value is not None and name in own:
             values[name] = value if isinstance(value, bool) else _read_flag(value, CLPConfig, name)
-    about = {name: values.pop(name, None) for name in runs.RUN_KEYS}
-    about |= {name: getattr(arguments, name) for name in about if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name) for name in runs.RUN_KEYS}
+    spec, config = _training(values | {name: value for name, value in given.items() if value is not None})
+    _check_output(Path(config.output_dir), arguments)
+    from clp_engine.info import render_training
+
+    print("\n".join(render_training(spec, config)))
+    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    again = shlex.join(["clp-engine", *words, "--resume"])
+    runs.train(spec, config, resume=arguments.resume, again=again)
+    print(f"policy: {config.output_dir}/policy\nnext:   clp-engine evaluate {config.output_dir}")
+
+
+def _training(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
+    """What is trained and how, from a configuration file's content."""
+    from clp_engine.config import CLPConfig
+
+    about = {name: values.get(name) for name in runs.RUN_KEYS}
+    values = {name: value for name, value in values.items() if name not in about}
     CLPConfig.from_dict(values)  # a wrong setting is reported before anything is loaded
     spec = runs.RunSpec.from_values(about)
     if spec.task is not None:
@@ -396,12 +425,7 @@ def _train(arguments: argparse.Namespace) -> None:
             "max_prompt_length": task.max_prompt_length,
             **values,
         }
-    config = CLPConfig.from_dict(values)
-    _check_output(Path(config.output_dir), arguments)
-    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-    again = shlex.join(["clp-engine", *words, "--resume"])
-    runs.train(spec, config, resume=arguments.resume, again=again)
-    print(f"policy: {config.output_dir}/policy\nnext:   clp-engine evaluate {config.output_dir}")
+    return spec, CLPConfig.from_dict(values)
 
 
 def _check_output(output: Path, arguments: argparse.Namespace) -> None:
@@ -586,9 +610,13 @@ def _export(arguments: argparse.Namespace) -> None:
             if policy.tokenizer is not None:
                 policy.tokenizer.save_pretrained(temporary)
     else:
-        policy.export_adapter(target, weights, arguments.kl)
+        error = policy.export_adapter(target, weights, arguments.kl, rank=arguments.rank)
+        if arguments.rank is not None:
+            print(f"cut to rank {arguments.rank}: relative error of the deltas {error:.3g}")
     base = policy.spec.base_model
     print(f"model: {target}" if arguments.merged else f"adapter: {target}  (base model: {base})")
+    if text := policy.prompt_text(weights, arguments.kl):
+        print(f"its prompts need this text in them (see blend.json): {text!r}")
 
 
 def _compare(arguments: argparse.Namespace) -> int | None:
@@ -632,5 +660,18 @@ def _whole_numbers(text: str, flag: str) -> list[int]:
 def _info(arguments: argparse.Namespace) -> None:
     from clp_engine.info import collect, render
 
-    info = collect()
+    training = None if arguments.config is None else _described_training(arguments.config)
+    info = collect(training)
     print(json.dumps(info, indent=2) if arguments.json else render(info))
+
+
+def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
+    """What a configuration file or a run folder trains."""
+    if not Path(path).is_dir():
+        return _training(_read_yaml(path))
+    from clp_engine.config import CLPConfig
+
+    spec = runs.RunSpec.load(path)
+    if spec is None:
+        raise ConfigError(f"{path} holds no run.json")
+    return spec, CLPConfig.from_dict(spec.config)

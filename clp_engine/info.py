@@ -1,20 +1,24 @@
-"""What this installation is made of: versions, devices, kernel back-ends, tasks."""
+"""What this installation is made of: versions, devices, kernel back-ends, tasks; and what a training would need of it."""
 
 from __future__ import annotations
 
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clp_engine import __version__
+
+if TYPE_CHECKING:
+    from clp_engine.config import CLPConfig
+    from clp_engine.runs import RunSpec
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "peft", "matplotlib")
 
 
-def collect() -> dict[str, Any]:
+def collect(training: tuple[RunSpec, CLPConfig] | None = None) -> dict[str, Any]:
     """Plain data: versions by package (None where missing), devices, back-ends with availability and reason,
-    tasks."""
+    tasks; `training`: see `describe`."""
     import torch
     from clp_kernels import backends
 
@@ -46,6 +50,45 @@ def collect() -> dict[str, Any]:
         "backends": {b.name: {"available": b.available, "reason": b.reason} for b in backends().values()},
         "forced_backend": os.environ.get("CLP_KERNELS_BACKEND") or None,
         "tasks": list(task_names()),
+        "training": None if training is None else describe(*training),
+    }
+
+
+def describe(spec: RunSpec, config: CLPConfig) -> dict[str, Any]:
+    """What a run trains and the memory that stays allocated (see `memory.Memory`), beside other forms of conditioning; read
+    from the model's configuration, without loading it."""
+    import torch
+
+    from clp_engine import memory
+    from clp_engine.layers import unconditioned
+    from clp_engine.policy import model_location
+
+    model = memory.skeleton(model_location(spec.model))
+    # As the policy will load it: see ConditionedPolicy.from_pretrained's dtype.
+    itemsize = None if torch.cuda.is_available() else 4
+    count = len(spec.objectives)
+
+    def plain(cost: memory.Memory) -> dict[str, Any]:
+        parts = ("base", "deltas", "gradients", "optimizer", "total")
+        return {"trained_parameters": cost.trained} | {f"{part}_bytes": getattr(cost, part) for part in parts}
+
+    chosen = memory.estimate(
+        model,
+        config.conditioning,
+        count,
+        carrier=config.carrier,
+        rank=config.rank,
+        target_modules=config.target_modules,
+        base_itemsize=itemsize,
+    )
+    others = memory.by_conditioning(model, count, rank=config.rank, base_itemsize=itemsize)
+    return {
+        "model": spec.model,
+        "objectives": list(spec.objectives),
+        "conditioning": config.conditioning,
+        "memory": plain(chosen),
+        "by_conditioning": {name: plain(cost) for name, cost in others.items()},
+        "never_conditioned": unconditioned(model),
     }
 
 
@@ -65,7 +108,37 @@ def render(info: dict[str, Any]) -> str:
     if info["forced_backend"]:
         lines.append(f"  CLP_KERNELS_BACKEND={info['forced_backend']} forces one of them")
     lines += ["tasks", f"  {', '.join(info['tasks'])}"]
+    if info["training"]:
+        lines += ["training", *_rendered_training(info["training"])]
     return "\n".join(lines)
+
+
+def render_training(spec: RunSpec, config: CLPConfig) -> list[str]:
+    """`describe()` for people, of the form that is about to be trained alone."""
+    described = describe(spec, config)
+    return _rendered_training({**described, "by_conditioning": {}})
+
+
+def _rendered_training(training: dict[str, Any]) -> list[str]:
+    from clp_engine.memory import size
+
+    def row(name: str, cost: dict[str, Any]) -> str:
+        parts = "".join(
+            f"{size(cost[f'{part}_bytes']):>12}"
+            for part in ("base", "deltas", "gradients", "optimizer", "total")
+        )
+        return f"  {name:<14}{cost['trained_parameters']:>16,}{parts}"
+
+    heads = "".join(f"{head:>12}" for head in ("model", "deltas", "gradients", "optimiser", "total"))
+    lines = [
+        f"  {training['model']}, objectives {', '.join(training['objectives'])}; without activations:",
+        f"  {'':<14}{'trained':>16}{heads}",
+        row(training["conditioning"], training["memory"]),
+    ]
+    lines += [row(n, c) for n, c in training["by_conditioning"].items() if n != training["conditioning"]]
+    if training["never_conditioned"]:
+        lines += [f"  never conditioned: {', '.join(training['never_conditioned'])}"]
+    return lines
 
 
 def _version(package: str) -> str | None:

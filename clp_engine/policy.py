@@ -37,6 +37,7 @@ from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficient
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory, write_text
 from clp_engine.layers import attach, head_name, is_tied, lora_targets, untie
+from clp_engine.memory import Memory
 from clp_engine.rollout import BlendDecoding, Decoding, Rollout, SamplingParams, rollout
 from clp_engine.scoring import completion_hidden
 
@@ -278,6 +279,12 @@ class ConditionedPolicy(nn.Module):
                     seen.add(id(parameter))
                     parameters[f"{name}.{part}"] = parameter
         return parameters
+
+    @property
+    def memory(self) -> Memory:
+        """What stays allocated while this policy is trained."""
+        base = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
+        return Memory(base, sum(p.numel() for p in self.adapter_parameters().values()))
 
     # -- conditions ---------------------------------------------------------------------------------------------------
 
@@ -591,8 +598,8 @@ class ConditionedPolicy(nn.Module):
             place(self.model, layers)
 
 
-def _resolve(name_or_path: str | Path) -> str | Path:
-    """A shipped model by its task's name; everything else as it is."""
+def model_location(name_or_path: str | Path) -> str | Path:
+    """Where the model of this name is: a shipped one by its task's name, everything else as it is."""
     if str(name_or_path) == "docsum" and not Path(name_or_path).exists():
         from clp_engine.tasks import docsum
 
@@ -607,7 +614,7 @@ def _load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel,
         if device is not None:
             model = model.to(device)
         return model, tokenizer, model.config.name_or_path or ""
-    path = _resolve(name_or_path)
+    path = model_location(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         encoder_decoder = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)

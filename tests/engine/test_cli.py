@@ -445,6 +445,16 @@ def test_info_names_versions_devices_and_every_back_end(capsys):
     assert all(b["reason"] for b in raw["backends"].values())
 
 
+def test_info_says_what_a_training_needs_before_it_starts(workplace, trained, capsys):
+    assert main(["info", "config.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"lora +[\d,]+ .*\n  full +[\d,]+ ", shown) and "without activations" in shown
+    assert main(["info", "run", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["training"]["memory"]
+    saved = load_file("run/policy/adapters.safetensors")
+    assert memory["trained_parameters"] == sum(t.numel() for t in saved.values())
+
+
 def test_a_reader_that_leaves_early_is_not_an_error():
     much = (
         "import sys, clp_engine.cli as cli; cli._info = lambda arguments: print('x' * 100000); "

@@ -21,10 +21,11 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
 def test_the_estimate_is_what_the_policy_has(family, form):
-    trained = sum(p.numel() for p in build_policy(family, **form).adapter_parameters().values())
+    policy = build_policy(family, **form)
+    trained = sum(p.numel() for p in policy.adapter_parameters().values())
     options = {"rank": 4, **form}
     memory = estimate(build_model(family), options.pop("conditioning"), 2, **options)
-    assert memory.trained == trained
+    assert memory.trained == trained and memory == policy.memory
     assert memory.total == memory.base + 4 * 4 * trained
 
 
