@@ -129,6 +129,10 @@ class LogitMixture:
         return self.policy.kl_is_beta
 
     @property
+    def moves_hidden(self) -> bool:
+        return True
+
+    @property
     def config(self):
         return self.policy.config
 

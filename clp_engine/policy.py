@@ -281,6 +281,12 @@ class ConditionedPolicy(nn.Module):
         return parameters
 
     @property
+    def moves_hidden(self) -> bool:
+        """Whether hidden states depend on the blend: not where the output projection alone is conditioned."""
+        head = self.backbone.head.module
+        return self.conditioning.prompt or any(layer is not head for layer in self.layers.values())
+
+    @property
     def memory(self) -> Memory:
         """What stays allocated while this policy is trained."""
         base = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)

@@ -53,18 +53,23 @@ def completion_stats(
     hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients.
     """
     mask = batch.completion_mask
+    needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
     ref_hidden = None
-    if _NEEDS_REFERENCE & set(outputs):
+    if needs_reference or not policy.moves_hidden:
         with torch.no_grad():
             ref_hidden = policy.completion_hidden(batch, None)[mask]
-    hidden = policy.completion_hidden(batch, conditions)[mask]
+    if not policy.moves_hidden:
+        # The policy's hidden states are the reference's. They ask for a gradient: estimators are compared by it.
+        hidden = ref_hidden.clone().requires_grad_(torch.is_grad_enabled())
+    else:
+        hidden = policy.completion_hidden(batch, conditions)[mask]
     row_conditions = (
         None if conditions is None else conditions.repeat(batch.group)[mask.nonzero()[:, 0].cpu()]
     )
     return hidden, policy.token_stats(
         hidden,
         batch.completion_ids[mask],
-        ref_hidden=ref_hidden,
+        ref_hidden=ref_hidden if needs_reference else None,
         conditions=row_conditions,
         temperature=temperature,
         outputs=outputs,
