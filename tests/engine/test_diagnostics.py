@@ -98,7 +98,7 @@ def test_what_is_measured_is_the_gradient_that_training_takes(tmp_path, estimato
 
 
 def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_is_not(tmp_path, monkeypatch):
-    """40 batches: with the value head, whatever it says, the mean gradient is that of leave-one-out within the noise."""
+    """60 batches: with the value head, whatever it says, the mean gradient is that of leave-one-out within the noise."""
     from clp_engine import update
 
     trainer = build_trainer(tmp_path, baseline="value", alpha=0.3, max_steps=2, max_completion_length=4)
@@ -106,7 +106,7 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
     with torch.no_grad():
         trainer.value_head.output.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     variants = [("return", "leave_one_out"), ("return", "value")]
-    fair = measure(trainer, variants, batches=40, bootstrap=200)
+    fair = measure(trainer, variants, batches=60, bootstrap=200)
     assert fair[1].bias.low == 0 and fair[0].bias.mean == 0
     assert fair[1].bias.high < 0.5 * fair[0].norm.mean  # small enough to see a bias
 
@@ -118,7 +118,7 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
         return scored
 
     monkeypatch.setattr("clp_engine.diagnostics.forward", foreseeing)
-    unfair = measure(trainer, variants, batches=40, bootstrap=200)
+    unfair = measure(trainer, variants, batches=60, bootstrap=200)
     assert unfair[1].bias.low > fair[1].bias.high
 
 
