@@ -25,6 +25,7 @@ examples:
   clp-engine demo                                     train and show a steerable summariser
   clp-engine train CONFIG.yaml --learning-rate 3e-4   every key of the file is a flag, too
   clp-engine evaluate runs/demo                       Pareto front: report.json, report.md, pareto.png
+  clp-engine variance runs/mine                       noise and bias of the gradient at each checkpoint
   clp-engine generate runs/demo --weights coverage=0.7,brevity=0.3 --prompt "Return the sum of ..."
   clp-engine export runs/demo --weights coverage=0.7,brevity=0.3 --to adapter
   clp-engine compare CONFIG.yaml                      methods and baselines over seeds, in one report
@@ -169,6 +170,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     if next((word for word in argv if not word.startswith("-")), None) == "train":
         _add_train(train)
     _add_evaluate(command("evaluate", _evaluate, "measure the Pareto front of a run"))
+    _add_variance(command("variance", _variance, "measure the noise and bias of the gradient along a run"))
     _add_generate(command("generate", _generate, "generate text at a weighting of the objectives"))
     _add_export(command("export", _export, "write one weighting as an ordinary PEFT adapter or model"))
     _add_compare(command("compare", _compare, "compare methods and baselines over seeds", _COMPARE_EPILOG))
@@ -281,6 +283,37 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--rewards", nargs="+", metavar="NAME=REWARD", help="where RUN is a policy alone: as for train"
     )
     _add_sampling(parser)
+
+
+def _add_variance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="run folder; each of its checkpoints is measured")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=16,
+        metavar="N",
+        help="batches for each checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--completions",
+        type=int,
+        metavar="N",
+        help="completions of a batch (default: those of a training step)",
+    )
+    parser.add_argument(
+        "--steps", metavar="A,B", help="which checkpoints, 0 for the start (default: the start and all)"
+    )
+    parser.add_argument("--estimators", metavar="A,B", help="which KL estimators (default: all)")
+    parser.add_argument(
+        "--baselines", metavar="A,B", help="which baselines (default: all; value where the run has it)"
+    )
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="resamples for the intervals"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the batches (default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="where to write the numbers (default: RUN/variance.json)"
+    )
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -505,6 +538,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         train_seconds=spec.train_seconds,
     )
     print(f"{rendering.table(result)}\n\n{rendering.summary(result)}\n\nreport: {out}/report.md")
+
+
+def _variance(arguments: argparse.Namespace) -> None:
+    def listed(text: str | None) -> list[str] | None:
+        return None if text is None else [part.strip() for part in text.split(",")]
+
+    try:
+        steps = None if arguments.steps is None else [int(part) for part in listed(arguments.steps)]
+    except ValueError:
+        raise ConfigError(f"steps={arguments.steps!r}: expected step numbers such as 0,100,200") from None
+    if arguments.bootstrap < 1:
+        raise ConfigError(f"bootstrap={arguments.bootstrap}: expected at least 1")
+    runs.RunSpec.load(arguments.run_folder)  # a file that cannot be read is reported before torch is imported
+    from clp_engine import diagnostics
+
+    result = diagnostics.along_run(
+        arguments.run_folder,
+        batches=arguments.batches,
+        completions=arguments.completions,
+        steps=steps,
+        estimators=listed(arguments.estimators),
+        baselines=listed(arguments.baselines),
+        bootstrap=arguments.bootstrap,
+        seed=arguments.seed,
+    )
+    out = arguments.out or str(Path(arguments.run_folder) / "variance.json")
+    result.save(out)
+    print(f"{diagnostics.table(result)}\n\nnumbers: {out}")
 
 
 def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:

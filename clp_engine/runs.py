@@ -5,6 +5,7 @@ RUN/policy/         the trained policy
 RUN/checkpoint-N/   where training can go on
 RUN/log.jsonl       metrics of training
 RUN/report.json, report.md, pareto.png    written by evaluation
+RUN/variance.json   written by `clp-engine variance`
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ if TYPE_CHECKING:
     from clp_engine.trainer import CLPTrainer
 
 RUN_KEYS = ("model", "task", "dataset", "eval_dataset", "rewards", "objectives")
-_PRODUCTS = ("policy", "run.json", "log.jsonl", "completions.jsonl", "report.json", "report.md", "pareto.png")
+_PRODUCTS = (
+    "policy",
+    "run.json",
+    "log.jsonl",
+    "completions.jsonl",
+    "report.json",
+    "report.md",
+    "pareto.png",
+    "variance.json",
+)
 
 
 class Interrupted(Exception):

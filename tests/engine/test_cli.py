@@ -145,6 +145,29 @@ def test_evaluate_takes_a_policy_alone_with_dataset_and_rewards(trained, tmp_pat
     assert json.loads((tmp_path / "report.json").read_text())["objectives"] == ["even", "small"]
 
 
+def test_variance_measures_the_estimators_along_the_run(trained, capsys):
+    small = [
+        "--batches",
+        "3",
+        "--bootstrap",
+        "10",
+        "--estimators",
+        "return,k3",
+        "--baselines",
+        "leave_one_out",
+    ]
+    before = (trained / "run.json").read_bytes(), (trained / "log.jsonl").read_bytes()
+    assert main(["variance", "run", *small]) == 0
+    shown = capsys.readouterr().out
+    raw = json.loads((trained / "variance.json").read_text())
+    assert [m["step"] for m in raw["moments"]] == [0, 2, 4]
+    assert [n["estimator"] for n in raw["moments"][1]["noise"]] == ["return", "k3"]
+    assert len([line for line in shown.splitlines() if line.startswith("|")]) == 2 + 3 * 2
+    # At the start the policy is the reference: every estimator of its KL is exactly zero.
+    assert raw["moments"][0]["noise"][1]["bias"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert before == ((trained / "run.json").read_bytes(), (trained / "log.jsonl").read_bytes())
+
+
 def test_generate_prints_one_completion_per_prompt_and_depends_on_the_weights(trained, capsys):
     printed = {}
     for weights in ("even=1", "even=1,small=0", "1,0", "even=0,small=1"):
@@ -337,6 +360,19 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         ),
         (["evaluate", "run", "--prompts", "many"], "invalid int value: 'many'"),
         (["evaluate", "run", "--kl", "0.1,much"], "'0.1,much': expected a number, or several"),
+        (["variance", "base"], "base has no run.json"),
+        (
+            ["variance", "run", "--steps", "0,3"],
+            "run has no checkpoint of step 3; there are 0 (the start) and 2, 4",
+        ),
+        (["variance", "run", "--steps", "all"], "expected step numbers such as 0,100"),
+        (
+            ["variance", "run", "--estimators", "k4"],
+            "estimator 'k4': this run can be measured with return, exact",
+        ),
+        (["variance", "run", "--baselines", "value"], "with leave_one_out, group_mean, none"),
+        (["variance", "run", "--estimators", "k3"], "measured against return and exact"),
+        (["variance", "run", "--steps", "0", "--batches", "2"], "at least 3 are needed"),
         (["train"], "model is missing; give a task, or model, dataset and rewards"),
         (["train", "nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
         (["train", "prompts.txt"], "expected names and values"),
