@@ -329,8 +329,8 @@ def _how_to_read(c: Comparison) -> str:
             "some point of the method's front beats or equals in every reward and beats in one (of means, noise included).",
             "- **steerability** is the rank correlation of an objective's weight with its reward over the front "
             f"(`pareto.steerability`), KL steerability that of the KL coefficient with the KL (-1 is best).{ties} "
-            "**KL** is exact, from the base model, summed over a completion, in nats; **tokens** the mean length; both are means "
-            "over the method's points.",
+            "**KL** is exact, from the base model, summed over a completion, in nats; **tokens** the mean length; both are "
+            "means over the method's points.",
         ]
     )
 
