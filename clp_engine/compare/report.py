@@ -140,11 +140,11 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
 
 
 def difference_table(contrasts: Sequence[Contrast], comparison: Comparison) -> str:
-    """w.R of each method less that of one reference, weighting by weighting."""
+    """w.R (or the objective) of each method less that of one reference, weighting by weighting."""
     # One that was evaluated at few weightings may come first: the longest list has them all, in order.
     keys = [_asked(d, comparison) for d in max((c.differences for c in contrasts), key=len)]
     header = [*_asked_header(comparison), *(c.method for c in contrasts)]
-    by_method = [{tuple(_asked(d, comparison)): d.utility for d in c.differences} for c in contrasts]
+    by_method = [{tuple(_asked(d, comparison)): comparison.fair(d) for d in c.differences} for c in contrasts]
     rows = [[*key, *(shown(found.get(tuple(key)), 4, sign=True) for found in by_method)] for key in keys]
     return table(header, rows, left=0)
 
@@ -201,7 +201,7 @@ def markdown(comparison: Comparison, pictures: bool = True) -> str:
         if any(contrast.differences for contrast in against):
             parts.append(
                 _folded(
-                    f"w.R less that of {reference}, by weighting",
+                    f"{c.fair_name} less that of {reference}, point by point",
                     difference_table([a for a in against if a.differences], c),
                 )
             )
@@ -220,13 +220,14 @@ def in_short(c: Comparison) -> str:
             volume = contrast.volume_ratio_matched or contrast.volume_ratio
             where = " at the same weightings" if contrast.volume_ratio_matched else ""
             ratio = "" if volume is None else f"{shown(volume, 2)} times the volume{where}, "
-            utility = (
+            difference = c.fair(contrast)
+            better = (
                 ""
-                if contrast.utility is None
-                else f"w.R {shown(contrast.utility, 4, sign=True)}{_verdict(contrast.utility)}, "
+                if difference is None
+                else f"{c.fair_name} {shown(difference, 4, sign=True)}{_verdict(difference)}, "
             )
             cost = method.generated_tokens.mean / c.method(contrast.reference).generated_tokens.mean
-            said.append(f"against {contrast.reference} {ratio}{utility}for {cost:.2f} times the tokens")
+            said.append(f"against {contrast.reference} {ratio}{better}for {cost:.2f} times the tokens")
         steered = [f"{n} {shown(e, 2)}" for n, e in method.steerability.items() if e is not None]
         if said and steered:
             said.append(f"steerability {', '.join(steered)}")
@@ -326,7 +327,8 @@ def _how_to_read(c: Comparison) -> str:
             "by seed and prompts, averaged over the weightings both have. This is the fairest of the measures: it does not "
             "depend on how many points a front has.",
             "- **ratio**: of the two volumes, seed by seed, then averaged. **dominated**: points of the baseline's front that "
-            "some point of the method's front beats or equals in every reward and beats in one (of means, noise included).",
+            "some point of the method's front beats or equals in every reward and beats in one (with one reward: in reward and "
+            "KL; of means, noise included).",
             "- **steerability** is the rank correlation of an objective's weight with its reward over the front "
             f"(`pareto.steerability`), KL steerability that of the KL coefficient with the KL (-1 is best).{ties} "
             "**KL** is exact, from the base model, summed over a completion, in nats; **tokens** the mean length; both are "

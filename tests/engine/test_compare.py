@@ -640,7 +640,10 @@ def test_reward_against_kl_is_the_area_above_the_base_up_to_the_limit():
     assert result.method("multi").kl_steerability.mean == pytest.approx(-1)
     (contrast,) = result.contrasts
     assert contrast.volume_ratio_matched.mean == pytest.approx(5 / 4)
+    # (2, KL 1) is there twice, (3.5, KL 5) is the best of its reward: nothing is dominated, though 3 beats 2 in reward.
+    assert contrast.dominated.mean == 0
     text = report.markdown(result)
+    assert "objective less that of single, point by point" in text and "w.R less" not in text
     assert "KL coefficient" in text and "KL steerability" in text and "no intervals" in text
 
 
