@@ -88,7 +88,7 @@ def _title(comparison: Comparison) -> str:
     )
     spread = "; bars: range over seeds" if counts[-1] > 1 else ""
     name = comparison.config.get("title") or comparison.task or comparison.model
-    return f"{name}: mean over {seeds}{spread}"
+    return f"{name}: {'mean over ' if spread else ''}{seeds}{spread}"
 
 
 def _reward_panel(axis: Axes, comparison: Comparison, x: str, y: str) -> None:
@@ -262,9 +262,8 @@ def draw_metrics(comparison: Comparison) -> Figure:
     for i, (title, values) in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1)
         _metric_panel(axis, comparison, title, values, labels=i % columns == 0)
-    figure.suptitle(
-        _title(comparison).partition(";")[0] + ", 95 % intervals; dots: single seeds", fontsize=11
-    )
+    title, _, several = _title(comparison).partition(";")
+    figure.suptitle(title + (", 95 % intervals; dots: single seeds" if several else ""), fontsize=11)
     return figure
 
 
