@@ -88,7 +88,7 @@ def _title(comparison: Comparison) -> str:
     )
     spread = "; bars: range over seeds" if counts[-1] > 1 else ""
     name = comparison.config.get("title") or comparison.task or comparison.model
-    return f"{name}: mean over {seeds}{spread}"
+    return f"{name}: {'mean over ' if spread else ''}{seeds}{spread}"
 
 
 def _reward_panel(axis: Axes, comparison: Comparison, x: str, y: str) -> None:
@@ -241,11 +241,11 @@ def draw_metrics(comparison: Comparison) -> Figure:
     if any(m.volume(matched=True) for m in methods):
         panels.append(("volume at the\nspecialists' weightings", [m.volume(matched=True) for m in methods]))
     for reference in dict.fromkeys(c.reference for c in comparison.contrasts):
-        by_method = {c.method: c.utility for c in comparison.contrasts if c.reference == reference}
+        by_method = {c.method: comparison.fair(c) for c in comparison.contrasts if c.reference == reference}
         zero = Estimate(0.0, None, None, ())
         panels.append(
             (
-                f"w.R less that of\n{reference}",
+                f"{comparison.fair_name} less that of\n{reference}",
                 [zero if m.name == reference else by_method.get(m.name) for m in methods],
             )
         )
@@ -262,9 +262,8 @@ def draw_metrics(comparison: Comparison) -> Figure:
     for i, (title, values) in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1)
         _metric_panel(axis, comparison, title, values, labels=i % columns == 0)
-    figure.suptitle(
-        _title(comparison).partition(";")[0] + ", 95 % intervals; dots: single seeds", fontsize=11
-    )
+    title, _, several = _title(comparison).partition(";")
+    figure.suptitle(title + (", 95 % intervals; dots: single seeds" if several else ""), fontsize=11)
     return figure
 
 
@@ -291,7 +290,7 @@ def _metric_panel(
             value.values, [i] * len(value.values), s=9, color=style.colour, alpha=0.55, lw=0, zorder=3
         )
         axis.plot(value.mean, i, marker="|", ms=13, mew=2.4, color=style.colour, zorder=4)
-    if title.startswith("w.R less"):
+    if " less that of" in title:
         axis.axvline(0, color="#888888", lw=0.9, ls=":", zorder=1)
     axis.set_xlim(low - room, high + room)
     axis.set_ylim(len(values) - 0.4, -0.6)

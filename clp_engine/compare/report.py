@@ -140,10 +140,11 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
 
 
 def difference_table(contrasts: Sequence[Contrast], comparison: Comparison) -> str:
-    """w.R of each method less that of one reference, weighting by weighting."""
-    keys = [_asked(d, comparison) for d in contrasts[0].differences]
+    """w.R (or the objective) of each method less that of one reference, weighting by weighting."""
+    # One that was evaluated at few weightings may come first: the longest list has them all, in order.
+    keys = [_asked(d, comparison) for d in max((c.differences for c in contrasts), key=len)]
     header = [*_asked_header(comparison), *(c.method for c in contrasts)]
-    by_method = [{tuple(_asked(d, comparison)): d.utility for d in c.differences} for c in contrasts]
+    by_method = [{tuple(_asked(d, comparison)): comparison.fair(d) for d in c.differences} for c in contrasts]
     rows = [[*key, *(shown(found.get(tuple(key)), 4, sign=True) for found in by_method)] for key in keys]
     return table(header, rows, left=0)
 
@@ -185,6 +186,8 @@ def markdown(comparison: Comparison, pictures: bool = True) -> str:
     c = comparison
     title = c.config.get("title") or f"Comparison on {c.task or c.model}: {', '.join(c.objectives)}"
     parts = [f"# {title}", _what_was_run(c), _methods(c)]
+    if short := in_short(c):
+        parts += ["## In short", short]
     if c.missing:
         parts.append(f"**Not complete**: {'; '.join(c.missing)}. The figures below are of what there is.")
     if pictures:
@@ -198,7 +201,7 @@ def markdown(comparison: Comparison, pictures: bool = True) -> str:
         if any(contrast.differences for contrast in against):
             parts.append(
                 _folded(
-                    f"w.R less that of {reference}, by weighting",
+                    f"{c.fair_name} less that of {reference}, point by point",
                     difference_table([a for a in against if a.differences], c),
                 )
             )
@@ -206,6 +209,38 @@ def markdown(comparison: Comparison, pictures: bool = True) -> str:
     parts += ["## Fronts", *(_folded(m.name, front_table(m, c)) for m in c.methods)]
     parts += ["## How to read this", _how_to_read(c), "## How it was made", _provenance(c)]
     return "\n\n".join(parts) + "\n"
+
+
+def in_short(c: Comparison) -> str:
+    """What the figures say of each conditioned method, one line for each; empty without a baseline."""
+    lines = []
+    for method in (m for m in c.methods if m.kind == "clp"):
+        said = []
+        for contrast in (contrast for contrast in c.contrasts if contrast.method == method.name):
+            volume = contrast.volume_ratio_matched or contrast.volume_ratio
+            where = " at the same weightings" if contrast.volume_ratio_matched else ""
+            ratio = "" if volume is None else f"{shown(volume, 2)} times the volume{where}, "
+            difference = c.fair(contrast)
+            better = (
+                ""
+                if difference is None
+                else f"{c.fair_name} {shown(difference, 4, sign=True)}{_verdict(difference)}, "
+            )
+            cost = method.generated_tokens.mean / c.method(contrast.reference).generated_tokens.mean
+            said.append(f"against {contrast.reference} {ratio}{better}for {cost:.2f} times the tokens")
+        steered = [f"{n} {shown(e, 2)}" for n, e in method.steerability.items() if e is not None]
+        if said and steered:
+            said.append(f"steerability {', '.join(steered)}")
+        if said:
+            lines.append(f"- **{method.name}**: {'; '.join(said)}.")
+    return "\n".join(lines)
+
+
+def _verdict(difference: Estimate) -> str:
+    """Whether the interval of a difference leaves zero out."""
+    if difference.low is None:
+        return ""
+    return " (within the luck of seeds)" if difference.low <= 0 <= difference.high else ""
 
 
 def _folded(title: str, text: str) -> str:
@@ -274,6 +309,11 @@ def _how_to_read(c: Comparison) -> str:
         "share; each `report.json` has bootstrap intervals over prompts. With so few seeds intervals are wide and no better "
         "than the assumption that seeds scatter normally."
     )
+    ties = (
+        " With three or more objectives many weightings tie, and 1 is out of reach."
+        if len(c.objectives) > 2
+        else ""
+    )
     formula = "w.R - beta KL" if _is_beta(c) else "(1 - alpha) w.R - alpha KL"
     return "\n".join(
         [
@@ -287,11 +327,12 @@ def _how_to_read(c: Comparison) -> str:
             "by seed and prompts, averaged over the weightings both have. This is the fairest of the measures: it does not "
             "depend on how many points a front has.",
             "- **ratio**: of the two volumes, seed by seed, then averaged. **dominated**: points of the baseline's front that "
-            "some point of the method's front beats or equals in every reward and beats in one (of means, noise included).",
+            "some point of the method's front beats or equals in every reward and beats in one (with one reward: in reward and "
+            "KL; of means, noise included).",
             "- **steerability** is the rank correlation of an objective's weight with its reward over the front "
-            "(`pareto.steerability`), KL steerability that of the KL coefficient with the KL (-1 is best). **KL** "
-            "is exact, from the base model, summed over a completion, in nats; **tokens** the mean length; both are means over "
-            "the method's points.",
+            f"(`pareto.steerability`), KL steerability that of the KL coefficient with the KL (-1 is best).{ties} "
+            "**KL** is exact, from the base model, summed over a completion, in nats; **tokens** the mean length; both are "
+            "means over the method's points.",
         ]
     )
 

@@ -158,7 +158,7 @@ class Contrast:
 
     volume_ratio: of `MethodResult.volume`, method by reference, each at all its own points; volume_ratio_matched: both at
     the specialists' weightings. dominated: how many of the reference's `reference_points` points some point of the method
-    dominates.
+    dominates (with one objective: in reward and KL).
     differences: at every weighting both have; utility, objective: their means over the weightings.
     """
 
@@ -200,6 +200,14 @@ class Comparison:
 
     def method(self, name: str) -> MethodResult:
         return next(m for m in self.methods if m.name == name)
+
+    def fair(self, contrast: Contrast | Difference) -> Estimate | None:
+        """The difference to look at: of w.R, or with one objective (which is compared at several KL) of the objective."""
+        return contrast.utility if self.kl_limit is None else contrast.objective
+
+    @property
+    def fair_name(self) -> str:
+        return "w.R" if self.kl_limit is None else "objective"
 
     @property
     def varies_kl(self) -> bool:
@@ -359,14 +367,17 @@ class _Measure:
     kl_is_beta: bool
     matched: set[tuple[float, ...]]
 
+    def coordinates(self, front: Front) -> np.ndarray:
+        """What points are compared in, (P, ...), all to be maximised: rewards, or with one objective (R, -KL)."""
+        return front.rewards if self.kl_limit is None else np.stack([front.rewards[:, 0], -front.kl], -1)
+
     def hypervolume(self, front: Front) -> float:
         return float(pareto.hypervolume(front.rewards, self.reference))
 
     def kl_volume(self, front: Front) -> float:
         """Of the points (R, -KL) above (R_base, -kl_limit): reward gained over the base model, integrated over the KL that
         may be spent,  integral_0^limit max(0, max_{p : KL_p <= x} R_p - R_base) dx."""
-        points = np.stack([front.rewards[:, 0], -front.kl], -1)
-        return float(pareto.hypervolume(points, np.array([self.base[0], -self.kl_limit])))
+        return float(pareto.hypervolume(self.coordinates(front), np.array([self.base[0], -self.kl_limit])))
 
     def volume(self, front: Front) -> float:
         return self.hypervolume(front) if self.kl_limit is None else self.kl_volume(front)
@@ -478,7 +489,7 @@ def _contrast(
         seeds,
         _ratio(pairs, measure),
         None if any(None in pair for pair in matched) else _ratio(matched, measure),
-        Estimate.of([dominated(a.rewards, b.rewards) for a, b in pairs]),
+        Estimate.of([dominated(measure.coordinates(a), measure.coordinates(b)) for a, b in pairs]),
         len(pairs[0][1].kl_coefs),
         differences,
         _mean_over_points([d.utility for d in differences]),

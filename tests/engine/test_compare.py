@@ -330,6 +330,7 @@ def test_doing_it_again_does_nothing_and_reports_the_same(finished, monkeypatch)
     assert said == [] and essence("out") == before
 
 
+@pytest.mark.slow
 def test_a_comparison_killed_in_the_middle_of_runs_ends_as_one_that_never_was(
     finished, workplace, monkeypatch
 ):
@@ -369,6 +370,7 @@ compare(json.load(open("killed.json")))
     assert essence("killed") == essence("out")
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_gives(finished):
     config = methods(soup={"kind": "soup"}) | {"output_dir": "parallel", "seeds": [0]}
     said = []
@@ -406,6 +408,7 @@ def test_what_another_process_is_at_is_left_to_it(finished, workplace):
         pass
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_all_processes_with_a_checkpoint_each(workplace):
     config = changed(
         output_dir="stopped", seeds=[0], max_steps=2000, methods={"CLP": {}, "wide": {"rank": 3}}
@@ -637,7 +640,10 @@ def test_reward_against_kl_is_the_area_above_the_base_up_to_the_limit():
     assert result.method("multi").kl_steerability.mean == pytest.approx(-1)
     (contrast,) = result.contrasts
     assert contrast.volume_ratio_matched.mean == pytest.approx(5 / 4)
+    # (2, KL 1) is there twice, (3.5, KL 5) is the best of its reward: nothing is dominated, though 3 beats 2 in reward.
+    assert contrast.dominated.mean == 0
     text = report.markdown(result)
+    assert "objective less that of single, point by point" in text and "w.R less" not in text
     assert "KL coefficient" in text and "KL steerability" in text and "no intervals" in text
 
 
@@ -703,6 +709,9 @@ def test_every_figure_of_the_page_has_its_interval_and_every_table_is_whole():
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1
     assert "1.650 ± 0.000" in text  # the ratio is the same at both seeds: 8.25 / 5
+    (line,) = [line for line in text.splitlines() if line.startswith("- **CLP**: against soup")]
+    assert "1.56 ± 0.00 times the volume at the same weightings" in line
+    assert "(within the luck of seeds)" in line and "for 0.50 times the tokens" in line
     assert "clp-engine compare toy.yaml" in text and "max_steps: 4" in text
 
 
