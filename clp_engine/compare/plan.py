@@ -177,6 +177,9 @@ class Plan:
     def run_folder(self, name: str) -> Path:
         return self.output_dir / "runs" / name
 
+    def training_record(self, name: str) -> Path:
+        return self.output_dir / "trainings" / f"{name}.json"
+
     def evaluation_folder(self, name: str) -> Path:
         return self.output_dir / "evaluations" / name
 

@@ -278,7 +278,7 @@ def collect(plan: Plan, command: str = "") -> Comparison:
             points = [p for e in evaluations for p in work.report_of(plan, e).points]
             fronts[method.name][seed] = Front.of(points, plan.objectives)
             needed = dict.fromkeys(name for e in evaluations for name in e.runs)
-            trainings[method.name][seed] = [work.Training.load(plan.run_folder(name)) for name in needed]
+            trainings[method.name][seed] = [work.Training.load(plan.training_record(name)) for name in needed]
     if not any(fronts.values()):
         raise ConfigError(
             f"{plan.output_dir}: no method has been evaluated yet; run without --report-only first"

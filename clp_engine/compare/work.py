@@ -1,7 +1,10 @@
 """Doing one piece of a plan: train a run, or evaluate what was trained. Each is done once and can be repeated at any time.
 
-RUN/training.json       written last: what the training took; its presence means that the run is done
+trainings/RUN.json      written last: what the training took; its presence means that the run is done
 EVALUATION/inputs.json  digest of what the report depends on; another digest means that it is stale
+
+runs/ is needed as long as something is to be evaluated. trainings/ and evaluations/ are small, and all that a report needs:
+they can be kept elsewhere, and a comparison goes on from them with what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from clp_engine.trainer import CLPTrainer
 
 BASE = "base"  # the evaluation of the base model, which sets the reference point
-_TRAINING, _INPUTS = "training.json", "inputs.json"
+_INPUTS = "inputs.json"
 
 
 class Busy(Exception):
@@ -48,8 +51,7 @@ class Training:
     commit: str | None
 
     @classmethod
-    def load(cls, folder: str | Path) -> Training | None:
-        path = Path(folder) / _TRAINING
+    def load(cls, path: Path) -> Training | None:
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
@@ -57,11 +59,14 @@ class Training:
 
 
 def is_trained(plan: Plan, run: Run) -> bool:
+    """Whether a run is done: its record is there, and its policy, unless every report that is made of it is there, too."""
+    if not plan.training_record(run.name).is_file():
+        return False
     folder = plan.run_folder(run.name)
-    done = (folder / _TRAINING).is_file()
-    if done:
+    if runs.is_finished(folder):
         check_unchanged(run, folder)
-    return done
+        return True
+    return all(is_evaluated(plan, e) for e in plan.evaluations.values() if run.name in e.runs)
 
 
 def check_unchanged(run: Run, folder: Path) -> None:
@@ -94,7 +99,7 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
             {**run.config, "disable_tqdm": not progress or run.config["disable_tqdm"]}
         )
         trainer = runs.train(run.spec, config, resume=bool(checkpoints(folder)), again="the same command")
-        _write_json(folder / _TRAINING, asdict(_training(trainer)))
+        _write_json(plan.training_record(run.name), asdict(_training(trainer)))
         if not plan.keep_checkpoints:
             for path in checkpoints(folder):
                 shutil.rmtree(path)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from conftest import build_model, build_tokenizer
 
 from clp_engine import runs
 from clp_engine.cli import main
-from clp_engine.compare import compare, make_plan, report, work
+from clp_engine.compare import compare, make_plan, report, schedule, work
 from clp_engine.compare.plan import Method
 from clp_engine.compare.summary import Estimate, Front, dominated, summarise, t_probability, t_quantile
 from clp_engine.errors import ConfigError
@@ -265,7 +266,7 @@ def test_every_run_and_report_is_an_ordinary_one_and_training_is_accounted_for(f
             and runs.RunSpec.load(folder).config["max_steps"] == run.config["max_steps"]
         )
         assert not checkpoints(folder)  # nothing to go on from any more
-        took = work.Training.load(folder)
+        took = work.Training.load(plan.training_record(name))
         assert took.steps == run.config["max_steps"] and took.completions == took.steps * 4
         assert took.steps * 4 <= took.generated_tokens <= took.steps * 4 * 5 and took.seconds > 0
     for evaluation in plan.evaluations.values():
@@ -277,6 +278,20 @@ def test_every_run_and_report_is_an_ordinary_one_and_training_is_accounted_for(f
         assert comparison.reference_point[name] == pytest.approx(base.base.rewards[name].mean - 0.1)
     assert comparison.method("soup").steps.mean == comparison.method("CLP").steps.mean == 4
     assert comparison.method("specialists").steps.mean == 12 and comparison.missing == []
+
+
+def test_records_and_reports_are_enough_to_go_on_from(workplace, finished):
+    folder = workplace / "moved"
+    for part in ("trainings", "evaluations"):
+        shutil.copytree(Path(CONFIG["output_dir"]) / part, folder / part)
+    config = changed(output_dir=str(folder))
+    plan = make_plan(config)
+    assert all(piece.is_done(plan) for piece in schedule.pieces(plan))
+    compare(config)
+    assert essence(folder) == essence(CONFIG["output_dir"]) and not (folder / "runs").exists()
+    # what is evaluated in another way needs the policies again
+    other = make_plan({**config, "evaluation": {**CONFIG["evaluation"], "prompts": 2}})
+    assert not any(piece.is_done(other) for piece in schedule.pieces(other))
 
 
 def test_tokens_are_counted_to_the_last_one(workplace, finished):
