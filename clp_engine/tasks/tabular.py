@@ -6,13 +6,13 @@ kl_coef * KL(pi || pi_ref)` is
 
     pi*(y) ~ pi_ref(y) * exp(reward_scale / kl_coef * w.R(y))
 
-and how far a trained policy is from it, `KL(pi_theta || pi*)`, is a sum over all outcomes: exact. It is
-also what the policy's objective falls short of the optimum's, divided by kl_coef:
+and how far a trained policy is from it, `KL(pi_theta || pi*)`, is a sum over all outcomes: exact. The
+same distance is what is missing from the objective:
 
     J(pi*) - J(pi_theta) = kl_coef * KL(pi_theta || pi*)
 
-`train` uses the estimators, samplers and blends of the real trainer, so an error in any of them shows as a distance
-that does not vanish.
+`train` uses the estimators, samplers and blends of the real trainer, so an error in any of them shows as a
+distance that does not vanish.
 """
 
 from __future__ import annotations
@@ -136,9 +136,6 @@ class Trained:
 
     def kl_to_optimum(self, weights: torch.Tensor, kl: float) -> float:
         return self.task.kl_to_optimum(self.logits(weights, kl), weights, kl)
-
-    def objective(self, weights: torch.Tensor, kl: float) -> float:
-        return self.task.objective(self.logits(weights, kl), weights, kl)
 
 
 def train(
