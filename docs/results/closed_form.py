@@ -64,7 +64,8 @@ def main() -> None:
         torch.set_num_threads(1)  # tables of a few hundred numbers: more threads only get in each other's way
         result = measure()
         write_text(path, compact(result))
-    write_page(result)
+    page = HERE / "closed_form.md"
+    write_text(page, with_tables(page.read_text(encoding="utf-8"), result))
     draw(result, HERE / "closed_form.png")
 
 
@@ -154,7 +155,7 @@ def dilemma_policies(
     for_tables = options | {"learning_rate": TABLE_LEARNING_RATE}
     for_one = options | {"learning_rate": SPECIALIST_LEARNING_RATE}
     for name, start in starts.items():
-        chosen = for_tables if start is Tables.of else options
+        chosen = for_tables if name == "clp tables" else options
         yield name, at(train(task, sampler, start=start, **chosen), alpha)
     corners = torch.eye(objectives)
     alone = [train_specialist(task, w, alpha, start=network(seed), **for_one) for w in corners]
@@ -348,15 +349,15 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def write_page(result: dict) -> None:
-    page = HERE / "closed_form.md"
-    text = page.read_text(encoding="utf-8")
+def with_tables(page: str, result: dict) -> str:
+    """The page's text with the tables of `result` in their places."""
     for name, table in tables(result).items():
-        block = re.compile(rf"(<!-- measured:{name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        text, found = block.subn(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)  # noqa: B023
-        if found != 1:
-            raise ValueError(f"{page}: expected one <!-- measured:{name} -->, found {found}")
-    write_text(page, text)
+        opened, closed = f"<!-- measured:{name} -->\n", "<!-- /measured -->"
+        before, found, rest = page.partition(opened)
+        if not found or closed not in rest:
+            raise ValueError(f"closed_form.md: no {opened.strip()} with a {closed} after it")
+        page = f"{before}{opened}\n{table}\n\n{rest[rest.index(closed) :]}"
+    return page
 
 
 # --- the figure ----------------------------------------------------------------------------------------------

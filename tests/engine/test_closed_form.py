@@ -11,7 +11,10 @@ estimator stays further away however long it trains. Measured on the three condi
 Over seeds exact varies between 0.0014 and 0.0057, return between 0.0000 and 0.0009.
 """
 
+import importlib.util
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,10 +131,8 @@ ALPHA, SEEDS = 0.1, range(5)
 EVERY_W = build_sampler(2, "uniform", corner_probability=0.3, kl=ALPHA)
 GRID, CORNERS, UNIFORM = simplex_lattice(2, 11), torch.eye(2), torch.tensor([0.5, 0.5])
 NETWORK = {"steps": 200, "learning_rate": 0.05}
-ALONE = {
-    "steps": 200,
-    "learning_rate": 0.02,
-}  # brings specialists closest to their own optima, and suits the soup best
+# Of specialists: brings them closest to their own optima, and suits the soup best.
+ALONE = {"steps": 200, "learning_rate": 0.02}
 
 
 def network(seed, **options):
@@ -140,11 +141,6 @@ def network(seed, **options):
 
 def shortfall(trained, weights=UNIFORM, alpha=ALPHA):
     return alpha * trained.kl_to_optimum(weights, alpha)
-
-
-def at(policy, coefficients):
-    """Logits (P, V) with these coefficients, whatever weighting they are used for."""
-    return policy.logits(coefficients.unsqueeze(0), torch.arange(len(policy.reference)).unsqueeze(0))[0]
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +170,7 @@ def test_a_soup_of_networks_misses_the_optimum_of_the_mixed_reward_with_any_coef
     before = task.objective(task.reference, UNIFORM, ALPHA)
     for specialists in network_specialists:
         mixed = combine(task, specialists, soup)
-        best = max(task.objective(at(mixed.policy, c), UNIFORM, ALPHA) for c in GRID)
+        best = max(task.objective(mixed.logits(c, ALPHA), UNIFORM, ALPHA) for c in GRID)
         assert best < before
         assert shortfall(mixed) > 0.25
 
@@ -205,6 +201,20 @@ def test_optimal_specialists_mixed_evenly_meet_their_bound():
     assert all(mixed.kl_to_optimum(w, ALPHA) == pytest.approx(0, abs=1e-6) for w in CORNERS)
     assert shortfall(mixed) == pytest.approx(interpolation_shortfall(task, ALPHA), rel=1e-6)
     assert interpolation_shortfall(task, ALPHA) > 0.43
+
+
+def test_the_bound_on_affine_policies_is_what_a_search_over_all_of_them_finds():
+    task, odds = dilemma(), torch.linspace(-10, 10, 401, dtype=torch.float64)
+
+    def missing(log_odds, weights):
+        p, best = log_odds.sigmoid(), optimal_commit_probability(task, weights, ALPHA)
+        return ALPHA * (p * (p / best).log() + (1 - p) * ((1 - p) / (1 - best)).log())
+
+    first, second = torch.meshgrid(odds, odds, indexing="ij")
+    ends = torch.maximum(missing(first, CORNERS[0]), missing(second, CORNERS[1]))
+    worst = torch.maximum(ends, missing((first + second) / 2, UNIFORM))
+    # The grid's steps are 0.05, and a shortfall changes by little more than alpha for each unit of the log-odds.
+    assert affine_shortfall(task, ALPHA) - 1e-9 <= worst.min() < affine_shortfall(task, ALPHA) + 0.005
 
 
 @pytest.mark.parametrize("start", [Tables.of, network(0, output_only=True)], ids=["tables", "output only"])
@@ -253,6 +263,18 @@ def test_a_dilemma_without_a_conflict_is_refused(objectives, compromise):
         dilemma(objectives, compromise)
 
 
+def test_the_page_holds_the_tables_of_its_measurements():
+    folder = Path(__file__).parents[2] / "docs" / "results"
+    spec = importlib.util.spec_from_file_location("closed_form_page", folder / "closed_form.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (folder / "closed_form.md").read_text(encoding="utf-8")
+    result = json.loads((folder / "closed_form.json").read_text(encoding="utf-8"))
+    assert script.with_tables(page, result) == page
+    for bound in result["dilemma"]["2"]["bounds"].values():
+        assert f"{bound:.3f}" in page
+
+
 # ---- the testbed itself
 
 
@@ -292,7 +314,8 @@ def test_what_the_objective_falls_short_by_is_the_distance_times_the_kl_coeffici
 @pytest.mark.parametrize("start", [Tables.of, network(0), network(0, output_only=True)])
 def test_without_deltas_every_policy_is_the_reference(start):
     task = TabularTask.random(3, 2, 2)
-    torch.testing.assert_close(at(start(task), torch.tensor([0.3, 0.7])), task.reference)
+    untrained = Trained(task, start(task), "none", ALPHA)
+    torch.testing.assert_close(untrained.logits(torch.tensor([0.3, 0.7]), ALPHA), task.reference)
 
 
 def test_a_soup_is_each_specialist_at_its_corner_and_blends_weights_in_between():
@@ -305,6 +328,15 @@ def test_a_soup_is_each_specialist_at_its_corner_and_blends_weights_in_between()
     hidden = (specialists[0].policy.features + (0.3 * inner_a + 0.7 * inner_b)[0]).tanh()
     expected = task.reference + hidden @ (0.3 * outer_a + 0.7 * outer_b)[0]
     torch.testing.assert_close(mixed.logits(torch.tensor([0.3, 0.7]), ALPHA), expected)
+
+
+def test_mixed_logits_are_the_normalised_geometric_mean_of_the_specialists():
+    task = dilemma()
+    specialists = [train_specialist(task, w, ALPHA, start=network(0), steps=20) for w in CORNERS]
+    mixed = combine(task, specialists, LogitMixture.of).logits(torch.tensor([0.3, 0.7]), ALPHA).softmax(-1)
+    first, second = (s.logits(torch.ones(1), ALPHA).softmax(-1) for s in specialists)
+    expected = first**0.3 * second**0.7
+    torch.testing.assert_close(mixed, expected / expected.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("start", [Tables.of, network(0)])
