@@ -36,7 +36,7 @@ EDGE = {2: 11, 3: 7}
 SEEDS = {2: 6, 3: 5}
 TRAINING = {2: {"steps": 200, "learning_rate": 0.05}, 3: {"steps": 400, "learning_rate": 0.03}}
 TABLE_LEARNING_RATE = 0.2
-# Of networks trained for one weighting: it brings them closest to their own optima, and it suits the soup best.
+# Of networks trained for one weighting: of 0.01, 0.02, 0.03 and 0.05 it brings them closest to their own optima.
 SPECIALIST_LEARNING_RATE = 0.02
 CORNERS = {2: 0.3, 3: 0.5}
 WIDTH = 16

@@ -131,7 +131,7 @@ ALPHA, SEEDS = 0.1, range(5)
 EVERY_W = build_sampler(2, "uniform", corner_probability=0.3, kl=ALPHA)
 GRID, CORNERS, UNIFORM = simplex_lattice(2, 11), torch.eye(2), torch.tensor([0.5, 0.5])
 NETWORK = {"steps": 200, "learning_rate": 0.05}
-# Of specialists: brings them closest to their own optima, and suits the soup best.
+# Of specialists: this learning rate brings them closest to their own optima.
 ALONE = {"steps": 200, "learning_rate": 0.02}
 
 
