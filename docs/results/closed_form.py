@@ -58,12 +58,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true", help="measure nothing; from closed_form.json")
     path = HERE / "closed_form.json"
-    if parser.parse_args().draw:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    else:
+    if not parser.parse_args().draw:
         torch.set_num_threads(1)  # tables of a few hundred numbers: more threads only get in each other's way
-        result = measure()
-        write_text(path, compact(result))
+        write_text(path, compact(measure()))
+    result = json.loads(path.read_text(encoding="utf-8"))  # as rounded there
     page = HERE / "closed_form.md"
     write_text(page, with_tables(page.read_text(encoding="utf-8"), result))
     draw(result, HERE / "closed_form.png")
@@ -97,7 +95,7 @@ def measure() -> dict:
         "versions": versions(),
         "commit": commit,
     }
-    return json.loads(json.dumps(result | made))  # keys are strings, as in the file
+    return result | made
 
 
 def network(seed: int, width: int = WIDTH, **options) -> Callable[[TabularTask], Network]:
