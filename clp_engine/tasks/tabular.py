@@ -6,14 +6,19 @@ kl_coef * KL(pi || pi_ref)` is
 
     pi*(y) ~ pi_ref(y) * exp(reward_scale / kl_coef * w.R(y))
 
-and how far a trained policy is from it, `KL(pi_theta || pi*)`, is a sum over all outcomes: exact. `train`
-uses the estimators, samplers and blends of the real trainer, so an error in any of them shows as a distance
-that does not vanish.
+and how far a trained policy is from it, `KL(pi_theta || pi*)`, is a sum over all outcomes: exact. The
+same distance is what is missing from the objective:
+
+    J(pi*) - J(pi_theta) = kl_coef * KL(pi_theta || pi*)
+
+`train` uses the estimators, samplers and blends of the real trainer, so an error in any of them shows as a
+distance that does not vanish.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +33,8 @@ from clp_engine.estimators import (
     objective_scales,
     scalarise,
 )
-from clp_engine.samplers import ConditionSampler
+from clp_engine.samplers import ConditionSampler, Fixed, FixedKL
+from clp_engine.tasks.tabular_policies import BlendedPolicy, Tables
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,19 @@ class TabularTask:
         tilt = reward_scale / kl_coef * (weights.double() @ self.rewards.double())
         return (self.outcome_logprobs(self.reference.double()) + tilt).log_softmax(-1)
 
+    def objective(
+        self, logits: torch.Tensor, weights: torch.Tensor, kl: float, *, kl_is_beta: bool = False
+    ) -> float:
+        """J = reward_scale * w.R - kl_coef * KL(pi_theta || pi_ref) of logits (P, V), by enumeration.
+
+        The optimum's J is higher by `kl_coef * kl_to_optimum`.
+        """
+        reward_scale, kl_coef = objective_scales(torch.tensor(kl, dtype=torch.float64), kl_is_beta)
+        logprobs = self.outcome_logprobs(logits.double())
+        gain = reward_scale * (weights.double() @ self.rewards.double())
+        ratio = logprobs - self.outcome_logprobs(self.reference.double())
+        return (logprobs.exp() * (gain - kl_coef * ratio)).sum().item()
+
     def kl_to_optimum(
         self, logits: torch.Tensor, weights: torch.Tensor, kl: float, *, kl_is_beta: bool = False
     ) -> float:
@@ -98,22 +117,22 @@ class TabularTask:
 
 
 @dataclass(frozen=True)
-class ConditionedTables:
-    """logits(w, alpha) = reference + c(alpha) * sum_i w_i * Delta_i, all tables Delta trained together.
+class Trained:
+    """A policy with the form of its blend, so that it can be asked for a condition.
 
-    deltas: (M, P, V). min_kl: the smallest KL coefficient of training (what the odds form is relative to).
+    min_kl: the smallest KL coefficient of training (what the odds form is relative to).
     """
 
     task: TabularTask
-    deltas: torch.Tensor
+    policy: BlendedPolicy
     kl_conditioning: str
     min_kl: float
 
     def logits(self, weights: torch.Tensor, kl: float) -> torch.Tensor:
         """The policy of one condition: (P, V)."""
         condition = Conditions(weights.float().unsqueeze(0), torch.tensor([kl]))
-        blend = blend_coefficients(condition, self.kl_conditioning, min_kl=self.min_kl)[0]
-        return self.task.reference + torch.einsum("m,mpv->pv", blend, self.deltas)
+        blend = blend_coefficients(condition, self.kl_conditioning, min_kl=self.min_kl)
+        return self.policy.logits(blend, torch.arange(len(self.task.reference)).unsqueeze(0))[0]
 
     def kl_to_optimum(self, weights: torch.Tensor, kl: float) -> float:
         return self.task.kl_to_optimum(self.logits(weights, kl), weights, kl)
@@ -126,30 +145,33 @@ def train(
     estimator: str = "return",
     baseline: str = "leave_one_out",
     kl_conditioning: str = "none",
+    start: Callable[[TabularTask], BlendedPolicy] = Tables.of,
     steps: int = 500,
     prompts: int = 128,
     group_size: int = 4,
     learning_rate: float = 0.2,
     seed: int = 0,
     estimate: Callable[..., Coefficients] = coefficients,
-) -> ConditionedTables:
-    """Trains one table of logits per objective with Adam, the step size falling as the steps left, squared.
+) -> Trained:
+    """Trains the deltas of a policy with Adam, the step size falling as the steps left, squared.
 
     Every step draws `prompts` conditions from the sampler (alpha, not beta) and `group_size` completions
     for each. Deterministic for a seed.
+    start: the policy that training starts from; by default one table of logits per objective.
     estimate: what turns rewards and log-probs into coefficients; a test may put a wrong one here.
     """
     generator = torch.Generator().manual_seed(seed)
-    deltas = task.reference.new_zeros(len(task.rewards), *task.reference.shape).requires_grad_()
-    optimizer = torch.optim.Adam([deltas], lr=learning_rate)
+    policy = start(task)
+    policy = dataclasses.replace(policy, deltas=tuple(d.clone().requires_grad_() for d in policy.deltas))
+    optimizer = torch.optim.Adam(policy.deltas, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** 2)
     controller = MixController()
     for _ in range(steps):
         conditions = sampler.sample(prompts, generator).repeat(group_size)
         blend = blend_coefficients(conditions, kl_conditioning, min_kl=sampler.min_kl)
-        prefixes, actions, outcomes = _sample(task, deltas.detach(), blend, generator)
+        prefixes, actions, outcomes = _sample(task, policy, blend, generator)
         visited = _Steps(
-            _blended(task, deltas, blend, prefixes).log_softmax(-1),
+            policy.logits(blend, prefixes).log_softmax(-1),
             task.reference[prefixes].log_softmax(-1),
             actions,
         )
@@ -169,7 +191,31 @@ def train(
                 for name in ("return", "exact")
             )
             controller.update((first * (first - second)).sum(), (first - second).square().sum())
-    return ConditionedTables(task, deltas.detach(), kl_conditioning, sampler.min_kl)
+    policy = dataclasses.replace(policy, deltas=tuple(d.detach() for d in policy.deltas))
+    return Trained(task, policy, kl_conditioning, sampler.min_kl)
+
+
+def train_specialist(
+    task: TabularTask,
+    weights: torch.Tensor,
+    kl: float,
+    *,
+    start: Callable[[TabularTask], BlendedPolicy] = Tables.of,
+    **options,
+) -> Trained:
+    """`train` for one condition: a policy with one delta, for the one objective w.R. Its task is that objective's."""
+    alone = TabularTask(task.reference, (weights.to(task.rewards.dtype) @ task.rewards).unsqueeze(0))
+    sampler = ConditionSampler(Fixed((1.0,)), FixedKL(kl))
+    return train(alone, sampler, start=start, **options)
+
+
+def combine(
+    task: TabularTask,
+    specialists: Sequence[Trained],
+    rule: Callable[[Sequence[BlendedPolicy]], BlendedPolicy],
+) -> Trained:
+    """One specialist per objective as one policy, by `soup` or `LogitMixture.of`; its blend is the weighting."""
+    return Trained(task, rule([s.policy for s in specialists]), "none", specialists[0].min_kl)
 
 
 @dataclass(frozen=True)
@@ -204,22 +250,15 @@ class _Steps:
         return gradient + c.kl.unsqueeze(-1) * probability * (ratio - kl)
 
 
-def _blended(
-    task: TabularTask, deltas: torch.Tensor, blend: torch.Tensor, prefixes: torch.Tensor
-) -> torch.Tensor:
-    """Logits of each row at its own prefixes (B, ...), for blend coefficients (B, M): (B, ..., V)."""
-    return task.reference[prefixes] + torch.einsum("bm,mb...v->b...v", blend, deltas[:, prefixes])
-
-
 @torch.no_grad()
 def _sample(
-    task: TabularTask, deltas: torch.Tensor, blend: torch.Tensor, generator: torch.Generator
+    task: TabularTask, policy: BlendedPolicy, blend: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prefixes (B, L), actions (B, L) and outcome indices (B,) of one completion per row."""
     prefix = torch.zeros(len(blend), dtype=torch.long)
     prefixes, actions = [], []
     for _ in range(task.length):
-        probability = _blended(task, deltas, blend, prefix).softmax(-1)
+        probability = policy.logits(blend, prefix).softmax(-1)
         action = torch.multinomial(probability, 1, generator=generator).squeeze(-1)
         prefixes.append(prefix)
         actions.append(action)

@@ -1,0 +1,96 @@
+"""A tabular task on which policies that interpolate specialists must fail and a conditioned policy need not.
+
+Two tokens, V = M of each. The first is *commit* (token 0) or a compromise (any other); after a compromise every objective
+gets the same reward whatever follows; after commit the second token j gives objective j the reward 1 and all others -1:
+
+    commit, j     R_j = 1, R_i = -1 for i != j          w.R = 2 w_j - 1
+    otherwise     R_i = compromise for all i            w.R = compromise
+
+Each specialist commits, since 1 > compromise. For the uniform weighting committing is worth 2 / M - 1 at most and the
+compromise is better: the optimum for the mixed reward does not lie between the optima for the single ones. This is the
+soft value at work, `V_w = beta log E_ref exp(w.R / beta)`, which is convex in w: a blend of the specialists' values
+overrates, at commit, what one policy can have of all of them at once.
+
+Two bounds. Let p(pi) be the probability that pi commits, p_i that of the optimum for objective i alone (the same for all i,
+by symmetry), p_u that of the optimum for the uniform weighting u, p_u < p_i, and kl(p, q) the divergence of two Bernoulli
+distributions. A policy falls short of the optimum's objective by alpha * KL(pi || pi*) >= alpha * kl(p(pi), p*): the first
+step's part of a sum over steps, none negative. And the log-odds of commit,
+
+    l = log p / (1 - p) = - log sum_{v != 0} exp(z_v - z_0),        z the logits of the first step,
+
+are concave in z, hence in anything that z is affine in.
+
+1. *Interpolated specialists*: logits of the first step `sum_i c_i z_i` with any c on the simplex (mixed when decoding, or
+   tables interpolated). l >= sum_i c_i l_i >= min_i l_i: whatever the coefficients, the mixture commits at least as often
+   as the least committed specialist. At u it falls short by at least `interpolation_shortfall`, alpha * kl(min_i p_i, p_u).
+2. *Any policy whose logits are affine in w*, however it was trained (tables, logit-CLP): l(u) is at least the mean of l at
+   the corners, so p(u) >= p(e_i) for some i. If it fell short by less than s at u and at every corner, p(u) would lie below
+   the p~ that has alpha * kl(p~, p_u) = s, p(e_i) above the one that has alpha * kl(p~, p_i) = s, and for the s where the
+   two meet that is a contradiction. kl(p~, p_u) = kl(p~, p_i) is the Chernoff information of the two distributions, and
+   `affine_shortfall` is alpha times it.
+
+Neither holds for deltas of two layers or more: their product is quadratic in w, and curvature is all that is missing. Soups
+of such weights are not bound by 1 either; that they fail as well is measured (docs/results/closed_form.md), not proved.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from clp_engine.tasks.tabular import TabularTask
+
+
+def dilemma(num_objectives: int = 2, compromise: float = 0.5) -> TabularTask:
+    """The task, with a uniform reference over as many tokens as objectives.
+
+    Raises ValueError for less than two objectives, or a compromise that is not between what committing is worth to the
+    uniform weighting, 2 / M - 1, and to a specialist, 1.
+    """
+    if num_objectives < 2 or not 2 / num_objectives - 1 < compromise < 1:
+        raise ValueError(
+            f"a dilemma needs at least 2 objectives and a compromise between 2 / objectives - 1 and 1; "
+            f"got {num_objectives} and {compromise:g}"
+        )
+    rewards = torch.full((num_objectives, num_objectives**2), compromise)
+    rewards[:, :num_objectives] = 2 * torch.eye(num_objectives) - 1
+    return TabularTask(torch.zeros(1 + num_objectives, num_objectives), rewards)
+
+
+def commit_probability(logits: torch.Tensor) -> float:
+    """p of a policy with logits (P, V)."""
+    return logits[0].double().softmax(-1)[0].item()
+
+
+def optimal_commit_probability(task: TabularTask, weights: torch.Tensor, alpha: float) -> float:
+    """p of the optimum for (w, alpha)."""
+    return task.optimum(weights, alpha)[: task.vocabulary].exp().sum().item()
+
+
+def interpolation_shortfall(task: TabularTask, alpha: float, least_commit: float | None = None) -> float:
+    """What interpolated specialists fall short of the optimum for the uniform weighting by, at least (1. above).
+
+    least_commit: min_i p_i of the specialists; None is that of the optimal ones. Zero where it is below p_u.
+    """
+    p_i, p_u = _commit_probabilities(task, alpha)
+    least = p_i if least_commit is None else least_commit
+    return alpha * _bernoulli_kl(least, p_u) if least > p_u else 0.0
+
+
+def affine_shortfall(task: TabularTask, alpha: float) -> float:
+    """The largest shortfall, over the corners and the uniform weighting, of any policy affine in w, at least (2. above)."""
+    p_i, p_u = _commit_probabilities(task, alpha)
+    # kl(p, p_u) = kl(p, p_i) is linear in p.
+    up, down = math.log(p_i / p_u), math.log((1 - p_u) / (1 - p_i))
+    return alpha * _bernoulli_kl(down / (up + down), p_u)
+
+
+def _commit_probabilities(task: TabularTask, alpha: float) -> tuple[float, float]:
+    count = len(task.rewards)
+    corner, uniform = torch.eye(count)[0], torch.full((count,), 1 / count)
+    return tuple(optimal_commit_probability(task, w, alpha) for w in (corner, uniform))
+
+
+def _bernoulli_kl(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
