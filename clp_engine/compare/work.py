@@ -106,29 +106,24 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
 
 
 def _training(trainer: CLPTrainer) -> Training:
-    """Sums over the steps, from the means in the log: these survive an interruption, a clock does not."""
+    """seconds: a sum over the steps, from the means in the log, which survive an interruption as a clock does not."""
     import torch
 
     from clp_engine.evaluation import source_commit, versions
 
     config, state = trainer.args, trainer.state
-    seconds = tokens = 0.0
-    before = 0
+    seconds, before = 0.0, 0
     unlogged = {**trainer.metric_log.drain(), "step": state.global_step}
     for entry in [*state.log_history, unlogged]:
         if "step_time" not in entry:
             continue  # of an evaluation, or nothing happened since the last entry
         steps, before = entry["step"] - before, entry["step"]
         seconds += entry["step_time"] * steps
-        # Completions are drawn every num_iterations steps.
-        tokens += (
-            entry.get("completions/mean_length", 0.0) * config.batch_size * steps / config.num_iterations
-        )
     return Training(
         seconds=round(seconds, 3),
         steps=state.global_step,
         completions=-(-state.global_step // config.num_iterations) * config.batch_size,
-        generated_tokens=round(tokens),
+        generated_tokens=trainer.num_generated_tokens,
         trained_parameters=sum(p.numel() for p in trainer.policy.adapter_parameters().values()),
         threads=torch.get_num_threads(),
         device=str(trainer.policy.device),
