@@ -31,14 +31,21 @@ class Blend:
     coefficients: torch.Tensor | None = None
     _gates: dict[tuple, torch.Tensor] = field(default_factory=dict)
     _groups: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    _last: tuple | None = None
 
     @contextlib.contextmanager
     def use(self, coefficients: torch.Tensor | None) -> Iterator[None]:
+        """Inside, `coefficients` are in force. What was derived from the same tensor the last time is still there: decoding
+        comes back with it for every token."""
         before = self.coefficients, self._gates, self._groups
-        self.coefficients, self._gates, self._groups = coefficients, {}, None
+        same = self._last is not None and self._last[0] is coefficients
+        gates, groups = self._last[1:] if same else ({}, None)
+        self.coefficients, self._gates, self._groups = coefficients, gates, groups
         try:
             yield
         finally:
+            if coefficients is not None and not coefficients.requires_grad:
+                self._last = coefficients, self._gates, self._groups
             self.coefficients, self._gates, self._groups = before
 
     def gate(self, ranks: tuple[int, ...], scalings: tuple[float, ...]) -> torch.Tensor:

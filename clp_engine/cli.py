@@ -662,6 +662,8 @@ def _export(arguments: argparse.Namespace) -> None:
     if weights is None and len(policy.objectives) > 1:
         raise ConfigError(f"--weights is missing; the objectives are {', '.join(policy.objectives)}")
     policy.conditions(weights, arguments.kl)
+    if arguments.merged and arguments.rank is not None:
+        raise ConfigError("--rank is of an adapter; --merged writes whole weights, leave one out")
     if arguments.merged:
         from clp_engine.files import write_directory
 
@@ -734,5 +736,7 @@ def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
 
     spec = runs.RunSpec.load(path)
     if spec is None:
-        raise ConfigError(f"{path} holds no run.json")
+        raise ConfigError(
+            f"{path} holds no run.json; give a run folder, or a configuration file that names the model"
+        )
     return spec, CLPConfig.from_dict(spec.config)

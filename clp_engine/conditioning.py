@@ -52,6 +52,10 @@ class Conditioning:
         if carrier not in CARRIERS:
             raise ConfigError(f"carrier={carrier!r}: expected one of {', '.join(CARRIERS)}")
         carriers = tuple(c for c in CARRIERS if c in parts)
+        if carriers and carrier != "lora":
+            raise ConfigError(
+                f"carrier={carrier!r} is for conditioning 'none' and 'prompt'; {conditioning!r} says what it trains"
+            )
         return cls(carriers or (carrier,), bool(carriers), "prompt" in parts)
 
     @property

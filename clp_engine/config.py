@@ -13,13 +13,17 @@ from typing import Any
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING
 from clp_engine.errors import ConfigError
+from clp_engine.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
 from clp_engine.prompting import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
 
-KL_ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
-BASELINES = ("leave_one_out", "group_mean", "none", "value")
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
 DEFAULT_ALPHA = 0.1
+# Settings that do not touch what is computed: a resumed run may change them, and runs that differ in them alone are the same.
+WITHOUT_EFFECT = frozenset(
+    """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
+    save_total_limit log_completions report_to run_name disable_tqdm per_device_eval_batch_size""".split()
+)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -77,7 +81,7 @@ class CLPConfig:
     )
     alpha_range: list[float] | None = _option(None, "low, high: alpha drawn log-uniformly per prompt")
     alpha_grid: list[float] | None = _option(
-        None, "values: alpha drawn from them per prompt, each equally likely; 1 is the reference model"
+        None, "values: alpha drawn from them per prompt, each equally likely"
     )
     beta: float | None = _option(None, "KL coefficient in w.R - beta KL (TRL's), instead of alpha")
     beta_range: list[float] | None = _option(None, "low, high: beta drawn log-uniformly per prompt")
@@ -107,7 +111,9 @@ class CLPConfig:
     # completions
     num_generations: int = _option(8, "completions per prompt")
     max_completion_length: int = _option(512, "most tokens of a completion")
-    max_prompt_length: int | None = _option(None, "keep the last so many tokens of a prompt")
+    max_prompt_length: int | None = _option(
+        None, "keep the last so many tokens of a prompt; what conditioning prompt writes comes on top"
+    )
     temperature: float = _option(1.0, "sampling temperature; log-probs are taken at it, too")
     top_k: int | None = _option(None, "draw from the k likeliest tokens only (biases the gradient)")
     top_p: float | None = _option(None, "draw from the nucleus of this mass only (biases the gradient)")
@@ -154,6 +160,13 @@ class CLPConfig:
     disable_tqdm: bool = _option(False, "no progress bar")
 
     def __post_init__(self) -> None:
+        types = typing.get_type_hints(type(self))
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name == "report_to" and value is None:
+                value = "none"
+            # One form of every value: a tuple and a list, 1 and 1.0 must not look like different settings to a resumed run.
+            setattr(self, option.name, _coerce(option.name, value, types[option.name]))
         self._check_choices()
         self._check_ranges()
         self._check_kl()
@@ -176,10 +189,10 @@ class CLPConfig:
         choices = {
             "kl_conditioning": KL_CONDITIONING,
             "weight_sampler": WEIGHT_SAMPLERS,
-            "kl_estimator": KL_ESTIMATORS,
+            "kl_estimator": ESTIMATORS,
             "baseline": BASELINES,
-            "scale_rewards": ("none", "group", "batch"),
-            "loss_type": ("sequence", "grpo", "dapo", "dr_grpo"),
+            "scale_rewards": SCALE_REWARDS,
+            "loss_type": LOSS_TYPES,
             "eval_strategy": ("no", "steps"),
             "save_strategy": ("no", "steps"),
         }
@@ -193,6 +206,18 @@ class CLPConfig:
                     f"prompt_template was given with conditioning={self.conditioning!r}, which writes no prompt"
                 )
             check_template(self.prompt_template)
+        if self.target_modules is not None and "lora" not in parsed.carriers:
+            raise ConfigError(f"target_modules is for 'lora'; conditioning={self.conditioning!r} has none")
+        if self.lora_alpha is not None and not parsed.has_ranks:
+            raise ConfigError(
+                f"lora_alpha scales low-rank factors; conditioning={self.conditioning!r} has none"
+            )
+        if parsed.prompt and self.kl_conditioning == "none" and not isinstance(self.kl, float):
+            if "{kl}" not in (self.written_prompt or ""):
+                raise ConfigError(
+                    "the KL coefficient varies and nothing tells the policy: put {kl} into prompt_template, or give "
+                    "kl_conditioning"
+                )
         if self.weight_sampler == "fixed" and self.fixed_weights is None:
             raise ConfigError("weight_sampler='fixed' needs fixed_weights")
         if self.stratified_weights and self.weight_sampler != "uniform":

@@ -30,6 +30,15 @@ class PromptBatch:
         )
 
 
+def encode_prompt(prompt: str | list, tokenizer) -> list[int]:
+    """Tokens of a text, or of chat messages in the tokenizer's chat template, up to where the assistant answers."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
 class PromptDataset:
     """A sequence of rows with a `prompt` column: text, or a list of chat messages for the tokenizer's chat template."""
 
@@ -52,12 +61,7 @@ class PromptDataset:
         return len(self.rows)
 
     def encode(self, prompt: str | list) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            ids = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+        ids = encode_prompt(prompt, self.tokenizer)
         return ids[-self.max_prompt_length :] if self.max_prompt_length else ids
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:

@@ -87,9 +87,10 @@ class InterpolatedEmbedding(ConditionedLayer):
         if self._blend.coefficients is None:
             return embedded
         # Subclasses scale what they look up, or offset the position: the same is done to the deltas.
-        changes = functional_call(self.base, {"weight": self.delta}, args, kwargs).unflatten(
-            -1, (self.deltas, -1)
-        )
+        changes = functional_call(self.base, {"weight": self.delta}, args, kwargs)
+        if embedded.dim() == 2:  # positions (T, H), looked up once for all rows
+            embedded, changes = embedded.unsqueeze(0), changes.unsqueeze(0)
+        changes = changes.unflatten(-1, (self.deltas, -1))
         coefficients = self._blend.coefficients.to(changes.dtype)
         shape = (coefficients.shape[0], *(1,) * (changes.dim() - 3), 1, self.deltas)
         return embedded + (coefficients.view(shape) @ changes).squeeze(-2).to(embedded.dtype)
@@ -114,8 +115,8 @@ class InterpolatedAffine(ConditionedLayer):
         bias = getattr(base, "bias", None)
         self.delta = _zeros(base.weight, deltas, width)
         self.delta_bias = None if bias is None else _zeros(base.weight, deltas, width)
-        unit = {"weight": torch.full_like(base.weight, 1.0 - self.offset)}
-        self._unit = unit if bias is None else unit | {"bias": torch.zeros_like(bias)}
+        self.register_buffer("_gain", torch.full_like(base.weight, 1.0 - self.offset), False)
+        self.register_buffer("_shift", None if bias is None else torch.zeros_like(bias), False)
 
     @staticmethod
     def fits(base: nn.Module) -> bool:
@@ -130,7 +131,7 @@ class InterpolatedAffine(ConditionedLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._blend.coefficients is None:
             return self.base(x)
-        unit = {name: value.to(self.base.weight.device) for name, value in self._unit.items()}
+        unit = {"weight": self._gain} if self._shift is None else {"weight": self._gain, "bias": self._shift}
         normed = functional_call(self.base, unit, (x,))
         gain = self.base.weight + self._blend.per_row(self.delta, normed)
         y = normed * (gain + self.offset if self.offset else gain).to(normed.dtype)

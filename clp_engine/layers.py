@@ -28,6 +28,7 @@ def lora_targets(
     if "attention" in conditioning.carriers:
         taken = set(attention_layers(model))
         names = [name for name in names if name not in taken]
+    _refuse_routed(model, names)
     if "logit" in conditioning.carriers and (head := head_name(model)) not in names:
         names.append(head)
     return names
@@ -42,6 +43,18 @@ def is_tied(model: PreTrainedModel) -> bool:
     """Whether the output projection has the input embedding's weight."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def _refuse_routed(model: nn.Module, names: Sequence[str]) -> None:
+    """Rows that a router has sorted cannot be told apart any more."""
+    for name in names:
+        parents = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)]
+        routed = next((p for p in parents if "expert" in type(model.get_submodule(p)).__name__.lower()), None)
+        if routed is not None:
+            raise ConfigError(
+                f"{name} belongs to routed experts ({type(model.get_submodule(routed)).__name__}), where a row's blend is not "
+                "known; use conditioning 'attention' or 'logit', or 'lora' with target_modules that leave the experts out"
+            )
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -114,6 +127,7 @@ def attach(
         if module is head:
             return whole_matrix(module, ConditionedLinear, ranks, scalings, True)
         if isinstance(module, nn.Linear | Conv1D):
+            _refuse_routed(model, [name])
             return InterpolatedLinear(module, blend, len(ranks))
         if isinstance(module, nn.Embedding):
             return (

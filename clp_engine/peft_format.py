@@ -25,8 +25,15 @@ def save(
     """Write the blend `coefficients` (D,) as one adapter, atomically; returns |written - delta| / |delta|.
 
     `sum_i c_i s_i B_i A_i` is A stacked as it is and B's columns times c_i s_i; lora_alpha is the rank, layer by layer, so that
-    PEFT's own scaling lora_alpha / r is one. A whole delta is cut to `rank` singular values.
+    PEFT's own scaling lora_alpha / r is one. A whole delta is cut to `rank` singular values; its bias is that of lora_B, which
+    peft and transformers load and vLLM does not.
     """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank={rank}: expected at least 1")
+    if rank is not None and not any(_is_whole(layer) for layer in policy.layers.values()):
+        raise ConfigError(
+            f"rank={rank}: this policy's deltas have low rank already and are written exactly; leave it out"
+        )
     factors, lost, total = {}, 0.0, 0.0
     for name, layer in policy.layers.items():
         factors[name], error, size = _factors(name, layer, coefficients, rank)
@@ -36,6 +43,16 @@ def save(
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
         ranks[name] = a.shape[0]
+    biases = {name: getattr(layer, "delta_bias", None) for name, layer in policy.layers.items()}
+    biased = any(bias is not None for bias in biases.values())
+    if biased:  # PEFT has them for every layer or for none
+        for name, (_, b) in factors.items():
+            bias = (
+                b.new_zeros(b.shape[0])
+                if biases[name] is None
+                else coefficients.to(biases[name]) @ biases[name].detach()
+            )
+            tensors[f"base_model.model.{name}.lora_B.bias"] = bias.cpu().contiguous()
     common = max(ranks.values(), key=list(ranks.values()).count)
     different = {name: r for name, r in ranks.items() if r != common}
     config = {
@@ -49,6 +66,7 @@ def save(
         "alpha_pattern": different,
         "lora_dropout": 0.0,
         "bias": "none",
+        "lora_bias": biased,
         "use_rslora": False,
         "use_dora": False,
         "target_modules": sorted(policy.layers),
@@ -62,6 +80,10 @@ def save(
     return (lost / total) ** 0.5 if lost else 0.0
 
 
+def _is_whole(layer: ConditionedLayer) -> bool:
+    return not isinstance(layer, ConditionedLinear) or layer.whole
+
+
 def _factors(
     name: str, layer: ConditionedLayer, coefficients: torch.Tensor, rank: int | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], float, float]:
@@ -69,13 +91,9 @@ def _factors(
     if isinstance(layer, ConditionedLinear) and not layer.whole:
         gate = expand_gate(coefficients.to(layer.lora_a).unsqueeze(0), layer.ranks, layer.scalings)[0]
         return (layer.lora_a.detach(), layer.lora_b.detach() * gate), 0.0, 0.0
-    if (
-        not isinstance(layer, InterpolatedLinear | ConditionedLinear)
-        or getattr(layer, "delta_bias", None) is not None
-    ):
-        what = "its bias" if isinstance(layer, InterpolatedLinear) else type(layer.base).__name__
+    if not isinstance(layer, InterpolatedLinear | ConditionedLinear):
         raise ConfigError(
-            f"the delta of {name} ({what}) has no LoRA form; write a whole model instead: "
+            f"the delta of {name} ({type(layer.base).__name__}) has no LoRA form; write a whole model instead: "
             "merge(weights).save_pretrained(...), or clp-engine export --merged"
         )
     if rank is None:

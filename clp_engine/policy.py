@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, plac
 from clp_engine.backbone import make_backbone
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
+from clp_engine.data import encode_prompt
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory, write_text
 from clp_engine.layers import attach, head_name, is_tied, lora_targets, untie
@@ -102,7 +104,6 @@ class ConditionedPolicy(nn.Module):
         self.layers = attach(
             model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
         )
-        self._texts: dict[str, list[int]] = {}  # tokens of what prompt conditioning has written so far
         self.backbone = make_backbone(model)  # the head may have been wrapped
 
     @classmethod
@@ -194,6 +195,8 @@ class ConditionedPolicy(nn.Module):
         objectives: names of the new policy's objectives; by default those of the specialists, if there are as many.
         Raises ConfigError where the specialists do not fit together.
         """
+        if not specialists:
+            raise ConfigError("no specialists were given; expected one per objective")
         first = specialists[0]
         objectives = tuple(first.objectives if objectives is None else objectives)
         if len(objectives) != len(specialists):
@@ -206,17 +209,25 @@ class ConditionedPolicy(nn.Module):
                 raise ConfigError(
                     f"a specialist has conditioning='none'; one of these has {spec.conditioning!r}"
                 )
-            if (spec.base_model, spec.carrier) != (first.spec.base_model, first.spec.carrier) or (
-                specialist.layers.keys() != first.layers.keys()
-            ):
+            for name in ("base_model", "carrier", "kl_conditioning", "kl_is_beta"):
+                ours, theirs = getattr(first.spec, name), getattr(spec, name)
+                if ours != theirs:
+                    raise ConfigError(
+                        "the specialists must have the same base model, carrier and form of the KL coefficient; "
+                        f"{name} is {ours!r} and {theirs!r}"
+                    )
+            if specialist.adapter_parameters().keys() != first.adapter_parameters().keys():
                 raise ConfigError(
-                    "the specialists must have the same base model, carrier and conditioned layers; "
-                    f"got {first.spec.base_model}, {first.spec.carrier} and {spec.base_model}, {spec.carrier}"
+                    "the specialists' deltas lie on different layers, or one has a whole output projection "
+                    "and another has factors"
                 )
+            if not spec.base_model and not _same_weights(specialist.model, first.model):
+                raise ConfigError("the specialists were trained from models whose weights differ")
         spec = dataclasses.replace(
             first.spec,
             objectives=objectives,
             conditioning=first.spec.carrier,
+            carrier="lora",
             ranks=tuple(s.spec.ranks[0] for s in specialists),
             lora_alphas=tuple(s.spec.lora_alphas[0] for s in specialists),
         )
@@ -327,19 +338,29 @@ class ConditionedPolicy(nn.Module):
             return None
         if not self.conditioning.blended:
             conditions = Conditions(conditions.weights.any(-1, keepdim=True).float(), conditions.kl)
-        return blend_coefficients(
-            conditions, self.spec.kl_conditioning, min_kl=self.spec.min_kl, kl_is_beta=self.kl_is_beta
-        ).to(self.device)
+        try:
+            blend = blend_coefficients(
+                conditions, self.spec.kl_conditioning, min_kl=self.spec.min_kl, kl_is_beta=self.kl_is_beta
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return blend.to(self.device)
 
     def prompt_text(self, weights=None, kl=None) -> str:
         """What prompt conditioning writes into a prompt at one weighting; empty for other policies."""
-        condition = self.conditions(weights, kl)
-        return self._prompt_text(condition.weights[0].tolist(), condition.kl[0].item())
+        return self._prompt_texts(self.conditions(weights, kl))[0]
 
-    def _prompt_text(self, weights: Sequence[float], kl: float) -> str:
-        if not self.conditioning.prompt or not any(weights):
-            return ""
-        return prompting.weighting_text(self.spec.prompt_template, self.objectives, weights, kl)
+    def _prompt_texts(self, conditions: Conditions) -> list[str]:
+        """What is written for each row; nothing where the blend is zero: the row is the reference then, prompt and all."""
+        blend = self.coefficients(conditions) if self.conditioning.prompt else None
+        if blend is None:
+            return [""] * len(conditions)
+        return [
+            prompting.weighting_text(self.spec.prompt_template, self.objectives, weights, kl) if moved else ""
+            for weights, kl, moved in zip(
+                conditions.weights.tolist(), conditions.kl.tolist(), blend.any(-1).tolist(), strict=True
+            )
+        ]
 
     def shown_prompts(
         self, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, prompts: Sequence | None = None
@@ -353,16 +374,10 @@ class ConditionedPolicy(nn.Module):
                 "prompt conditioning needs a tokenizer; give one to from_pretrained(tokenizer=...)"
             )
         shown = []
-        for i, (ids, weights, kl) in enumerate(
-            zip(prompt_ids, conditions.weights.tolist(), conditions.kl.tolist(), strict=True)
-        ):
-            text = self._prompt_text(weights, kl)
-            if text not in self._texts:
-                self._texts[text] = (
-                    self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-                )
+        for i, (ids, text) in enumerate(zip(prompt_ids, self._prompt_texts(conditions), strict=True)):
+            written = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
             at = prompting.slot(None if prompts is None else prompts[i], ids, self.tokenizer)
-            shown.append([*ids[:at], *self._texts[text], *ids[at:]])
+            shown.append([*ids[:at], *written, *ids[at:]])
         return shown
 
     @contextlib.contextmanager
@@ -444,7 +459,7 @@ class ConditionedPolicy(nn.Module):
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence,
         weights=None,
         kl=None,
         *,
@@ -458,13 +473,17 @@ class ConditionedPolicy(nn.Module):
     ) -> list:
         """Completions of prompts, each under its own weighting.
 
-        prompts: texts; weights, kl: one for all or one per prompt (see `conditions`). Returns one string per prompt, or one
+        prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
+        `conditions`). Returns one string per prompt, or one
         list of `num_return_sequences` strings per prompt where more than one was asked for.
         """
         if self.tokenizer is None:
             raise ConfigError("this policy has no tokenizer; give one to from_pretrained(tokenizer=...)")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoded = [self.tokenizer(p).input_ids for p in prompts]
+        one = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], Mapping)
+        prompts = [prompts] if one else list(prompts)
+        if not prompts:
+            return []
+        encoded = [encode_prompt(p, self.tokenizer) for p in prompts]
         drawn = rollout(
             self,
             encoded,
@@ -509,6 +528,16 @@ class ConditionedPolicy(nn.Module):
                 f"{directory}: no {_SPEC_FILE} here; expected a directory written by save_pretrained"
             )
         raw = json.loads((directory / _SPEC_FILE).read_text(encoding="utf-8"))
+        unknown = sorted(set(raw) - {f.name for f in dataclasses.fields(PolicySpec)})
+        if unknown:
+            raise ConfigError(
+                f"{directory / _SPEC_FILE} has settings this version does not know ({', '.join(unknown)}); "
+                "it was written by a newer one"
+            )
+        if not (directory / _ADAPTER_FILE).is_file():
+            raise ConfigError(f"{directory}: {_ADAPTER_FILE} is missing")
+        if base_model is None and not raw["base_model"]:
+            raise ConfigError(f"{directory} was saved from a model in memory; give it with base_model=")
         spec = PolicySpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
         tokenizer = (
             AutoTokenizer.from_pretrained(directory)
@@ -540,8 +569,16 @@ class ConditionedPolicy(nn.Module):
         Low-rank factors are written exactly (A stacked, B scaled by the blend; rank R = sum of ranks): error 0. Whole weights
         of linear layers need `rank`: each blended delta is cut to its largest `rank` singular values, and the error is
         |written - delta| / |delta| over all layers (Frobenius). blend.json says which blend it is and what prompt conditioning
-        writes into the prompt. Raises ConfigError where a delta has no adapter form (embeddings, norms: `merge` has all).
+        writes into the prompt. An adapter on an output projection that shares its weight with the input embedding must not be
+        merged by peft, which would change both: a warning says so; `merge` keeps them apart. Raises ConfigError where a delta
+        has no adapter form (embeddings, norms: `merge` has all), or for a rank that nothing needs.
         """
+        if "logit" in self.conditioning.carriers and is_tied(self.model):
+            warnings.warn(
+                "this adapter changes an output projection that shares its weight with the input embedding: use it as an "
+                "adapter, or write a merged model with merge(); peft's merge_and_unload would change both",
+                stacklevel=2,
+            )
         coefficients = self.coefficients(self.conditions(weights, kl))
         error = peft_format.save(path, self, coefficients[0], rank)
         self._describe_blend(path, weights, kl)
@@ -587,7 +624,8 @@ class ConditionedPolicy(nn.Module):
             for name, layer in self.layers.items():
                 if not layer.targets():
                     weight, delta = merged.get_submodule(name).weight, layer.weight_delta(coefficients)
-                    weight.copy_(weight.float() + (delta.t() if layer.transposed else delta))
+                    exact = weight.to(torch.promote_types(weight.dtype, delta.dtype))
+                    weight.copy_(exact + (delta.t() if layer.transposed else delta))
         return merged
 
     def _plain_copy(self) -> PreTrainedModel:
@@ -602,6 +640,12 @@ class ConditionedPolicy(nn.Module):
             return copy.deepcopy(self.model)
         finally:
             place(self.model, layers)
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two policies' base models are equal, parameter by parameter."""
+    frozen = [[p for p in model.parameters() if not p.requires_grad] for model in (one, other)]
+    return len(frozen[0]) == len(frozen[1]) and all(torch.equal(a, b.to(a.device)) for a, b in zip(*frozen))
 
 
 def model_location(name_or_path: str | Path) -> str | Path:

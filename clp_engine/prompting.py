@@ -6,6 +6,7 @@ message of a chat, as tokens of their own: a prompt that is cut from the left ke
 
 from __future__ import annotations
 
+import copy
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,10 @@ def check_template(template: str) -> None:
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
+        raise ConfigError(f"prompt_template={template!r}: {error}") from None
+    try:
+        template.format(weights="", kl="")
+    except (ValueError, LookupError, AttributeError) as error:
         raise ConfigError(f"prompt_template={template!r}: {error}") from None
     if "weights" not in fields or fields - {"weights", "kl"}:
         raise ConfigError(
@@ -41,10 +46,14 @@ def slot(prompt: Any, token_ids: Sequence[int], tokenizer) -> int:
         special = set(tokenizer.all_special_ids)
         return int(len(token_ids) > 1 and token_ids[0] in special)
     last_user = max((i for i, message in enumerate(prompt) if message.get("role") == "user"), default=None)
-    if last_user is None or not isinstance(prompt[last_user]["content"], str):
+    if last_user is None:
         return 0
-    marked = [dict(message) for message in prompt]
-    marked[last_user]["content"] = _MARK + marked[last_user]["content"]
+    marked = copy.deepcopy(list(prompt))
+    content = marked[last_user]["content"]
+    if isinstance(content, str):
+        marked[last_user]["content"] = _MARK + content
+    else:  # parts: text, images, ...
+        marked[last_user]["content"] = [{"type": "text", "text": _MARK}, *content]
     rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
     before, _, after = rendered.rpartition(_MARK)
     # Counted from the end: what was cut off lies at the start.

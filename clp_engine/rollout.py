@@ -126,7 +126,7 @@ class Decoding(Protocol):
 class BlendDecoding:
     """Logits of a policy, each row under its blend.
 
-    prompt_ids, prompt_mask: (P, S), left-padded; blend: (P, M), or None for the base model; room: most tokens to come.
+    prompt_ids, prompt_mask: (P, S), left-padded; blend: (P, D), or None for the base model; room: most tokens to come.
     """
 
     def __init__(

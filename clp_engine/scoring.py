@@ -23,7 +23,7 @@ def completion_hidden(
 ) -> torch.Tensor:
     """(B, T, H): the hidden state that predicts each completion token; the prompt of a group is computed once.
 
-    coefficients: the blend (P, M) of each prompt, or None for the base model. Differentiable in the adapters.
+    coefficients: the blend (P, D) of each prompt, or None for the base model. Differentiable in the adapters.
     """
     backbone, group = policy.backbone, batch.group
     prompts = batch.prompt_ids, batch.prompt_mask
@@ -47,10 +47,12 @@ def completion_stats(
     *,
     outputs: Sequence[str] = ALL,
     temperature: float = 1.0,
+    hidden_grad: bool = False,
 ) -> tuple[torch.Tensor, TokenStats]:
     """(hidden, stats) of the N completion tokens of `batch`, in the order of batch.completion_mask.nonzero().
 
     hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients.
+    hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
     """
     mask = batch.completion_mask
     needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
@@ -59,8 +61,8 @@ def completion_stats(
         with torch.no_grad():
             ref_hidden = policy.completion_hidden(batch, None)[mask]
     if not policy.moves_hidden:
-        # The policy's hidden states are the reference's. They ask for a gradient: estimators are compared by it.
-        hidden = ref_hidden.clone().requires_grad_(torch.is_grad_enabled())
+        # The policy's hidden states are the reference's.
+        hidden = ref_hidden.clone().requires_grad_(hidden_grad and torch.is_grad_enabled())
     else:
         hidden = policy.completion_hidden(batch, conditions)[mask]
     row_conditions = (

@@ -23,7 +23,8 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import TrainOutput
 
 from clp_engine import checkpoint
-from clp_engine.config import CLPConfig
+from clp_engine.conditioning import Conditioning
+from clp_engine.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.data import PromptDataset
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
@@ -36,6 +37,17 @@ from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
 from clp_engine.update import backward, micro_batches
 from clp_engine.value import ValueHead, explained_variance
+
+# Settings that describe a policy to be built.
+_BUILDING = (
+    "conditioning",
+    "carrier",
+    "prompt_template",
+    "rank",
+    "lora_alpha",
+    "target_modules",
+    "kl_conditioning",
+)
 
 
 class CLPTrainer:
@@ -142,8 +154,13 @@ class CLPTrainer:
                     f"{', '.join(self.rewards.names)}; they must be the same in the same order "
                     "(reward_funcs may be a mapping from names to functions)"
                 )
+            self._check_policy(model)
             model.spec = dataclasses.replace(model.spec, **kl)
             return model
+        if peft_config is not None and not Conditioning.parse(a.conditioning, a.carrier).has_ranks:
+            raise ConfigError(
+                f"peft_config describes low-rank factors; conditioning={a.conditioning!r} has none"
+            )
         adapter = {"rank": a.rank, "lora_alpha": a.lora_alpha, "target_modules": a.target_modules}
         if peft_config is not None:
             targets = peft_config.target_modules
@@ -164,6 +181,36 @@ class CLPTrainer:
             **adapter,
             **kl,
         )
+
+    def _check_policy(self, policy: ConditionedPolicy) -> None:
+        """A policy that is there already is not changed by settings that build one: say so where they ask for another."""
+        a, spec = self.args, policy.spec
+        for option in dataclasses.fields(a):
+            if option.name not in _BUILDING or getattr(a, option.name) == option.default:
+                continue
+            asked = getattr(a, option.name)
+            has = {
+                "rank": set(spec.ranks),
+                "lora_alpha": set(spec.lora_alphas),
+                "target_modules": None,  # names in the policy are whole paths
+            }.get(option.name, {getattr(spec, option.name, None)})
+            if has is not None and has != {asked}:
+                shown = ", ".join(map(str, sorted(map(str, has))))
+                raise ConfigError(
+                    f"args has {option.name}={asked!r}, the policy was built with {shown}; leave it out of args, or give the "
+                    "model's name instead of a policy"
+                )
+        tells = "{kl}" in (spec.prompt_template or "{kl}")
+        if (
+            policy.conditioning.prompt
+            and spec.kl_conditioning == "none"
+            and not isinstance(a.kl, float)
+            and not tells
+        ):
+            raise ConfigError(
+                "the KL coefficient varies and nothing tells the policy: build it with {kl} in its prompt_template, or with "
+                "kl_conditioning"
+            )
 
     def _build_value_head(self) -> ValueHead:
         width = self.policy.backbone.head.module.weight.shape[-1]
@@ -524,7 +571,7 @@ class CLPTrainer:
         changed = [
             name
             for name, value in before.items()
-            if name not in _FREE_TO_CHANGE and getattr(self.args, name, None) != value
+            if name not in WITHOUT_EFFECT and getattr(self.args, name, None) != value
         ]
         if changed:
             raise ConfigError(
@@ -544,22 +591,3 @@ class CLPTrainer:
             for k in ("logging_steps", "eval_steps", "save_steps", "num_train_epochs")
         }
         self.state = TrainerState(**{**saved["trainer"], **limits})
-
-
-# Settings that a resumed run may change: they do not touch what is computed.
-_FREE_TO_CHANGE = {
-    "output_dir",
-    "logging_steps",
-    "logging_first_step",
-    "eval_strategy",
-    "eval_steps",
-    "eval_delay",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "log_completions",
-    "report_to",
-    "run_name",
-    "disable_tqdm",
-    "per_device_eval_batch_size",
-}

@@ -137,7 +137,12 @@ def forward(
     """Statistics of the micro-batch's tokens under policy and reference, and their values."""
     mask = batch.rollout.completion_mask
     hidden, stats = completion_stats(
-        policy, batch.rollout, batch.conditions, outputs=ALL, temperature=config.temperature
+        policy,
+        batch.rollout,
+        batch.conditions,
+        outputs=ALL,
+        temperature=config.temperature,
+        hidden_grad=config.kl_estimator == "mixed",
     )
     full = {name: unpacked(getattr(stats, name).detach(), mask) for name in ALL}
     conditions = batch.conditions.repeat(batch.rollout.group).to(mask.device)

@@ -18,7 +18,7 @@ from typing import Any
 
 from clp_engine import runs
 from clp_engine.conditions import parse_weights
-from clp_engine.config import CLPConfig
+from clp_engine.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
 from clp_engine.errors import ConfigError
 from clp_engine.samplers import simplex_lattice
 
@@ -34,9 +34,6 @@ OWN_KEYS = (
     "title",
 )
 # Settings of a run that do not change what is trained.
-WITHOUT_EFFECT = re.compile(
-    r"output_dir|logging_\w+|eval_\w+|save_\w+|log_completions|report_to|run_name|disable_tqdm|per_device_eval_batch_size"
-)
 # A specialist has one weighting, so these mean nothing to it and must not make two of the same differ.
 _SAMPLER_SETTINGS = (
     "weight_sampler",
@@ -45,7 +42,6 @@ _SAMPLER_SETTINGS = (
     "grid_resolution",
     "fixed_weights",
 )
-_KL_SETTINGS = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
 # Checkpoints are there to go on from, nothing else: often, and one of them.
 _RUN_DEFAULTS = {"save_steps": 20, "save_total_limit": 1}
 Weighting = tuple[float, ...]
@@ -85,7 +81,24 @@ class EvaluationSettings:
                 value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
             ):
                 raise ConfigError(f"evaluation: {name}={value!r}: expected a whole number, at least 1")
-        return cls(**values)
+        settings = cls(**values)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        """kl, grid and the objectives of margin are checked where they are used."""
+        margins = self.margin.values() if isinstance(self.margin, Mapping) else [self.margin]
+        numbers = {"temperature": self.temperature, "kl_limit": self.kl_limit}
+        numbers |= {f"margin ({i})": m for i, m in enumerate(margins)}
+        for name, value in numbers.items():
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or value < 0
+            ):
+                raise ConfigError(f"evaluation: {name}={value!r}: expected a number, at least 0")
+        if not isinstance(self.split, str):
+            raise ConfigError(f"evaluation: split={self.split!r}: expected the name of a split")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"evaluation: seed={self.seed!r}: expected a whole number")
 
 
 @dataclass(frozen=True)
@@ -304,7 +317,7 @@ class _Builder:
         """Name of the run with these settings, 1 / share of the full budget."""
         values = {**self.shared, **self.budget, **method.settings}
         if settings:  # a specialist
-            dropped = (*_SAMPLER_SETTINGS, *(_KL_SETTINGS if method.kls else ()))
+            dropped = (*_SAMPLER_SETTINGS, *(KL_NAMES if method.kls else ()))
             values = {name: value for name, value in values.items() if name not in dropped}
         values |= settings
         for name in ("max_steps", "max_generated_tokens"):
@@ -380,7 +393,11 @@ def _method(name: str, raw: Any, objectives: Sequence[str]) -> Method:
     kind = values.pop("kind", "clp")
     if kind not in KINDS:
         raise ConfigError(f"method {name!r}: kind {kind!r}; expected one of {', '.join(KINDS)}")
-    taken = [s for s in ("seed", "output_dir", "max_generated_tokens") if s in values]
+    taken = [
+        s
+        for s in ("seed", "output_dir", "max_generated_tokens", "max_steps", "num_train_epochs")
+        if s in values
+    ]
     if kind != "clp":
         taken += [s for s in ("conditioning", *_SAMPLER_SETTINGS) if s in values]
     if taken:
@@ -435,6 +452,8 @@ def _references(value: Any, methods: Sequence[Method]) -> tuple[str, ...]:
         kinds = [{"soup"}, {"specialists", "kl_specialists"}]
         firsts = [next((m.name for m in methods if m.kind in kind), None) for kind in kinds]
         return tuple(name for name in firsts if name is not None)
+    if not isinstance(value, str | list | tuple):
+        raise ConfigError(f"reference_methods={value!r}: expected names of methods")
     names = [value] if isinstance(value, str) else list(value)
     unknown = [n for n in names if n not in {m.name for m in methods}]
     if unknown:
@@ -503,7 +522,7 @@ def run_digest(spec: runs.RunSpec, config: CLPConfig) -> str:
     settings = {
         name: value
         for name, value in config.to_dict().items()
-        if name != "seed" and value != defaults[name] and not WITHOUT_EFFECT.fullmatch(name)
+        if name != "seed" and value != defaults[name] and name not in WITHOUT_EFFECT
     }
     return _digest({"about": _about(spec, "dataset"), "settings": settings})
 

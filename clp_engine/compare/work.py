@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clp_engine import runs
-from clp_engine.compare.plan import WITHOUT_EFFECT, Evaluation, Plan, Run
+from clp_engine.compare.plan import Evaluation, Plan, Run
+from clp_engine.config import WITHOUT_EFFECT
 from clp_engine.errors import ConfigError
 from clp_engine.files import checkpoints, write_directory, write_text
 
@@ -78,7 +79,7 @@ def check_unchanged(run: Run, folder: Path) -> None:
     changed = [
         name
         for name, value in saved.config.items()
-        if name in mine and mine[name] != value and not WITHOUT_EFFECT.fullmatch(name)
+        if name in mine and mine[name] != value and name not in WITHOUT_EFFECT
     ]
     if changed:
         raise ConfigError(

@@ -184,16 +184,14 @@ def test_save_and_load_give_the_same_policy(family, mode, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["attention", "logit", "lora+logit", "whole-logit", "attention+lora"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "t5", "t5-v1.1"])
+@pytest.mark.filterwarnings("ignore:this adapter changes an output projection")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "t5", "t5-v1.1", "bart"])
 def test_a_blend_exports_to_peft(family, mode, tmp_path):
     from peft import PeftModel
 
     policy = build_policy(family, **options(mode))
-    if family == "qwen2" and mode in ("attention", "attention+lora"):
-        with pytest.raises(ConfigError, match="bias.*has no LoRA form.*merge"):
-            policy.export_adapter(tmp_path / "adapter", weights=[0.6, 0.4], rank=32)
-        return
-    error = policy.export_adapter(tmp_path / "adapter", weights=[0.6, 0.4], rank=32)
+    rank = None if mode in ("logit", "lora+logit") else 32
+    error = policy.export_adapter(tmp_path / "adapter", weights=[0.6, 0.4], rank=rank)
     assert error < 1e-5
     loaded = PeftModel.from_pretrained(build_model(family), tmp_path / "adapter")
     with torch.no_grad():
@@ -205,14 +203,95 @@ def test_a_blend_exports_to_peft(family, mode, tmp_path):
     )
 
 
+def test_an_adapter_on_a_tied_output_projection_comes_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="merge_and_unload would change both"):
+        build_policy("llama-tied", conditioning="logit").export_adapter(tmp_path / "a", weights=[1, 0])
+
+
 def test_a_whole_delta_is_exported_at_a_rank_with_its_error(tmp_path):
     policy = build_policy("llama", conditioning="attention")
     with pytest.raises(ConfigError, match="whole weight; give a rank"):
         policy.export_adapter(tmp_path / "a", weights=[1, 0])
     errors = [policy.export_adapter(tmp_path / str(r), weights=[1, 0], rank=r) for r in (4, 16, 32)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
+    with pytest.raises(ConfigError, match="rank=0: expected at least 1"):
+        policy.export_adapter(tmp_path / "z", weights=[1, 0], rank=0)
+    with pytest.raises(ConfigError, match="have low rank already"):
+        build_policy("llama").export_adapter(tmp_path / "l", weights=[1, 0], rank=4)
     with pytest.raises(ConfigError, match="has no LoRA form"):
         build_policy("llama", conditioning="full").export_adapter(tmp_path / "f", weights=[1, 0], rank=4)
+
+
+def test_positions_looked_up_once_for_all_rows_are_blended_per_row():
+    """Marian's position embedding returns (T, H)."""
+    from transformers import MarianConfig, MarianMTModel
+
+    torch.manual_seed(0)
+    sizes = {
+        f"{part}_{what}": n
+        for part in ("encoder", "decoder")
+        for what, n in (("layers", 1), ("ffn_dim", 16), ("attention_heads", 2))
+    }
+    model = MarianMTModel(
+        MarianConfig(
+            vocab_size=VOCAB, d_model=16, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, **sizes
+        )
+    ).eval()
+    policy = ConditionedPolicy.from_pretrained(
+        model, ["a", "b"], conditioning="full", tokenizer=build_tokenizer()
+    )
+    with torch.no_grad():
+        for parameter in policy.adapter_parameters().values():
+            parameter.normal_(0, 0.1)
+        given = model_inputs("bart", length=4)  # as many positions as rows
+        together = policy(**given, weights=WEIGHTINGS).logits
+        for i, w in enumerate(WEIGHTINGS):
+            torch.testing.assert_close(
+                together[i : i + 1], policy.merge(w.tolist())(**row(given, i)).logits, rtol=1e-4, atol=1e-4
+            )
+
+
+def test_routed_experts_are_refused():
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(
+        vocab_size=VOCAB,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        num_experts=2,
+        decoder_start_token_id=0,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+    )
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    with pytest.raises(ConfigError, match="belongs to routed experts"):
+        ConditionedPolicy.from_pretrained(model, ["a", "b"], tokenizer=build_tokenizer())
+
+
+def test_a_policy_in_another_dtype_still_runs():
+    policy = build_policy("llama", conditioning="full").to(torch.bfloat16)
+    with torch.no_grad():
+        assert policy(ids(), weights=WEIGHTINGS).logits.isfinite().all()
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path):
+    policy = build_policy("llama")
+    policy.save_pretrained(tmp_path / "p")
+    with pytest.raises(ConfigError, match="saved from a model in memory; give it with base_model="):
+        ConditionedPolicy.load(tmp_path / "p")
+    spec = tmp_path / "p" / "clp_config.json"
+    raw = json.loads(spec.read_text())
+    for missing in ("carrier", "prompt_template"):  # as an earlier version wrote it
+        del raw[missing]
+    spec.write_text(json.dumps(raw))
+    assert ConditionedPolicy.load(tmp_path / "p", base_model=build_model("llama")).spec == policy.spec
+    spec.write_text(json.dumps(raw | {"novelty": 1}))
+    with pytest.raises(ConfigError, match="does not know .novelty.; it was written by a newer one"):
+        ConditionedPolicy.load(tmp_path / "p", base_model=build_model("llama"))
 
 
 # ---- one delta for all weightings
@@ -255,6 +334,19 @@ def test_specialists_become_the_corners_of_a_soup(carrier):
 
 
 def test_specialists_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="no specialists were given"):
+        ConditionedPolicy.from_specialists([])
+    linear = build_policy("llama", conditioning="none", kl_conditioning="linear")
+    with pytest.raises(ConfigError, match="kl_conditioning is 'none' and 'linear'"):
+        ConditionedPolicy.from_specialists([build_policy("llama", conditioning="none"), linear])
+    whole, factors = (build_policy("llama", conditioning="none", carrier="logit", rank=r) for r in (32, 4))
+    with pytest.raises(ConfigError, match="one has a whole output projection"):
+        ConditionedPolicy.from_specialists([whole, factors])
+    other = build_policy("llama", conditioning="none")
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.add_(1)
+    with pytest.raises(ConfigError, match="models whose weights differ"):
+        ConditionedPolicy.from_specialists([build_policy("llama", conditioning="none"), other])
     one, two = (build_policy("llama", conditioning="none", carrier=c) for c in ("lora", "full"))
     with pytest.raises(ConfigError, match="same base model, carrier"):
         ConditionedPolicy.from_specialists([one, two])
@@ -299,6 +391,28 @@ def test_the_weighting_is_written_into_the_prompt_of_the_policy_alone():
     assert build_policy("llama").shown_prompts([[5, 6]], conditions[:1]) is None
 
 
+def test_where_the_blend_is_zero_the_policy_reads_the_plain_prompt_and_is_the_reference():
+    policy = build_policy("llama", conditioning="lora+prompt", kl_conditioning="linear")
+    conditions = policy.conditions([0.5, 0.5], [1.0, 0.5], 2)
+    assert policy.prompt_text([0.5, 0.5], 1.0) == "" != policy.prompt_text([0.5, 0.5], 0.5)
+    drawn = rollout(policy, [[5, 6], [7, 8]], conditions, num_generations=2, sampling=SamplingParams(4))
+    kl = score(policy, drawn, conditions).kl.sum(-1)
+    assert (kl[:2].abs() < 1e-6).all() and (kl[2:] > 1e-3).all()
+
+
+def test_a_policy_answers_chat_messages():
+    policy = build_policy("llama", conditioning="prompt")
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} w9"
+    chat = [{"role": "user", "content": "w1 w2"}]
+    plain = policy.generate("w1 w2 w9", [1, 0], max_new_tokens=4, seed=1)
+    assert policy.generate(chat, [1, 0], max_new_tokens=4, seed=1) == plain
+    assert (
+        policy.generate([chat, "w1 w2 w9"], [1, 0], max_new_tokens=4)[0]
+        == policy.generate([chat], [1, 0], max_new_tokens=4)[0]
+    )
+    assert policy.generate([]) == []
+
+
 def test_the_text_follows_a_leading_special_token_and_stands_before_the_last_user_message():
     tokenizer = build_tokenizer()
     assert prompting.slot("w1 w2", [tokenizer.bos_token_id, 5, 6], tokenizer) == 1
@@ -316,7 +430,9 @@ def test_the_text_follows_a_leading_special_token_and_stands_before_the_last_use
     assert prompting.slot(chat, ids[2:], tokenizer) == at - 2  # cut from the left
 
 
-@pytest.mark.parametrize("template", ["no fields", "{weights} {unknown}", "{weights", "{kl}"])
+@pytest.mark.parametrize(
+    "template", ["no fields", "{weights} {unknown}", "{weights", "{kl}", "{weights:.2f}"]
+)
 def test_a_template_must_name_the_weights(template):
     with pytest.raises(ConfigError, match="prompt_template="):
         build_policy("llama", conditioning="prompt", prompt_template=template)
@@ -351,6 +467,10 @@ def test_names_that_mean_nothing_are_refused(conditioning):
     ("change", "message"),
     [
         ({"conditioning": "none", "carrier": "prompt"}, "carrier='prompt'"),
+        (
+            {"conditioning": "lora", "carrier": "full"},
+            "carrier='full' is for conditioning 'none' and 'prompt'",
+        ),
         (
             {"conditioning": "full", "target_modules": ["q_proj"]},
             "target_modules=.* is for 'lora'",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.conftest import build_model, build_policy, build_tokenizer
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from clp_engine import checkpoint
@@ -431,6 +432,14 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"weight_sampler": "fixed"}, "needs fixed_weights"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"alpha_grid": 0.1}, "alpha_grid=0.1: expected list"),
+        ({"conditioning": "full", "target_modules": ["q_proj"]}, "target_modules is for 'lora'"),
+        ({"conditioning": "full", "lora_alpha": 8.0}, "lora_alpha scales low-rank factors"),
+        ({"conditioning": "magic"}, "conditioning='magic'"),
+        (
+            {"conditioning": "prompt", "prompt_template": "{weights}", "alpha_range": [0.1, 0.5]},
+            "nothing tells the policy: put {kl} into prompt_template",
+        ),
         ({"kl_conditioning": "odds", "alpha": 0.0}, "needs a KL coefficient above 0"),
     ],
 )
@@ -469,6 +478,17 @@ def test_settings_from_a_file_are_checked(values, message):
         CLPConfig.from_dict(values)
 
 
+def test_a_tuple_is_the_list_that_a_checkpoint_gives_back(tmp_path):
+    grid = {
+        "alpha_grid": (0.1, 0.5),
+        "target_modules": ("q_proj", "v_proj"),
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    build_trainer(tmp_path, **grid).train()
+    build_trainer(tmp_path, **grid).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
 def test_settings_from_a_file_take_what_yaml_gives():
     config = CLPConfig.from_dict(
         {"learning_rate": "1e-4", "max_steps": 3, "alpha": 1, "target_modules": ["q_proj"]}
@@ -504,6 +524,20 @@ def test_settings_from_a_file_take_what_yaml_gives():
             "needs a 'prompt'; the first one has the columns text",
         ),
         (lambda p: CLPTrainer(build_model("qwen2"), low_words, settings(p), ROWS), "no tokenizer"),
+        (
+            lambda p: build_trainer(
+                p, model=build_policy(objectives=("low", "high")), kl_conditioning="odds"
+            ),
+            "args has kl_conditioning='odds', the policy was built with none",
+        ),
+        (
+            lambda p: build_trainer(p, model=build_policy(objectives=("low", "high")), rank=8),
+            "args has rank=8, the policy was built with 4",
+        ),
+        (
+            lambda p: build_trainer(p, conditioning="full", peft_config=LoraConfig(r=4)),
+            "peft_config describes low-rank factors; conditioning='full' has none",
+        ),
         (lambda p: CLPTrainer(build_model("qwen2"), None, settings(p), ROWS), "reward_funcs is missing"),
     ],
 )
