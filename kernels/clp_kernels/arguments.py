@@ -36,6 +36,12 @@ def gate_fits(shape: torch.Size, groups: int, gate_index: Tensor | None) -> bool
     return groups == 1 or (len(shape) > 1 and groups == shape[0]) or groups == count_rows(shape)
 
 
+def not_a_view(y: Tensor) -> Tensor:
+    """y itself, or under its shape where a back-end returned a view of what it has just made: autograd forbids changing such an
+    output of a function in place (`y += residual`), though nobody else has its memory."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 def describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels.arguments import cast, describe, explain_gate, gate_fits
+from clp_kernels.arguments import cast, describe, explain_gate, gate_fits, not_a_view
 from clp_kernels.backends import plain_eager, select
 
 _TABLE = {
@@ -188,6 +188,9 @@ torch.library.register_autograd(
 class _Eager(torch.autograd.Function):
     """The registered op's autograd without the dispatcher."""
 
-    forward = staticmethod(_forward)
+    @staticmethod
+    def forward(*arguments):
+        return not_a_view(_forward(*arguments))
+
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_autograd_backward)

@@ -151,6 +151,15 @@ def test_the_gradient_of_each_input_alone(backend, strategy, wanted):
     assert_right(strategy, inputs((37,), groups=4), wanted=(wanted,), gate_index=torch.arange(37) % 4)
 
 
+def test_the_output_may_be_changed_in_place(backend):
+    """As a residual stream does: y += attention."""
+    tensors = inputs(rows=(2, 5))
+    y = call({**tensors, **{name: tensors[name].requires_grad_() for name in NAMES}})
+    y += 1.0
+    y.sum().backward()
+    assert tensors["stack"].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("rows", [(0,), (1,), (0, 4), (2, 0)], ids=str)
 def test_no_rows_and_one_row(backend, strategy, rows):
     assert_right(strategy, inputs(rows))

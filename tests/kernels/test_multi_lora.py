@@ -81,6 +81,15 @@ def test_the_gradient_of_each_input_alone(backend, wanted):
     assert_right(inputs(groups=37), wanted=(wanted,))
 
 
+def test_the_output_may_be_changed_in_place(backend):
+    """As a residual stream does: y += attention."""
+    tensors = {name: t.requires_grad_() for name, t in inputs(rows=(2, 5)).items()}
+    y = call(tensors)
+    y += 1.0
+    y.sum().backward()
+    assert tensors["x"].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("rows", [(0,), (1,), (0, 4), (2, 0)], ids=str)
 def test_no_rows_and_one_row(backend, rows):
     assert_right(inputs(rows))
