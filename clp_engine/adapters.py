@@ -107,7 +107,27 @@ class ConditionedLayer(nn.Module):
         return []
 
 
-class ConditionedLinear(ConditionedLayer):
+class ConditionedProjection(ConditionedLayer):
+    """A frozen linear layer, nn.Linear or GPT-2's Conv1D, seen in one layout."""
+
+    def __init__(self, base: nn.Linear | Conv1D, blend: Blend):
+        super().__init__(base, blend)
+        self.transposed = isinstance(base, Conv1D)  # Conv1D keeps its weight as (K, N)
+        self.out_features, self.in_features = (
+            base.weight.shape[::-1] if self.transposed else base.weight.shape
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(N, K), whatever the layout of the layer underneath."""
+        return self.base.weight.t() if self.transposed else self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+
+class ConditionedLinear(ConditionedProjection):
     """A frozen linear layer (nn.Linear or GPT-2's Conv1D) with D blended low-rank adapters.
 
     lora_a (R, K) and lora_b (N, R), float32, R = sum of `ranks`. Adapter i starts as PEFT starts one: A Kaiming-uniform,
@@ -128,10 +148,6 @@ class ConditionedLinear(ConditionedLayer):
         delta: nn.Parameter | None = None,
     ):
         super().__init__(base, blend)
-        self.transposed = isinstance(base, Conv1D)  # Conv1D keeps its weight as (K, N)
-        self.out_features, self.in_features = (
-            base.weight.shape[::-1] if self.transposed else base.weight.shape
-        )
         self.whole = whole
         self.ranks = (self.in_features,) * len(ranks) if self.whole else tuple(ranks)
         self.scalings = (1.0,) * len(ranks) if self.whole else tuple(scalings)
@@ -151,15 +167,6 @@ class ConditionedLinear(ConditionedLayer):
         with torch.no_grad():
             self.lora_a.copy_(drawn)
             self.lora_b.zero_()
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """(N, K), whatever the layout of the layer underneath."""
-        return self.base.weight.t() if self.transposed else self.base.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._blend.coefficients is None:

@@ -16,33 +16,20 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from clp_engine.adapters import Blend, ConditionedLayer
+from clp_engine.adapters import Blend, ConditionedLayer, ConditionedProjection
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape, device=like.device, dtype=torch.float32))
 
 
-class InterpolatedLinear(ConditionedLayer):
+class InterpolatedLinear(ConditionedProjection):
     """nn.Linear or Conv1D with deltas `delta` (D, N, K) and, where it has a bias, `delta_bias` (D, N)."""
 
     def __init__(self, base: nn.Linear | Conv1D, blend: Blend, deltas: int):
         super().__init__(base, blend)
-        self.transposed = isinstance(base, Conv1D)
-        self.out_features, self.in_features = (
-            base.weight.shape[::-1] if self.transposed else base.weight.shape
-        )
         self.delta = _zeros(base.weight, deltas, self.out_features, self.in_features)
         self.delta_bias = None if base.bias is None else _zeros(base.weight, deltas, self.out_features)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """(N, K), whatever the layout of the layer underneath."""
-        return self.base.weight.t() if self.transposed else self.base.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._blend.coefficients is None:

@@ -60,8 +60,8 @@ def describe(spec: RunSpec, config: CLPConfig) -> dict[str, Any]:
     import torch
 
     from clp_engine import memory
+    from clp_engine.base_model import model_location
     from clp_engine.layers import unconditioned
-    from clp_engine.policy import model_location
 
     model = memory.skeleton(model_location(spec.model))
     # As the policy will load it: see ConditionedPolicy.from_pretrained's dtype.

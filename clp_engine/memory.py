@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from clp_engine.base_model import auto_class
 from clp_engine.conditioning import CARRIERS, Conditioning
 from clp_engine.errors import ConfigError
 from clp_engine.layers import attention_layers, lora_targets, unconditioned
@@ -68,9 +69,8 @@ def skeleton(name_or_path: str | Path) -> PreTrainedModel:
     """The model of this name without its weights: shapes and dtype alone. Raises ConfigError where it has no config."""
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            model = auto.from_config(config, dtype=config.dtype or torch.float32)
+            model = auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot read the configuration of {str(name_or_path)!r}: {reason}") from error

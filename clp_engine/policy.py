@@ -22,17 +22,12 @@ import torch
 from clp_kernels import HeadLoRA, TokenStats, interpolate, linear_logprob
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoTokenizer, PreTrainedModel
 
 from clp_engine import peft_format, prompting
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
 from clp_engine.backbone import make_backbone
+from clp_engine.base_model import load_base, same_weights
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
 from clp_engine.data import encode_prompt
@@ -166,7 +161,7 @@ class ConditionedPolicy(nn.Module):
             if lora_alpha is None
             else tuple(map(float, _per_delta(lora_alpha, deltas, "lora_alpha")))
         )
-        model, tokenizer, base = _load_base(name_or_path, tokenizer, dtype, device)
+        model, tokenizer, base = load_base(name_or_path, tokenizer, dtype, device)
         spec = PolicySpec(
             base,
             objectives,
@@ -221,7 +216,7 @@ class ConditionedPolicy(nn.Module):
                     "the specialists' deltas lie on different layers, or one has a whole output projection "
                     "and another has factors"
                 )
-            if not spec.base_model and not _same_weights(specialist.model, first.model):
+            if not spec.base_model and not same_weights(specialist.model, first.model):
                 raise ConfigError("the specialists were trained from models whose weights differ")
         spec = dataclasses.replace(
             first.spec,
@@ -544,7 +539,7 @@ class ConditionedPolicy(nn.Module):
             if (directory / "tokenizer_config.json").is_file()
             else None
         )
-        model, tokenizer, _ = _load_base(base_model or spec.base_model, tokenizer, dtype, device)
+        model, tokenizer, _ = load_base(base_model or spec.base_model, tokenizer, dtype, device)
         policy = cls(model, spec, tokenizer)
         policy.load_adapters(load_file(directory / _ADAPTER_FILE))
         return policy
@@ -640,40 +635,3 @@ class ConditionedPolicy(nn.Module):
             return copy.deepcopy(self.model)
         finally:
             place(self.model, layers)
-
-
-def _same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two policies' base models are equal, parameter by parameter."""
-    frozen = [[p for p in model.parameters() if not p.requires_grad] for model in (one, other)]
-    return len(frozen[0]) == len(frozen[1]) and all(torch.equal(a, b.to(a.device)) for a, b in zip(*frozen))
-
-
-def model_location(name_or_path: str | Path) -> str | Path:
-    """Where the model of this name is: a shipped one by its task's name, everything else as it is."""
-    if str(name_or_path) == "docsum" and not Path(name_or_path).exists():
-        from clp_engine.tasks import docsum
-
-        return docsum.checkpoint_path()
-    return name_or_path
-
-
-def _load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel, object, str]:
-    """(model, tokenizer, name to save)."""
-    if isinstance(name_or_path, PreTrainedModel):
-        model = name_or_path
-        if device is not None:
-            model = model.to(device)
-        return model, tokenizer, model.config.name_or_path or ""
-    path = model_location(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        encoder_decoder = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)
-        model = (AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM).from_pretrained(
-            path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto")
-        )
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cannot load the model {str(name_or_path)!r}: {reason}") from error
-    return model.to(device), tokenizer, str(name_or_path)
