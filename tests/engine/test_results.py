@@ -39,6 +39,5 @@ def test_a_committed_comparison_is_made_of_the_committed_reports(name, tmp_path)
         "methods",
         "contrasts",
         "missing",
-        "commits",
     ):
         assert ours[field] == committed[field], field
