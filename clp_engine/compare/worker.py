@@ -24,6 +24,8 @@ def _interrupt_when_alone() -> None:
 
 def main(config: str, key: str) -> int:
     """Do the piece `key` of the plan in the file `config`; returns the exit code."""
+    # It is how we are told to stop, even where whoever started us was started with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_interrupt_when_alone, daemon=True).start()
     plan = make_plan(json.loads(Path(config).read_text(encoding="utf-8")))
     piece = next(p for p in pieces(plan) if p.key == key)
