@@ -354,14 +354,13 @@ class CLPConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLPConfig:
         """From a mapping, such as a YAML file; raises ConfigError for unknown names and values of the wrong type."""
-        types = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
                 f"unknown setting{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}{_suggestion(unknown[0], known)}"
             )
-        return cls(**{name: _coerce(name, value, types[name]) for name, value in values.items()})
+        return cls(**values)
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:

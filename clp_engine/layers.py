@@ -48,11 +48,9 @@ def is_tied(model: PreTrainedModel) -> bool:
 def _refuse_routed(model: nn.Module, names: Sequence[str]) -> None:
     """Rows that a router has sorted cannot be told apart any more."""
     for name in names:
-        parents = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)]
-        routed = next((p for p in parents if "expert" in type(model.get_submodule(p)).__name__.lower()), None)
-        if routed is not None:
+        if (routed := _parent_called(model, name, "expert")) is not None:
             raise ConfigError(
-                f"{name} belongs to routed experts ({type(model.get_submodule(routed)).__name__}), where a row's blend is not "
+                f"{name} belongs to routed experts ({routed}), where a row's blend is not "
                 "known; use conditioning 'attention' or 'logit', or 'lora' with target_modules that leave the experts out"
             )
 
@@ -71,13 +69,22 @@ def untie(model: PreTrainedModel) -> None:
     config.tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
+def _parent_called(model: nn.Module, name: str, word: str) -> str | None:
+    """The class of the outermost module around a layer whose class name holds `word`, if there is one."""
+    parts = name.split(".")
+    classes = (type(model.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts)))
+    return next((c for c in classes if word in c.lower()), None)
+
+
 def _in_attention(model: nn.Module, name: str) -> bool:
     """Whether a layer belongs to a module that calls itself attention."""
-    parts = name.split(".")
-    return any(
-        "attention" in type(model.get_submodule(".".join(parts[:i]))).__name__.lower()
-        for i in range(1, len(parts))
-    )
+    return _parent_called(model, name, "attention") is not None
+
+
+def is_whole(module: nn.Module, head: nn.Module | None, ranks: Sequence[int]) -> bool:
+    """Whether a layer with low-rank factors of these ranks gets whole matrices instead: an output projection whose hidden size
+    they reach."""
+    return module is head and all(rank >= module.weight.shape[-1] for rank in ranks)
 
 
 def attention_layers(model: nn.Module) -> list[str]:
@@ -154,8 +161,7 @@ def attach(
             place(model, {name: wrapped[id(module)]})  # one layer in two places stays one layer
             continue
         if name in lora:
-            whole = module is head and all(rank >= module.weight.shape[-1] for rank in ranks)
-            layer = ConditionedLinear(module, blend, ranks, scalings, whole)
+            layer = ConditionedLinear(module, blend, ranks, scalings, is_whole(module, head, ranks))
             layer.reset_parameters(generator)
         elif name in attention:
             layer = InterpolatedLinear(module, blend, len(ranks))

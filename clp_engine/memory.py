@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from clp_engine.base_model import auto_class
 from clp_engine.conditioning import CARRIERS, Conditioning
 from clp_engine.errors import ConfigError
-from clp_engine.layers import attention_layers, lora_targets, unconditioned
+from clp_engine.layers import attention_layers, is_whole, lora_targets, unconditioned
 
 _FLOAT32 = 4
 
@@ -105,7 +105,7 @@ def estimate(
     for name in lora_targets(model, parsed, target_modules):
         module = model.get_submodule(name)
         rows, columns = _shape(module)
-        whole = module is head and all(r >= columns for r in ranks)
+        whole = is_whole(module, head, ranks)
         trained += rows * columns * deltas if whole else (rows + columns) * sum(ranks)
     if "attention" in parsed.carriers:
         layers = [model.get_submodule(name) for name in attention_layers(model)]

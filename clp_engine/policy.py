@@ -33,7 +33,7 @@ from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficient
 from clp_engine.data import encode_prompt
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory, write_text
-from clp_engine.layers import attach, head_name, is_tied, lora_targets, untie
+from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory
 from clp_engine.rollout import BlendDecoding, Decoding, Rollout, SamplingParams, rollout
 from clp_engine.scoring import completion_hidden
@@ -568,7 +568,7 @@ class ConditionedPolicy(nn.Module):
         merged by peft, which would change both: a warning says so; `merge` keeps them apart. Raises ConfigError where a delta
         has no adapter form (embeddings, norms: `merge` has all), or for a rank that nothing needs.
         """
-        if "logit" in self.conditioning.carriers and is_tied(self.model):
+        if self._splits_tied_head:
             warnings.warn(
                 "this adapter changes an output projection that shares its weight with the input embedding: use it as an "
                 "adapter, or write a merged model with merge(); peft's merge_and_unload would change both",
@@ -580,6 +580,11 @@ class ConditionedPolicy(nn.Module):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
         return error
+
+    @property
+    def _splits_tied_head(self) -> bool:
+        """Whether the output projection is changed apart from the input embedding that it shares its weight with."""
+        return "logit" in self.conditioning.carriers and is_tied(self.model)
 
     def _describe_blend(self, path: str | Path, weights, kl) -> None:
         condition = self.conditions(weights, kl)
@@ -599,7 +604,7 @@ class ConditionedPolicy(nn.Module):
         """
         coefficients = self.coefficients(self.conditions(weights, kl))[0]
         merged = self._plain_copy()
-        if "full" not in self.conditioning.carriers and head_name(merged) in self.layers and is_tied(merged):
+        if self._splits_tied_head:
             untie(merged)
         parameters, stacks, done = [], [], set()
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """What `info` says about memory is what training then has."""
 
 import pytest
-from engine.conftest import build_model, build_policy
+from engine.conftest import CONFIGS, build_model, build_policy
 
 from clp_engine.errors import ConfigError
 from clp_engine.memory import by_conditioning, estimate, size, skeleton
@@ -29,9 +29,9 @@ def test_the_estimate_is_what_the_policy_has(family, form):
     assert memory.total == memory.base + 4 * 4 * trained
 
 
+# The untied head of the test model t5-v1.1 is not in its configuration.
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"t5-v1.1"}))
 def test_a_model_need_not_be_loaded(family, tmp_path):
-    if family == "t5-v1.1":
-        pytest.skip("the test model's untied head is not in its configuration")
     model = build_model(family)
     model.config.save_pretrained(tmp_path)
     empty = skeleton(tmp_path)
