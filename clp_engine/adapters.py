@@ -24,29 +24,30 @@ from clp_engine.errors import ConfigError
 class Blend:
     """The blend in force, shared by every conditioned layer of one policy.
 
-    coefficients: (rows, D), one row per sequence of the batch, a coefficient for each of D deltas; None means the base model,
-    at no extra cost.
+    coefficients: (rows, D), a coefficient for each of D deltas; None means the base model, at no extra cost. A row of them per
+    sequence of the batch, or, where the batch is one row of packed tokens, index (N,): which row each token has.
     """
 
     coefficients: torch.Tensor | None = None
+    index: torch.Tensor | None = None
     _gates: dict[tuple, torch.Tensor] = field(default_factory=dict)
     _groups: tuple[torch.Tensor, torch.Tensor | None] | None = None
     _last: tuple | None = None
 
     @contextlib.contextmanager
-    def use(self, coefficients: torch.Tensor | None) -> Iterator[None]:
-        """Inside, `coefficients` are in force. What was derived from the same tensor the last time is still there: decoding
-        comes back with it for every token."""
-        before = self.coefficients, self._gates, self._groups
-        same = self._last is not None and self._last[0] is coefficients
-        gates, groups = self._last[1:] if same else ({}, None)
-        self.coefficients, self._gates, self._groups = coefficients, gates, groups
+    def use(self, coefficients: torch.Tensor | None, index: torch.Tensor | None = None) -> Iterator[None]:
+        """Inside, `coefficients` are in force. What was derived from the same tensors the last time is still there: decoding
+        comes back with them for every token."""
+        before = self.coefficients, self.index, self._gates, self._groups
+        same = self._last is not None and self._last[0] is coefficients and self._last[1] is index
+        gates, groups = self._last[2:] if same else ({}, None)
+        self.coefficients, self.index, self._gates, self._groups = coefficients, index, gates, groups
         try:
             yield
         finally:
             if coefficients is not None and not coefficients.requires_grad:
-                self._last = coefficients, self._gates, self._groups
-            self.coefficients, self._gates, self._groups = before
+                self._last = coefficients, index, self._gates, self._groups
+            self.coefficients, self.index, self._gates, self._groups = before
 
     def gate(self, ranks: tuple[int, ...], scalings: tuple[float, ...]) -> torch.Tensor:
         """(rows, R), computed once per blend for all layers of the same ranks."""
@@ -56,31 +57,49 @@ class Blend:
         return self._gates[key]
 
     def groups(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(blends, index): the different rows of `coefficients` (G, D), and which of them each row has; index is None where
-        there is one for all."""
+        """(blends, index): the different rows of `coefficients` (G, D), and which of them each sequence, or packed token, has;
+        index is None where there is one for all."""
         if self._groups is None:
             blends, index = torch.unique(self.coefficients, dim=0, return_inverse=True)
+            if self.index is not None:
+                index = index[self.index]
             self._groups = blends, None if len(blends) == 1 else index
         return self._groups
 
+    def index_for(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The row of `coefficients` that each row of x (..., H) has, or None where it is that of the first dimension.
+        Raises RuntimeError where x has rows that cannot be told apart."""
+        if self.index is not None:
+            return self.spread(self.index, x)
+        rows = self.coefficients.shape[0]
+        if rows in (1, x.shape[0]) or x.dim() > 2 and x.shape[0] == 1:  # the same for all, or broadcast
+            return None
+        return self.spread(torch.arange(rows, device=x.device), x)
+
     def spread(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`index` (rows,) for the first dimension of x, where the model may have flattened (sequences, positions) to one: rows
-        of one sequence then lie together. Raises RuntimeError where x has rows that cannot be told apart."""
-        if x.shape[0] == index.shape[0]:
+        """`index` of packed tokens, or of sequences for the first dimension of x, where the model may have flattened (sequences,
+        positions) to one: rows of one sequence then lie together."""
+        tokens = x.shape[:-1].numel()
+        rows = tokens if self.index is not None else x.shape[0]
+        if len(index) == rows:
             return index
-        if x.dim() > 2 or x.shape[0] % index.shape[0]:
+        if self.index is not None or x.dim() > 2 or rows % len(index):
             raise RuntimeError(
-                f"a conditioned layer received {x.shape[0]} rows for a batch of {index.shape[0]} blends and "
+                f"a conditioned layer received {rows} rows for a batch of {len(index)} blends and "
                 "cannot tell which row has which blend (a routed expert?); exclude it with target_modules"
             )
-        return index.repeat_interleave(x.shape[0] // index.shape[0])
+        return index.repeat_interleave(rows // len(index))
+
+    def of_rows(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """values (rows of `coefficients`, L) for each row of x (..., H), to be broadcast over it: (..., L)."""
+        index = self.index_for(x)
+        if index is None:
+            return values.view(-1, *(1,) * (x.dim() - 2), values.shape[-1])
+        return values[index].view(*x.shape[:-1], -1)
 
     def per_row(self, deltas: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """sum_i c_i deltas_i for each row, deltas (D, H): (rows, 1, ..., H), to be broadcast over y (rows, ..., H)."""
-        blended = self.coefficients.to(deltas.dtype) @ deltas
-        if y.dim() == 2 and y.shape[0] != blended.shape[0]:
-            blended = blended[self.spread(torch.arange(len(blended), device=y.device), y)]
-        return blended.to(y.dtype).view(-1, *(1,) * (y.dim() - 2), blended.shape[-1])
+        """sum_i c_i deltas_i for each row of y (..., H), deltas (D, H), to be broadcast over it."""
+        return self.of_rows((self.coefficients.to(deltas.dtype) @ deltas).to(y.dtype), y)
 
 
 class ConditionedLayer(nn.Module):
@@ -171,18 +190,14 @@ class ConditionedLinear(ConditionedProjection):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._blend.coefficients is None:
             return self.base(x)
-        gate = self._blend.gate(self.ranks, self.scalings)
-        index = None
-        if x.dim() == 2 and x.shape[0] != gate.shape[0]:
-            index = self._blend.spread(torch.arange(gate.shape[0], device=x.device), x)
         return multi_lora_linear(
             x,
             self.weight,
             self.lora_a.to(x.dtype),
             self.lora_b.to(x.dtype),
-            gate,
+            self._blend.gate(self.ranks, self.scalings),
             bias=self.bias,
-            gate_index=index,
+            gate_index=self._blend.index_for(x),
         )
 
     def weight_delta(self, coefficients: torch.Tensor) -> torch.Tensor:

@@ -7,20 +7,34 @@ training alike, with gradients where they are asked for:
     context.repeat(group)                                           # each prompt's rows for its whole group
     hidden = backbone.extend(context, completion_ids)               # predicts the token after each
 
+Where nothing has to be kept for later tokens, prompts and completions run in one pass as one row of packed tokens, if the model
+takes it (`packing_fault` is None):
+
+    hidden = backbone.packed(packed)                                # `packing.Packed` -> the state of each token
+
 `CausalBackbone` is here, `EncoderDecoderBackbone` in `encoder_decoder`; `make_backbone` takes the one that fits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from clp_kernels import PrefixLayout
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from clp_engine import packing
 from clp_engine.attention_cache import repeat_rows, repeat_with_room
 from clp_engine.errors import ConfigError
+from clp_engine.packing import Packed
 
 # Families that scale the last hidden state exactly where the projection is tied, if their config does not say more.
 _SCALED_WHERE_TIED = ("t5", "longt5", "umt5", "switch_transformers")
@@ -55,7 +69,7 @@ class Head:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-def _find_head(model: PreTrainedModel) -> Head:
+def find_head(model: PreTrainedModel) -> Head:
     module = model.get_output_embeddings()
     if module is None:
         raise ConfigError(
@@ -96,9 +110,16 @@ class Context(ABC):
 class Backbone(ABC):
     """A transformers language model, split at the last hidden state."""
 
+    # Why the model does not take packed tokens, or None where it does.
+    packing_fault: str | None = "it has an encoder, whose tokens all attend to each other"
+
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.head = _find_head(model)
+        self.head = find_head(model)
+
+    def packed(self, batch: Packed) -> torch.Tensor:
+        """Hidden states (N, H) of packed tokens, each of which predicts the token after it."""
+        raise NotImplementedError
 
     @abstractmethod
     def prefill(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, Context]:
@@ -133,13 +154,14 @@ class Backbone(ABC):
                     f"{kind} does not take masks and caches as other models of transformers do, and cannot be used: "
                     f"{error}"
                 ) from error
-        difference = (ours.float() - expected.float()).abs().max().item()
-        tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
-        if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+        if difference := _difference(ours, expected):
             raise ConfigError(
                 f"{kind} does something between its tokens and its logits that is not a stack of layers with a cache, "
                 f"then a projection with bias, scale and softcap (difference {difference:.3g}); it cannot be used"
             )
+
+    def check_packing(self) -> None:
+        """Set `packing_fault`: nothing is known of a model's attention until packed tokens give the logits of plain ones."""
 
     def additive_mask(self, allowed: torch.Tensor) -> torch.Tensor:
         """0 where attention is allowed and the least number elsewhere, in the model's dtype."""
@@ -149,6 +171,13 @@ class Backbone(ABC):
         )
 
 
+def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference between logits, 0 where it is what rounding makes."""
+    difference = (ours.float() - expected.float()).abs().max().item()
+    tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
+    return 0.0 if difference <= tolerance * max(1.0, expected.abs().max().item()) else difference
+
+
 def make_backbone(model: PreTrainedModel) -> Backbone:
     """The backbone for a causal or an encoder-decoder language model. Raises ConfigError for a model that is neither."""
     if getattr(model.config, "is_encoder_decoder", False):
@@ -156,6 +185,22 @@ def make_backbone(model: PreTrainedModel) -> Backbone:
 
         return EncoderDecoderBackbone(model)
     return CausalBackbone(model)
+
+
+class _Recomputing(AbstractContextManager):
+    """Contexts that can be entered any number of times: a graph that is kept is computed again at every pass."""
+
+    def __init__(self, make: Callable[[], Iterable[AbstractContextManager]]):
+        self._make = make
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for context in self._make():
+                stack.enter_context(context)
+            self._stack = stack.pop_all()
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
 
 
 class CausalContext(Context):
@@ -212,6 +257,7 @@ class CausalBackbone(Backbone):
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         self.decoder = model.base_model
+        self.packing_fault = None
         if self.decoder is model:
             raise ConfigError(
                 f"{type(model).__name__} has no decoder stack under it; a causal language model is needed"
@@ -248,6 +294,79 @@ class CausalBackbone(Backbone):
             past_key_values=context.cache,
             use_cache=True,
         ).last_hidden_state
+
+    def packed(self, batch: Packed) -> torch.Tensor:
+        with self._attending(batch.layout):
+            return self.decoder(
+                input_ids=batch.ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False
+            ).last_hidden_state[0]
+
+    @contextlib.contextmanager
+    def _attending(self, layout: PrefixLayout) -> Iterator[None]:
+        """Inside, the decoder's attention is the packed one."""
+        config = self.decoder.config
+        before = config._attn_implementation_internal
+        config._attn_implementation_internal = packing.NAME
+        try:
+            with packing.attending(layout):
+                yield
+        finally:
+            config._attn_implementation_internal = before
+
+    def checkpoint_layers(self, in_force: Callable[[], Callable[[], AbstractContextManager]]) -> None:
+        """From now on packed passes keep the inputs of layers alone and compute the rest again in the backward pass, each layer
+        when its turn comes.
+
+        in_force: called where a layer runs, under whatever blend; what it returns makes contexts in which the same is in force.
+        transformers' own switch would turn dropout on.
+        """
+        if self.packing_fault is not None:
+            raise ConfigError(
+                f"gradient_checkpointing needs a model that takes packed tokens; {type(self.model).__name__}: {self.packing_fault}"
+            )
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            again, layout = in_force(), packing.layout_in_force()
+            return contextlib.nullcontext(), _Recomputing(lambda: (again(), self._attending(layout)))
+
+        def checkpointed(forward: Callable) -> Callable:
+            @functools.wraps(forward)
+            def run(*args, **kwargs):
+                if packing.layout_in_force() is None or not torch.is_grad_enabled():
+                    return forward(*args, **kwargs)
+                return checkpoint(
+                    forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
+                )
+
+            return run
+
+        layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"{type(self.model).__name__} has no layers that transformers can checkpoint")
+        for layer in layers:
+            layer.forward = checkpointed(layer.forward)
+
+    def check_packing(self) -> None:
+        # Two prompts, one with two completions: what is computed of one must not depend on another.
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.arange(1, 19, device=self.model.device) * 7 % vocabulary
+        prompts, mask = ids[:6].view(2, 3), torch.ones(2, 3, dtype=torch.bool, device=ids.device)
+        mask[1, 0] = False
+        completions = ids[6:].view(4, 3)
+        batch = packing.pack(prompts, mask, completions, torch.ones_like(completions, dtype=torch.bool))
+        with torch.no_grad():
+            expected = [
+                self._plain_logits(prompts[b // 2 : b // 2 + 1, b // 2 :], completions[b : b + 1]) for b in range(4)
+            ]
+            try:
+                ours = self.head.logits(self.packed(batch)[batch.predictors])
+            except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+                self.packing_fault = f"it does not take packed tokens ({error})"
+                return
+        if difference := _difference(ours, torch.cat(expected, 1)[0]):
+            self.packing_fault = (
+                f"its packed tokens have other logits than plain ones (difference {difference:.3g})"
+            )
 
     def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         logits = self.model(torch.cat([prompt_ids, completion_ids], 1)).logits

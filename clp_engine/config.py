@@ -107,6 +107,9 @@ class CLPConfig:
     epsilon: float = _option(0.2, "clipping of the ratio from below, and above unless epsilon_high is given")
     epsilon_high: float | None = _option(None, "clipping of the ratio from above")
     mask_truncated_completions: bool = _option(False, "leave completions that never ended out of the loss")
+    log_kl: bool = _option(
+        False, "measure the KL to the reference even where no coefficient is above 0, and nothing else needs it"
+    )
 
     # completions
     num_generations: int = _option(8, "completions per prompt")
@@ -124,6 +127,13 @@ class CLPConfig:
     # batches and optimisation
     per_device_train_batch_size: int = _option(8, "completions per micro-batch")
     gradient_accumulation_steps: int = _option(1, "micro-batches per optimiser step")
+    max_tokens_per_microbatch: int | None = _option(
+        None,
+        "score whole groups together up to so many tokens, prompts once and completions, instead of a fixed number of rows",
+    )
+    gradient_checkpointing: bool = _option(
+        False, "compute each layer again in the backward pass instead of keeping its activations"
+    )
     per_device_eval_batch_size: int = _option(64, "completions per batch of evaluate()")
     num_train_epochs: float = _option(3.0, "passes over the training prompts, where max_steps is not given")
     max_steps: int = _option(-1, "optimiser steps; overrides num_train_epochs where positive")
@@ -234,6 +244,7 @@ class CLPConfig:
             "logging_steps",
             "gradient_accumulation_steps",
             "per_device_eval_batch_size",
+            "max_tokens_per_microbatch",
             "num_iterations",
             "save_steps",
             "eval_steps",
@@ -254,6 +265,8 @@ class CLPConfig:
         )
         for name in positive + not_negative:
             value = getattr(self, name)
+            if value is None:
+                continue
             if not (math.isfinite(value) and value >= 0 and (value > 0 or name in not_negative)):
                 raise ConfigError(
                     f"{name}={value}: expected {'at least 0' if name in not_negative else 'a positive number'}"

@@ -37,7 +37,8 @@ class InterpolatedLinear(ConditionedProjection):
         coefficients, index = self._blend.groups()
         if index is not None:
             index = self._blend.spread(index, x)
-            index = index.unsqueeze(-1).expand(x.shape[:-1]) if x.dim() > 2 else index
+            if len(index) != x.shape[:-1].numel():
+                index = index.unsqueeze(-1).expand(x.shape[:-1])
         y = interpolated_linear(
             x, self.delta.to(x.dtype), coefficients, base=self.weight, bias=self.bias, gate_index=index
         )
@@ -78,9 +79,8 @@ class InterpolatedEmbedding(ConditionedLayer):
         if embedded.dim() == 2:  # positions (T, H), looked up once for all rows
             embedded, changes = embedded.unsqueeze(0), changes.unsqueeze(0)
         changes = changes.unflatten(-1, (self.deltas, -1))
-        coefficients = self._blend.coefficients.to(changes.dtype)
-        shape = (coefficients.shape[0], *(1,) * (changes.dim() - 3), 1, self.deltas)
-        return embedded + (coefficients.view(shape) @ changes).squeeze(-2).to(embedded.dtype)
+        coefficients = self._blend.of_rows(self._blend.coefficients.to(changes.dtype), embedded)
+        return embedded + (coefficients.unsqueeze(-2) @ changes).squeeze(-2).to(embedded.dtype)
 
     def delta_dim(self, part: str) -> int:
         return 1

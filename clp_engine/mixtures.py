@@ -133,6 +133,10 @@ class LogitMixture:
         return True
 
     @property
+    def joins_reference(self) -> bool:
+        return False
+
+    @property
     def config(self):
         return self.policy.config
 
@@ -180,22 +184,28 @@ class LogitMixture:
             coefficients = torch.zeros(conditions.weights.shape, device=self.device)
         return MixtureDecoding(self.policy, prompt_ids, prompt_mask, _Parts.of(coefficients), group, room)
 
-    def completion_hidden(self, batch: Rollout, conditions: Conditions | None) -> torch.Tensor:
-        """(B, T, H): the mixed hidden state that predicts each completion token; see `scoring.completion_hidden`."""
+    def completion_hidden(
+        self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(N, H): the mixed hidden state that predicts each completion token; see `scoring.completion_hidden`."""
         coefficients = self.coefficients(conditions)
         if coefficients is None:
-            return self.policy.completion_hidden(batch, None)
+            return self.policy.completion_hidden(batch, None, mask)
+        mask = batch.completion_mask if mask is None else mask
         parts = _Parts.of(coefficients)
         rows = parts.repeat(batch.group)
         taken_apart = Rollout(
             batch.prompt_ids[parts.owner],
             batch.prompt_mask[parts.owner],
             batch.completion_ids[rows.owner],
-            batch.completion_mask[rows.owner],
+            mask[rows.owner],
             batch.logprobs[rows.owner],
             batch.terminated[rows.owner],
         )
-        return rows.mix(completion_hidden(self.policy, taken_apart, parts.blend))
+        hidden = completion_hidden(self.policy, taken_apart, parts.blend)
+        by_row = hidden.new_zeros(*taken_apart.completion_mask.shape, hidden.shape[-1])
+        by_row[taken_apart.completion_mask] = hidden
+        return rows.mix(by_row)[mask]
 
     def token_stats(
         self,

@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from clp_engine import peft_format, prompting
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
-from clp_engine.backbone import make_backbone
+from clp_engine.backbone import CausalBackbone, find_head, make_backbone
 from clp_engine.base_model import load_base, same_weights
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
@@ -96,10 +97,11 @@ class ConditionedPolicy(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
         self.backbone.check_head()
+        self.backbone.check_packing()
         self.layers = attach(
             model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
         )
-        self.backbone = make_backbone(model)  # the head may have been wrapped
+        self.backbone.head = find_head(model)  # it may have been wrapped
 
     @classmethod
     def from_pretrained(
@@ -293,6 +295,12 @@ class ConditionedPolicy(nn.Module):
         return self.conditioning.prompt or any(layer is not head for layer in self.layers.values())
 
     @property
+    def joins_reference(self) -> bool:
+        """Whether scoring without gradients computes policy and reference in one pass. On a CPU the base model alone is cheaper
+        for the reference's rows than a blend of zeros, and there are no launches to save."""
+        return self.backbone.packing_fault is None and self.device.type != "cpu"
+
+    @property
     def memory(self) -> Memory:
         """What stays allocated while this policy is trained."""
         base = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
@@ -398,12 +406,25 @@ class ConditionedPolicy(nn.Module):
         with self.blended(conditions):
             return self.model(input_ids, *args, **kwargs)
 
-    def completion_hidden(self, batch: Rollout, conditions: Conditions | None) -> torch.Tensor:
-        """(B, T, H): the hidden state that predicts each completion token; the prompt of a group is computed once.
+    def completion_hidden(
+        self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(N, H): the hidden state that predicts each completion token, see `scoring.completion_hidden`.
 
         conditions: one row per prompt, or None for the base model. Differentiable in the adapters.
         """
-        return completion_hidden(self, batch, self.coefficients(conditions))
+        return completion_hidden(self, batch, self.coefficients(conditions), mask)
+
+    def checkpoint_layers(self) -> None:
+        """Trade time for memory in training: see `CausalBackbone.checkpoint_layers`. Raises ConfigError for a model that does not
+        take packed tokens."""
+        if not isinstance(self.backbone, CausalBackbone):
+            raise ConfigError(f"gradient_checkpointing: {self.backbone.packing_fault}")
+
+        def in_force() -> Callable[[], contextlib.AbstractContextManager]:
+            return functools.partial(self.blend.use, self.blend.coefficients, self.blend.index)
+
+        self.backbone.checkpoint_layers(in_force)
 
     def decoding(
         self,

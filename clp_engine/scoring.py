@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from clp_kernels import TokenStats
 
 from clp_engine.conditions import Conditions
+from clp_engine.packing import join, pack_rollout
 from clp_engine.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -19,25 +20,54 @@ _NEEDS_REFERENCE = {"ref_logprob", "kl", "reverse_kl"}
 
 
 def completion_hidden(
-    policy: ConditionedPolicy, batch: Rollout, coefficients: torch.Tensor | None
+    policy: ConditionedPolicy,
+    batch: Rollout,
+    coefficients: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(B, T, H): the hidden state that predicts each completion token; the prompt of a group is computed once.
+    """(N, H): the hidden state that predicts each completion token of `mask`, in the order of mask.nonzero().
 
-    coefficients: the blend (P, D) of each prompt, or None for the base model. Differentiable in the adapters.
+    coefficients: the blend (P, D) of each prompt, or None for the base model. mask: (B, T) bool, tokens from the first one of a
+    row on; by default all. Every prompt is computed once for its group, packed where the model takes packed tokens.
+    Differentiable in the adapters.
     """
-    backbone, group = policy.backbone, batch.group
+    backbone = policy.backbone
+    plain = coefficients is None
+    if backbone.packing_fault is None:
+        packed = pack_rollout(batch, mask, plain)
+        with policy.blend.use(coefficients, None if plain else packed.prompts):
+            return backbone.packed(packed)[packed.predictors]
     prompts = batch.prompt_ids, batch.prompt_mask
-    if coefficients is None and batch.plain_ids is not None:
+    if plain and batch.plain_ids is not None:
         prompts = batch.plain_ids, batch.plain_mask
+    valid = batch.completion_mask if mask is None else mask
     with policy.blend.use(coefficients):
         before, context = backbone.prefill(*prompts)
-    before = before.repeat_interleave(group, 0)
+    before = before.repeat_interleave(batch.group, 0)
     if batch.completion_ids.shape[1] == 1:
-        return before
-    context.repeat(group)
-    with policy.blend.use(None if coefficients is None else coefficients.repeat_interleave(group, 0)):
-        after = backbone.extend(context, batch.completion_ids[:, :-1], batch.completion_mask[:, :-1])
-    return torch.cat([before, after], 1)
+        return before[valid]
+    context.repeat(batch.group)
+    with policy.blend.use(None if plain else coefficients.repeat_interleave(batch.group, 0)):
+        after = backbone.extend(context, batch.completion_ids[:, :-1], valid[:, :-1])
+    return torch.cat([before, after], 1)[valid]
+
+
+def joint_hidden(
+    policy: ConditionedPolicy,
+    batch: Rollout,
+    coefficients: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden, ref_hidden), each (N, H) as `completion_hidden` has it, of policy and reference in one pass through the model:
+    the reference is the rows whose blend is zero. For a model that takes packed tokens."""
+    own, reference = pack_rollout(batch, mask), pack_rollout(batch, mask, plain=True)
+    both = join(own, reference)
+    blend = None
+    if coefficients is not None:
+        blend = torch.cat([coefficients, torch.zeros_like(coefficients)])
+    with policy.blend.use(blend, None if blend is None else both.prompts):
+        hidden = policy.backbone.packed(both)[both.predictors]
+    return hidden.split([len(own.predictors), len(reference.predictors)])
 
 
 def completion_stats(
@@ -48,26 +78,31 @@ def completion_stats(
     outputs: Sequence[str] = ALL,
     temperature: float = 1.0,
     hidden_grad: bool = False,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, TokenStats]:
-    """(hidden, stats) of the N completion tokens of `batch`, in the order of batch.completion_mask.nonzero().
+    """(hidden, stats) of the N completion tokens of `mask`, in the order of mask.nonzero(); by default all of `batch`.
 
-    hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients.
+    hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients,
+    and only where `outputs` need it.
     hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
     """
-    mask = batch.completion_mask
+    mask = batch.completion_mask if mask is None else mask
     needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
-    ref_hidden = None
-    if needs_reference or not policy.moves_hidden:
-        with torch.no_grad():
-            ref_hidden = policy.completion_hidden(batch, None)[mask]
-    if not policy.moves_hidden:
-        # The policy's hidden states are the reference's.
-        hidden = ref_hidden.clone().requires_grad_(hidden_grad and torch.is_grad_enabled())
+    grad = torch.is_grad_enabled()
+    if needs_reference and policy.moves_hidden and policy.joins_reference and not grad:
+        hidden, ref_hidden = joint_hidden(policy, batch, policy.coefficients(conditions), mask)
     else:
-        hidden = policy.completion_hidden(batch, conditions)[mask]
-    row_conditions = (
-        None if conditions is None else conditions.repeat(batch.group)[mask.nonzero()[:, 0].cpu()]
-    )
+        ref_hidden = None
+        if needs_reference or not policy.moves_hidden:
+            with torch.no_grad():
+                ref_hidden = policy.completion_hidden(batch, None, mask)
+        if not policy.moves_hidden:
+            # The policy's hidden states are the reference's.
+            hidden = ref_hidden.clone().requires_grad_(hidden_grad and grad)
+        else:
+            hidden = policy.completion_hidden(batch, conditions, mask)
+    rows = mask.nonzero()[:, 0]
+    row_conditions = None if conditions is None else conditions.repeat(batch.group)[rows.cpu()]
     return hidden, policy.token_stats(
         hidden,
         batch.completion_ids[mask],
@@ -76,6 +111,20 @@ def completion_stats(
         temperature=temperature,
         outputs=outputs,
     )
+
+
+def within_budget(batch: Rollout, max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Prompts [start, stop) with their completions, cut so that each part has at most `max_tokens` tokens, prompts counted once;
+    a group that has more is a part of its own."""
+    tokens = (batch.prompt_mask.sum(-1) + batch.lengths.view(-1, batch.group).sum(-1)).tolist()
+    start = total = 0
+    for i, count in enumerate(tokens):
+        if total and total + count > max_tokens:
+            yield start, i
+            start, total = i, 0
+        total += count
+    if total:
+        yield start, len(tokens)
 
 
 def unpacked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -97,22 +146,16 @@ def score(
 
     conditions: one row per prompt, None for the base model. max_tokens: prompts are taken together up to this many tokens.
     """
-    prompts = batch.prompt_ids.shape[0]
-    per_prompt = batch.prompt_ids.shape[1] + batch.group * batch.completion_ids.shape[1]
-    step = max(1, max_tokens // per_prompt)
-    parts = []
-    for start in range(0, prompts, step):
-        stop = min(start + step, prompts)
-        part = batch.prompts(start, stop)
-        parts.append(
-            completion_stats(
-                policy,
-                part,
-                None if conditions is None else conditions[start:stop],
-                outputs=outputs,
-                temperature=temperature,
-            )[1]
-        )
+    parts = [
+        completion_stats(
+            policy,
+            batch.prompts(start, stop),
+            None if conditions is None else conditions[start:stop],
+            outputs=outputs,
+            temperature=temperature,
+        )[1]
+        for start, stop in within_budget(batch, max_tokens)
+    ]
     joined = {}
     for name in TokenStats._fields:
         values = [getattr(part, name) for part in parts]

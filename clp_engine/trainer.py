@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -37,6 +38,8 @@ from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
 from clp_engine.update import backward, micro_batches
 from clp_engine.value import ValueHead, explained_variance
+
+logger = logging.getLogger(__name__)
 
 # Settings that describe a policy to be built.
 _BUILDING = (
@@ -93,6 +96,14 @@ class CLPTrainer:
             raise ConfigError("no tokenizer: give processing_class=")
         self.policy.tokenizer = self.tokenizer
         self.train_dataset, self.eval_dataset = self._dataset(train_dataset), self._dataset(eval_dataset)
+        if self.args.gradient_checkpointing:
+            self.policy.checkpoint_layers()
+        if fault := self.policy.backbone.packing_fault:
+            logger.warning(
+                "%s: scoring pads its batches and computes prompts and completions in two passes, because %s",
+                type(self.policy.model).__name__,
+                fault,
+            )
         self.timer = PhaseTimer(self.policy.device)
         self.collector = Collector(
             self.policy, self.rewards, self.sampler, self.tokenizer, self.args, self.timer
@@ -303,9 +314,10 @@ class CLPTrainer:
         metrics = {
             "loss": sum(r.loss for _, r in results),
             "entropy": sum(r.entropy.sum().item() for _, r in results) / max(tokens, 1),
-            "kl": sum(r.kl.sum().item() for _, r in results) / max(tokens, 1),
-            "kl_sequence": sum(r.kl.sum().item() for _, r in results) / max(rows, 1),
         }
+        if all(r.kl is not None for _, r in results):
+            total = sum(r.kl.sum().item() for _, r in results)
+            metrics |= {"kl": total / max(tokens, 1), "kl_sequence": total / max(rows, 1)}
         if first:
             gaps = torch.cat([(r.logprob - p.logprobs).abs()[p.completion_mask] for p, r in results])
             metrics |= {
@@ -447,11 +459,10 @@ class CLPTrainer:
         }
         self.metric_log.add(metrics)
         bar.update(1 if a.max_generated_tokens is None else generated if iteration == 0 else 0)
-        bar.set_postfix(
-            reward=f"{self._generation.metrics['reward']:.3f}",
-            kl=f"{metrics['kl_sequence']:.2f}",
-            refresh=False,
-        )
+        shown = {"reward": f"{self._generation.metrics['reward']:.3f}"}
+        if "kl_sequence" in metrics:
+            shown["kl"] = f"{metrics['kl_sequence']:.2f}"
+        bar.set_postfix(**shown, refresh=False)
         self.control = self.callback_handler.on_step_end(a, state, self.control)
         if self.control.should_log:
             self.log(

@@ -22,7 +22,7 @@ from clp_engine.estimators import (
     returns_to_go,
 )
 from clp_engine.rollout import Rollout
-from clp_engine.scoring import ALL, completion_stats, unpacked
+from clp_engine.scoring import ALL, completion_stats, unpacked, within_budget
 from clp_engine.value import ValueHead
 
 if TYPE_CHECKING:
@@ -58,10 +58,7 @@ def micro_batches(
         counted = counted & drawn.terminated.unsqueeze(-1)
     weights = loss_weights(counted, config.loss_type, config.max_completion_length)
     rewards = rescale_rewards(generation.scalar, drawn.group, config.scale_rewards)
-    prompts = drawn.prompt_ids.shape[0]
-    per_micro_batch = max(1, config.per_device_train_batch_size // config.num_generations)
-    for start in range(0, prompts, per_micro_batch):
-        stop = min(start + per_micro_batch, prompts)
+    for start, stop in _cuts(drawn, config):
         part = drawn.prompts(start, stop)
         here = slice(start * drawn.group, stop * drawn.group), slice(0, part.completion_ids.shape[1])
         old, values = (None if t is None else t[here] for t in (generation.old_logprob, generation.values))
@@ -71,9 +68,20 @@ def micro_batches(
         )
 
 
+def _cuts(drawn: Rollout, config: CLPConfig) -> Iterator[tuple[int, int]]:
+    """Prompts [start, stop) of each micro-batch."""
+    prompts = drawn.prompt_ids.shape[0]
+    if config.max_tokens_per_microbatch is None:
+        step = max(1, config.per_device_train_batch_size // config.num_generations)
+        yield from ((start, min(start + step, prompts)) for start in range(0, prompts, step))
+    else:
+        yield from within_budget(drawn, config.max_tokens_per_microbatch)
+
+
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """What a backward pass found; statistics (B, T), detached, zero outside the completion mask.
+    """What a backward pass found; statistics (B, T), detached, zero outside the completion mask; those that need the reference
+    are None where it was not computed.
 
     With a value head: values (B, T), those the advantages were taken from; targets, predictions (N,), what the head is
     fitted to and what it said, for the tokens that have a return.
@@ -81,8 +89,8 @@ class MicroBatchResult:
 
     loss: float
     logprob: torch.Tensor
-    ref_logprob: torch.Tensor
-    kl: torch.Tensor
+    ref_logprob: torch.Tensor | None
+    kl: torch.Tensor | None
     entropy: torch.Tensor
     coefficients: Coefficients
     mix_sums: tuple[float, float] | None
@@ -97,6 +105,7 @@ class Scored:
 
     hidden: (N, H) and stats, each (N,), of the N completion tokens, with gradients; tokens: the same statistics, detached,
     (B, T); scale, kl_coef: (B,); predicted: (N,), of the value head, with gradients, or None; values: (B, T) or None.
+    against_reference: whether the reference was computed; else the log-ratios and KLs are zeros that nothing depends on.
     """
 
     batch: MicroBatch
@@ -108,6 +117,7 @@ class Scored:
     kl_coef: torch.Tensor
     predicted: torch.Tensor | None
     values: torch.Tensor | None
+    against_reference: bool = True
 
     def coefficients(self, config: CLPConfig, estimator: str, baseline: str, mix: float) -> Coefficients:
         return coefficients(
@@ -136,17 +146,22 @@ def forward(
 ) -> Scored:
     """Statistics of the micro-batch's tokens under policy and reference, and their values."""
     mask = batch.rollout.completion_mask
+    scale, kl_coef = objective_scales(batch.conditions.kl, config.kl_is_beta)
+    # Where no row has a coefficient the reference changes no gradient.
+    against_reference = config.log_kl or bool(kl_coef.any())
     hidden, stats = completion_stats(
         policy,
         batch.rollout,
         batch.conditions,
-        outputs=ALL,
+        outputs=ALL if against_reference else ("logprob", "entropy"),
         temperature=config.temperature,
         hidden_grad=config.kl_estimator == "mixed",
     )
+    if not against_reference:
+        stats = stats._replace(ref_logprob=stats.logprob.detach(), kl=torch.zeros_like(stats.logprob))
     full = {name: unpacked(getattr(stats, name).detach(), mask) for name in ALL}
     conditions = batch.conditions.repeat(batch.rollout.group).to(mask.device)
-    scale, kl_coef = objective_scales(conditions.kl, config.kl_is_beta)
+    scale, kl_coef = (t.repeat_interleave(batch.rollout.group).to(mask.device) for t in (scale, kl_coef))
     predicted, values = None, batch.values
     if value_head is not None:
         features = value_head.features(conditions.weights, scale, kl_coef)
@@ -154,7 +169,9 @@ def forward(
         if values is None:
             values = unpacked(predicted.detach(), mask)
     tokens = Tokens(full["logprob"], full["ref_logprob"], full["kl"], mask)
-    return Scored(batch, hidden, stats, tokens, full["entropy"], scale, kl_coef, predicted, values)
+    return Scored(
+        batch, hidden, stats, tokens, full["entropy"], scale, kl_coef, predicted, values, against_reference
+    )
 
 
 def backward(
@@ -204,8 +221,8 @@ def backward(
     return MicroBatchResult(
         loss.item(),
         tokens.logprob,
-        tokens.ref_logprob,
-        tokens.kl,
+        tokens.ref_logprob if scored.against_reference else None,
+        tokens.kl if scored.against_reference else None,
         scored.entropy,
         chosen,
         mix_sums,
