@@ -77,8 +77,8 @@ class Blend:
         return self.spread(torch.arange(rows, device=x.device), x)
 
     def spread(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`index` of packed tokens, or of sequences for the first dimension of x, where the model may have flattened (sequences,
-        positions) to one: rows of one sequence then lie together."""
+        """`index` of packed tokens, or of sequences for the first dimension of x, where the model may have flattened
+        (sequences, positions) to one: rows of one sequence then lie together."""
         tokens = x.shape[:-1].numel()
         rows = tokens if self.index is not None else x.shape[0]
         if len(index) == rows:

@@ -31,6 +31,22 @@ class RolloutLayer(DynamicLayer):
         self._show()
         return self.keys, self.values
 
+    def join(self, other: RolloutLayer, skip: int, length: int, room: int) -> None:
+        """Take the other's rows behind one's own, whose first `skip` positions go; all of them end at position `length`."""
+        parts = [(self.keys[:, :, skip:], self.values[:, :, skip:]), (other.keys, other.values)]
+        rows, (_, heads, _, width) = sum(len(k) for k, _ in parts), self.keys.shape
+        # Zeros where nothing is: masked positions are multiplied by a weight of zero, and NaN would not go away.
+        buffers = [self.keys.new_zeros(rows, heads, length + room, width) for _ in range(2)]
+        start = 0
+        for part in parts:
+            stop = start + len(part[0])
+            for buffer, states in zip(buffers, part):
+                buffer[start:stop, :, length - states.shape[2] : length] = states
+            start = stop
+        self._keys, self._values = buffers
+        self._length = length
+        self._show()
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._keys, self._values = self._keys[indices], self._values[indices]
         self._show()
@@ -49,6 +65,12 @@ def repeat_rows(cache: DynamicCache, times: int) -> None:
         for layer in cache.layers:
             layer.keys = layer.keys.repeat_interleave(times, 0)
             layer.values = layer.values.repeat_interleave(times, 0)
+
+
+def join_with_room(cache: DynamicCache, other: DynamicCache, skip: int, length: int, room: int) -> None:
+    """The rows of both, which `repeat_with_room` made, in buffers with `room` positions after the first `length`."""
+    for layer, more in zip(cache.layers, other.layers, strict=True):
+        layer.join(more, skip, length, room)
 
 
 def repeat_with_room(cache: DynamicCache, times: int, room: int) -> None:

@@ -27,12 +27,13 @@ from dataclasses import dataclass
 import torch
 from clp_kernels import PrefixLayout
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clp_engine import packing
-from clp_engine.attention_cache import repeat_rows, repeat_with_room
+from clp_engine.attention_cache import join_with_room, repeat_rows, repeat_with_room
 from clp_engine.errors import ConfigError
 from clp_engine.packing import Packed
 
@@ -106,12 +107,20 @@ class Context(ABC):
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows (indices), in this order."""
 
+    def join(self, other: Context, room: int) -> None:
+        """Take the other's rows behind one's own, all with room for `room` further tokens; both made by repeat(room=...)."""
+        raise NotImplementedError
+
 
 class Backbone(ABC):
     """A transformers language model, split at the last hidden state."""
 
     # Why the model does not take packed tokens, or None where it does.
     packing_fault: str | None = "it has an encoder, whose tokens all attend to each other"
+    # Whether a prompt's context can serve all of its completions.
+    shares_prompts = True
+    # Whether contexts of other lengths can join one that rows are on their way in.
+    contexts_join = False
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -140,8 +149,7 @@ class Backbone(ABC):
     def check_head(self) -> None:
         """Raise ConfigError where our split does not reproduce the model's own logits, to what its dtype can tell: one pass
         and a pass in two parts round differently, and so do a scaled hidden state and a scaled logit."""
-        device, kind = self.model.device, type(self.model).__name__
-        ids = torch.arange(1, 7, device=device).unsqueeze(0) % self.model.config.get_text_config().vocab_size
+        kind, ids = type(self.model).__name__, self._probe()
         prompt, completion = ids[:, :3], ids[:, 3:]
         with torch.no_grad():
             expected = self._plain_logits(prompt, completion)
@@ -154,14 +162,20 @@ class Backbone(ABC):
                     f"{kind} does not take masks and caches as other models of transformers do, and cannot be used: "
                     f"{error}"
                 ) from error
+        self._compare(ours, expected)
+
+    def _probe(self) -> torch.Tensor:
+        """(1, 6), tokens to try the model with."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return torch.arange(1, 7, device=self.model.device).unsqueeze(0) % vocabulary
+
+    def _compare(self, ours: torch.Tensor, expected: torch.Tensor) -> None:
         if difference := _difference(ours, expected):
             raise ConfigError(
-                f"{kind} does something between its tokens and its logits that is not a stack of layers with a cache, "
-                f"then a projection with bias, scale and softcap (difference {difference:.3g}); it cannot be used"
+                f"{type(self.model).__name__} does something between its tokens and its logits that is not a stack of "
+                f"layers with a cache, then a projection with bias, scale and softcap (difference {difference:.3g}); "
+                "it cannot be used"
             )
-
-    def check_packing(self) -> None:
-        """Set `packing_fault`: nothing is known of a model's attention until packed tokens give the logits of plain ones."""
 
     def additive_mask(self, allowed: torch.Tensor) -> torch.Tensor:
         """0 where attention is allowed and the least number elsewhere, in the model's dtype."""
@@ -179,12 +193,23 @@ def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def make_backbone(model: PreTrainedModel) -> Backbone:
-    """The backbone for a causal or an encoder-decoder language model. Raises ConfigError for a model that is neither."""
+    """The backbone for a causal or an encoder-decoder language model, tried out. Raises ConfigError for others."""
     if getattr(model.config, "is_encoder_decoder", False):
         from clp_engine.encoder_decoder import EncoderDecoderBackbone
 
-        return EncoderDecoderBackbone(model)
-    return CausalBackbone(model)
+        backbone = EncoderDecoderBackbone(model)
+        backbone.check_head()
+        return backbone
+    try:
+        backbone = CausalBackbone(model)
+        backbone.check_head()
+        backbone.check_packing()
+    except ConfigError as error:
+        from clp_engine.whole_sequences import WholeSequenceBackbone
+
+        backbone = WholeSequenceBackbone(model, str(error))
+        backbone.check_head()
+    return backbone
 
 
 class _Recomputing(AbstractContextManager):
@@ -232,6 +257,18 @@ class CausalContext(Context):
         self.cache.batch_select_indices(rows)
         self.valid, self.positions = self.valid[rows], self.positions[rows]
 
+    def join(self, other: CausalContext, room: int) -> None:
+        # Rows end at one position: the shorter ones begin later, behind padding that the longer ones do not have.
+        skip = int(self.valid[:, : self.length].any(0).long().argmax())
+        length = max(self.length - skip, other.length)
+        join_with_room(self.cache, other.cache, skip, length, room)
+        parts = (self.valid[:, skip : self.length], other.valid[:, : other.length])
+        self.valid = torch.cat([functional.pad(v, (length - v.shape[1], 0)) for v in parts])
+        self.padded = self.padded or other.padded or bool(parts[0].shape[1] != parts[1].shape[1])
+        self.positions = torch.cat([self.positions, other.positions])
+        self.length = length
+        self._make_room(room)
+
     def _make_room(self, count: int) -> None:
         self.valid = torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], count)], 1)
 
@@ -253,6 +290,8 @@ class CausalContext(Context):
 
 class CausalBackbone(Backbone):
     """A decoder alone: prompt and completion are one sequence."""
+
+    contexts_join = True
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
@@ -302,16 +341,21 @@ class CausalBackbone(Backbone):
             ).last_hidden_state[0]
 
     @contextlib.contextmanager
-    def _attending(self, layout: PrefixLayout) -> Iterator[None]:
-        """Inside, the decoder's attention is the packed one."""
+    def attention(self, name: str) -> Iterator[None]:
+        """Inside, the decoder's attention is the function registered with transformers under this name."""
         config = self.decoder.config
         before = config._attn_implementation_internal
-        config._attn_implementation_internal = packing.NAME
+        config._attn_implementation_internal = name
         try:
-            with packing.attending(layout):
-                yield
+            yield
         finally:
             config._attn_implementation_internal = before
+
+    @contextlib.contextmanager
+    def _attending(self, layout: PrefixLayout) -> Iterator[None]:
+        """Inside, it is that of packed tokens."""
+        with self.attention(packing.NAME), packing.attending(layout):
+            yield
 
     def checkpoint_layers(self, in_force: Callable[[], Callable[[], AbstractContextManager]]) -> None:
         """From now on packed passes keep the inputs of layers alone and compute the rest again in the backward pass, each layer
@@ -322,7 +366,8 @@ class CausalBackbone(Backbone):
         """
         if self.packing_fault is not None:
             raise ConfigError(
-                f"gradient_checkpointing needs a model that takes packed tokens; {type(self.model).__name__}: {self.packing_fault}"
+                f"gradient_checkpointing needs a model that takes packed tokens; {type(self.model).__name__}: "
+                f"{self.packing_fault}"
             )
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -335,7 +380,12 @@ class CausalBackbone(Backbone):
                 if packing.layout_in_force() is None or not torch.is_grad_enabled():
                     return forward(*args, **kwargs)
                 return checkpoint(
-                    forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
+                    forward,
+                    *args,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=contexts,
+                    **kwargs,
                 )
 
             return run
@@ -347,6 +397,7 @@ class CausalBackbone(Backbone):
             layer.forward = checkpointed(layer.forward)
 
     def check_packing(self) -> None:
+        """Set `packing_fault`: nothing is known of a model's attention until packed tokens give the logits of plain ones."""
         # Two prompts, one with two completions: what is computed of one must not depend on another.
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = torch.arange(1, 19, device=self.model.device) * 7 % vocabulary
@@ -356,7 +407,8 @@ class CausalBackbone(Backbone):
         batch = packing.pack(prompts, mask, completions, torch.ones_like(completions, dtype=torch.bool))
         with torch.no_grad():
             expected = [
-                self._plain_logits(prompts[b // 2 : b // 2 + 1, b // 2 :], completions[b : b + 1]) for b in range(4)
+                self._plain_logits(prompts[b // 2 : b // 2 + 1, b // 2 :], completions[b : b + 1])
+                for b in range(4)
             ]
             try:
                 ours = self.head.logits(self.packed(batch)[batch.predictors])

@@ -108,7 +108,8 @@ class CLPConfig:
     epsilon_high: float | None = _option(None, "clipping of the ratio from above")
     mask_truncated_completions: bool = _option(False, "leave completions that never ended out of the loss")
     log_kl: bool = _option(
-        False, "measure the KL to the reference even where no coefficient is above 0, and nothing else needs it"
+        False,
+        "measure the KL to the reference even where no coefficient is above 0, and nothing else needs it",
     )
 
     # completions
@@ -122,6 +123,12 @@ class CLPConfig:
     top_p: float | None = _option(None, "draw from the nucleus of this mass only (biases the gradient)")
     min_p: float | None = _option(
         None, "draw from tokens with at least this share of the top probability (biases the gradient)"
+    )
+
+    stop_strings: list[str] | None = _option(None, "texts that end a completion, beside the end tokens")
+    rollout_rows: int | None = _option(
+        None,
+        "completions decoded at once; prompts wait for places that ended ones leave; default all of a step",
     )
 
     # batches and optimisation
@@ -245,6 +252,7 @@ class CLPConfig:
             "gradient_accumulation_steps",
             "per_device_eval_batch_size",
             "max_tokens_per_microbatch",
+            "rollout_rows",
             "num_iterations",
             "save_steps",
             "eval_steps",

@@ -69,7 +69,12 @@ class Collector:
         self.policy, self.rewards, self.sampler = policy, rewards, sampler
         self.tokenizer, self.args, self.timer = tokenizer, args, timer
         self.sampling = SamplingParams(
-            args.max_completion_length, args.temperature, args.top_k, args.top_p, args.min_p
+            args.max_completion_length,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            args.min_p,
+            tuple(args.stop_strings or ()),
         )
         self._extra_metrics: dict[str, list[float]] = {}
         self._extra_columns: dict[str, list] = {}
@@ -118,6 +123,7 @@ class Collector:
                 sampling=self.sampling,
                 row_seeds=row_seeds,
                 prompts=batch.prompts,
+                max_rows=self.args.rollout_rows,
             )
         with self.timer("reward"):
             rewards = self._reward(batch, drawn, state)

@@ -106,6 +106,8 @@ class LogitMixture:
                 "this policy's output projection is conditioned, so that its specialists' logits are not one projection "
                 "of mixed hidden states; where nothing else is conditioned the policy's own blend is this mixture already"
             )
+        if not policy.shares_prompts:
+            raise ConfigError(f"logits cannot be mixed: {policy.backbone.packing_fault}")
         if policy.conditioning.prompt or not policy.conditioning.blended:
             raise ConfigError(
                 f"a policy with conditioning={policy.spec.conditioning!r} has no specialists at its corners to mix"
@@ -130,6 +132,10 @@ class LogitMixture:
 
     @property
     def moves_hidden(self) -> bool:
+        return True
+
+    @property
+    def shares_prompts(self) -> bool:
         return True
 
     @property
@@ -177,12 +183,15 @@ class LogitMixture:
         conditions: Conditions,
         group: int,
         room: int,
+        at_once: int,
     ) -> MixtureDecoding:
         """What `rollout` draws from, as `ConditionedPolicy.decoding`."""
         coefficients = self.coefficients(conditions)
         if coefficients is None:
             coefficients = torch.zeros(conditions.weights.shape, device=self.device)
-        return MixtureDecoding(self.policy, prompt_ids, prompt_mask, _Parts.of(coefficients), group, room)
+        return MixtureDecoding(
+            self.policy, prompt_ids, prompt_mask, _Parts.of(coefficients), group, room, at_once
+        )
 
     def completion_hidden(
         self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
@@ -228,7 +237,7 @@ class LogitMixture:
 
 
 class MixtureDecoding:
-    """Logits of mixtures, see `rollout.Decoding`: each row runs as its parts, each part under one specialist or the base."""
+    """Logits of mixtures, see `decoding.Decoding`: each row runs as its parts, each part under one specialist or the base."""
 
     def __init__(
         self,
@@ -238,14 +247,24 @@ class MixtureDecoding:
         parts: _Parts,
         group: int,
         room: int,
+        at_once: int,
     ):
-        self._backbone, self._in_force, self._parts = policy.backbone, policy.blend, parts
-        self._prompts = prompt_ids[parts.owner], prompt_mask[parts.owner]
-        self._group, self._room = group, room
+        self._backbone, self._in_force, self._all = policy.backbone, policy.blend, parts
+        self._prompts, self._group, self._room = (prompt_ids, prompt_mask), group, room
+        self._at_once = at_once
+        self._empty = True
 
-    def start(self) -> torch.Tensor:
+    @property
+    def places(self) -> int:
+        return self._at_once if self._empty else 0
+
+    def add(self, prompts: slice) -> torch.Tensor:
+        self._empty = False
+        rows = torch.arange(*prompts.indices(self._all.share.shape[0]), device=self._all.owner.device)
+        self._parts, kept = self._all.keep(rows)
+        owner = self._all.owner[kept]
         with self._in_force.use(self._parts.blend):
-            hidden, self._context = self._backbone.prefill(*self._prompts)
+            hidden, self._context = self._backbone.prefill(*(t[owner] for t in self._prompts))
         logits = self._backbone.head.logits(self._parts.mix(hidden[:, -1]))
         self._context.repeat(self._group, room=self._room)
         self._parts = self._parts.repeat(self._group)
@@ -257,5 +276,8 @@ class MixtureDecoding:
         return self._backbone.head.logits(self._parts.mix(hidden[:, -1]))
 
     def keep(self, rows: torch.Tensor) -> None:
+        self._empty = len(rows) == 0
+        if self._empty:
+            return
         self._parts, kept = self._parts.keep(rows)
         self._context.select(kept)

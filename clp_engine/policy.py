@@ -25,19 +25,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from clp_engine import peft_format, prompting
+from clp_engine import peft_format, prompting, slot_decoding
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
 from clp_engine.backbone import CausalBackbone, find_head, make_backbone
 from clp_engine.base_model import load_base, same_weights
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
 from clp_engine.data import encode_prompt
+from clp_engine.decoding import BlendDecoding, Decoding
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory, write_text
 from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory
-from clp_engine.rollout import BlendDecoding, Decoding, Rollout, SamplingParams, rollout
+from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.scoring import completion_hidden
+from clp_engine.slot_decoding import SlotDecoding, Slots
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 
@@ -94,10 +96,9 @@ class ConditionedPolicy(nn.Module):
         self.spec, self.tokenizer = spec, tokenizer
         self.conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
         self.blend = Blend()
+        self.slots: Slots | None = None  # of the last rollout, for the next one
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
-        self.backbone.check_head()
-        self.backbone.check_packing()
         self.layers = attach(
             model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
         )
@@ -295,6 +296,11 @@ class ConditionedPolicy(nn.Module):
         return self.conditioning.prompt or any(layer is not head for layer in self.layers.values())
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether the completions of a prompt share its computation; else transformers' generate writes each from its start."""
+        return self.backbone.shares_prompts
+
+    @property
     def joins_reference(self) -> bool:
         """Whether scoring without gradients computes policy and reference in one pass. On a CPU the base model alone is cheaper
         for the reference's rows than a blend of zeros, and there are no launches to save."""
@@ -416,8 +422,8 @@ class ConditionedPolicy(nn.Module):
         return completion_hidden(self, batch, self.coefficients(conditions), mask)
 
     def checkpoint_layers(self) -> None:
-        """Trade time for memory in training: see `CausalBackbone.checkpoint_layers`. Raises ConfigError for a model that does not
-        take packed tokens."""
+        """Trade time for memory in training: see `CausalBackbone.checkpoint_layers`. Raises ConfigError for a model that does
+        not take packed tokens."""
         if not isinstance(self.backbone, CausalBackbone):
             raise ConfigError(f"gradient_checkpointing: {self.backbone.packing_fault}")
 
@@ -433,9 +439,14 @@ class ConditionedPolicy(nn.Module):
         conditions: Conditions,
         group: int,
         room: int,
+        at_once: int,
     ) -> Decoding:
-        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each."""
-        return BlendDecoding(self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room)
+        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each;
+        at_once: prompts that are on their way together, at most."""
+        arguments = prompt_ids, prompt_mask, self.coefficients(conditions), group, room, at_once
+        if self.device.type == "cuda" and slot_decoding.serves(self):
+            return SlotDecoding(self, *arguments)
+        return BlendDecoding(self, *arguments)
 
     def token_stats(
         self,
@@ -484,14 +495,16 @@ class ConditionedPolicy(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        stop_strings: Sequence[str] = (),
         num_return_sequences: int = 1,
+        max_rows: int | None = None,
         seed: int = 0,
     ) -> list:
         """Completions of prompts, each under its own weighting.
 
         prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
-        `conditions`). Returns one string per prompt, or one
-        list of `num_return_sequences` strings per prompt where more than one was asked for.
+        `conditions`). stop_strings: texts that end a completion; max_rows: completions decoded at once, see `rollout`. Returns
+        one string per prompt, or one list of `num_return_sequences` strings per prompt where more than one was asked for.
         """
         if self.tokenizer is None:
             raise ConfigError("this policy has no tokenizer; give one to from_pretrained(tokenizer=...)")
@@ -505,9 +518,10 @@ class ConditionedPolicy(nn.Module):
             encoded,
             self.conditions(weights, kl, len(prompts)),
             num_generations=num_return_sequences,
-            sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p),
+            sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, tuple(stop_strings)),
             seed=seed,
             prompts=prompts,
+            max_rows=max_rows,
         )
         texts = self.tokenizer.batch_decode(drawn.token_lists(), skip_special_tokens=True)
         if num_return_sequences == 1:

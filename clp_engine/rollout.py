@@ -2,44 +2,55 @@
 
 Rows of one batch may have different conditions; a row whose weights are all zero is the base model. The log-prob of each
 token is kept as it was sampled, and row i of prompt p draws from a seed of its own, so that what a row says does not
-depend on what else is in the batch.
+depend on what else is in the batch, or on when it joined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from clp_kernels import sample_tokens
 
 from clp_engine.conditions import Conditions
+from clp_engine.decoding import Decoding
+from clp_engine.drawing import Drawing
 from clp_engine.errors import ConfigError
 from clp_engine.seeds import derive
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
 
-# Dropping rows copies the cache: worth it once this share of the running rows has finished.
+# Dropping rows copies the cache, and joining them does: worth it once this share of the running rows has finished.
 _DROP_SHARE = 0.25
+# Steps between looks at who has ended, where looking makes the host wait for the device.
+_LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn. temperature 0 is greedy; top_k, top_p, min_p cut the distribution the token is drawn from."""
+    """How completions are drawn. temperature 0 is greedy; top_k, top_p, min_p cut the distribution the token is drawn from.
+
+    stop_strings: texts that end a completion, as end tokens do; the token that completes one is part of the completion.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
         if not self.temperature >= 0:
             raise ConfigError(f"temperature={self.temperature}: expected 0 (greedy) or more")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ConfigError(
+                f"stop_strings={self.stop_strings!r}: expected a list of texts, none of them empty"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,56 +121,6 @@ def pad_left(
     return ids.to(device), mask.to(device)
 
 
-class Decoding(Protocol):
-    """A source of the logits that rows draw their tokens from, one token at a time: `rollout` needs no more of a model."""
-
-    def start(self) -> torch.Tensor:
-        """(B, V), for the first token of each completion."""
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(rows, V), for the token after tokens (rows,)."""
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Only these of the present rows (indices, ascending) go on."""
-
-
-class BlendDecoding:
-    """Logits of a policy, each row under its blend.
-
-    prompt_ids, prompt_mask: (P, S), left-padded; blend: (P, D), or None for the base model; room: most tokens to come.
-    """
-
-    def __init__(
-        self,
-        policy: ConditionedPolicy,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        blend: torch.Tensor | None,
-        group: int,
-        room: int,
-    ):
-        self._backbone, self._in_force, self._blend = policy.backbone, policy.blend, blend
-        self._prompts, self._group, self._room = (prompt_ids, prompt_mask), group, room
-
-    def start(self) -> torch.Tensor:
-        with self._in_force.use(self._blend):
-            hidden, self._context = self._backbone.prefill(*self._prompts)
-            logits = self._backbone.head.logits(hidden[:, -1])
-        self._context.repeat(self._group, room=self._room)
-        if self._blend is not None:
-            self._blend = self._blend.repeat_interleave(self._group, 0)
-        return logits.repeat_interleave(self._group, 0)
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        with self._in_force.use(self._blend):
-            hidden = self._backbone.extend(self._context, tokens.unsqueeze(1))
-            return self._backbone.head.logits(hidden[:, -1])
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self._context.select(rows)
-        self._blend = None if self._blend is None else self._blend[rows]
-
-
 @torch.no_grad()
 def rollout(
     policy: ConditionedPolicy,
@@ -171,12 +132,15 @@ def rollout(
     seed: int = 0,
     row_seeds: torch.Tensor | None = None,
     prompts: Sequence | None = None,
+    max_rows: int | None = None,
 ) -> Rollout:
     """Draw `num_generations` completions of each of P prompts, each prompt under its own condition.
 
     conditions: P rows. row_seeds: (P * num_generations,) int64, one stream of random numbers per completion; by default
     derived from `seed` and the completion's index. Equal row seeds give common random numbers. prompts: what prompt_ids were
-    made from, where prompt conditioning has to find its place in chat messages.
+    made from, where prompt conditioning has to find its place in chat messages. max_rows: completions that are decoded at
+    once (at least a group); prompts wait and take the places of completions that have ended, so that a long one holds up
+    nobody. None is all at once.
     """
     sampling = sampling or SamplingParams()
     if len(conditions) != len(prompt_ids):
@@ -187,58 +151,77 @@ def rollout(
     shown = policy.shown_prompts(prompt_ids, conditions, prompts)
     plain = pad_left(prompt_ids, policy.pad_token_id, device)
     read_ids, read_mask = plain if shown is None else pad_left(shown, policy.pad_token_id, device)
-    rows, steps = len(prompt_ids) * num_generations, sampling.max_new_tokens
     if row_seeds is None:
-        row_seeds = derive(seed, torch.arange(rows))
-    row_seeds = row_seeds.to(device)
-
-    decoding = policy.decoding(read_ids, read_mask, conditions, num_generations, steps)
-    logits = decoding.start()
-
-    tokens = torch.full((rows, steps), policy.pad_token_id, dtype=torch.long, device=device)
-    logprobs = torch.zeros(rows, steps, device=device)
-    lengths = torch.full((rows,), steps, dtype=torch.long, device=device)
-    terminated = torch.zeros(rows, dtype=torch.bool, device=device)
-    stop_ids = torch.tensor(policy.stop_token_ids, device=device)
-
-    # `running` holds the rows still in the batch; `done` those of them that have ended but were not dropped yet.
-    running = torch.arange(rows, device=device)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
-    for step in range(steps):
-        drawn, drawn_logprob = sample_tokens(
-            logits,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seeds=derive(row_seeds, step),
+        row_seeds = derive(seed, torch.arange(len(prompt_ids) * num_generations))
+    drawing = Drawing(policy, sampling, row_seeds.to(device))
+    if policy.shares_prompts:
+        at_once = len(prompt_ids) if max_rows is None else max(1, max_rows // num_generations)
+        decoding = policy.decoding(
+            read_ids, read_mask, conditions, num_generations, sampling.max_new_tokens, at_once
         )
-        live = ~done
-        tokens[running, step] = torch.where(live, drawn, policy.pad_token_id)
-        logprobs[running, step] = torch.where(live, drawn_logprob, 0.0)
-        ended = live & torch.isin(drawn, stop_ids)
-        lengths[running] = torch.where(ended, step + 1, lengths[running])
-        terminated[running] = terminated[running] | ended
-        done = done | ended
-        if step + 1 == steps:
-            break
-        finished = int(done.sum())
-        if finished == len(running):
-            break
-        if finished >= _DROP_SHARE * len(running):
-            keep = (~done).nonzero().squeeze(-1)
-            decoding.keep(keep)
-            running, drawn, row_seeds, done = running[keep], drawn[keep], row_seeds[keep], done[keep]
-        logits = decoding.step(drawn)
+        _decode(drawing, decoding, len(prompt_ids), num_generations)
+    else:
+        _generate(drawing, policy, read_ids, read_mask, conditions, num_generations)
 
-    longest = int(lengths.max())
-    mask = torch.arange(longest, device=device) < lengths.unsqueeze(-1)
+    longest = int(drawing.lengths.max())
+    mask = torch.arange(longest, device=device) < drawing.lengths.unsqueeze(-1)
     return Rollout(
         read_ids,
         read_mask,
-        tokens[:, :longest],
+        drawing.tokens[:, :longest],
         mask,
-        logprobs[:, :longest],
-        terminated,
+        drawing.logprobs[:, :longest],
+        drawing.terminated,
         *((None, None) if shown is None else plain),
     )
+
+
+def _decode(drawing: Drawing, decoding: Decoding, prompts: int, group: int) -> None:
+    """Every completion of every prompt, as places come free."""
+    device = drawing.tokens.device
+    every = 1 if device.type == "cpu" else _LOOK_EVERY
+    running = torch.empty(
+        0, dtype=torch.long, device=device
+    )  # rows in the batch, some of which may have ended
+    logits, waiting = None, 0  # the first prompt that has not joined
+    left = 0  # steps after which whoever is in the batch has ended, whatever it says
+    while True:
+        if waiting < prompts and (places := decoding.places):
+            stop = min(prompts, waiting + places)
+            first = decoding.add(slice(waiting, stop))
+            logits = first if logits is None else torch.cat([logits, first])
+            running = torch.cat([running, torch.arange(waiting * group, stop * group, device=device)])
+            waiting, left = stop, drawing.limit
+        drawn = drawing.draw(logits, running, ~drawing.finished(running))
+        left -= 1
+        if left % every == 0:
+            done = drawing.finished(running)
+            finished = int(done.sum())  # the host waits for the device here
+            if finished == len(running) and waiting == prompts:
+                return
+            if finished >= _DROP_SHARE * len(running):
+                keep = (~done).nonzero().squeeze(-1)
+                decoding.keep(keep)
+                running, drawn = running[keep], drawn[keep]
+        logits = decoding.step(drawn) if len(running) else None
+
+
+def _generate(
+    drawing: Drawing,
+    policy: ConditionedPolicy,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    conditions: Conditions,
+    group: int,
+) -> None:
+    """Every completion by transformers' generate, prompt after prompt: nothing is padded, whatever the model makes of it."""
+    blend = policy.coefficients(conditions)
+    for p in range(len(prompt_ids)):
+        rows = torch.arange(p * group, (p + 1) * group, device=prompt_ids.device)
+
+        def draw(logits: torch.Tensor, rows: torch.Tensor = rows) -> tuple[torch.Tensor, bool]:
+            drawn = drawing.draw(logits, rows, ~drawing.finished(rows))
+            return drawn, bool(drawing.finished(rows).all())
+
+        with policy.blend.use(None if blend is None else blend[p : p + 1].expand(group, -1)):
+            policy.backbone.generate(prompt_ids[p : p + 1, prompt_mask[p]], group, drawing.limit, draw)

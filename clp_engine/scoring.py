@@ -28,8 +28,8 @@ def completion_hidden(
     """(N, H): the hidden state that predicts each completion token of `mask`, in the order of mask.nonzero().
 
     coefficients: the blend (P, D) of each prompt, or None for the base model. mask: (B, T) bool, tokens from the first one of a
-    row on; by default all. Every prompt is computed once for its group, packed where the model takes packed tokens.
-    Differentiable in the adapters.
+    row on; by default all. Every prompt is computed once for its group where the model can, packed where it takes packed
+    tokens. Differentiable in the adapters.
     """
     backbone = policy.backbone
     plain = coefficients is None
@@ -41,6 +41,10 @@ def completion_hidden(
     if plain and batch.plain_ids is not None:
         prompts = batch.plain_ids, batch.plain_mask
     valid = batch.completion_mask if mask is None else mask
+    if not backbone.shares_prompts:
+        with policy.blend.use(None if plain else coefficients.repeat_interleave(batch.group, 0)):
+            prompts = (t.repeat_interleave(batch.group, 0) for t in prompts)
+            return backbone.whole(*prompts, batch.completion_ids, valid)[valid]
     with policy.blend.use(coefficients):
         before, context = backbone.prefill(*prompts)
     before = before.repeat_interleave(batch.group, 0)
@@ -114,8 +118,8 @@ def completion_stats(
 
 
 def within_budget(batch: Rollout, max_tokens: int) -> Iterator[tuple[int, int]]:
-    """Prompts [start, stop) with their completions, cut so that each part has at most `max_tokens` tokens, prompts counted once;
-    a group that has more is a part of its own."""
+    """Prompts [start, stop) with their completions, cut so that each part has at most `max_tokens` tokens, prompts counted
+    once; a group that has more is a part of its own."""
     tokens = (batch.prompt_mask.sum(-1) + batch.lengths.view(-1, batch.group).sum(-1)).tolist()
     start = total = 0
     for i, count in enumerate(tokens):

@@ -39,7 +39,9 @@ def test_a_pack_holds_each_token_once_but_the_last_ones():
     prompts = torch.tensor([[0, 3, 4], [5, 6, 7]])
     prompt_mask = torch.tensor([[False, True, True], [True, True, True]])
     completions = torch.tensor([[10, 11, 12], [20, 0, 0], [30, 31, 0], [40, 41, 42]])
-    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [False, False, False]])
+    mask = torch.tensor(
+        [[True, True, True], [True, False, False], [True, True, False], [False, False, False]]
+    )
     packed = pack(prompts, prompt_mask, completions, mask)
     assert packed.ids.tolist() == [3, 4, 10, 11, 5, 6, 7, 30]
     assert packed.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
@@ -136,12 +138,14 @@ def test_parts_within_a_budget_cover_all_prompts_and_exceed_it_only_alone():
         parts = list(within_budget(batch, budget))
         assert [i for start, stop in parts for i in range(start, stop)] == [0, 1, 2, 3]
         assert all(sum(sizes[a:b]) <= budget or b - a == 1 for a, b in parts)
-    assert list(within_budget(batch, sum(sizes[:2]))) [0] == (0, 2)
+    assert list(within_budget(batch, sum(sizes[:2])))[0] == (0, 2)
 
 
 def test_a_model_with_attention_of_its_own_is_padded_and_says_so_once(tmp_path, caplog):
     torch.manual_seed(0)
-    config = GPTJConfig(vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, eos_token_id=2)
+    config = GPTJConfig(
+        vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, eos_token_id=2
+    )
     policy = ConditionedPolicy.from_pretrained(AutoModelForCausalLM.from_config(config), ["a", "b"])
     assert "plain ones" in policy.backbone.packing_fault
     batch = drawn_by(policy)
@@ -247,9 +251,7 @@ def test_statistics_of_a_subset_are_those_of_the_whole():
     _, part = completion_stats(policy, batch, MIXED, mask=mask)
     picked = mask[batch.completion_mask]
     for name in ("logprob", "ref_logprob", "kl", "entropy"):
-        torch.testing.assert_close(
-            getattr(part, name), getattr(whole, name)[picked], rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name)[picked], rtol=1e-4, atol=1e-5)
 
 
 def test_one_token_completions_are_predicted_by_prompts_alone():

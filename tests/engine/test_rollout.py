@@ -5,11 +5,15 @@ import dataclasses
 import pytest
 import torch
 from engine.conftest import ENCODER_DECODER, build_policy, plain_logits
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig
 
 from clp_engine.conditions import Conditions
+from clp_engine.decoding import BlendDecoding
 from clp_engine.errors import ConfigError
+from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import SamplingParams, pad_left, rollout
 from clp_engine.scoring import completion_stats, score, unpacked
+from clp_engine.whole_sequences import WholeSequenceBackbone
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.full((4,), 0.1))
@@ -110,6 +114,103 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(family):
             row_seeds=torch.arange(2 * p, 2 * p + 2),
         )
         assert alone.token_lists() == together.token_lists()[2 * p : 2 * p + 2]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "t5"])
+@pytest.mark.parametrize("max_rows", [2, 5])
+def test_prompts_that_wait_for_a_place_say_what_they_would_have_said_at_once(name, max_rows):
+    policy = build_policy(name)
+    prompts, conditions = PROMPTS * 3, Conditions.cat([MIXED] * 3)
+    at_once, waiting = (
+        rollout(
+            policy, prompts, conditions, num_generations=2, sampling=SamplingParams(24), seed=9, max_rows=rows
+        )
+        for rows in (None, max_rows)
+    )
+    assert waiting.token_lists() == at_once.token_lists()
+    assert len(set(at_once.lengths.tolist())) > 3  # places are given back at different times
+    torch.testing.assert_close(waiting.logprobs, at_once.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_places_are_taken_as_they_come_free(monkeypatch):
+    policy, sizes = build_policy("qwen2"), []
+    step = BlendDecoding.step
+
+    def counted(self, tokens):
+        sizes.append(len(tokens))
+        return step(self, tokens)
+
+    monkeypatch.setattr(BlendDecoding, "step", counted)
+    drawn = rollout(
+        policy, PROMPTS * 4, Conditions.cat([MIXED] * 4), sampling=SamplingParams(40), seed=1, max_rows=4
+    )
+    assert max(sizes) == 4
+    # Waves of four would take as many steps as the longest of each.
+    waves = (drawn.lengths.view(4, 4).amax(-1) - 1).sum()
+    assert len(sizes) < waves
+
+
+def test_stop_strings_end_a_completion_where_they_are_complete():
+    policy = ConditionedPolicy.from_pretrained("docsum", ["a", "b"])
+    prompts = [policy.tokenizer(t).input_ids for t in ("Return the number of", "Read a file and")]
+    options = {"num_generations": 8, "seed": 1, "conditions": MIXED[:2]}
+    free = rollout(policy, prompts, sampling=SamplingParams(24), **options)
+    text = policy.tokenizer.decode(free.token_lists()[9])
+    stop = text[
+        len(text) // 2 : len(text) // 2 + 4
+    ]  # said somewhere, from the middle of a token to that of another
+    sampling = SamplingParams(24, stop_strings=(stop, "never said"))
+    drawn = rollout(policy, prompts, sampling=sampling, **options)
+    ended = 0
+    for tokens, whole, terminated in zip(drawn.token_lists(), free.token_lists(), drawn.terminated.tolist()):
+        assert tokens == whole[: len(tokens)]
+        said = [stop in policy.tokenizer.decode(tokens[:n]) for n in range(1, len(tokens) + 1)]
+        assert not any(said[:-1])
+        if said[-1]:
+            ended += 1
+            assert terminated
+        else:
+            assert len(tokens) == len(whole)
+    assert ended
+    with pytest.raises(ConfigError, match="stop_strings"):
+        SamplingParams(4, stop_strings="one text")
+    with pytest.raises(ConfigError, match="cannot be told"):
+        rollout(build_policy("qwen2"), PROMPTS, MIXED, sampling=SamplingParams(4, stop_strings=("w1",)))
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "gpt2"])
+def test_models_that_go_their_own_way_are_rolled_out_by_transformers_and_scored_whole(kind):
+    torch.manual_seed(0)
+    small = {"vocab_size": 67, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}
+    config = {
+        "bloom": lambda: BloomConfig(**small, hidden_size=32, n_layer=2, n_head=4),
+        "mamba": lambda: MambaConfig(**small, hidden_size=32, num_hidden_layers=2, state_size=8),
+        "gpt2": lambda: GPT2Config(**small, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    }[kind]()
+    policy = ConditionedPolicy.from_pretrained(AutoModelForCausalLM.from_config(config), ["a", "b"], rank=4)
+    for parameter in policy.adapter_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    options = {"num_generations": 3, "sampling": SamplingParams(12), "seed": 4}
+    if kind == "gpt2":  # takes the fast path: the slow one must say the same
+        fast = rollout(policy, PROMPTS, MIXED, **options)
+        policy.backbone = WholeSequenceBackbone(policy.model, "the test says so")
+    assert not policy.shares_prompts
+    drawn = rollout(policy, PROMPTS, MIXED, **options)
+    if kind == "gpt2":
+        assert drawn.token_lists() == fast.token_lists()
+    stats = score(policy, drawn, MIXED)
+    torch.testing.assert_close(stats.logprob, drawn.logprobs, rtol=1e-4, atol=1e-4)
+    row = 7
+    completion = drawn.token_lists()[row]
+    ids = torch.tensor([PROMPTS[2] + completion])
+    with torch.no_grad(), policy.blended(MIXED[2:3]):
+        expected = policy.model(ids).logits.log_softmax(-1)[0, len(PROMPTS[2]) - 1 : -1]
+    torch.testing.assert_close(
+        drawn.logprobs[row, : len(completion)],
+        expected[torch.arange(len(completion)), torch.tensor(completion)],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_completions_end_at_an_end_token_and_say_so():

@@ -1,0 +1,86 @@
+"""The rows of a rollout: what each has said so far, how its next token is drawn, and when it ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from clp_kernels import sample_tokens
+from transformers import StopStringCriteria
+
+from clp_engine.errors import ConfigError
+from clp_engine.seeds import derive
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.rollout import SamplingParams
+
+
+class Drawing:
+    """Completions of B rows, at most `sampling.max_new_tokens` tokens each.
+
+    tokens (B, T) int64, logprobs (B, T) float32 and lengths (B,) int64 grow with every draw; terminated (B,) bool: ended by an
+    end token or a stop string, which are part of the completion. row_seeds (B,) int64: token t of a row is drawn from
+    derive(row_seed, t), whatever else is drawn beside it.
+    """
+
+    def __init__(self, policy: ConditionedPolicy, sampling: SamplingParams, row_seeds: torch.Tensor):
+        rows, device = len(row_seeds), row_seeds.device
+        self.limit, self._sampling, self._seeds, self._pad = (
+            sampling.max_new_tokens,
+            sampling,
+            row_seeds,
+            policy.pad_token_id,
+        )
+        self.tokens = torch.full((rows, self.limit), self._pad, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, self.limit, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.terminated = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._stop_ids = torch.tensor(policy.stop_token_ids, dtype=torch.long, device=device)
+        self._stop_strings = None
+        if sampling.stop_strings:
+            if policy.tokenizer is None:
+                raise ConfigError(
+                    "stop_strings needs a tokenizer; give one to from_pretrained(tokenizer=...)"
+                )
+            try:
+                self._stop_strings = StopStringCriteria(policy.tokenizer, list(sampling.stop_strings))
+            except ValueError as error:
+                raise ConfigError(
+                    f"stop_strings: what the tokens of {type(policy.tokenizer).__name__} spell cannot be told ({error}); "
+                    "use end tokens instead"
+                ) from error
+
+    def draw(self, logits: torch.Tensor, rows: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        """Draw the next token of `rows` (n,) from logits (n, V), where live (n,) -> tokens (n,), padding elsewhere."""
+        at, sampling = self.lengths[rows], self._sampling
+        drawn, logprob = sample_tokens(
+            logits,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seeds=derive(self._seeds[rows], at),
+        )
+        drawn = torch.where(live, drawn, self._pad)
+        # A row that is not live may be full: its last place is written back as it was.
+        place = at.clamp_max(self.limit - 1)
+        self.tokens[rows, place] = torch.where(live, drawn, self.tokens[rows, place])
+        self.logprobs[rows, place] = torch.where(live, logprob, self.logprobs[rows, place])
+        self.lengths[rows] = at + live
+        self.terminated[rows] |= live & self._ends(drawn, rows)
+        return drawn
+
+    def finished(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n,) bool: nothing more is drawn for these rows."""
+        return self.terminated[rows] | (self.lengths[rows] >= self.limit)
+
+    def _ends(self, drawn: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ended = torch.isin(drawn, self._stop_ids)
+        if self._stop_strings is None:
+            return ended
+        # The criteria read the end of each row; before its first token there is padding, which spells no text.
+        window = self._stop_strings.maximum_token_len
+        places = self.lengths[rows].unsqueeze(1) - torch.arange(window, 0, -1, device=rows.device)
+        tail = self.tokens[rows].gather(1, places.clamp_min(0)).masked_fill(places < 0, self._pad)
+        return ended | self._stop_strings(tail, None)

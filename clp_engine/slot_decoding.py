@@ -1,0 +1,343 @@
+"""Decoding over buffers that never move: what a CUDA graph can be captured of and replayed for every token.
+
+A slot holds a prompt's keys and values once, for all rows of its group, and each row's own. Prompts take free slots and leave
+them; a step runs over the first so many slots, a bucket, whoever is in them:
+
+    scores = [ q K_prompt^T | q K_own^T ],    y = softmax(scores + mask) [ V_prompt ; V_own ]
+
+The rows of a group are one matrix product with their prompt's keys: these are read once per group and token. Buckets are powers
+of two, prompts and completions have room for a multiple of ROUND tokens, so that a few graphs serve a whole run; they outlive
+the rollout with their buffers and are captured again where a parameter has moved.
+
+On a GPU a step is one graph launch. Elsewhere, or where capture fails (said once), the same step runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AttentionInterface
+
+from clp_engine.adapters import ConditionedLinear
+from clp_engine.backbone import CausalBackbone
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+
+logger = logging.getLogger(__name__)
+
+NAME = "clp_slots"
+ROUND = 64  # tokens by which the room for prompts and for completions grows
+_WARM_UP = 3  # steps before capture: libraries choose and allocate in the first ones
+_step: ContextVar[Step | None] = ContextVar("step", default=None)
+
+
+def serves(policy: ConditionedPolicy) -> bool:
+    """Whether every step of the policy is the same work on the same buffers: low-rank factors, attention that packs."""
+    return (
+        isinstance(policy.backbone, CausalBackbone)
+        and policy.backbone.packing_fault is None
+        and all(isinstance(layer, ConditionedLinear) for layer in policy.layers.values())
+    )
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // ROUND) * ROUND
+
+
+@dataclass
+class Slots:
+    """Buffers for `count` prompts of at most `width` tokens, `group` rows each with at most `room` tokens of their own.
+
+    keys, values, by layer: of prompts (count, Hkv, width, D), of rows (count * group, Hkv, room, D). prompt_lengths (count,)
+    and lengths (count * group,): what of them is filled. coefficients (count * group, D) of the blend, zero without one.
+    """
+
+    count: int
+    width: int
+    group: int
+    room: int
+    device: torch.device
+    deltas: int
+    prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    own: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = field(default_factory=dict)
+    parameters: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        rows, like = self.count * self.group, {"device": self.device}
+        self.prompt_lengths = torch.zeros(self.count, dtype=torch.long, **like)
+        self.lengths = torch.zeros(rows, dtype=torch.long, **like)
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, **like)
+        self.coefficients = torch.zeros(rows, self.deltas, **like)
+
+    def fits(self, count: int, width: int, group: int, room: int) -> bool:
+        return self.count >= count and self.width >= width and self.group == group and self.room >= room
+
+    @property
+    def buckets(self) -> list[int]:
+        return sorted({min(1 << i, self.count) for i in range(self.count.bit_length() + 1)})
+
+    def allocate(self, layer: int, keys: torch.Tensor) -> None:
+        """Room for the keys and values of a layer whose prompts' keys are (P, Hkv, S, D)."""
+        if layer in self.prompts:
+            return
+        _, heads, _, size = keys.shape
+        self.prompts[layer] = tuple(keys.new_zeros(self.count, heads, self.width, size) for _ in range(2))
+        self.own[layer] = tuple(
+            keys.new_zeros(self.count * self.group, heads, self.room, size) for _ in range(2)
+        )
+
+    def move(self, source: int, target: int) -> None:
+        """The group in one slot to another."""
+        for buffers in self.prompts.values():
+            for buffer in buffers:
+                buffer[target] = buffer[source]
+        self.prompt_lengths[target] = self.prompt_lengths[source]
+        rows = slice(source * self.group, (source + 1) * self.group)
+        there = slice(target * self.group, (target + 1) * self.group)
+        for buffers in self.own.values():
+            for buffer in buffers:
+                buffer[there] = buffer[rows]
+        for buffer in (self.lengths, self.tokens, self.coefficients):
+            buffer[there] = buffer[rows]
+
+
+@dataclass
+class Step:
+    """One token for the first `count` slots; the masks are made once for all layers."""
+
+    slots: Slots
+    count: int
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.count * self.slots.group
+
+    def positions(self) -> torch.Tensor:
+        """(rows, 1), of the tokens being read."""
+        prompts = self.slots.prompt_lengths[: self.count].repeat_interleave(
+            self.slots.group, output_size=self.rows
+        )
+        return (prompts + self.slots.lengths[: self.rows]).unsqueeze(1)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """(rows, width + room) bool, what a row's token attends to."""
+        if window not in self._masks:
+            s, device = self.slots, self.slots.device
+            now = self.positions()
+            lengths = (now - s.lengths[: self.rows].unsqueeze(1)).squeeze(1)  # of the rows' prompts
+            prompt, own = torch.arange(s.width, device=device), torch.arange(s.room, device=device)
+            seen = torch.cat([prompt < lengths.unsqueeze(1), own <= s.lengths[: self.rows].unsqueeze(1)], 1)
+            if window is not None:
+                at = torch.cat([prompt.expand(self.rows, -1), lengths.unsqueeze(1) + own], 1)
+                seen = seen & (at > now - window)
+            self._masks[window] = seen
+        return self._masks[window]
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface for the step in force: query (rows, Hq, 1, D), key and value (rows, Hkv, 1, D), which
+    are put where the rows' own are -> ((rows, 1, Hq, D), None)."""
+    step = _step.get()
+    slots, rows, layer = step.slots, step.rows, module.layer_idx
+    (prompt_keys, prompt_values), own = slots.prompts[layer], slots.own[layer]
+    at = slots.lengths[:rows]
+    everyone = torch.arange(rows, device=query.device)
+    for buffer, new in zip(own, (key, value)):
+        buffer[everyone, :, at] = new[:, :, 0]
+    heads, size = key.shape[1], query.shape[-1]
+    shared = query.shape[1] // heads
+    # (rows, Hkv, g, D): the query heads of a key head beside each other; (count, Hkv, group * g, D): those of a whole group.
+    by_row = query.view(rows, heads, shared, size)
+    by_group = by_row.view(step.count, slots.group, heads, shared, size).transpose(1, 2).flatten(2, 3)
+    scores = torch.cat(
+        [
+            (by_group @ prompt_keys[: step.count].transpose(2, 3))
+            .view(step.count, heads, slots.group, shared, -1)
+            .transpose(1, 2)
+            .reshape(rows, heads, shared, -1),
+            by_row @ own[0][:rows].transpose(2, 3),
+        ],
+        -1,
+    ).float()
+    scores = scores * (size**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~step.mask(sliding_window)[:, None, None], -torch.inf)
+    shares = scores.softmax(-1).to(value.dtype)
+    on_prompt = (
+        shares[..., : slots.width]
+        .view(step.count, slots.group, heads, shared, -1)
+        .transpose(1, 2)
+        .flatten(2, 3)
+        @ prompt_values[: step.count]
+    )
+    out = (
+        on_prompt.view(step.count, heads, slots.group, shared, size)
+        .transpose(1, 2)
+        .reshape(rows, heads, shared, size)
+        + shares[..., slots.width :] @ own[1][:rows]
+    )
+    return out.reshape(rows, 1, heads * shared, size), None
+
+
+AttentionInterface.register(NAME, slot_attention)
+
+
+class SlotDecoding:
+    """Logits of a policy, each row under its blend; see `decoding.Decoding`. Arguments as of `BlendDecoding`.
+
+    A prompt's slot is free when the last of its rows has left.
+    """
+
+    def __init__(
+        self,
+        policy: ConditionedPolicy,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        blend: torch.Tensor | None,
+        group: int,
+        room: int,
+        at_once: int,
+    ):
+        self._policy, self._backbone = policy, policy.backbone
+        self._prompts, self._blends, self._group = (prompt_ids, prompt_mask), blend, group
+        self._slots = _slots_for(policy, at_once, prompt_ids.shape[1], group, room)
+        self._taken = [0] * self._slots.count  # rows that still run, by slot
+        self._rows = torch.empty(0, dtype=torch.long, device=policy.device)  # where each running row lies
+
+    @property
+    def places(self) -> int:
+        return self._taken.count(0)
+
+    def add(self, prompts: slice) -> torch.Tensor:
+        s = self._slots
+        ids, mask = (t[prompts] for t in self._prompts)
+        skip = ids.shape[1] - int(mask.sum(-1).max())
+        ids, mask = ids[:, skip:], mask[:, skip:]
+        blend = None if self._blends is None else self._blends[prompts]
+        with self._policy.blend.use(blend):
+            hidden, context = self._backbone.prefill(ids, mask)
+            logits = self._backbone.head.logits(hidden[:, -1])
+        free = [slot for slot, rows in enumerate(self._taken) if rows == 0][: len(ids)]
+        for slot in free:
+            self._taken[slot] = self._group
+        where = torch.tensor(free, device=s.device)
+        # Prompts lie from position 0 on in their slots: padding goes behind.
+        order = (~mask).long().argsort(dim=-1, stable=True)
+        for layer, cached in enumerate(context.cache.layers):
+            s.allocate(layer, cached.keys)
+            for buffer, states in zip(s.prompts[layer], (cached.keys, cached.values)):
+                index = order[:, None, :, None].expand_as(states)
+                buffer[where, :, : ids.shape[1]] = states.gather(2, index)
+        s.prompt_lengths[where] = mask.sum(-1)
+        rows = (where.unsqueeze(1) * self._group + torch.arange(self._group, device=s.device)).flatten()
+        s.lengths[rows] = 0
+        s.coefficients[rows] = 0.0 if blend is None else blend.repeat_interleave(self._group, 0)
+        self._rows = torch.cat([self._rows, rows])
+        return logits.repeat_interleave(self._group, 0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        s = self._slots
+        used = max((i + 1 for i, rows in enumerate(self._taken) if rows), default=1)
+        count = next(b for b in s.buckets if b >= used)
+        s.tokens[self._rows, 0] = tokens
+        logits = self._run(count)[self._rows]
+        s.lengths[self._rows] += 1
+        return logits
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._rows = self._rows[rows]
+        groups = (self._rows // self._group).tolist()
+        self._taken = [groups.count(slot) for slot in range(len(self._taken))]
+        self._close_ranks()
+
+    def _close_ranks(self) -> None:
+        """Move groups to the first slots where a smaller bucket will then do."""
+        s, taken = self._slots, self._taken
+        used = [slot for slot, rows in enumerate(taken) if rows]
+        target = next((b for b in s.buckets if b >= len(used)), s.count)
+        free = [slot for slot in range(target) if not taken[slot]]
+        where = torch.arange(s.count, device=s.device)
+        for slot in (slot for slot in used if slot >= target):
+            there = free.pop(0)
+            s.move(slot, there)
+            taken[there], taken[slot] = taken[slot], 0
+            where[slot] = there
+        self._rows = where[self._rows // self._group] * self._group + self._rows % self._group
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _run(self, count: int) -> torch.Tensor:
+        """(count * group, V): logits after the tokens in the buffers."""
+        s = self._slots
+        if s.device.type != "cuda" or s.graphs is None:
+            return self._forward(count)
+        if count not in s.graphs:
+            try:
+                s.graphs[count] = self._capture(count)
+            except RuntimeError as error:
+                logger.warning("decoding without CUDA graphs, which could not be captured: %s", error)
+                s.graphs = None
+                return self._forward(count)
+        graph, logits = s.graphs[count]
+        graph.replay()
+        return logits
+
+    def _capture(self, count: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        # A step puts the same keys and values in the same places however often it runs.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                self._forward(count)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._forward(count)
+        return graph, logits
+
+    def _forward(self, count: int) -> torch.Tensor:
+        s, policy = self._slots, self._policy
+        step = Step(s, count)
+        # A new tensor, so that nothing derived from other coefficients at the same address is used again.
+        blend = s.coefficients[: step.rows]
+        token = _step.set(step)
+        try:
+            with policy.blend.use(blend), self._backbone.attention(NAME):
+                hidden = self._backbone.decoder(
+                    input_ids=s.tokens[: step.rows], position_ids=step.positions(), use_cache=False
+                ).last_hidden_state
+                return self._backbone.head.logits(hidden[:, -1])
+        finally:
+            _step.reset(token)
+
+
+def _slots_for(policy: ConditionedPolicy, at_once: int, width: int, group: int, room: int) -> Slots:
+    """The policy's slots of the last rollout where they are large enough, or new ones."""
+    addresses = tuple(p.data_ptr() for p in policy.parameters())
+    slots = policy.slots
+    width, room = _round_up(width), _round_up(room)
+    if slots is None or not slots.fits(at_once, width, group, room) or slots.device != policy.device:
+        deltas = len(policy.spec.ranks)
+        slots = policy.slots = Slots(at_once, width, group, room, policy.device, deltas)
+    if slots.parameters != addresses:
+        slots.parameters, slots.graphs = addresses, {}
+    return slots

@@ -1,0 +1,116 @@
+"""Causal models that go their own way: attention, masks or caches of another kind (ALiBi, state spaces, hybrids, ...).
+
+Nothing is shared between the completions of a prompt: each is scored as one whole sequence, and rolled out by transformers'
+own `generate`, which knows the model's cache. Tokens are drawn as `rollout` draws them, from the same seeds, so that results
+are those of the fast path, at the price of every prompt once per completion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+
+from clp_engine.backbone import Backbone
+from clp_engine.errors import ConfigError
+
+# logits (rows, V) -> (tokens (rows,), whether all rows have ended)
+Draw = Callable[[torch.Tensor], tuple[torch.Tensor, bool]]
+
+
+class WholeSequenceBackbone(Backbone):
+    """reason: why the model cannot be driven in parts, for messages."""
+
+    shares_prompts = False
+
+    def __init__(self, model: PreTrainedModel, reason: str):
+        super().__init__(model)
+        self.packing_fault = reason
+        self.decoder = model.base_model
+        if self.decoder is model:
+            raise ConfigError(
+                f"{type(model).__name__} has no decoder stack under it; a causal language model is needed"
+            )
+
+    def whole(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        completion_ids: torch.Tensor,
+        valid: torch.Tensor,
+    ) -> torch.Tensor:
+        """(B, T, H): the hidden state that predicts each token of completions (B, T) after left-padded prompts (B, S)."""
+        ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, valid], 1)
+        # All padding behind the tokens, where nothing of a causal model sees it, whatever it makes of masks.
+        order = (~mask).long().argsort(dim=-1, stable=True)
+        longest = int(mask.sum(-1).max())
+        ids, mask = ids.gather(1, order)[:, :longest], mask.gather(1, order)[:, :longest]
+        hidden = self.decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        steps = torch.arange(completion_ids.shape[1], device=ids.device)
+        at = (prompt_mask.sum(-1, keepdim=True) - 1 + steps).clamp_max(longest - 1)
+        return hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+    def generate(self, prompt_ids: torch.Tensor, rows: int, steps: int, draw: Draw) -> None:
+        """`rows` completions of one prompt (1, S) without padding, at most `steps` tokens each, every token by `draw`."""
+        drawn = _Drawn(draw)
+        with _without_own_settings(self.model):
+            self.model.generate(
+                prompt_ids.expand(rows, -1),
+                attention_mask=torch.ones_like(prompt_ids).expand(rows, -1),
+                generation_config=GenerationConfig(max_new_tokens=steps, do_sample=False),
+                logits_processor=LogitsProcessorList([drawn]),
+                stopping_criteria=StoppingCriteriaList([drawn.ended]),
+            )
+
+    def check_head(self) -> None:
+        ids = self._probe()
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        with torch.no_grad():
+            expected = self._plain_logits(ids[:, :3], ids[:, 3:])
+            try:
+                ours = self.head.logits(self.whole(ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:]))
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                raise ConfigError(f"{type(self.model).__name__} cannot be used: {error}") from error
+        self._compare(ours, expected)
+
+    def prefill(self, prompt_ids, prompt_mask):
+        raise ConfigError(f"{type(self.model).__name__} runs whole sequences alone: {self.packing_fault}")
+
+    def extend(self, context, ids, valid=None):
+        raise ConfigError(f"{type(self.model).__name__} runs whole sequences alone: {self.packing_fault}")
+
+    def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
+        logits = self.model(torch.cat([prompt_ids, completion_ids], 1)).logits
+        return logits[:, prompt_ids.shape[1] - 1 : -1]
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves of the logits only the token that `draw` draws, for a greedy generate to take."""
+
+    def __init__(self, draw: Draw):
+        self._draw, self._all_ended = draw, False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        tokens, self._all_ended = self._draw(scores)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
+
+    def ended(self, input_ids: torch.LongTensor, scores, **_) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._all_ended, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, no setting of the model's own generation config adds itself to those given."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before

@@ -1,0 +1,89 @@
+"""Decoding over fixed slots says what decoding over caches says: the step that is captured on a GPU, run as it is."""
+
+import pytest
+import torch
+from engine.conftest import CAUSAL, build_policy
+
+from clp_engine import slot_decoding
+from clp_engine.conditions import Conditions
+from clp_engine.policy import ConditionedPolicy
+from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.slot_decoding import SlotDecoding
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [40, 41]]
+MIXED = Conditions(
+    torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8], [0.5, 0.5]]), torch.full((5,), 0.1)
+)
+
+
+@pytest.fixture
+def with_slots(monkeypatch):
+    """Rollouts decode over slots, as on a GPU."""
+
+    def decoding(self, prompt_ids, prompt_mask, conditions, *sizes):
+        return SlotDecoding(self, prompt_ids, prompt_mask, self.coefficients(conditions), *sizes)
+
+    def use():
+        monkeypatch.setattr(ConditionedPolicy, "decoding", decoding)
+
+    return use
+
+
+@pytest.mark.parametrize("name", sorted(CAUSAL))
+@pytest.mark.parametrize("max_rows", [None, 6])
+def test_slots_say_what_caches_say(name, max_rows, with_slots):
+    policy = build_policy(name)
+    assert slot_decoding.serves(policy)
+    options = {"num_generations": 3, "sampling": SamplingParams(30), "seed": 3, "max_rows": max_rows}
+    expected = rollout(policy, PROMPTS, MIXED, **options)
+    with_slots()
+    drawn = rollout(policy, PROMPTS, MIXED, **options)
+    assert drawn.token_lists() == expected.token_lists()
+    torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+    assert len(set(expected.lengths.tolist())) > 1  # rows have left at different times
+
+
+def test_a_conditioned_output_projection_and_the_base_model_decode_over_slots(with_slots):
+    policy = build_policy("llama", conditioning="lora+logit")
+    reference = Conditions.reference(5, 2)
+    expected = [rollout(policy, PROMPTS, c, sampling=SamplingParams(8), seed=1) for c in (MIXED, reference)]
+    with_slots()
+    for conditions, e in zip((MIXED, reference), expected, strict=True):
+        assert rollout(policy, PROMPTS, conditions, sampling=SamplingParams(8), seed=1).token_lists() == (
+            e.token_lists()
+        )
+
+
+def test_groups_move_together_when_others_leave(with_slots, monkeypatch):
+    policy, counts = build_policy("qwen2"), []
+    run = SlotDecoding._run
+
+    def counted(self, count):
+        counts.append(count)
+        return run(self, count)
+
+    monkeypatch.setattr(SlotDecoding, "_run", counted)
+    with_slots()
+    rollout(policy, PROMPTS, MIXED, num_generations=2, sampling=SamplingParams(60), seed=1)
+    assert counts[0] == 5 and counts[-1] < 5 and counts == sorted(counts, reverse=True)
+
+
+def test_slots_are_kept_for_the_next_rollout_and_graphs_for_the_same_parameters(with_slots):
+    policy = build_policy("qwen2")
+    with_slots()
+    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(4))
+    slots = policy.slots
+    slots.graphs["kept"] = None
+    rollout(policy, PROMPTS[:3], MIXED[:3], sampling=SamplingParams(9))
+    assert policy.slots is slots and "kept" in slots.graphs
+    parameter = next(iter(policy.adapter_parameters().values()))
+    parameter.data = parameter.data.clone()
+    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(4))
+    assert policy.slots is slots and not slots.graphs
+    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(slot_decoding.ROUND + 1))
+    assert policy.slots is not slots
+
+
+def test_whole_weights_and_models_with_attention_of_their_own_are_not_served():
+    assert not slot_decoding.serves(build_policy("qwen2", conditioning="full"))
+    assert not slot_decoding.serves(build_policy("t5"))
