@@ -171,26 +171,38 @@ def rollout(
     seed: int = 0,
     row_seeds: torch.Tensor | None = None,
     prompts: Sequence | None = None,
+    begun: Sequence[Sequence[int]] | None = None,
 ) -> Rollout:
     """Draw `num_generations` completions of each of P prompts, each prompt under its own condition.
 
     conditions: P rows. row_seeds: (P * num_generations,) int64, one stream of random numbers per completion; by default
     derived from `seed` and the completion's index. Equal row seeds give common random numbers. prompts: what prompt_ids were
     made from, where prompt conditioning has to find its place in chat messages.
+
+    begun: of the one completion of each prompt (num_generations=1), the tokens that are there already. It goes on after them,
+    read as a part of the prompt, with the random numbers of the positions that follow; only what follows is returned.
     """
     sampling = sampling or SamplingParams()
     if len(conditions) != len(prompt_ids):
         raise ValueError(
             f"conditions has {len(conditions)} rows for {len(prompt_ids)} prompts; expected one per prompt"
         )
+    if begun is not None and num_generations != 1:
+        raise ValueError(f"begun continues one completion per prompt; got num_generations={num_generations}")
     device = policy.device
     shown = policy.shown_prompts(prompt_ids, conditions, prompts)
+    if begun is not None:
+        shown, prompt_ids = (
+            None if ids is None else [[*prompt, *tokens] for prompt, tokens in zip(ids, begun, strict=True)]
+            for ids in (shown, prompt_ids)
+        )
     plain = pad_left(prompt_ids, policy.pad_token_id, device)
     read_ids, read_mask = plain if shown is None else pad_left(shown, policy.pad_token_id, device)
     rows, steps = len(prompt_ids) * num_generations, sampling.max_new_tokens
     if row_seeds is None:
         row_seeds = derive(seed, torch.arange(rows))
     row_seeds = row_seeds.to(device)
+    position = torch.tensor([len(b) for b in begun or [()] * rows], device=device)  # of the first token drawn
 
     decoding = policy.decoding(read_ids, read_mask, conditions, num_generations, steps)
     logits = decoding.start()
@@ -211,7 +223,7 @@ def rollout(
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            seeds=derive(row_seeds, step),
+            seeds=derive(row_seeds, position + step),
         )
         live = ~done
         tokens[running, step] = torch.where(live, drawn, policy.pad_token_id)
@@ -229,6 +241,7 @@ def rollout(
             keep = (~done).nonzero().squeeze(-1)
             decoding.keep(keep)
             running, drawn, row_seeds, done = running[keep], drawn[keep], row_seeds[keep], done[keep]
+            position = position[keep]
         logits = decoding.step(drawn)
 
     longest = int(lengths.max())

@@ -48,16 +48,17 @@ def completion_stats(
     outputs: Sequence[str] = ALL,
     temperature: float = 1.0,
     hidden_grad: bool = False,
+    ref_hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, TokenStats]:
     """(hidden, stats) of the N completion tokens of `batch`, in the order of batch.completion_mask.nonzero().
 
     hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients.
     hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
+    ref_hidden: (N, H), the reference's hidden states, where they are there already (`ahead`).
     """
     mask = batch.completion_mask
     needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
-    ref_hidden = None
-    if needs_reference or not policy.moves_hidden:
+    if ref_hidden is None and (needs_reference or not policy.moves_hidden):
         with torch.no_grad():
             ref_hidden = policy.completion_hidden(batch, None)[mask]
     if not policy.moves_hidden:

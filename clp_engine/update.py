@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from clp_kernels import TokenStats
 
+from clp_engine.ahead import joined
 from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
 from clp_engine.estimators import (
@@ -23,6 +24,7 @@ from clp_engine.estimators import (
 )
 from clp_engine.rollout import Rollout
 from clp_engine.scoring import ALL, completion_stats, unpacked
+from clp_engine.selection import select_tokens
 from clp_engine.value import ValueHead
 
 if TYPE_CHECKING:
@@ -36,8 +38,9 @@ class MicroBatch:
 
     conditions: one row per prompt. rewards: (B,) w.R, scaled as the run scales it.
     weights: (B, T), see `estimators.loss_weights`.
-    old_logprob, values: (B, T), from the first pass over these completions; None in that pass, and values
-        without a value head.
+    old_logprob: (B, T), what the completions were sampled with, None where that is the policy as it is.
+    values: (B, T), from the first pass over these completions; None in that pass, and without a value head.
+    ref_hidden, advantage, token_share: see `generation.Generation`; ref_hidden (N, H).
     """
 
     rollout: Rollout
@@ -46,6 +49,9 @@ class MicroBatch:
     weights: torch.Tensor
     old_logprob: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    ref_hidden: torch.Tensor | None = None
+    advantage: torch.Tensor | None = None
+    token_share: float = 1.0
 
 
 def micro_batches(
@@ -59,15 +65,28 @@ def micro_batches(
     weights = loss_weights(counted, config.loss_type, config.max_completion_length)
     rewards = rescale_rewards(generation.scalar, drawn.group, config.scale_rewards)
     prompts = drawn.prompt_ids.shape[0]
-    per_micro_batch = max(1, config.per_device_train_batch_size // config.num_generations)
+    per_micro_batch = max(1, config.per_device_train_batch_size // drawn.group)
     for start in range(0, prompts, per_micro_batch):
         stop = min(start + per_micro_batch, prompts)
         part = drawn.prompts(start, stop)
         here = slice(start * drawn.group, stop * drawn.group), slice(0, part.completion_ids.shape[1])
         old, values = (None if t is None else t[here] for t in (generation.old_logprob, generation.values))
+        reference, advantage = (
+            None if t is None else t[here[0]] for t in (generation.reference, generation.advantage)
+        )
         yield (
             here,
-            MicroBatch(part, generation.conditions[start:stop], rewards[here[0]], weights[here], old, values),
+            MicroBatch(
+                part,
+                generation.conditions[start:stop],
+                rewards[here[0]],
+                weights[here],
+                old,
+                values,
+                joined(reference),
+                advantage,
+                generation.token_share,
+            ),
         )
 
 
@@ -123,6 +142,7 @@ class Scored:
             old_logprob=self.batch.old_logprob,
             epsilon=config.epsilon,
             epsilon_high=config.epsilon_high,
+            advantage=self.batch.advantage,
         )
 
     def loss(self, c: Coefficients) -> torch.Tensor:
@@ -143,6 +163,7 @@ def forward(
         outputs=ALL,
         temperature=config.temperature,
         hidden_grad=config.kl_estimator == "mixed",
+        ref_hidden=batch.ref_hidden,
     )
     full = {name: unpacked(getattr(stats, name).detach(), mask) for name in ALL}
     conditions = batch.conditions.repeat(batch.rollout.group).to(mask.device)
@@ -184,6 +205,10 @@ def backward(
         )
         gap = by_return - by_exact
         mix_sums = (by_return * gap).sum().item(), gap.square().sum().item()
+    if batch.token_share < 1:
+        group = torch.arange(len(batch.conditions), device=tokens.mask.device)
+        groups = group.repeat_interleave(batch.rollout.group)
+        chosen = select_tokens(chosen, scored.entropy, batch.weights > 0, groups, batch.token_share)
     loss = scored.loss(chosen)
     loss.backward()
     targets = predictions = None
