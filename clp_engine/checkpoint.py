@@ -18,6 +18,7 @@ from clp_engine.value import ValueHead
 
 _STATE, _TENSORS, _POLICY = "trainer_state.json", "training.safetensors", "policy"
 _VALUE = "value."  # in front of the value head's tensors
+_UNFINISHED = "unfinished."  # in front of those of completions that go on (partial.py)
 
 
 def _random_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -53,6 +54,7 @@ def save(
     state: dict[str, Any],
     keep: int | None,
     value_head: ValueHead | None = None,
+    unfinished: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write <output_dir>/checkpoint-<step>; `state` must be JSON. Older ones beyond `keep` go."""
     path = Path(output_dir) / f"checkpoint-{step}"
@@ -60,6 +62,7 @@ def save(
     names = {parameter: name for name, parameter in trained_parameters(policy, value_head).items()}
     if value_head is not None:
         tensors |= {f"{_VALUE}{n}": t.detach().cpu() for n, t in value_head.state_dict().items()}
+    tensors |= {f"{_UNFINISHED}{name}": tensor for name, tensor in (unfinished or {}).items()}
     for parameter, slots in optimizer.state.items():
         for slot, value in slots.items():
             tensors[f"optimizer.{names[parameter]}.{slot}"] = value.detach().cpu().contiguous()
@@ -101,6 +104,12 @@ def load_value_head(path: str | Path, value_head: ValueHead) -> None:
     if not own:
         raise ConfigError(f"{path} holds no value head; its run had another baseline")
     value_head.load_state_dict(own)
+
+
+def load_unfinished(path: str | Path) -> dict[str, torch.Tensor]:
+    """What `save` was given as `unfinished`."""
+    tensors = load_file(Path(path) / _TENSORS)
+    return {name.removeprefix(_UNFINISHED): t for name, t in tensors.items() if name.startswith(_UNFINISHED)}
 
 
 def load(

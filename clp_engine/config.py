@@ -15,6 +15,7 @@ from clp_engine.conditions import KL_CONDITIONING
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
 from clp_engine.prompting import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
+from clp_engine.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
 
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
@@ -22,7 +23,7 @@ DEFAULT_ALPHA = 0.1
 # Settings that do not touch what is computed: a resumed run may change them, and runs that differ in them alone are the same.
 WITHOUT_EFFECT = frozenset(
     """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
-    save_total_limit log_completions report_to run_name disable_tqdm per_device_eval_batch_size""".split()
+    save_total_limit log_completions report_to run_name disable_tqdm per_device_eval_batch_size reward_workers""".split()
 )
 
 
@@ -35,10 +36,12 @@ class CLPConfig:
     """Settings of `CLPTrainer`.
 
     One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions, `num_generations` for
-    each of its prompts; the batch is cut into micro-batches of whole groups. The KL coefficient is given as `alpha`
-    (objective `(1 - alpha) w.R - alpha KL`) or `beta` (`w.R - beta KL`), never both; either is a number, or a range or list
-    from which one is drawn per prompt. Training lasts `max_steps`, `num_train_epochs`, or until `max_generated_tokens` are
-    generated. Raises ConfigError for a value that cannot be used.
+    each of its prompts; the batch is cut into micro-batches of whole groups. A rollout serves one step, or `num_iterations`
+    passes, and several steps a pass where `steps_per_generation` makes it larger: every step but the first is off-policy,
+    `min(ratio A, clip(ratio) A)` with `ratio = pi / pi_sampled` by token, `log pi_sampled` kept from sampling. The KL
+    coefficient is given as `alpha` (objective `(1 - alpha) w.R - alpha KL`) or `beta` (`w.R - beta KL`), never both; either is
+    a number, or a range or list from which one is drawn per prompt. Training lasts `max_steps`, `num_train_epochs`, or until
+    `max_generated_tokens` are generated. Raises ConfigError for a value that cannot be used.
     """
 
     output_dir: str = _option("runs/clp", "folder of the run: logs, checkpoints, final policy")
@@ -102,7 +105,12 @@ class CLPConfig:
     )
     loss_type: str = _option("sequence", "how token terms are averaged: sequence, grpo, dapo or dr_grpo")
     num_iterations: int = _option(
-        1, "optimiser steps per batch of completions; above 1 the ratio to the first is clipped"
+        1, "passes over a rollout; after the first step on it the ratio to the sampled log-probs is clipped"
+    )
+    steps_per_generation: int | None = _option(
+        None,
+        "micro-batches per rollout, as in TRL: a multiple of gradient_accumulation_steps (the default), for several optimiser "
+        "steps on one larger rollout",
     )
     epsilon: float = _option(0.2, "clipping of the ratio from below, and above unless epsilon_high is given")
     epsilon_high: float | None = _option(None, "clipping of the ratio from above")
@@ -111,10 +119,33 @@ class CLPConfig:
         False,
         "measure the KL to the reference even where no coefficient is above 0, and nothing else needs it",
     )
+    rollout_selection: str = _option(
+        "none",
+        "which completions of a group are trained on: none (all) or max_variance (of the advantages; biased)",
+    )
+    selected_rollouts: int | float | None = _option(
+        None,
+        "how many completions of each group, or which share (a number with a point), rollout_selection keeps",
+    )
+    token_selection: str = _option(
+        "none",
+        "which tokens stay in the loss: none (all) or advantage_entropy (largest |advantage| * entropy; biased)",
+    )
+    selected_tokens: float | None = _option(None, "share of each group's tokens that token_selection keeps")
+    selection_schedule: str = _option(
+        "constant", "shares of both selections over training: constant, or linear from the given one to 1"
+    )
 
     # completions
     num_generations: int = _option(8, "completions per prompt")
     max_completion_length: int = _option(512, "most tokens of a completion")
+    partial_rollouts: bool = _option(
+        False,
+        "completions that are not done after max_completion_length_per_step tokens go on in a later step",
+    )
+    max_completion_length_per_step: int | None = _option(
+        None, "most tokens of a completion at one go with partial_rollouts; divides max_completion_length"
+    )
     max_prompt_length: int | None = _option(
         None, "keep the last so many tokens of a prompt; what conditioning prompt writes comes on top"
     )
@@ -161,6 +192,11 @@ class CLPConfig:
     max_grad_norm: float = _option(1.0, "clip the gradient's norm; 0 for no clipping")
     shuffle_dataset: bool = _option(True, "draw prompts in a new order every epoch")
     seed: int = _option(42, "of everything random")
+    reward_workers: int = _option(
+        1,
+        "threads that call reward functions while the device computes what needs no reward; 0 calls them in the main thread "
+        "(async ones and classifiers need none)",
+    )
 
     # keeping track
     logging_steps: int = _option(10, "log the mean metrics of so many steps")
@@ -187,6 +223,8 @@ class CLPConfig:
         self._check_choices()
         self._check_ranges()
         self._check_kl()
+        self._check_rollouts()
+        self._check_selection()
         if self.batch_size % self.num_generations:
             raise ConfigError(
                 f"per_device_train_batch_size * gradient_accumulation_steps = {self.batch_size} completions do not divide into "
@@ -212,6 +250,9 @@ class CLPConfig:
             "loss_type": LOSS_TYPES,
             "eval_strategy": ("no", "steps"),
             "save_strategy": ("no", "steps"),
+            "rollout_selection": ROLLOUT_SELECTIONS,
+            "token_selection": TOKEN_SELECTIONS,
+            "selection_schedule": SCHEDULES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -270,6 +311,7 @@ class CLPConfig:
             "max_grad_norm",
             "epsilon",
             "corner_probability",
+            "reward_workers",
         )
         for name in positive + not_negative:
             value = getattr(self, name)
@@ -290,6 +332,55 @@ class CLPConfig:
             raise ConfigError(
                 f"warmup_steps={self.warmup_steps}: with max_generated_tokens the schedule runs over tokens; "
                 "give warmup_ratio, a share of them"
+            )
+
+    def _check_rollouts(self) -> None:
+        steps, accumulated = self.steps_per_generation, self.gradient_accumulation_steps
+        if steps is not None and (steps < 1 or steps % accumulated):
+            raise ConfigError(
+                f"steps_per_generation={steps}: expected a multiple of gradient_accumulation_steps = {accumulated}, "
+                "the micro-batches of an optimiser step"
+            )
+        length, whole = self.max_completion_length_per_step, self.max_completion_length
+        if self.partial_rollouts != (length is not None):
+            raise ConfigError(
+                f"partial_rollouts={self.partial_rollouts} and max_completion_length_per_step={length}: give both or neither"
+            )
+        if length is not None and (length < 1 or whole % length):
+            raise ConfigError(
+                f"max_completion_length_per_step={length}: expected a number that divides max_completion_length = {whole}"
+            )
+
+    def _check_selection(self) -> None:
+        for selection, name in (
+            ("rollout_selection", "selected_rollouts"),
+            ("token_selection", "selected_tokens"),
+        ):
+            selected, value = getattr(self, selection) != "none", getattr(self, name)
+            if selected != (value is not None):
+                raise ConfigError(
+                    f"{selection}={getattr(self, selection)!r} and {name}={value}: give both or neither"
+                )
+            if isinstance(value, float) and not 0 < value <= 1:
+                raise ConfigError(f"{name}={value}: expected a share, above 0 and at most 1")
+        if self.selection_schedule != "constant" and self.rollout_selection == self.token_selection == "none":
+            raise ConfigError(f"selection_schedule={self.selection_schedule!r}: nothing is selected")
+        if self.rollout_selection == "none":
+            return
+        if (
+            isinstance(self.selected_rollouts, int)
+            and not 2 <= self.selected_rollouts <= self.num_generations
+        ):
+            raise ConfigError(
+                f"selected_rollouts={self.selected_rollouts}: expected 2 to num_generations = {self.num_generations}, or a "
+                "share such as 0.5; a single completion has no variance"
+            )
+        if self.num_generations < 2:
+            raise ConfigError("rollout_selection chooses within a group; num_generations must be at least 2")
+        if self.kl_estimator in ("exact", "mixed") or self.baseline == "value":
+            raise ConfigError(
+                f"rollout_selection needs the advantage before the policy's pass, and kl_estimator={self.kl_estimator!r} with "
+                f"baseline={self.baseline!r} has it only after; use kl_estimator='return' and a baseline of the group"
             )
 
     def _check_kl(self) -> None:
@@ -322,6 +413,31 @@ class CLPConfig:
     def batch_size(self) -> int:
         """Completions per optimiser step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rollout_steps(self) -> int:
+        """Optimiser steps that one pass over a rollout takes."""
+        return (
+            self.steps_per_generation or self.gradient_accumulation_steps
+        ) // self.gradient_accumulation_steps
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimiser steps from one rollout to the next: all passes over it."""
+        return self.rollout_steps * self.num_iterations
+
+    @property
+    def rollout_size(self) -> int:
+        """Completions per rollout."""
+        return self.batch_size * self.rollout_steps
+
+    @property
+    def rollout_share(self) -> float:
+        """selected_rollouts as a share of the group; 1 where nothing is selected."""
+        selected = self.selected_rollouts
+        if selected is None:
+            return 1.0
+        return selected / self.num_generations if isinstance(selected, int) else selected
 
     @property
     def written_prompt(self) -> str | None:

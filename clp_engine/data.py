@@ -22,6 +22,14 @@ class PromptBatch:
     token_ids: list[list[int]]
     columns: dict[str, list]
 
+    def taken(self, indices: Sequence[int]) -> PromptBatch:
+        """These prompts, in this order."""
+        return PromptBatch(
+            [self.prompts[i] for i in indices],
+            [self.token_ids[i] for i in indices],
+            {name: [values[i] for i in indices] for name, values in self.columns.items()},
+        )
+
     def repeated(self, times: int) -> tuple[list, dict[str, list]]:
         """(prompts, columns) with each row `times` times in a row, as reward functions take them."""
         return (

@@ -216,8 +216,9 @@ def measure(
     variants = list(variants or variants_of(trainer))
     taken = []
     for i in range(batches):
-        step = i * trainer.args.num_iterations
-        generation = trainer.collector.training_batch(trainer.train_dataset, step, trainer.state)
+        step = i * trainer.args.steps_per_rollout
+        whole = trainer.collector.training_batch(trainer.train_dataset, step, trainer.state)
+        generation = whole.split(trainer.args.rollout_steps)[0]
         taken.append(gradients_of(trainer, generation, variants))
         if bar is not None:
             bar.update()

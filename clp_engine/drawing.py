@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,10 +22,17 @@ class Drawing:
 
     tokens (B, T) int64, logprobs (B, T) float32 and lengths (B,) int64 grow with every draw; terminated (B,) bool: ended by an
     end token or a stop string, which are part of the completion. row_seeds (B,) int64: token t of a row is drawn from
-    derive(row_seed, t), whatever else is drawn beside it.
+    derive(row_seed, t), whatever else is drawn beside it. begun: tokens that rows said before, which are counted in t and read
+    for stop strings, and not part of `tokens`.
     """
 
-    def __init__(self, policy: ConditionedPolicy, sampling: SamplingParams, row_seeds: torch.Tensor):
+    def __init__(
+        self,
+        policy: ConditionedPolicy,
+        sampling: SamplingParams,
+        row_seeds: torch.Tensor,
+        begun: Sequence[Sequence[int]] | None = None,
+    ):
         rows, device = len(row_seeds), row_seeds.device
         self.limit, self._sampling, self._seeds, self._pad = (
             sampling.max_new_tokens,
@@ -50,6 +58,12 @@ class Drawing:
                     f"stop_strings: what the tokens of {type(policy.tokenizer).__name__} spell cannot be told ({error}); "
                     "use end tokens instead"
                 ) from error
+        begun = [()] * rows if begun is None else begun
+        self._offset = torch.tensor([len(tokens) for tokens in begun], device=device)
+        if self._stop_strings is not None:
+            window = self._stop_strings.maximum_token_len
+            before = [[*[self._pad] * window, *tokens][-window:] for tokens in begun]
+            self._before = torch.tensor(before, dtype=torch.long, device=device)
 
     def draw(self, logits: torch.Tensor, rows: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         """Draw the next token of `rows` (n,) from logits (n, V), where live (n,) -> tokens (n,), padding elsewhere."""
@@ -60,7 +74,7 @@ class Drawing:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            seeds=derive(self._seeds[rows], at),
+            seeds=derive(self._seeds[rows], self._offset[rows] + at),
         )
         drawn = torch.where(live, drawn, self._pad)
         # A row that is not live may be full: its last place is written back as it was.
@@ -80,7 +94,7 @@ class Drawing:
         if self._stop_strings is None:
             return ended
         # The criteria read the end of each row; before its first token there is padding, which spells no text.
-        window = self._stop_strings.maximum_token_len
-        places = self.lengths[rows].unsqueeze(1) - torch.arange(window, 0, -1, device=rows.device)
-        tail = self.tokens[rows].gather(1, places.clamp_min(0)).masked_fill(places < 0, self._pad)
-        return ended | self._stop_strings(tail, None)
+        whole = torch.cat([self._before[rows], self.tokens[rows]], 1)
+        window = self._before.shape[1]
+        places = self.lengths[rows].unsqueeze(1) + torch.arange(window, device=rows.device)
+        return ended | self._stop_strings(whole.gather(1, places), None)

@@ -119,6 +119,12 @@ def objective_scales(kl: torch.Tensor, kl_is_beta: bool = False) -> tuple[torch.
     return (torch.ones_like(kl), kl) if kl_is_beta else (1 - kl, kl)
 
 
+def needs_reference(kl: torch.Tensor, log_kl: bool) -> bool:
+    """Whether the reference is run for rows with KL coefficients `kl` (B,): where none is above 0 it changes no gradient, and
+    is run for the log alone."""
+    return log_kl or bool(kl.any())
+
+
 def scalarise(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """One number per row: sum_i w_i R_i / sum_i w_i over the rewards that apply.
 
@@ -194,6 +200,7 @@ def coefficients(
     old_logprob: torch.Tensor | None = None,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
+    advantage: torch.Tensor | None = None,
 ) -> Coefficients:
     """The coefficients that estimate the gradient of J (formulas at the top of the module).
 
@@ -212,10 +219,14 @@ def coefficients(
         it is clipped. epsilon_high defaults to epsilon. The KL terms use the current log-probs; the loss
         terms (exact's kl, k2, k3) carry no ratio, as in TRL. Ratio by token and clipping are biased both,
         towards the policy that sampled.
+    advantage: (B,), see `advantages`, where the rows are a part of their groups: rewards, group_size,
+        baseline and scale_rewards are then not looked at.
 
     Returns Coefficients in the dtype of tokens.logprob, detached. Raises ValueError for an unknown name, a
     shape that does not fit, or a missing tokens.kl.
     """
+    if advantage is not None:
+        group_size, baseline, scale_rewards = 1, "none", "none"
     _check(tokens, rewards, kl_coef, reward_scale, group_size, estimator, baseline, mix, values)
     dtype, mask = tokens.logprob.dtype, tokens.mask
     kl_coef, reward_scale = kl_coef.to(dtype), reward_scale.to(dtype)
@@ -223,7 +234,15 @@ def coefficients(
     log_ratio = torch.where(mask, tokens.logprob - tokens.ref_logprob, 0.0)
 
     exact = _share_of_exact(estimator, mix)
-    if baseline == "value":
+    if advantage is not None:
+        if advantage.shape != rewards.shape:
+            raise ValueError(
+                f"advantage must be ({len(rewards)},), one per row; got {tuple(advantage.shape)}"
+            )
+        counts = ~advantage.isnan()
+        advantage = torch.where(counts, advantage.to(dtype), 0.0)
+        score = advantage.unsqueeze(-1) * mask
+    elif baseline == "value":
         returns = _returns_to_go(tokens, log_ratio, rewards, kl_coef, reward_scale, estimator, exact)
         counts = ~returns.isnan().any(-1)
         advantage = torch.where(tokens.mask & counts.unsqueeze(-1), returns - values.to(dtype), 0.0)
@@ -242,6 +261,36 @@ def coefficients(
     elif estimator == "k3":
         score = score + loss_coef * torch.expm1(-log_ratio)
     return Coefficients(score, -exact * loss_coef if exact else None, advantage, clip_low, clip_high)
+
+
+@torch.no_grad()
+def advantages(
+    tokens: Tokens,
+    rewards: torch.Tensor,
+    kl_coef: torch.Tensor,
+    reward_scale: torch.Tensor,
+    group_size: int,
+    *,
+    estimator: str = "return",
+    baseline: str = "leave_one_out",
+    scale_rewards: str = "none",
+) -> torch.Tensor:
+    """A of each row alone, (B,), as `coefficients` has it; NaN for a row without an objective.
+
+    Arguments as there; not for baseline "value", whose A is by token.
+    """
+    c = coefficients(
+        tokens,
+        rewards,
+        kl_coef,
+        reward_scale,
+        group_size,
+        estimator=estimator,
+        baseline=baseline,
+        scale_rewards=scale_rewards,
+    )
+    _, counts = _advantage(rewards, group_size, baseline)
+    return torch.where(counts, c.advantage, math.nan)
 
 
 @torch.no_grad()

@@ -383,7 +383,7 @@ def _measure(
     kl, length, truncated = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     with tqdm(total=math.prod(shape), desc="evaluate", unit="row", disable=not plan.progress) as bar:
         for points, prompts in _batches(whole.token_ids, len(everyone), plan.batch_rows // generations):
-            batch = _select(whole, prompts.tolist())
+            batch = whole.taken(prompts.tolist())
             # Equal streams at every point: the seed does not know the point.
             seeds = derive(plan.seed, prompts.unsqueeze(-1), torch.arange(generations)).flatten()
             drawn = rollout(
@@ -419,14 +419,6 @@ def _batches(
     points = torch.arange(policies).repeat(len(order))
     size = max(size, 1)
     return zip(points.split(size), order.repeat_interleave(policies).split(size))
-
-
-def _select(batch: PromptBatch, indices: Sequence[int]) -> PromptBatch:
-    return PromptBatch(
-        [batch.prompts[i] for i in indices],
-        [batch.token_ids[i] for i in indices],
-        {name: [values[i] for i in indices] for name, values in batch.columns.items()},
-    )
 
 
 def _rewards(

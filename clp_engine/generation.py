@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers.trainer_callback import TrainerState
 
-from clp_engine import seeds
+from clp_engine import ahead, seeds
 from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
 from clp_engine.data import PromptBatch, PromptDataset, completion_texts
-from clp_engine.estimators import scalarise
+from clp_engine.estimators import needs_reference, scalarise
 from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rewards import RewardSet
+from clp_engine.rewards import PendingRewards, RewardSet
 from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.samplers import ConditionSampler
 
@@ -30,15 +31,29 @@ _CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
 
 @dataclass
 class Generation:
-    """The completions of one batch, rewarded; the first pass over them fills in `old_logprob` (B, T) and, with a value head,
-    `values` (B, T), for the passes after it."""
+    """Completions, rewarded, and what the passes over them keep.
+
+    rewards: (B, M); scalar: (B,) w.R; metrics: of everything that was drawn.
+    new_tokens: completion tokens drawn for it; others than its own where partial rollouts go on (`partial`).
+    reference: of each completion (n_b, H) or None, the reference's hidden states where they are there already (`ahead`).
+    advantage: (B,), taken from whole groups where `rollout` has a part of them alone (`selection`), or None.
+    token_share: of each group's tokens that stay in the loss (`selection`).
+    old_logprob: (B, T), what the tokens were sampled with, where the policy has moved since (`rollout.logprobs`); None in
+        the pass of the policy that sampled them, whose ratio is one by construction.
+    passes: over these completions so far. values: (B, T), of a value head, from the first of them.
+    """
 
     rollout: Rollout
     conditions: Conditions
     rewards: torch.Tensor
     scalar: torch.Tensor
     metrics: dict[str, float]
+    new_tokens: int
+    reference: list[torch.Tensor | None] | None = None
+    advantage: torch.Tensor | None = None
+    token_share: float = 1.0
     old_logprob: torch.Tensor | None = None
+    passes: int = 0
     values: torch.Tensor | None = None
 
     @property
@@ -50,9 +65,36 @@ class Generation:
     def num_generated_tokens(self) -> int:
         return int(self.rollout.completion_mask.sum())
 
+    def split(self, count: int) -> list[Generation]:
+        """`count` parts of as many prompts each, one for each optimiser step; before any pass."""
+        if count == 1:
+            return [self]
+        prompts, group = len(self.conditions) // count, self.rollout.group
+        parts = []
+        for start in range(0, count * prompts, prompts):
+            rows = slice(start * group, (start + prompts) * group)
+            reference, advantage = (None if t is None else t[rows] for t in (self.reference, self.advantage))
+            parts.append(
+                Generation(
+                    self.rollout.prompts(start, start + prompts),
+                    self.conditions[start : start + prompts],
+                    self.rewards[rows],
+                    self.scalar[rows],
+                    self.metrics,
+                    self.new_tokens,
+                    reference,
+                    advantage,
+                    self.token_share,
+                )
+            )
+        return parts
+
 
 class Collector:
-    """Draws the batches of a run, as its settings say; `timer` counts the phases "rollout" and "reward".
+    """Draws the batches of a run, as its settings say.
+
+    `timer` counts the phases "rollout", "reference" (computed while the reward functions run), "reward" (in which at least
+    one of them ran), "reward/<name>" (of each) and "reward_wait" (in which nothing else happened).
 
     The methods' `state` is what the reward functions receive as `trainer_state`.
     """
@@ -76,28 +118,45 @@ class Collector:
             args.min_p,
             tuple(args.stop_strings or ()),
         )
-        self._extra_metrics: dict[str, list[float]] = {}
-        self._extra_columns: dict[str, list] = {}
 
     def training_batch(self, dataset: PromptDataset, step: int, state: TrainerState) -> Generation:
-        """Prompts, conditions, completions and rewards of optimiser step `step`."""
+        """Prompts, conditions, completions and rewards of the rollout that optimiser step `step` starts with."""
+        batch, conditions, row_seeds = self.planned(dataset, step)
+        order = self.arranged(batch.token_ids)
+        batch, conditions = batch.taken(order), conditions[order]
+        drawn = self.draw(batch, conditions, row_seeds[order].view(-1))
+        return self.rewarded_batch(batch, conditions, drawn, step, state)
+
+    def planned(self, dataset: PromptDataset, step: int) -> tuple[PromptBatch, Conditions, torch.Tensor]:
+        """What that rollout is to draw, in the order of the data: P prompts, their conditions, row seeds (P, group)."""
         a = self.args
-        prompts = a.batch_size // a.num_generations
-        position = step // a.num_iterations * prompts
+        prompts = a.rollout_size // a.num_generations
+        position = step // a.steps_per_rollout * prompts
         batch = dataset.batch(dataset.indices(position, prompts, a.seed, a.shuffle_dataset))
-        # Prompts of like length share a micro-batch; the order changes nothing else, since every prompt draws for itself.
         conditions = self.sampler.sample(prompts, seeds.generator(a.seed, _CONDITIONS, step))
-        order = sorted(range(prompts), key=lambda i: len(batch.token_ids[i]))
-        row_seeds = (
-            seeds.derive(a.seed, _TOKENS, step, torch.arange(a.batch_size)).view(prompts, -1)[order].view(-1)
-        )
-        batch = PromptBatch(
-            [batch.prompts[i] for i in order],
-            [batch.token_ids[i] for i in order],
-            {name: [values[i] for i in order] for name, values in batch.columns.items()},
-        )
-        generation = self._generate(batch, conditions[order], row_seeds, state)
-        if a.log_completions:
+        row_seeds = seeds.derive(a.seed, _TOKENS, step, torch.arange(a.rollout_size))
+        return batch, conditions, row_seeds.view(prompts, -1)
+
+    def arranged(self, token_ids: list[list[int]]) -> list[int]:
+        """An order in which prompts of like length share a micro-batch, within the part of each optimiser step. It changes
+        nothing else, since every prompt draws for itself."""
+        per_step = self.args.batch_size // self.args.num_generations
+        return sorted(range(len(token_ids)), key=lambda i: (i // per_step, len(token_ids[i])))
+
+    def rewarded_batch(
+        self,
+        batch: PromptBatch,
+        conditions: Conditions,
+        drawn: Rollout,
+        step: int,
+        state: TrainerState,
+        new_tokens: int | None = None,
+    ) -> Generation:
+        """A rollout to train on, with its rewards and what was computed while they were."""
+        generation = self._rewarded(batch, conditions, drawn, state, for_training=True)
+        if new_tokens is not None:
+            generation.new_tokens = new_tokens
+        if self.args.log_completions:
             self._write_completions(batch, generation, step)
         return generation
 
@@ -108,45 +167,66 @@ class Collector:
         a, rows = self.args, stop - start
         conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
         row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * a.num_generations))
-        return self._generate(dataset.batch(range(start, stop)), conditions, row_seeds, state)
+        batch = dataset.batch(range(start, stop))
+        return self._rewarded(batch, conditions, self.draw(batch, conditions, row_seeds), state)
 
-    def _generate(
-        self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor, state: TrainerState
-    ) -> Generation:
-        group = self.args.num_generations
+    def draw(self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor) -> Rollout:
+        """Completions of each prompt, one per row seed."""
         with self.timer("rollout"):
-            drawn = rollout(
+            return rollout(
                 self.policy,
                 batch.token_ids,
                 conditions,
-                num_generations=group,
+                num_generations=self.args.num_generations,
                 sampling=self.sampling,
                 row_seeds=row_seeds,
                 prompts=batch.prompts,
                 max_rows=self.args.rollout_rows,
             )
-        with self.timer("reward"):
-            rewards = self._reward(batch, drawn, state)
-            scalar = scalarise(rewards, conditions.repeat(group).weights)
-        metrics = completion_metrics(drawn) | reward_metrics(
-            self.rewards.names, rewards, scalar, conditions.repeat(group), group
-        )
-        metrics |= {name: sum(v) / len(v) for name, v in self._extra_metrics.items()}
-        return Generation(drawn, conditions, rewards, scalar.to(self.policy.device), metrics)
 
-    def _reward(self, batch: PromptBatch, drawn: Rollout, state: TrainerState) -> torch.Tensor:
+    def _rewarded(
+        self,
+        batch: PromptBatch,
+        conditions: Conditions,
+        drawn: Rollout,
+        state: TrainerState,
+        for_training: bool = False,
+    ) -> Generation:
+        started, reference = time.perf_counter(), None
+        pending = self._start_rewards(batch, drawn, state)
+        asked = time.perf_counter() - started  # with functions that run in this thread
+        needed = needs_reference(conditions.kl, self.args.log_kl) or not self.policy.moves_hidden
+        if for_training and needed:
+            with self.timer("reference"):
+                reference = ahead.reference_hidden(self.policy, drawn, self.args)
+        started = time.perf_counter()
+        rewards = pending.result()
+        seconds = self.timer.seconds
+        seconds["reward_wait"] += asked + time.perf_counter() - started
+        seconds["reward"] += pending.busy
+        for name, spent in pending.seconds.items():
+            seconds[f"reward/{name}"] += spent
+        each = conditions.repeat(drawn.group)
+        scalar = scalarise(rewards, each.weights)
+        metrics = completion_metrics(drawn) | reward_metrics(
+            self.rewards.names, rewards, scalar, each, drawn.group
+        )
+        self._extra_columns = pending.columns
+        return Generation(
+            drawn,
+            conditions,
+            rewards,
+            scalar.to(self.policy.device),
+            metrics | pending.metrics,
+            int(drawn.completion_mask.sum()),
+            reference,
+        )
+
+    def _start_rewards(self, batch: PromptBatch, drawn: Rollout, state: TrainerState) -> PendingRewards:
         prompts, columns = batch.repeated(drawn.group)
         token_lists = drawn.token_lists()
-        self._extra_metrics, self._extra_columns = {}, {}
-        return self.rewards(
-            prompts,
-            completion_texts(self.tokenizer, token_lists, prompts),
-            token_lists,
-            columns,
-            trainer_state=state,
-            log_extra=self._extra_columns.__setitem__,
-            log_metric=lambda name, value: self._extra_metrics.setdefault(name, []).append(float(value)),
-        )
+        texts = completion_texts(self.tokenizer, token_lists, prompts)
+        return self.rewards.start(prompts, texts, token_lists, columns, trainer_state=state)
 
     def _write_completions(self, batch: PromptBatch, generation: Generation, step: int) -> None:
         drawn, rewards = generation.rollout, generation.rewards

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 class Budget:
     """When a run ends: after `steps` optimiser steps, or with the step in which `tokens` completion tokens have been generated.
 
-    Either may be None, and the first to be reached counts. tokens_per_step: the most that one step can generate.
-    num_iterations: optimiser steps per batch of completions; tokens end the run after the last of them.
+    Either may be None, and the first to be reached counts. tokens_per_step: the most that one rollout can generate.
+    num_iterations: optimiser steps per rollout; tokens end the run after the last of them.
     """
 
     steps: int | None

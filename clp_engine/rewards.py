@@ -1,17 +1,33 @@
-"""Reward functions in TRL's convention, and the (rows, M) tensor they give."""
+"""Reward functions in TRL's convention, and the (rows, M) tensor they give.
+
+Functions run beside the thread that asks for them, so that a step computes what needs no reward meanwhile:
+
+    async functions       all at once, in one event loop that lives as long as the RewardSet
+    other functions       on `workers` threads, in their order; with workers=0 in the asking thread, before `start` returns
+    modules, classifiers  in the asking thread, whose device they use
+
+Python runs one thread's bytecode at a time: a function that waits (network, files, subprocesses) or computes in C overlaps
+with training, one that loops in Python takes turns with the thread that feeds the device, at no gain and no loss.
+
+Global generators (random, numpy, torch): with one worker functions run one after another, in their order, while nothing else
+here draws, so that a run repeats itself to the bit. Several functions that draw at the same time, async ones or on two and
+more workers, take their numbers in whatever order they come to it: give each a generator of its own.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import contextvars
 import inspect
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from clp_engine.errors import ConfigError
+from clp_engine.workers import EventLoop, Workers
 
 RewardFunction = Callable[..., Any]
 
@@ -73,10 +89,10 @@ class RewardSet:
     reward_funcs: one or a list of: a function (sync or async) called with keywords only (`prompts`, `completions`,
     `completion_ids`, every dataset column, `trainer_state`, `log_extra`, `log_metric`) that returns one float or None per
     row; a sequence classifier; or the name or path of one. A mapping gives the names itself; otherwise a function's
-    `__name__` and a model's own name are taken.
+    `__name__` and a model's own name are taken. workers: threads for functions that are not async (module docstring).
     """
 
-    def __init__(self, reward_funcs, processing_classes=None):
+    def __init__(self, reward_funcs, processing_classes=None, workers: int = 0):
         if isinstance(reward_funcs, Mapping):
             names, funcs = list(reward_funcs), list(reward_funcs.values())
         else:
@@ -103,9 +119,43 @@ class RewardSet:
             raise ConfigError(
                 f"two rewards have the same name ({', '.join(self.names)}); give a mapping from names to functions"
             )
+        self._workers = Workers(workers) if workers else None
+        self._loop = EventLoop()
 
     def __len__(self) -> int:
         return len(self.functions)
+
+    def start(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        columns: Mapping[str, list],
+        **context,
+    ) -> PendingRewards:
+        """Set every function to work. columns: each of length rows. context: passed on."""
+        arguments = {
+            **columns,
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            **context,
+        }
+        calls = [_Call(name, f, self._loop) for name, f in zip(self.names, self.functions)]
+        here = []
+        for call in calls:  # what waits first, so that it waits for as long as possible
+            if _is_async(call.function):
+                call.run(arguments)
+            elif self._workers is None or isinstance(call.function, ClassifierReward | torch.nn.Module):
+                here.append(call)
+            else:
+                call.on_worker = True
+                self._workers.submit(_in_context_of_caller(call, arguments))
+        for call in here:
+            call.run(arguments)
+            if call.failed:
+                call.value()  # raises
+        return PendingRewards(calls, len(completions))
 
     def __call__(
         self,
@@ -115,54 +165,135 @@ class RewardSet:
         columns: Mapping[str, list],
         **context,
     ) -> torch.Tensor:
-        """(rows, M) float32, NaN where a function gave None. columns: each of length rows. context: passed on.
+        """`start(...).result()`."""
+        return self.start(prompts, completions, completion_ids, columns, **context).result()
+
+
+class PendingRewards:
+    """The calls of one batch of completions, on their way."""
+
+    def __init__(self, calls: list[_Call], rows: int):
+        self._calls, self._rows = calls, rows
+
+    def result(self) -> torch.Tensor:
+        """Wait for them: (rows, M) float32, NaN where a function gave None.
 
         Raises ValueError where a function returns another number of rewards than rows, RuntimeError naming the function
-        where one fails.
+        where one fails, with the function's own error as its cause.
         """
-        arguments = {
-            **columns,
-            "prompts": prompts,
-            "completions": completions,
-            "completion_ids": completion_ids,
-            **context,
-        }
-        results: list[Any] = [self._call(name, f, arguments) for name, f in zip(self.names, self.functions)]
-        waiting = [i for i, r in enumerate(results) if inspect.isawaitable(r)]
-        if waiting:
-            for i, value in zip(waiting, _run_all([results[i] for i in waiting])):
-                if isinstance(value, BaseException):
-                    raise RuntimeError(f"reward function {self.names[i]!r} failed: {value!r}") from value
-                results[i] = value
-        return torch.stack(
-            [self._column(name, r, len(completions)) for name, r in zip(self.names, results)], -1
-        )
+        return torch.stack([self._column(call.name, call.value()) for call in self._calls], -1)
 
-    @staticmethod
-    def _call(name: str, function: RewardFunction, arguments: dict) -> Any:
-        try:
-            return function(**arguments)
-        except Exception as error:
-            raise RuntimeError(f"reward function {name!r} failed: {error!r}") from error
-
-    @staticmethod
-    def _column(name: str, values: Any, rows: int) -> torch.Tensor:
+    def _column(self, name: str, values: Any) -> torch.Tensor:
         values = values.tolist() if isinstance(values, torch.Tensor) else list(values)
-        if len(values) != rows:
+        if len(values) != self._rows:
             raise ValueError(
-                f"reward function {name!r} returned {len(values)} rewards for {rows} completions"
+                f"reward function {name!r} returned {len(values)} rewards for {self._rows} completions"
             )
         return torch.tensor([float("nan") if v is None else float(v) for v in values], dtype=torch.float32)
 
+    # What follows is whole once `result` has returned, and in the order of the functions, whichever ended first.
 
-def _run_all(awaitables: list) -> list:
-    """Results (or exceptions) of all, run together; on a thread of its own, since the caller may be inside a running loop."""
+    @property
+    def columns(self) -> dict[str, list]:
+        """What the functions gave to `log_extra`."""
+        return {name: values for call in self._calls for name, values in call.columns.items()}
 
-    async def gather():
-        return await asyncio.gather(*awaitables, return_exceptions=True)
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means of what they gave to `log_metric`."""
+        values: dict[str, list[float]] = {}
+        for call in self._calls:
+            for name, value in call.metrics:
+                values.setdefault(name, []).append(value)
+        return {name: sum(v) / len(v) for name, v in values.items()}
 
-    results: list = []
-    thread = threading.Thread(target=lambda: results.extend(asyncio.run(gather())))
-    thread.start()
-    thread.join()
-    return results
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each function, from its start to its end."""
+        return {call.name: call.ended - call.started for call in self._calls}
+
+    @property
+    def busy(self) -> float:
+        """Seconds in which at least one function was running."""
+        total, until = 0.0, float("-inf")
+        for start, end in sorted((call.started, call.ended) for call in self._calls):
+            total, until = total + max(0.0, end - max(start, until)), max(until, end)
+        return total
+
+
+class _Call:
+    """One function with one batch of completions: runs wherever it is run, and keeps what came of it."""
+
+    def __init__(self, name: str, function: RewardFunction, loop: EventLoop):
+        self.name, self.function, self._loop = name, function, loop
+        self.columns: dict[str, list] = {}
+        self.metrics: list[tuple[str, float]] = []
+        self.started = self.ended = 0.0
+        self.on_worker = False
+        self._done: Future = Future()
+
+    def run(self, arguments: dict) -> None:
+        """Anything but an Exception (an interrupt) is kept, too, and raised here as well."""
+        self.started = time.perf_counter()
+        try:
+            value = self.function(
+                **arguments, log_extra=self.columns.__setitem__, log_metric=self._log_metric
+            )
+        except BaseException as error:
+            self._end(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if inspect.isawaitable(value):
+                self._loop.submit(self._run_awaitable(value))
+            else:
+                self._end(None, value)
+
+    async def _run_awaitable(self, awaitable) -> None:
+        try:
+            value = await awaitable
+        except BaseException as error:
+            self._end(error)
+        else:
+            self._end(None, value)
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self.metrics.append((name, float(value)))
+
+    def _end(self, error: BaseException | None, value: Any = None) -> None:
+        self.ended = time.perf_counter()
+        if error is None:
+            self._done.set_result(value)
+        else:
+            self._done.set_exception(error)
+
+    @property
+    def failed(self) -> bool:
+        return self._done.done() and self._done.exception() is not None
+
+    def value(self) -> Any:
+        """Wait for what the function returns, or raise what it raised."""
+        try:
+            return self._done.result()
+        except Exception as error:
+            hint = ""
+            if self.on_worker and "thread" in str(error):
+                hint = "; it ran on a worker thread: reward_workers=0 calls it in the main one"
+            raise RuntimeError(f"reward function {self.name!r} failed: {error!r}{hint}") from error
+
+
+def _is_async(function: RewardFunction) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _in_context_of_caller(call: _Call, arguments: dict) -> Callable[[], None]:
+    """The call with the caller's context variables and CUDA device, which belong to a thread."""
+    context = contextvars.copy_context()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        context.run(call.run, arguments)
+
+    return run

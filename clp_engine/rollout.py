@@ -133,6 +133,7 @@ def rollout(
     row_seeds: torch.Tensor | None = None,
     prompts: Sequence | None = None,
     max_rows: int | None = None,
+    begun: Sequence[Sequence[int]] | None = None,
 ) -> Rollout:
     """Draw `num_generations` completions of each of P prompts, each prompt under its own condition.
 
@@ -141,19 +142,29 @@ def rollout(
     made from, where prompt conditioning has to find its place in chat messages. max_rows: completions that are decoded at
     once (at least a group); prompts wait and take the places of completions that have ended, so that a long one holds up
     nobody. None is all at once.
+
+    begun: of the one completion of each prompt (num_generations=1), the tokens that are there already. It goes on after them,
+    read as a part of the prompt, with the random numbers of the positions that follow; only what follows is returned.
     """
     sampling = sampling or SamplingParams()
     if len(conditions) != len(prompt_ids):
         raise ValueError(
             f"conditions has {len(conditions)} rows for {len(prompt_ids)} prompts; expected one per prompt"
         )
+    if begun is not None and num_generations != 1:
+        raise ValueError(f"begun continues one completion per prompt; got num_generations={num_generations}")
     device = policy.device
     shown = policy.shown_prompts(prompt_ids, conditions, prompts)
+    if begun is not None:
+        shown, prompt_ids = (
+            None if ids is None else [[*prompt, *tokens] for prompt, tokens in zip(ids, begun, strict=True)]
+            for ids in (shown, prompt_ids)
+        )
     plain = pad_left(prompt_ids, policy.pad_token_id, device)
     read_ids, read_mask = plain if shown is None else pad_left(shown, policy.pad_token_id, device)
     if row_seeds is None:
         row_seeds = derive(seed, torch.arange(len(prompt_ids) * num_generations))
-    drawing = Drawing(policy, sampling, row_seeds.to(device))
+    drawing = Drawing(policy, sampling, row_seeds.to(device), begun)
     if policy.shares_prompts:
         at_once = len(prompt_ids) if max_rows is None else max(1, max_rows // num_generations)
         decoding = policy.decoding(

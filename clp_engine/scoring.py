@@ -83,21 +83,22 @@ def completion_stats(
     temperature: float = 1.0,
     hidden_grad: bool = False,
     mask: torch.Tensor | None = None,
+    ref_hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, TokenStats]:
     """(hidden, stats) of the N completion tokens of `mask`, in the order of mask.nonzero(); by default all of `batch`.
 
     hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients,
     and only where `outputs` need it.
     hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
+    ref_hidden: (N, H), the reference's hidden states, where they are there already (`ahead`).
     """
     mask = batch.completion_mask if mask is None else mask
     needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
     grad = torch.is_grad_enabled()
-    if needs_reference and policy.moves_hidden and policy.joins_reference and not grad:
+    if needs_reference and policy.moves_hidden and policy.joins_reference and ref_hidden is None and not grad:
         hidden, ref_hidden = joint_hidden(policy, batch, policy.coefficients(conditions), mask)
     else:
-        ref_hidden = None
-        if needs_reference or not policy.moves_hidden:
+        if ref_hidden is None and (needs_reference or not policy.moves_hidden):
             with torch.no_grad():
                 ref_hidden = policy.completion_hidden(batch, None, mask)
         if not policy.moves_hidden:
@@ -115,6 +116,16 @@ def completion_stats(
         temperature=temperature,
         outputs=outputs,
     )
+
+
+def parts(batch: Rollout, max_rows: int, max_tokens: int | None) -> Iterator[tuple[int, int]]:
+    """Prompts [start, stop) of each micro-batch: whole groups of at most `max_rows` completions, or, where it is given, of at
+    most `max_tokens` tokens."""
+    if max_tokens is not None:
+        yield from within_budget(batch, max_tokens)
+        return
+    prompts, step = batch.prompt_ids.shape[0], max(1, max_rows // batch.group)
+    yield from ((start, min(start + step, prompts)) for start in range(0, prompts, step))
 
 
 def within_budget(batch: Rollout, max_tokens: int) -> Iterator[tuple[int, int]]:

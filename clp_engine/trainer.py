@@ -31,11 +31,13 @@ from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
 from clp_engine.generation import Collector, Generation
 from clp_engine.metrics import MetricLog, PhaseTimer
+from clp_engine.partial import PartialRollouts
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
 from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
+from clp_engine.selection import select
 from clp_engine.update import backward, micro_batches
 from clp_engine.value import ValueHead, explained_variance
 
@@ -88,7 +90,7 @@ class CLPTrainer:
                 "quantization_config: quantised base models are not supported; load the model in bfloat16"
             )
         self.args = args or CLPConfig()
-        self.rewards = RewardSet(reward_funcs, reward_processing_classes)
+        self.rewards = RewardSet(reward_funcs, reward_processing_classes, self.args.reward_workers)
         self.sampler = condition_sampler or self._build_sampler()
         self.policy = self._build_policy(model, processing_class, peft_config)
         self.tokenizer = processing_class or self.policy.tokenizer
@@ -108,6 +110,7 @@ class CLPTrainer:
         self.collector = Collector(
             self.policy, self.rewards, self.sampler, self.tokenizer, self.args, self.timer
         )
+        self.partial = PartialRollouts(self.collector) if self.args.partial_rollouts else None
         self.controller = MixController()
         self.value_head = self._build_value_head() if self.args.baseline == "value" else None
         self.num_generated_tokens = 0
@@ -274,21 +277,21 @@ class CLPTrainer:
     def _update(self, generation: Generation) -> dict[str, float]:
         """Gradient of every micro-batch, clipping, one optimiser step; returns metrics."""
         a, drawn = self.args, generation.rollout
-        first = generation.old_logprob is None
-        results, old = [], torch.zeros_like(drawn.logprobs)
-        values = None if self.value_head is None else torch.zeros_like(old)
+        first = generation.passes == 0
+        results = []
+        values = None if self.value_head is None else torch.zeros_like(drawn.logprobs)
         with self.timer("update"):
             for here, part in micro_batches(generation, a):
                 result = backward(
                     self.policy, part, a, self.controller, self.value_head, generation.num_generated_tokens
                 )
-                old[here] = result.logprob
                 if values is not None:
                     values[here] = result.values
                 results.append((part.rollout, result))
-        metrics = self._update_metrics(results, first)
+        metrics = self._update_metrics(results, first, generation.old_logprob is None)
+        generation.passes += 1
         if first:
-            generation.old_logprob, generation.values = old, values
+            generation.values = values
         with self.timer("optimizer"):
             parameters = list(self.policy.adapter_parameters().values())
             norm = torch.nn.utils.clip_grad_norm_(parameters, a.max_grad_norm or math.inf).item()
@@ -307,8 +310,9 @@ class CLPTrainer:
             self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
-    def _update_metrics(self, results: list, first: bool) -> dict[str, float]:
-        """Means over the step's micro-batches; in the first pass also how far training is from what rollout sampled."""
+    def _update_metrics(self, results: list, first: bool, on_policy: bool) -> dict[str, float]:
+        """Means over the step's micro-batches. first: of the passes over these completions. on_policy: the policy is the one
+        that sampled them; then also how far training is from what rollout said, otherwise what was clipped."""
         tokens = sum(int(part.completion_mask.sum()) for part, _ in results)
         rows = sum(part.completion_ids.shape[0] for part, _ in results)
         metrics = {
@@ -318,7 +322,7 @@ class CLPTrainer:
         if all(r.kl is not None for _, r in results):
             total = sum(r.kl.sum().item() for _, r in results)
             metrics |= {"kl": total / max(tokens, 1), "kl_sequence": total / max(rows, 1)}
-        if first:
+        if on_policy:
             gaps = torch.cat([(r.logprob - p.logprobs).abs()[p.completion_mask] for p, r in results])
             metrics |= {
                 "sampling/sampling_logp_difference/mean": gaps.mean().item(),
@@ -355,8 +359,8 @@ class CLPTrainer:
     @property
     def budget(self) -> Budget:
         a = self.args
-        per_step = a.batch_size * a.max_completion_length
-        return Budget(self.max_steps, a.max_generated_tokens, per_step, a.num_iterations)
+        per_step = a.rollout_size * a.max_completion_length
+        return Budget(self.max_steps, a.max_generated_tokens, per_step, a.steps_per_rollout)
 
     @property
     def max_steps(self) -> int | None:
@@ -366,8 +370,8 @@ class CLPTrainer:
             return a.max_steps
         if a.max_generated_tokens is not None:
             return None
-        prompts = a.batch_size // a.num_generations
-        return max(1, math.ceil(a.num_train_epochs * len(self.train_dataset) / prompts)) * a.num_iterations
+        prompts = a.rollout_size // a.num_generations
+        return max(1, math.ceil(a.num_train_epochs * len(self.train_dataset) / prompts)) * a.steps_per_rollout
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Run to the end. resume_from_checkpoint: a checkpoint folder, or True for the newest in output_dir; the steps that
@@ -439,15 +443,15 @@ class CLPTrainer:
         a, state = self.args, self.state
         start = time.perf_counter()
         self.timer.seconds.clear()
-        iteration = state.global_step % a.num_iterations
+        iteration = state.global_step % a.steps_per_rollout
         if iteration == 0:
             self._begin_epoch_if_new()
         self.control = self.callback_handler.on_step_begin(a, state, self.control)
         if iteration == 0:
-            self._generation = self.collector.training_batch(self.train_dataset, state.global_step, state)
-            state.num_input_tokens_seen += self._generation.num_tokens
-            generated = self._generation.num_generated_tokens
-            self.num_generated_tokens += generated
+            generated = self._collect()
+        self._generation = self._generations[iteration % a.rollout_steps]
+        if iteration > 0 or self.partial is not None:
+            self._generation.old_logprob = self._generation.rollout.logprobs
         metrics = self._update(self._generation)
         if iteration == 0:
             metrics |= self._generation.metrics
@@ -479,14 +483,27 @@ class CLPTrainer:
             self._save_when_whole()
         return metrics["loss"]
 
+    def _collect(self) -> int:
+        """The completions of the steps up to the next rollout; returns how many tokens were drawn."""
+        a, state = self.args, self.state
+        source = self.collector if self.partial is None else self.partial
+        whole = source.training_batch(self.train_dataset, state.global_step, state)
+        state.num_input_tokens_seen += whole.num_tokens
+        self.num_generated_tokens += whole.new_tokens
+        if a.rollout_selection != "none" or a.token_selection != "none":
+            with self.timer("selection"):
+                whole = select(self.policy, whole, a, state.global_step / max(state.max_steps, 1))
+        self._generations = whole.split(a.rollout_steps)
+        return whole.new_tokens
+
     def _epoch(self, step: int) -> float:
         a = self.args
-        return step // a.num_iterations * (a.batch_size // a.num_generations) / len(self.train_dataset)
+        return step // a.steps_per_rollout * (a.rollout_size // a.num_generations) / len(self.train_dataset)
 
     def _begin_epoch_if_new(self) -> None:
         epoch = int(self._epoch(self.state.global_step))
         before = (
-            int(self._epoch(self.state.global_step - self.args.num_iterations))
+            int(self._epoch(self.state.global_step - self.args.steps_per_rollout))
             if self.state.global_step
             else -1
         )
@@ -552,8 +569,8 @@ class CLPTrainer:
     _save_pending = False
 
     def _save_when_whole(self) -> None:
-        """Write a checkpoint, or remember to: several passes over one batch of completions are not cut in two."""
-        self._save_pending = self.state.global_step % self.args.num_iterations != 0
+        """Write a checkpoint, or remember to: the steps on one rollout are not cut in two."""
+        self._save_pending = self.state.global_step % self.args.steps_per_rollout != 0
         if self._save_pending:
             return
         checkpoint.save(
@@ -572,6 +589,7 @@ class CLPTrainer:
             },
             self.args.save_total_limit,
             self.value_head,
+            None if self.partial is None else self.partial.state_dict(),
         )
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -590,6 +608,8 @@ class CLPTrainer:
                 "(or start a new run from its policy folder)"
             )
         checkpoint.load(path, self.policy, self.optimizer, self.value_head)
+        if self.partial is not None:
+            self.partial.load_state_dict(checkpoint.load_unfinished(path), self.train_dataset)
         self.lr_scheduler.load_state_dict(saved["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = rate

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from clp_kernels import TokenStats
 
+from clp_engine.ahead import joined
 from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
 from clp_engine.estimators import (
@@ -17,12 +18,14 @@ from clp_engine.estimators import (
     Tokens,
     coefficients,
     loss_weights,
+    needs_reference,
     objective_scales,
     rescale_rewards,
     returns_to_go,
 )
 from clp_engine.rollout import Rollout
-from clp_engine.scoring import ALL, completion_stats, unpacked, within_budget
+from clp_engine.scoring import ALL, completion_stats, parts, unpacked
+from clp_engine.selection import select_tokens
 from clp_engine.value import ValueHead
 
 if TYPE_CHECKING:
@@ -36,8 +39,9 @@ class MicroBatch:
 
     conditions: one row per prompt. rewards: (B,) w.R, scaled as the run scales it.
     weights: (B, T), see `estimators.loss_weights`.
-    old_logprob, values: (B, T), from the first pass over these completions; None in that pass, and values
-        without a value head.
+    old_logprob: (B, T), what the completions were sampled with, None where that is the policy as it is.
+    values: (B, T), from the first pass over these completions; None in that pass, and without a value head.
+    ref_hidden, advantage, token_share: see `generation.Generation`; ref_hidden (N, H).
     """
 
     rollout: Rollout
@@ -46,6 +50,9 @@ class MicroBatch:
     weights: torch.Tensor
     old_logprob: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    ref_hidden: torch.Tensor | None = None
+    advantage: torch.Tensor | None = None
+    token_share: float = 1.0
 
 
 def micro_batches(
@@ -58,24 +65,27 @@ def micro_batches(
         counted = counted & drawn.terminated.unsqueeze(-1)
     weights = loss_weights(counted, config.loss_type, config.max_completion_length)
     rewards = rescale_rewards(generation.scalar, drawn.group, config.scale_rewards)
-    for start, stop in _cuts(drawn, config):
+    for start, stop in parts(drawn, config.per_device_train_batch_size, config.max_tokens_per_microbatch):
         part = drawn.prompts(start, stop)
         here = slice(start * drawn.group, stop * drawn.group), slice(0, part.completion_ids.shape[1])
         old, values = (None if t is None else t[here] for t in (generation.old_logprob, generation.values))
+        reference, advantage = (
+            None if t is None else t[here[0]] for t in (generation.reference, generation.advantage)
+        )
         yield (
             here,
-            MicroBatch(part, generation.conditions[start:stop], rewards[here[0]], weights[here], old, values),
+            MicroBatch(
+                part,
+                generation.conditions[start:stop],
+                rewards[here[0]],
+                weights[here],
+                old,
+                values,
+                joined(reference),
+                advantage,
+                generation.token_share,
+            ),
         )
-
-
-def _cuts(drawn: Rollout, config: CLPConfig) -> Iterator[tuple[int, int]]:
-    """Prompts [start, stop) of each micro-batch."""
-    prompts = drawn.prompt_ids.shape[0]
-    if config.max_tokens_per_microbatch is None:
-        step = max(1, config.per_device_train_batch_size // config.num_generations)
-        yield from ((start, min(start + step, prompts)) for start in range(0, prompts, step))
-    else:
-        yield from within_budget(drawn, config.max_tokens_per_microbatch)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Scored:
 
     hidden: (N, H) and stats, each (N,), of the N completion tokens, with gradients; tokens: the same statistics, detached,
     (B, T); scale, kl_coef: (B,); predicted: (N,), of the value head, with gradients, or None; values: (B, T) or None.
-    against_reference: whether the reference was computed; else the log-ratios and KLs are zeros that nothing depends on.
+    with_reference: whether the reference was computed; else the log-ratios and KLs are zeros that nothing depends on.
     """
 
     batch: MicroBatch
@@ -117,7 +127,7 @@ class Scored:
     kl_coef: torch.Tensor
     predicted: torch.Tensor | None
     values: torch.Tensor | None
-    against_reference: bool = True
+    with_reference: bool = True
 
     def coefficients(self, config: CLPConfig, estimator: str, baseline: str, mix: float) -> Coefficients:
         return coefficients(
@@ -133,6 +143,7 @@ class Scored:
             old_logprob=self.batch.old_logprob,
             epsilon=config.epsilon,
             epsilon_high=config.epsilon_high,
+            advantage=self.batch.advantage,
         )
 
     def loss(self, c: Coefficients) -> torch.Tensor:
@@ -147,17 +158,17 @@ def forward(
     """Statistics of the micro-batch's tokens under policy and reference, and their values."""
     mask = batch.rollout.completion_mask
     scale, kl_coef = objective_scales(batch.conditions.kl, config.kl_is_beta)
-    # Where no row has a coefficient the reference changes no gradient.
-    against_reference = config.log_kl or bool(kl_coef.any())
+    with_reference = needs_reference(batch.conditions.kl, config.log_kl)
     hidden, stats = completion_stats(
         policy,
         batch.rollout,
         batch.conditions,
-        outputs=ALL if against_reference else ("logprob", "entropy"),
+        outputs=ALL if with_reference else ("logprob", "entropy"),
         temperature=config.temperature,
         hidden_grad=config.kl_estimator == "mixed",
+        ref_hidden=batch.ref_hidden,
     )
-    if not against_reference:
+    if not with_reference:
         stats = stats._replace(ref_logprob=stats.logprob.detach(), kl=torch.zeros_like(stats.logprob))
     full = {name: unpacked(getattr(stats, name).detach(), mask) for name in ALL}
     conditions = batch.conditions.repeat(batch.rollout.group).to(mask.device)
@@ -170,7 +181,7 @@ def forward(
             values = unpacked(predicted.detach(), mask)
     tokens = Tokens(full["logprob"], full["ref_logprob"], full["kl"], mask)
     return Scored(
-        batch, hidden, stats, tokens, full["entropy"], scale, kl_coef, predicted, values, against_reference
+        batch, hidden, stats, tokens, full["entropy"], scale, kl_coef, predicted, values, with_reference
     )
 
 
@@ -201,6 +212,10 @@ def backward(
         )
         gap = by_return - by_exact
         mix_sums = (by_return * gap).sum().item(), gap.square().sum().item()
+    if batch.token_share < 1:
+        group = torch.arange(len(batch.conditions), device=tokens.mask.device)
+        groups = group.repeat_interleave(batch.rollout.group)
+        chosen = select_tokens(chosen, scored.entropy, batch.weights > 0, groups, batch.token_share)
     loss = scored.loss(chosen)
     loss.backward()
     targets = predictions = None
@@ -221,8 +236,8 @@ def backward(
     return MicroBatchResult(
         loss.item(),
         tokens.logprob,
-        tokens.ref_logprob if scored.against_reference else None,
-        tokens.kl if scored.against_reference else None,
+        tokens.ref_logprob if scored.with_reference else None,
+        tokens.kl if scored.with_reference else None,
         scored.entropy,
         chosen,
         mix_sums,

@@ -123,7 +123,7 @@ def _training(trainer: CLPTrainer) -> Training:
     return Training(
         seconds=round(seconds, 3),
         steps=state.global_step,
-        completions=-(-state.global_step // config.num_iterations) * config.batch_size,
+        completions=-(-state.global_step // config.steps_per_rollout) * config.rollout_size,
         generated_tokens=trainer.num_generated_tokens,
         trained_parameters=sum(p.numel() for p in trainer.policy.adapter_parameters().values()),
         threads=torch.get_num_threads(),

@@ -1,0 +1,77 @@
+"""What a step can compute before it knows its rewards: the reference's hidden states of the completions.
+
+The policy's pass needs them for log-ratio and exact KL, and nothing in them depends on a reward or on the adapters. Computed
+while the reward functions run they cost the step nothing, and are not computed again: micro-batches take them as they are,
+in every pass over the completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from clp_engine.rollout import Rollout
+from clp_engine.scoring import parts, unpacked
+
+if TYPE_CHECKING:
+    from clp_engine.config import CLPConfig
+    from clp_engine.policy import ConditionedPolicy
+
+# Of completions whose states are not there (yet).
+Hidden = Sequence[torch.Tensor | None]
+
+# What is kept of a step at most; the micro-batches beyond it compute the reference when it is their turn. A limit in bytes
+# and not in time: how long the reward functions take must not decide what is computed together, and so how it rounds.
+MAX_BYTES = 1 << 30
+
+
+@torch.no_grad()
+def reference_hidden(
+    policy: ConditionedPolicy, drawn: Rollout, config: CLPConfig
+) -> list[torch.Tensor | None]:
+    """Of each completion (n_b, H), the reference's hidden states that predict its tokens; None from where MAX_BYTES
+    are spent."""
+    found: list[torch.Tensor | None] = []
+    tokens = of_a_token = 0
+    for _, part in _parts(drawn, config):
+        tokens += int(part.completion_mask.sum())
+        if found and tokens * of_a_token > MAX_BYTES:
+            break
+        hidden = policy.completion_hidden(part, None)
+        of_a_token = hidden.shape[-1] * hidden.element_size()
+        found += hidden.split(part.lengths.tolist())
+    return found + [None] * (drawn.completion_ids.shape[0] - len(found))
+
+
+def joined(hidden: Hidden | None) -> torch.Tensor | None:
+    """(N, H) of several completions; None where one of them has not been computed."""
+    if hidden is None or any(h is None for h in hidden):
+        return None
+    return torch.cat(list(hidden))
+
+
+@torch.no_grad()
+def reference_logprob(
+    policy: ConditionedPolicy, drawn: Rollout, hidden: Hidden, config: CLPConfig
+) -> torch.Tensor:
+    """(B, T) float32, the reference's log-prob of every completion token, zero elsewhere. hidden: what is there of it."""
+    found = []
+    for rows, part in _parts(drawn, config):
+        states = joined(hidden[rows])
+        if states is None:
+            states = policy.completion_hidden(part, None)
+        stats = policy.token_stats(
+            states,
+            part.completion_ids[part.completion_mask],
+            temperature=config.temperature,
+            outputs=("logprob",),
+        )
+        found.append(stats.logprob)
+    return unpacked(torch.cat(found), drawn.completion_mask)
+
+
+def _parts(drawn: Rollout, config: CLPConfig) -> Iterator[tuple[slice, Rollout]]:
+    for start, stop in parts(drawn, config.per_device_train_batch_size, config.max_tokens_per_microbatch):
+        yield slice(start * drawn.group, stop * drawn.group), drawn.prompts(start, stop)

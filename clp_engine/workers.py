@@ -1,0 +1,75 @@
+"""Threads that run beside the training thread. They are daemons: one that hangs does not hold up the interpreter's end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+
+
+class Workers:
+    """At most `count` threads, started when they are needed, that make calls in the order of `submit`.
+
+    A call is to keep its own result and error. The threads end when nobody holds the pool.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._started = 0
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        weakref.finalize(self, _dismiss, self._calls, count)
+
+    def submit(self, call: Callable[[], None]) -> None:
+        if self._started < self.count:
+            self._started += 1
+            name = f"clp-worker-{self._started}"
+            # Without a reference to the pool, which could not be collected otherwise.
+            threading.Thread(target=_work, args=(self._calls,), name=name, daemon=True).start()
+        self._calls.put(call)
+
+
+def _work(calls: queue.SimpleQueue) -> None:
+    while (call := calls.get()) is not None:
+        with contextlib.suppress(BaseException):  # the call has kept it
+            call()
+        del call  # what it holds must not live until the next one comes
+
+
+def _dismiss(calls: queue.SimpleQueue, count: int) -> None:
+    for _ in range(count):
+        calls.put(None)
+
+
+class EventLoop:
+    """An event loop on a thread of its own, started when it is needed, that ends when nobody holds this object."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, coroutine: Coroutine) -> None:
+        """Run it, together with whatever else is running there; callable from any thread."""
+        with _starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run_loop, args=(self._loop,), name="clp-loop", daemon=True).start()
+                weakref.finalize(self, _stop_loop, self._loop)
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+_starting = threading.Lock()
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _stop_loop(loop: asyncio.AbstractEventLoop) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(loop.stop)

@@ -1,0 +1,313 @@
+"""Reward functions beside the training thread: together, in order, and with their errors where they can be seen."""
+
+import asyncio
+import gc
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+
+import pytest
+import torch
+from engine.conftest import build_tokenizer
+from engine.test_trainer import build_trainer, log_of, low_words
+
+from clp_engine import ahead, generation
+from clp_engine.rewards import ClassifierReward, RewardSet
+
+BATCH = (["p"] * 3, ["a", "b", "c"], [[1], [2], [3]], {})
+
+
+def constant(value, name="reward"):
+    def function(completions, **_):
+        return [value] * len(completions)
+
+    function.__name__ = name
+    return function
+
+
+def test_the_reference_is_computed_while_the_reward_functions_run(tmp_path, monkeypatch):
+    computing, met = threading.Event(), []
+
+    def waits_for_the_reference(completions, **_):
+        met.append(computing.wait(20))
+        return [0.0] * len(completions)
+
+    async def waits_too(completions, **_):
+        while not computing.is_set():
+            await asyncio.sleep(0.001)
+        return [0.0] * len(completions)
+
+    def reference_hidden(*args):
+        computing.set()
+        return original(*args)
+
+    original = ahead.reference_hidden
+    monkeypatch.setattr(generation.ahead, "reference_hidden", reference_hidden)
+    build_trainer(tmp_path, rewards=[waits_for_the_reference, waits_too], max_steps=1).train()
+    assert met == [True]
+
+
+def test_functions_run_together_as_far_as_there_are_workers():
+    barrier, arrived = threading.Barrier(2, timeout=20), []
+
+    def meets(completions, **_):
+        barrier.wait()
+        return [1.0] * len(completions)
+
+    async def comes(completions, **_):
+        arrived.append(len(arrived))
+        while len(arrived) < 2:
+            await asyncio.sleep(0.001)
+        return [2.0] * len(completions)
+
+    rewards = RewardSet({"a": meets, "b": meets, "c": comes, "d": comes}, workers=2)
+    assert rewards(*BATCH).tolist() == [[1.0, 1.0, 2.0, 2.0]] * 3
+
+
+def test_one_worker_keeps_the_order_of_the_functions_and_of_what_they_draw():
+    def draws(completions, **_):
+        return [random.random() for _ in completions]
+
+    found = []
+    for workers in (0, 1):
+        random.seed(5)
+        rewards = RewardSet({name: draws for name in "abcd"}, workers=workers)
+        found.append(torch.stack([rewards(*BATCH) for _ in range(3)]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_and_logs_come_in_the_order_of_the_functions(workers):
+    def slow(completions, log_extra, log_metric, **_):
+        time.sleep(0.05)
+        log_extra("slow", [1] * len(completions))
+        log_metric("shared", 1.0)
+        return [0.1] * len(completions)
+
+    async def quick(completions, log_extra, log_metric, **_):
+        log_extra("quick", [2] * len(completions))
+        log_metric("shared", 2.0)
+        log_metric("own", 5)
+        return [None, 0.2, 0.3]
+
+    pending = RewardSet([slow, quick], workers=workers).start(*BATCH)
+    result = pending.result()
+    torch.testing.assert_close(
+        result, torch.tensor([[0.1, torch.nan], [0.1, 0.2], [0.1, 0.3]]), equal_nan=True
+    )
+    assert list(pending.columns) == ["slow", "quick"]
+    assert pending.metrics == {"shared": 1.5, "own": 5.0}
+    assert pending.seconds["slow"] >= 0.05 > pending.seconds["quick"]
+    assert 0.05 <= pending.busy <= sum(pending.seconds.values()) + 1e-6
+
+
+def test_a_function_that_returns_an_awaitable_and_an_object_with_an_async_call_are_async():
+    async def later(value, completions):
+        await asyncio.sleep(0)
+        return [value] * len(completions)
+
+    class Judge:
+        async def __call__(self, completions, **_):
+            return [threading.current_thread().name == "clp-loop"] * len(completions)
+
+    def delegates(completions, **_):
+        return later(3.0, completions)
+
+    for workers in (0, 1):
+        rewards = RewardSet({"delegates": delegates, "judge": Judge()}, workers=workers)
+        assert rewards(*BATCH).tolist() == [[3.0, 1.0]] * 3
+        assert rewards(*BATCH).tolist() == [[3.0, 1.0]] * 3  # the loop is there for the next batch
+
+
+def test_modules_run_in_the_thread_that_asks():
+    threads = {}
+
+    class Module(torch.nn.Module):
+        def forward(self, completions, **_):
+            threads["module"] = threading.current_thread()
+            return torch.ones(len(completions))
+
+    class Classifier(ClassifierReward):
+        def __init__(self):
+            pass
+
+        def __call__(self, prompts, completions, **_):
+            threads["classifier"] = threading.current_thread()
+            return [0.0] * len(completions)
+
+    def function(completions, **_):
+        threads["function"] = threading.current_thread()
+        return [0.0] * len(completions)
+
+    rewards = RewardSet({"m": Module(), "c": Classifier(), "f": function}, workers=2)
+    assert rewards(*BATCH).tolist() == [[1.0, 0.0, 0.0]] * 3
+    here = threading.current_thread()
+    assert threads["module"] is here and threads["classifier"] is here and threads["function"] is not here
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_names_the_function_and_keeps_where_it_was_raised(workers):
+    def helper():
+        raise KeyError("x")
+
+    def broken(**_):
+        helper()
+
+    async def broken_later(**_):
+        await asyncio.sleep(0)
+        helper()
+
+    for function in (broken, broken_later):
+        rewards = RewardSet([constant(1.0), function], workers=workers)
+        with pytest.raises(
+            RuntimeError, match=rf"reward function '{function.__name__}' failed: KeyError"
+        ) as info:
+            rewards(*BATCH)
+        frames = [frame.name for frame in traceback.extract_tb(info.value.__cause__.__traceback__)]
+        assert frames[-2:] == [function.__name__, "helper"]
+    with pytest.raises(ValueError, match="reward function 'short' returned 1 rewards for 3 completions"):
+        RewardSet({"short": lambda **_: [1.0]}, workers=workers)(*BATCH)
+
+
+def test_a_function_that_needs_the_main_thread_is_told_how_to_get_it():
+    def with_alarm(completions, **_):
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        return [1.0] * len(completions)
+
+    with pytest.raises(RuntimeError, match="reward_workers=0 calls it in the main one"):
+        RewardSet([with_alarm], workers=1)(*BATCH)
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        assert RewardSet([with_alarm])(*BATCH).tolist() == [[1.0]] * 3
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_threads_end_with_the_rewards_they_served():
+    async def later(completions, **_):
+        return [1.0] * len(completions)
+
+    gc.collect()
+    before = threading.active_count()
+    rewards = RewardSet([constant(1.0, "a"), constant(2.0, "b"), later], workers=2)
+    rewards(*BATCH)
+    assert threading.active_count() == before + 3
+    del rewards
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+HANGS = """
+import os, signal, threading, time
+from clp_engine.rewards import RewardSet
+
+def hangs(**_):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    time.sleep(600)
+
+RewardSet([hangs], workers=1)(["p"], ["c"], [[1]], {})
+"""
+
+
+def test_ctrl_c_ends_a_program_whose_reward_function_hangs():
+    process = subprocess.run(
+        [sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode != 0 and "KeyboardInterrupt" in process.stderr
+
+
+# -- in a step ---------------------------------------------------------------------------------------------------------
+
+
+def test_phase_times_say_how_long_rewards_took_and_how_long_the_step_waited(tmp_path, monkeypatch):
+    def slow(completions, **_):
+        time.sleep(0.3)
+        return [float(len(c)) for c in completions]
+
+    original = ahead.reference_hidden
+    monkeypatch.setattr(
+        generation.ahead, "reference_hidden", lambda *args: (time.sleep(0.2), original(*args))[1]
+    )
+    for workers, name in ((1, "beside"), (0, "inline")):
+        build_trainer(tmp_path / name, rewards=[slow], max_steps=1, reward_workers=workers).train()
+    beside, inline = (log_of(tmp_path / name)[0] for name in ("beside", "inline"))
+    assert beside["time/reward"] >= 0.3 and beside["time/reward/slow"] >= 0.3
+    # 0.3 s of work, 0.2 s of them beside the reference.
+    assert beside["time/reward_wait"] <= 0.2 < 0.3 <= inline["time/reward_wait"]
+    assert beside["time/reference"] >= 0.2
+
+
+def test_workers_change_nothing_that_is_learned(tmp_path):
+    def waits(completions, **_):
+        time.sleep(0.01)
+        return low_words(completions)
+
+    async def waits_too(completions, **_):
+        await asyncio.sleep(0.005)
+        return [1 - x for x in low_words(completions)]
+
+    adapters = []
+    for workers in (0, 1, 3):
+        trainer = build_trainer(
+            tmp_path / str(workers), rewards={"low": waits, "high": waits_too}, reward_workers=workers
+        )
+        trainer.train()
+        adapters.append(torch.cat([p.flatten() for p in trainer.policy.adapter_parameters().values()]))
+    assert torch.equal(adapters[0], adapters[1]) and torch.equal(adapters[0], adapters[2])
+
+
+def count_reference_rows(policy, monkeypatch):
+    rows, original = [], policy.completion_hidden
+
+    def completion_hidden(batch, conditions):
+        if conditions is None:
+            rows.append(batch.completion_ids.shape[0])
+        return original(batch, conditions)
+
+    monkeypatch.setattr(policy, "completion_hidden", completion_hidden)
+    return rows
+
+
+@pytest.mark.parametrize("most, expected", [(1 << 30, 16), (0, 4 + 2 * 12)])
+def test_the_reference_is_computed_once_for_all_passes_and_up_to_a_limit(
+    tmp_path, monkeypatch, most, expected
+):
+    """16 completions in micro-batches of 4, two passes; with no room only the first micro-batch is kept."""
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    monkeypatch.setattr(ahead, "MAX_BYTES", most)
+    trainer = build_trainer(tmp_path, max_steps=2, num_iterations=2, **split)
+    rows = count_reference_rows(trainer.policy, monkeypatch)
+    trainer.train()
+    assert sum(rows) == expected
+
+
+def test_what_is_kept_of_the_reference_does_not_change_the_gradient(tmp_path, monkeypatch):
+    adapters = []
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(ahead, "MAX_BYTES", most)
+        trainer = build_trainer(
+            tmp_path, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=4
+        )
+        trainer.train()
+        adapters.append(torch.cat([p.flatten() for p in trainer.policy.adapter_parameters().values()]))
+    assert torch.equal(*adapters)
+
+
+def test_ctrl_c_during_a_reward_function_finishes_the_step(tmp_path):
+    def interrupted(completions, **_):
+        import os
+
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return [1.0] * len(completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_trainer(tmp_path, rewards=[interrupted], processing_class=build_tokenizer()).train()
+    assert (tmp_path / "checkpoint-1").is_dir()
