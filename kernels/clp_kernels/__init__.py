@@ -5,7 +5,6 @@ from clp_kernels.interpolated_linear import interpolated_linear
 from clp_kernels.interpolation import ema_, interpolate, merge_sign_consensus, slerp, sparsify
 from clp_kernels.linear_logprob import linear_logprob
 from clp_kernels.logits_logprob import logits_logprob
-from clp_kernels.prefix_attention import PrefixLayout, prefix_attention
 from clp_kernels.multi_lora import expand_gate, merged_weight, multi_lora_linear
 from clp_kernels.sampling import sample_tokens
 from clp_kernels.token_stats import HeadLoRA, TokenStats
