@@ -11,6 +11,7 @@ namespace py = pybind11;
 namespace clp {
 void bind_token_stats(py::module_&);
 void bind_interpolation(py::module_&);
+void bind_prefix_attention(py::module_&);
 #ifdef CLP_HAVE_CUDA
 void bind_cuda(py::module_&);
 #endif
@@ -95,6 +96,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("sample", &sample, py::call_guard<py::gil_scoped_release>());
   clp::bind_token_stats(m);
   clp::bind_interpolation(m);
+  clp::bind_prefix_attention(m);
 #ifdef CLP_HAVE_CUDA
   m.def("has_cuda", [] { return true; }, "whether the CUDA kernels are part of this build");
   clp::bind_cuda(m);

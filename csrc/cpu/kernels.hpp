@@ -6,6 +6,7 @@
 #include "interpolation.hpp"
 #include "matmul.hpp"
 #include "multi_lora.hpp"
+#include "prefix_attention.hpp"
 #include "sampling.hpp"
 #include "token_stats.hpp"
 
@@ -19,6 +20,7 @@ struct KernelTable {
   InterpolationKernels interpolation;
   MatmulKernels matmul;
   MultiLoraKernels multi_lora;
+  PrefixAttentionKernels prefix_attention;
   SamplingKernels sampling;
   TokenStatsKernels token_stats;
 };

@@ -23,20 +23,6 @@ constexpr int64_t kPiece = 64;
 #endif
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
-// tanh to about 1 ulp: Cephes' polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
-CLP_INLINE float tanh_approx(float x) {
-  const float y = x * x;
-  float p = -5.70498872745e-3f;
-  p = p * y + 2.06390887954e-2f;
-  p = p * y - 5.37397155531e-2f;
-  p = p * y + 1.33314422036e-1f;
-  p = p * y - 3.33332819422e-1f;
-  const float near = p * y * x + x;
-  const float magnitude = std::fabs(x);
-  const float far = 1.0f - 2.0f / (exp_approx(2.0f * magnitude) + 1.0f);
-  return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
-}
-
 struct Transform {
   const float* bias;
   float logit_scale, softcap, inv_temperature;

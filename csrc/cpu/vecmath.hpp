@@ -46,6 +46,20 @@ CLP_INLINE float exp_approx(float x) {
   return x == x ? y : x;
 }
 
+// tanh to about 1 ulp: Cephes' polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
+CLP_INLINE float tanh_approx(float x) {
+  const float y = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * y + 2.06390887954e-2f;
+  p = p * y - 5.37397155531e-2f;
+  p = p * y + 1.33314422036e-1f;
+  p = p * y - 3.33332819422e-1f;
+  const float near = p * y * x + x;
+  const float magnitude = __builtin_fabsf(x);
+  const float far = 1.0f - 2.0f / (exp_approx(2.0f * magnitude) + 1.0f);
+  return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
 CLP_INLINE float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN instead of being rounded up to infinity.

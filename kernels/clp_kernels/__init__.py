@@ -6,10 +6,12 @@ from clp_kernels.interpolation import ema_, interpolate, merge_sign_consensus, s
 from clp_kernels.linear_logprob import linear_logprob
 from clp_kernels.logits_logprob import logits_logprob
 from clp_kernels.multi_lora import expand_gate, merged_weight, multi_lora_linear
+from clp_kernels.prefix_attention import prefix_attention
+from clp_kernels.prefix_layout import PrefixLayout
 from clp_kernels.sampling import sample_tokens
 from clp_kernels.token_stats import HeadLoRA, TokenStats
 from clp_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
-__all__ = ["Backend", "HeadLoRA", "TokenStats", "backends", "batch_invariant", "ema_", "expand_gate", "interpolate",
+__all__ = ["Backend", "HeadLoRA", "PrefixLayout", "TokenStats", "backends", "batch_invariant", "ema_", "expand_gate", "interpolate",
            "interpolated_linear", "linear_logprob", "logits_logprob", "merge_sign_consensus", "merged_weight",
-           "multi_lora_linear", "sample_tokens", "slerp", "sparsify", "use_backend", "vocab_parallel_linear_logprob"]
+           "multi_lora_linear", "prefix_attention", "sample_tokens", "slerp", "sparsify", "use_backend", "vocab_parallel_linear_logprob"]

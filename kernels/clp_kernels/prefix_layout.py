@@ -1,0 +1,101 @@
+"""PrefixLayout: which tokens of a packed row are one sequence, and which sequence continues which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixLayout:
+    """N tokens in one row without padding, as S sequences, of which some continue another: completions, their prompt.
+
+    starts   (S + 1,) int64: sequence s is tokens starts[s] to starts[s + 1]; from 0 to N, and never decreasing (a sequence may
+             be empty)
+    parents  (S,) int64: the sequence that s continues, or -1. It comes before s and has no parent itself. Several may
+             continue one: that is what the layout is for. Sequences that continue one need not lie next to each other.
+
+    Both are taken as lists, tuples or tensors, and kept on the host, whatever device the tokens are on: nothing that reads a
+    layout waits for a device. Raises ValueError (values), TypeError (dtypes). Meant to be made once and used by all layers.
+    """
+
+    starts: Tensor
+    parents: Tensor
+    device_cache: dict = field(default_factory=dict, init=False, repr=False)  # what back-ends derive from it, once per device
+
+    def __post_init__(self):
+        starts, parents = _integers("starts", self.starts), _integers("parents", self.parents)
+        if len(starts) != len(parents) + 1:
+            raise ValueError(
+                f"PrefixLayout: starts has {len(starts)} entries and parents {len(parents)}; expected one more start than "
+                "parents: the last is the number of tokens"
+            )
+        if starts[0] != 0:
+            raise ValueError(f"PrefixLayout: starts begins with {starts[0]}; expected 0, the first token")
+        for s, (start, end) in enumerate(pairwise(starts)):
+            if end < start:
+                raise ValueError(
+                    f"PrefixLayout: sequence {s} is tokens {start} to {end}; expected starts that never decrease: they are the "
+                    "running sums of the lengths (PrefixLayout.from_lengths makes them)"
+                )
+        for s, parent in enumerate(parents):
+            if not -1 <= parent < s:
+                raise ValueError(
+                    f"PrefixLayout: the parent of sequence {s} is {parent}; expected -1 or a sequence before it: put a prompt "
+                    "before its completions"
+                )
+            if parent >= 0 and parents[parent] >= 0:
+                raise ValueError(
+                    f"PrefixLayout: the parent of sequence {s} is {parent}, which continues {parents[parent]} itself; expected "
+                    "a sequence without a parent: join the two into one prompt"
+                )
+        object.__setattr__(self, "starts", torch.tensor(starts, dtype=torch.int64))
+        object.__setattr__(self, "parents", torch.tensor(parents, dtype=torch.int64))
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], parents: Sequence[int]) -> PrefixLayout:
+        """The layout of sequences of these lengths, one behind the other."""
+        return cls(list(accumulate(lengths, initial=0)), parents)
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return int(self.starts[-1])
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) int64, on the host."""
+        return self.starts.diff()
+
+    def positions(self, device: torch.device | str | None = None) -> Tensor:
+        """(N,) int64: each token's position in its sequence, counted through the parent. On the host, or on `device`."""
+        return self._positions if device is None else self._positions.to(device, non_blocking=True)
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """(N,) int64: the sequence of each token, on the host."""
+        return torch.repeat_interleave(torch.arange(len(self.parents)), self.lengths, output_size=self.tokens)
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        before = torch.where(self.parents >= 0, self.lengths[self.parents.clamp_min(0)], 0) if len(self.parents) else self.parents
+        return torch.arange(self.tokens) + (before - self.starts[:-1])[self.sequences]
+
+
+def _integers(name: str, values: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or values.dtype.is_floating_point or values.dtype is torch.bool:
+            raise TypeError(
+                f"PrefixLayout: {name} is {tuple(values.shape)} {values.dtype}; expected one dimension of integers"
+            )
+        return values.tolist()
+    values = list(values)
+    for value in values:
+        if type(value) is not int:
+            raise TypeError(f"PrefixLayout: {name} holds {value!r}; expected integers (or an integer tensor)")
+    return values
