@@ -191,17 +191,16 @@ def test_threads_end_with_the_rewards_they_served():
     async def later(completions, **_):
         return [1.0] * len(completions)
 
-    gc.collect()
-    before = threading.active_count()
+    before = set(threading.enumerate())
     rewards = RewardSet([constant(1.0, "a"), constant(2.0, "b"), later], workers=2)
     rewards(*BATCH)
-    assert threading.active_count() == before + 3
+    ours = set(threading.enumerate()) - before
+    assert len(ours) == 3
     del rewards
     gc.collect()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    for thread in ours:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in ours)
 
 
 HANGS = """
