@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from clp_engine import peft_format, prompting
+from clp_engine import native_decoding, peft_format, prompting
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
 from clp_engine.backbone import make_backbone
 from clp_engine.base_model import load_base, same_weights
@@ -413,8 +413,11 @@ class ConditionedPolicy(nn.Module):
         group: int,
         room: int,
     ) -> Decoding:
-        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each."""
-        return BlendDecoding(self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room)
+        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each. On a CPU
+        the native decoder where it can serve (`native_decoding`), else transformers' modules."""
+        arguments = self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room
+        native = native_decoding.choose(self)
+        return BlendDecoding(*arguments) if native is None else native_decoding.NativeDecoding(*arguments, native)
 
     def token_stats(
         self,
