@@ -388,6 +388,7 @@ class CausalBackbone(Backbone):
                     **kwargs,
                 )
 
+            run.changes_no_numbers = True
             return run
 
         layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from clp_engine import peft_format, prompting, slot_decoding
+from clp_engine import native_decoding, peft_format, prompting, slot_decoding
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
 from clp_engine.backbone import CausalBackbone, find_head, make_backbone
 from clp_engine.base_model import load_base, same_weights
@@ -37,6 +37,7 @@ from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory, write_text
 from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory
+from clp_engine.native_decoding import NativeDecoding
 from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.scoring import completion_hidden
 from clp_engine.slot_decoding import SlotDecoding, Slots
@@ -442,11 +443,13 @@ class ConditionedPolicy(nn.Module):
         at_once: int,
     ) -> Decoding:
         """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each;
-        at_once: prompts that are on their way together, at most."""
-        arguments = prompt_ids, prompt_mask, self.coefficients(conditions), group, room, at_once
+        at_once: prompts that are on their way together, at most. On a CPU the native decoder, on a GPU graphs over fixed slots,
+        and transformers' modules where these cannot serve."""
+        arguments = self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room, at_once
         if self.device.type == "cuda" and slot_decoding.serves(self):
-            return SlotDecoding(self, *arguments)
-        return BlendDecoding(self, *arguments)
+            return SlotDecoding(*arguments)
+        native = native_decoding.choose(self)
+        return BlendDecoding(*arguments) if native is None else NativeDecoding(*arguments, native)
 
     def token_stats(
         self,

@@ -9,6 +9,7 @@
 namespace py = pybind11;
 
 namespace clp {
+void bind_decoder(py::module_&);
 void bind_token_stats(py::module_&);
 void bind_interpolation(py::module_&);
 void bind_prefix_attention(py::module_&);
@@ -94,6 +95,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("apply_gate", &apply_gate);
   m.def("gate_backward", &gate_backward);
   m.def("sample", &sample, py::call_guard<py::gil_scoped_release>());
+  clp::bind_decoder(m);
   clp::bind_token_stats(m);
   clp::bind_interpolation(m);
   clp::bind_prefix_attention(m);

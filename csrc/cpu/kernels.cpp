@@ -7,7 +7,7 @@
 namespace clp::CLP_ISA {
 
 const KernelTable& table() {
-  static const KernelTable t = {CLP_STR(CLP_ISA), interpolation_kernels, matmul_kernels, multi_lora_kernels,
+  static const KernelTable t = {CLP_STR(CLP_ISA),         decoder_kernels,  interpolation_kernels, matmul_kernels, multi_lora_kernels,
                                 prefix_attention_kernels, sampling_kernels, token_stats_kernels};
   return t;
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "decoder.hpp"
 #include "interpolation.hpp"
 #include "matmul.hpp"
 #include "multi_lora.hpp"
@@ -17,6 +18,7 @@ enum class DType : int { f32 = 0, bf16 = 1 };
 struct KernelTable {
   const char* name;
   // One entry per kernel family; see its header for the contract.
+  DecoderKernels decoder;
   InterpolationKernels interpolation;
   MatmulKernels matmul;
   MultiLoraKernels multi_lora;

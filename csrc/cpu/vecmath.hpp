@@ -12,6 +12,9 @@
 
 namespace clp::CLP_ISA {
 
+CLP_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+CLP_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
 CLP_INLINE uint32_t float_bits(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);

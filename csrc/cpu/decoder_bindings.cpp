@@ -1,0 +1,117 @@
+#include <pybind11/pybind11.h>
+
+#include <new>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace py = pybind11;
+
+namespace clp {
+namespace {
+
+template <class T>
+T* at(const py::handle& address) { return reinterpret_cast<T*>(address.cast<uintptr_t>()); }
+
+template <class T>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// (layers, address of their packed A, rank of it), a layer being (weight, bias, n, k, packed B, gate, rank).
+DecoderInput input(const py::handle& given) {
+  const py::tuple x = py::cast<py::tuple>(given);
+  DecoderInput result;
+  for (const py::handle& item : x[0]) {
+    if (result.count == 3) throw py::value_error("Decoder: an input has more than three layers");
+    const py::tuple l = py::cast<py::tuple>(item);
+    DecoderLinear& to = result.linears[result.count++];
+    to.weight = at<char>(l[0]), to.bias = at<float>(l[1]), to.n = l[2].cast<int64_t>(), to.k = l[3].cast<int64_t>();
+    to.lora_b = at<char>(l[4]), to.gate = at<float>(l[5]), to.rank = l[6].cast<int64_t>();
+  }
+  result.lora_a = at<char>(x[1]), result.rank = x[2].cast<int64_t>();
+  return result;
+}
+
+// A model's addresses and the kernels its weights were packed for. Whoever makes it keeps the tensors.
+class Decoder {
+ public:
+  explicit Decoder(const py::dict& m) : kernels_(table().decoder) {
+    const auto size = [&](const char* name) { return m[name].cast<int64_t>(); };
+    const auto number = [&](const char* name) { return m[name].cast<float>(); };
+    model_.hidden = size("hidden"), model_.heads = size("heads"), model_.kv_heads = size("kv_heads");
+    model_.width = size("head_dim"), model_.rotary = size("rotary"), model_.intermediate = size("intermediate");
+    model_.vocab = size("vocab"), model_.activation = Activation(m["activation"].cast<int>());
+    model_.whole_qk_norm = m["whole_qk_norm"].cast<bool>();
+    model_.eps = number("eps"), model_.embedding_scale = number("embedding_scale");
+    model_.residual_scale = number("residual_scale"), model_.attention_scale = number("attention_scale");
+    model_.attention_softcap = number("attention_softcap");
+    model_.logit_scale = number("logit_scale"), model_.logit_softcap = number("logit_softcap");
+    model_.embedding = at<float>(m["embedding"]), model_.norm = at<float>(m["norm"]);
+    model_.head = input(m["head"]);
+    for (const py::handle& item : m["layers"]) {
+      const py::tuple l = py::cast<py::tuple>(item);
+      DecoderLayer to;
+      to.norm_attention = at<float>(l[0]), to.norm_attended = at<float>(l[1]);
+      to.norm_mlp = at<float>(l[2]), to.norm_out = at<float>(l[3]);
+      to.q_norm = at<float>(l[4]), to.k_norm = at<float>(l[5]);
+      to.qkv = input(l[6]), to.output = input(l[7]), to.gate_up = input(l[8]), to.down = input(l[9]);
+      to.cos = at<float>(l[10]), to.sin = at<float>(l[11]), to.window = l[12].cast<int64_t>();
+      layers_.push_back(to);
+    }
+    model_.layers = layers_.data(), model_.layer_count = static_cast<int64_t>(layers_.size());
+  }
+  Decoder(const Decoder&) = delete;
+
+  void step(int64_t rows, uintptr_t tokens, uintptr_t prompt, uintptr_t slot, uintptr_t filled, uintptr_t length,
+            uintptr_t prompt_keys, uintptr_t prompt_values, uintptr_t keys, uintptr_t values, int64_t room, uintptr_t logits,
+            int64_t logit_stride, int threads) const {
+    DecoderBatch b;
+    b.rows = rows, b.room = room, b.tokens = at<int64_t>(tokens), b.prompt = at<int64_t>(prompt), b.slot = at<int64_t>(slot);
+    b.filled = at<int64_t>(filled), b.length = at<int64_t>(length);
+    b.prompt_keys = at<int64_t>(prompt_keys), b.prompt_values = at<int64_t>(prompt_values);
+    b.keys = at<float>(keys), b.values = at<float>(values);
+    b.logits = at<float>(logits), b.logit_stride = logit_stride;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (b.tokens[i] < 0 || b.tokens[i] >= model_.vocab)
+        throw py::index_error("tokens[" + std::to_string(i) + "] is " + std::to_string(b.tokens[i]) + "; expected 0 <= token < " +
+                              std::to_string(model_.vocab));
+      if (b.filled[i] >= room)
+        throw py::index_error("row " + std::to_string(i) + " has " + std::to_string(b.filled[i]) +
+                              " tokens, and there is room for no more");
+    }
+    bool ok;
+    {
+      py::gil_scoped_release release;
+      ok = kernels_.step(model_, b, threads);
+    }
+    if (!ok) throw std::bad_alloc();
+  }
+
+ private:
+  const DecoderKernels kernels_;
+  DecoderModel model_;
+  std::vector<DecoderLayer> layers_;
+};
+
+int64_t packed_bytes(int64_t n, int64_t k) { return table().decoder.packed_bytes(n, k); }
+
+void pack(uintptr_t weight, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t k, uintptr_t packed, int threads) {
+  table().decoder.pack(at<float>(weight), row_stride, depth_stride, n, k, at<char>(packed), threads);
+}
+
+void product(uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t weight, int64_t n, int64_t k, uintptr_t y, int64_t y_stride,
+             int threads) {
+  if (!table().decoder.product(at<float>(x), x_stride, rows, at<char>(weight), n, k, at<float>(y), y_stride, threads))
+    throw std::bad_alloc();
+}
+
+}  // namespace
+
+void bind_decoder(py::module_& m) {
+  py::class_<Decoder>(m, "Decoder").def(py::init<const py::dict&>()).def("step", &Decoder::step);
+  m.def("packed_bytes", &packed_bytes);
+  m.def("pack_weight", &pack, py::call_guard<py::gil_scoped_release>());
+  m.def("packed_product", &product, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace clp

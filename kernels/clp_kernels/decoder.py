@@ -1,0 +1,433 @@
+"""Decoding with a whole Llama-like decoder on the CPU: one call for each token of a whole batch.
+
+    x = s_e embedding[token]
+    for each layer:
+        n = norm_1(x);  q, k, v = W_q n, W_k n, W_v n;  q, k = rope(norm_q(q)), rope(norm_k(k))
+        x += s_r norm_2(W_o softmax(cap(s_a q K^T)) V)              K, V: the prompt's, shared by its rows, then the row's own
+        x += s_r norm_4(W_down (f(W_gate n) * W_up n)),  n = norm_3(x)
+    logits = cap(s_l (W_head norm(x) + b))                          cap(z) = c tanh(z / c)
+
+    norm(x) = x / sqrt(mean x^2 + eps) * gain;  every W x is  W x + b + B (gate * (A x))  where the layer has low-rank factors
+
+Norms, biases, caps and scales that are None are left out. All float32. A row's logits are the same bits whatever other rows are in
+the batch, and on any number of threads.
+
+Weights are packed once into the panels that the micro-kernels read, and kept beside the model's own: 4 bytes a parameter, and 6
+with AMX tiles, which take a float32 number as three bfloat16 parts (csrc/cpu/matmul.hpp says why that is float32). Factors change
+with every optimiser step and are packed for each rollout. Prompts' keys and values are there once, whatever the number of rows.
+
+A step of `rows` rows over N parameters of matrices and C cached elements takes at least
+max(2 rows N / rate, (packed bytes of N + 4 C) / bandwidth); each low-rank layer adds rank (n + k) to N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+# Which linear layers read the same input, in the order of the native layer.
+_INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+_ALIGN = 16
+
+
+@dataclass(frozen=True)
+class Linear:
+    """weight (n, k), bias (n,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """a (R, k), b (n, R), gate (prompts, R): what a rollout adds to a linear layer."""
+
+    a: Tensor
+    b: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Gains (hidden,) of the norms in front of attention and MLP and behind them, and of queries and keys, (head_dim,) or over
+    all heads; window: how many keys a query sees, itself included, None for all; rope: which of the tables."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    norm_attention: Tensor | None = None
+    norm_attended: Tensor | None = None
+    norm_mlp: Tensor | None = None
+    norm_out: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int | None = None
+    rope: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """A decoder: embedding (V, hidden), layers, norm (hidden,), head (V, hidden); scales and softcaps as in the formula above."""
+
+    embedding: Tensor
+    layers: Sequence[DecoderLayer]
+    norm: Tensor
+    head: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def linears(self) -> dict[tuple[int, str], Linear]:
+        """By (layer, name); the head is (-1, "head")."""
+        named = {
+            (i, name): getattr(layer, name)
+            for i, layer in enumerate(self.layers)
+            for names in _INPUTS
+            for name in names
+        }
+        return named | {(-1, "head"): self.head}
+
+
+def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        raise TypeError(f"Decoder: {name} is {tensor.dtype} on {tensor.device}; expected torch.float32 on a CPU")
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"Decoder: {name} is {tuple(tensor.shape)}; expected {shape}")
+
+
+def _rounded(n: int) -> int:
+    return -(-n // _ALIGN) * _ALIGN
+
+
+def _aligned_bytes(count: int) -> Tensor:
+    """(count,) uint8 at an address that is a multiple of 64."""
+    buffer = torch.empty(count + 64, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 64
+    return buffer[start : start + count]
+
+
+def _packed(native, weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    packed = _aligned_bytes(native.packed_bytes(n, k))
+    native.pack_weight(weight.data_ptr(), *weight.stride(), n, k, packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def _padded(x: Tensor | None) -> Tensor | None:
+    """With zeros up to a multiple of 16."""
+    if x is None:
+        return None
+    out = x.new_zeros(_rounded(x.shape[0]))
+    out[: x.shape[0]] = x.detach()
+    return out
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+class PackedDecoder:
+    """`weights` in the layout of the kernels, for any number of rollouts; valid as long as the weights are not changed.
+
+    Raises TypeError for a dtype or device that the kernels do not take, ValueError for shapes that do not fit one another, and
+    RuntimeError where the native extension is missing.
+    """
+
+    def __init__(self, weights: DecoderWeights):
+        from clp_kernels.backends import backends
+
+        if not (status := backends()["cpu"]).available:
+            raise RuntimeError(f"Decoder: {status.reason}")
+        from clp_kernels import _native
+
+        self.weights, self._native, self.isa = weights, _native, _native.isa()
+        self._check()
+        with torch.no_grad():
+            # A matrix that serves twice (tied projections of several layers) is packed once.
+            by_storage: dict[tuple, Tensor] = {}
+            self.packed: dict[tuple[int, str], Tensor] = {}
+            for key, linear in weights.linears().items():
+                w = linear.weight
+                identity = (w.data_ptr(), w.shape, w.stride())
+                if identity not in by_storage:
+                    by_storage[identity] = _packed(_native, w)
+                self.packed[key] = by_storage[identity]
+            self.biases = {key: _padded(linear.bias) for key, linear in weights.linears().items()}
+            self.embedding = weights.embedding.detach().contiguous()
+            self.gains = [
+                {f.name: _padded(getattr(layer, f.name)) for f in fields(layer) if "norm" in f.name}
+                for layer in weights.layers
+            ]
+            self.norm = _padded(weights.norm)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the packed copy."""
+        return sum(p.numel() for p in {id(p): p for p in self.packed.values()}.values())
+
+    def _check(self) -> None:
+        w = self.weights
+        hidden, inner, inner_kv = w.embedding.shape[1], w.heads * w.head_dim, w.kv_heads * w.head_dim
+        if w.heads % w.kv_heads or not w.layers:
+            raise ValueError(
+                f"Decoder: {w.heads} heads of queries, {w.kv_heads} of keys and {len(w.layers)} layers; expected a multiple, "
+                "and at least one layer"
+            )
+        if w.activation not in ACTIVATIONS:
+            raise ValueError(f"Decoder: activation {w.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        middle = w.layers[0].gate.weight.shape[0]
+        shapes = {
+            "q": (inner, hidden),
+            "k": (inner_kv, hidden),
+            "v": (inner_kv, hidden),
+            "o": (hidden, inner),
+            "gate": (middle, hidden),
+            "up": (middle, hidden),
+            "down": (hidden, middle),
+            "head": (w.embedding.shape[0], hidden),
+        }
+        _refuse("embedding", w.embedding)
+        _refuse("norm", w.norm, (hidden,))
+        for (i, name), linear in w.linears().items():
+            where = name if i < 0 else f"layers[{i}].{name}"
+            _refuse(f"{where}.weight", linear.weight, shapes[name])
+            if linear.bias is not None:
+                _refuse(f"{where}.bias", linear.bias, shapes[name][:1])
+        whole = {self._whole(layer.q_norm, inner) for layer in w.layers} - {None}
+        if len(whole) > 1:
+            raise ValueError("Decoder: q_norm is over one head in some layers and over all heads in others")
+        self.whole_qk_norm = whole == {True}
+        for i, layer in enumerate(w.layers):
+            for f in fields(layer):
+                gain = getattr(layer, f.name)
+                if "norm" not in f.name or gain is None:
+                    continue
+                size = hidden
+                if f.name in ("q_norm", "k_norm"):
+                    size = (inner if f.name == "q_norm" else inner_kv) if self.whole_qk_norm else w.head_dim
+                _refuse(f"layers[{i}].{f.name}", gain, (size,))
+
+    def _whole(self, gain: Tensor | None, inner: int) -> bool | None:
+        return None if gain is None or self.weights.heads == 1 else gain.shape[0] == inner
+
+
+@dataclass
+class _Rows:
+    """Per row of the batch, int64: its prompt, its slot in the buffers, and how many tokens of its own are there."""
+
+    prompt: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    slot: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    filled: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def select(self, rows: Tensor) -> _Rows:
+        return _Rows(self.prompt[rows], self.slot[rows], self.filled[rows])
+
+    def join(self, other: _Rows) -> _Rows:
+        return _Rows(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+
+class Decoding:
+    """The rows of a rollout: `add` prompts and rows, `step` through their tokens, `keep` those that go on.
+
+    room: most tokens a row may add. slots: most rows at a time. rope: a table (cos, sin) for each kind of layer, (positions,
+    rotary) float32, for prompts and what follows them. low_rank: by (layer, name), the head being (-1, "head"); a layer that has
+    none serves alone.
+    Rows of one prompt read its keys and values together where they lie side by side.
+    """
+
+    def __init__(
+        self,
+        packed: PackedDecoder,
+        *,
+        room: int,
+        slots: int,
+        rope: Sequence[tuple[Tensor, Tensor]],
+        low_rank: Mapping[tuple[int, str], LowRank] | None = None,
+    ):
+        self._packed, self._native, w = packed, packed._native, packed.weights
+        if self._native.isa() != packed.isa:
+            raise RuntimeError(
+                f"Decoding: the weights were packed for {packed.isa}, and {self._native.isa()} is in force; pack them again"
+            )
+        self._room = _rounded(room)
+        self._rope = [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in rope]
+        layers, heads, width = len(w.layers), w.kv_heads, w.head_dim
+        # Keys that are not there yet are multiplied, too, and masked after: what is in the buffer must be finite.
+        self._keys = torch.zeros(slots, layers, heads, width, self._room)
+        self._values = torch.zeros(slots, layers, heads, self._room, _rounded(width))
+        self._free = list(range(slots))
+        self._prompts: list[tuple[Tensor, Tensor]] = []
+        self._lengths = self._prompt_keys = self._prompt_values = torch.empty(0, dtype=torch.long)
+        self._rows = _Rows()
+        self._logits = torch.empty(_rounded(slots), _rounded(w.embedding.shape[0]))
+        self._alive: list[Tensor] = []
+        self._pack_low_rank(low_rank or {})
+        self._native_decoder = self._native.Decoder(self._description())
+
+    # -- what the native decoder is told -------------------------------------------------------------------------------
+
+    def _pack_low_rank(self, low_rank: Mapping[tuple[int, str], LowRank]) -> None:
+        linears = self._packed.weights.linears()
+        unknown = set(low_rank) - set(linears)
+        if unknown:
+            raise ValueError(f"Decoding: low_rank has {sorted(unknown)}, which are no layers of this decoder")
+        self._low_rank = {}
+        for key, given in low_rank.items():
+            n, k = linears[key].weight.shape
+            rank = given.a.shape[0]
+            _refuse(f"low_rank[{key}].a", given.a, (rank, k))
+            _refuse(f"low_rank[{key}].b", given.b, (n, rank))
+            _refuse(f"low_rank[{key}].gate", given.gate, (given.gate.shape[0], rank))
+            packed_b = _packed(self._native, given.b.detach())
+            self._low_rank[key] = (packed_b, given.gate.detach().contiguous(), rank, given.a.detach())
+
+    def _input(self, layer: int, names: Sequence[str]) -> tuple:
+        p, described, factors = self._packed, [], []
+        for name in names:
+            key = (layer, name)
+            weight = self._linears[key].weight
+            packed_b, gate, rank, a = self._low_rank.get(key, (None, None, 0, None))
+            if rank:
+                factors.append(a)
+            described.append(
+                (
+                    p.packed[key].data_ptr(),
+                    _address(p.biases[key]),
+                    *weight.shape,
+                    _address(packed_b),
+                    _address(gate),
+                    rank,
+                )
+            )
+        if not factors:
+            return described, 0, 0
+        stacked = _packed(self._native, factors[0] if len(factors) == 1 else torch.cat(factors))
+        self._alive.append(stacked)
+        return described, stacked.data_ptr(), sum(a.shape[0] for a in factors)
+
+    def _description(self) -> dict:
+        p, w = self._packed, self._packed.weights
+        self._linears = w.linears()
+        layers = []
+        for i, (layer, gains) in enumerate(zip(w.layers, p.gains)):
+            cos, sin = self._rope[layer.rope]
+            layers.append(
+                (
+                    *(_address(gains[f"norm_{n}"]) for n in ("attention", "attended", "mlp", "out")),
+                    *(_address(gains[n]) for n in ("q_norm", "k_norm")),
+                    *(self._input(i, names) for names in _INPUTS),
+                    cos.data_ptr(),
+                    sin.data_ptr(),
+                    layer.window or 0,
+                )
+            )
+        return {
+            "hidden": w.embedding.shape[1],
+            "heads": w.heads,
+            "kv_heads": w.kv_heads,
+            "head_dim": w.head_dim,
+            "rotary": self._rope[0][0].shape[1],
+            "intermediate": w.layers[0].gate.weight.shape[0],
+            "vocab": w.embedding.shape[0],
+            "activation": ACTIVATIONS.index(w.activation),
+            "whole_qk_norm": p.whole_qk_norm,
+            "eps": w.eps,
+            "embedding_scale": w.embedding_scale,
+            "residual_scale": w.residual_scale,
+            "attention_scale": w.attention_scale,
+            "attention_softcap": w.attention_softcap or 0.0,
+            "logit_scale": w.logit_scale,
+            "logit_softcap": w.logit_softcap or 0.0,
+            "embedding": p.embedding.data_ptr(),
+            "norm": p.norm.data_ptr(),
+            "head": self._input(-1, ("head",)),
+            "layers": layers,
+        }
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._rows.slot)
+
+    def add_prompt(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> int:
+        """A prompt's number: keys and values of each layer (kv_heads, length, head_dim), rotated as the rows' will be."""
+        w = self._packed.weights
+        heads, length, width = keys[0].shape
+        padded = _rounded(length)
+        own_keys = torch.zeros(len(keys), heads, width, padded)
+        own_values = torch.zeros(len(keys), heads, padded, _rounded(width))
+        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+            for name, x in (("keys", k), ("values", v)):
+                _refuse(f"{name}[{i}]", x, (w.kv_heads, length, w.head_dim))
+            own_keys[i, :, :, :length] = k.transpose(1, 2)
+            own_values[i, :, :length, :width] = v
+        self._prompts.append((own_keys, own_values))
+        self._lengths = torch.cat([self._lengths, torch.tensor([length])])
+        self._prompt_keys = torch.tensor([k.data_ptr() for k, _ in self._prompts])
+        self._prompt_values = torch.tensor([v.data_ptr() for _, v in self._prompts])
+        return len(self._prompts) - 1
+
+    def add(self, prompts: Tensor) -> None:
+        """A row for each number of a prompt, behind those that are there. Raises ValueError where there is no slot for one, or the
+        rope table ends before the row does."""
+        prompts = prompts.to(torch.long)
+        if len(prompts) > len(self._free):
+            raise ValueError(f"Decoding: {len(prompts)} rows for {len(self._free)} free slots")
+        if len(prompts):
+            needed, there = int(self._lengths[prompts].max()) + self._room, self._rope[0][0].shape[0]
+            if there < needed:
+                raise ValueError(f"Decoding: the rope tables have {there} positions; these rows may need {needed}")
+            few = [key for key, (_, gate, *_) in self._low_rank.items() if gate.shape[0] <= int(prompts.max())]
+            if few:
+                raise ValueError(f"Decoding: the gate of {few[0]} has no row for prompt {int(prompts.max())}")
+        slots = torch.tensor([self._free.pop(0) for _ in range(len(prompts))], dtype=torch.long)
+        self._rows = self._rows.join(_Rows(prompts, slots, torch.zeros(len(prompts), dtype=torch.long)))
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these of the present rows (indices) go on, in this order; nothing is copied. The slots of the others are free."""
+        kept = self._rows.select(rows)
+        gone = set(self._rows.slot.tolist()) - set(kept.slot.tolist())
+        self._free += sorted(gone)
+        self._rows = kept
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """(rows, V) float32, the logits after tokens (rows,), int64. The next step writes to the same memory."""
+        rows = self._rows
+        count = len(rows.slot)
+        if tuple(tokens.shape) != (count,) or tokens.dtype is not torch.long:
+            raise ValueError(f"Decoding: tokens is {tuple(tokens.shape)} {tokens.dtype}; expected ({count},) torch.int64")
+        tokens = tokens.contiguous()
+        self._native_decoder.step(
+            count,
+            tokens.data_ptr(),
+            rows.prompt.data_ptr(),
+            rows.slot.data_ptr(),
+            rows.filled.data_ptr(),
+            self._lengths.data_ptr(),
+            self._prompt_keys.data_ptr(),
+            self._prompt_values.data_ptr(),
+            self._keys.data_ptr(),
+            self._values.data_ptr(),
+            self._room,
+            self._logits.data_ptr(),
+            self._logits.stride(0),
+            torch.get_num_threads(),
+        )
+        rows.filled += 1
+        return self._logits[:count, : self._packed.weights.embedding.shape[0]]
