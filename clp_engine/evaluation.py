@@ -276,7 +276,7 @@ def evaluate(
     setup = {
         "prompts": len(rows),
         "num_generations": num_generations,
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": {**dataclasses.asdict(sampling), "stop_strings": list(sampling.stop_strings)},
         "margin": None if reference_point is not None else dict(zip(policy.objectives, margins.tolist())),
         "bootstrap": bootstrap,
         "confidence": CONFIDENCE,

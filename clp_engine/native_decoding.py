@@ -1,9 +1,9 @@
 """Decoding on the CPU without Python that scales with layers: a policy's model as `clp_kernels.decoder` computes it.
 
 `plan(policy)` says whether a policy can be decoded natively, and why not. It takes Llama and what has its structure (Mistral,
-Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): recognised by the modules there are and their names, never by the name
-of the model, and then tried: a few random tokens through the native decoder and through transformers must give the same logits.
-What differs is decoded by transformers, as everything else is.
+Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): recognised by the modules there are and their names, never by the
+name of the model, and then tried: a few random tokens through the native decoder and through transformers must give the same
+logits. What differs is decoded by transformers, as everything else is.
 
     policy                  float32 parameters on a CPU; "lora", "logit", "none", with "prompt" or without. Of "full" and
                             "attention", whose layers have whole weights that differ by row, transformers' modules serve.
@@ -284,8 +284,8 @@ def _identity(policy: ConditionedPolicy) -> tuple:
 
 
 def plan(policy: ConditionedPolicy) -> Plan:
-    """How this policy is decoded. Worked out, and the weights packed, at the first call, and kept while the base weights are the
-    same; hooks and such are looked for every time."""
+    """How this policy is decoded. Worked out, and the weights packed, at the first call, and kept while the base weights are
+    the same; hooks and such are looked for every time."""
     kept: Plan | None = policy.__dict__.get("_decoding_plan")
     identity = _identity(policy)
     if kept is not None and kept.weights == identity:

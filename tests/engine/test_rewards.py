@@ -265,10 +265,10 @@ def test_workers_change_nothing_that_is_learned(tmp_path):
 def count_reference_rows(policy, monkeypatch):
     rows, original = [], policy.completion_hidden
 
-    def completion_hidden(batch, conditions):
+    def completion_hidden(batch, conditions, mask=None):
         if conditions is None:
             rows.append(batch.completion_ids.shape[0])
-        return original(batch, conditions)
+        return original(batch, conditions, mask)
 
     monkeypatch.setattr(policy, "completion_hidden", completion_hidden)
     return rows

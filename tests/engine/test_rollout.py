@@ -7,6 +7,7 @@ import torch
 from engine.conftest import ENCODER_DECODER, build_policy, plain_logits
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig
 
+from clp_engine import native_decoding
 from clp_engine.conditions import Conditions
 from clp_engine.decoding import BlendDecoding
 from clp_engine.errors import ConfigError
@@ -118,7 +119,11 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(family):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "t5"])
 @pytest.mark.parametrize("max_rows", [2, 5])
-def test_prompts_that_wait_for_a_place_say_what_they_would_have_said_at_once(name, max_rows):
+@pytest.mark.parametrize("path", ["torch", "auto"])
+def test_prompts_that_wait_for_a_place_say_what_they_would_have_said_at_once(
+    name, max_rows, path, monkeypatch
+):
+    monkeypatch.setenv(native_decoding.SWITCH, path)
     policy = build_policy(name)
     prompts, conditions = PROMPTS * 3, Conditions.cat([MIXED] * 3)
     at_once, waiting = (
@@ -134,6 +139,7 @@ def test_prompts_that_wait_for_a_place_say_what_they_would_have_said_at_once(nam
 
 def test_places_are_taken_as_they_come_free(monkeypatch):
     policy, sizes = build_policy("qwen2"), []
+    monkeypatch.setenv(native_decoding.SWITCH, "torch")
     step = BlendDecoding.step
 
     def counted(self, tokens):

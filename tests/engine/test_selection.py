@@ -167,9 +167,9 @@ def test_rows_that_are_not_chosen_never_run_through_the_policy(tmp_path, monkeyp
     )
     rows, original = {"policy": 0, "reference": 0}, trainer.policy.completion_hidden
 
-    def completion_hidden(batch, conditions):
+    def completion_hidden(batch, conditions, mask=None):
         rows["reference" if conditions is None else "policy"] += batch.completion_ids.shape[0]
-        return original(batch, conditions)
+        return original(batch, conditions, mask)
 
     monkeypatch.setattr(trainer.policy, "completion_hidden", completion_hidden)
     trainer.train()
