@@ -220,6 +220,17 @@ def test_partial_rollouts_train_and_resume_to_the_bit(tmp_path, changes):
     assert timeless[0] == timeless[1]
 
 
+def test_the_first_update_has_the_log_probs_of_sampling_already(tmp_path):
+    trainer = build_trainer(tmp_path, **PARTIAL, learning_rate=3e-2)
+    seen, original = [], trainer._update
+    trainer._update = lambda batch: seen.append(batch) or original(batch)
+    trainer.train()
+    assert all(torch.equal(batch.old_logprob, batch.rollout.logprobs) for batch in seen)
+    log = log_of(tmp_path)
+    assert all("clip_ratio/region_mean" in entry for entry in log)
+    assert not any("sampling/sampling_logp_difference/mean" in entry for entry in log)
+
+
 def test_generated_tokens_are_counted_when_they_are_drawn(tmp_path):
     trainer = build_trainer(tmp_path, **PARTIAL)
     trained = []
