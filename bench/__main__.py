@@ -1,7 +1,8 @@
-"""python -m bench: list | run | profile-step | compare | plot | readme. See bench/README.md for how things are measured.
+"""python -m bench: list | run | profile-step | work | compare | plot | readme. See bench/README.md for how things are measured.
 
 python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
 python -m bench profile-step --model docsum     every millisecond of a training step, and the engine's own share
+python -m bench work [--operators]             what a training step does, counted
 python -m bench compare BEFORE.json AFTER.json [--tolerance 0.05]
 python -m bench ceilings --out FILE      only what the machine can do
 python -m bench table FILE               the tables of a result file, in Markdown
@@ -71,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--out", metavar="FILE", help="the profile as JSON")
     profile.add_argument("--trace", metavar="FILE", help="keep the profiler's trace, for Perfetto")
 
+    work = commands.add_parser("work", help="what a step of a small model does, counted: FLOPs, launches, bytes, host reads")
+    work.add_argument("--operators", action="store_true", help="the commonest operators too")
     compare = commands.add_parser("compare", help="ratios of two result files; fails on a regression")
     compare.add_argument("before")
     compare.add_argument("after")
@@ -108,6 +111,13 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import step_profile
 
         return step_profile.main(options)
+    if options.command == "work":
+        from bench import step_work
+
+        print(step_work.report())
+        if options.operators:
+            print(step_work.operators("KL"))
+        return 0
     if options.command == "compare":
         from bench.compare import compare
 

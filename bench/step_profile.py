@@ -124,7 +124,7 @@ def instrumented(trainer, mark: Mark, after_step: Callable[[], None] = lambda: N
 
         put(trainer, "_step", one_step)
         timer, plain = trainer.timer, type(trainer.timer)
-        timer.__class__ = _with_marks(plain, mark)  # in place: others hold it too
+        timer.__class__ = with_marks(plain, mark)  # in place: others hold it too
         undo.callback(setattr, timer, "__class__", plain)
         backbone = trainer.policy.backbone
         for module in {id(m): m for m in (_stack(backbone), backbone.head.module)}.values():
@@ -139,7 +139,8 @@ def instrumented(trainer, mark: Mark, after_step: Callable[[], None] = lambda: N
                 if callable(function) and defined_here and not isinstance(function, type) and name[0] != "_":
                     wrap(module, name, "scope", "kernels")
         for owner, name in _native_functions():
-            wrap(owner, name, "native", name)
+            label = f"{owner.__name__}.{name}" if isinstance(owner, type) else name
+            wrap(owner, name, "native", label)
         yield
 
 
@@ -147,7 +148,7 @@ def _stack(backbone) -> torch.nn.Module:
     return getattr(backbone, "decoder", backbone.model.base_model)
 
 
-def _with_marks(timer: type, mark: Mark) -> type:
+def with_marks(timer: type, mark: Mark) -> type:
     class Marked(timer):
         @contextlib.contextmanager
         def __call__(self, phase: str) -> Iterator[None]:

@@ -30,10 +30,9 @@ ENGINE, REWARDS = "engine", "reward functions"
 SCOPES = ("forward", "backward", "kernels", "optimiser", REWARDS, ENGINE)
 REST = "rest"  # the phase outside of every phase
 PYTHON, IDLE = "python", "idle"
-KINDS = ("products", "attention", "token statistics", "sampling", "elementwise", "copies", "optimiser")
-
 _LAYERS = ("step", "phase", "scope", "native")  # of the annotations "layer/name" that a profiled run carries
 _PATTERNS = (
+    ("native decoding", r"decoder"),
     ("optimiser", r"fused_adam|foreach|multi_tensor|clip_grad"),
     ("attention", r"attention|flash|fmha|sdpa"),
     ("token statistics", r"token_stats|logprob|log_softmax|lse"),

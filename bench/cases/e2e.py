@@ -134,11 +134,15 @@ class StepCase:
 
     def _engine_share(self, variants: Mapping[str, schema.Variant]) -> None:
         """Of each variant of ours, in a run of its own: its spans cost time, little as it is."""
+        from bench.runner import say
         from bench.step_profile import engine_share
 
         for name, rewards in OUR_REWARDS.items():
             if name in variants and variants[name].status == "ok":
-                variants[name].measures["engine_share"] = engine_share(self, rewards)
+                try:
+                    variants[name].measures["engine_share"] = engine_share(self, rewards)
+                except Exception as error:  # the times that were measured are worth keeping; the target is then not judged
+                    say(f"{self.id}: {name}: no profile: {_raised(name, error).reason}")
 
     def _record(self, variants, seen: Mapping[str, Steps], environment: Mapping) -> schema.Case:
         from bench.measure import summary
