@@ -65,14 +65,21 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--objectives", type=int, choices=(1, 2), default=1)
     profile.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     profile.add_argument(
-        "--steps", type=int, default=5, help="under the clock; at most two under the profiler (default %(default)s)"
+        "--steps",
+        type=int,
+        default=5,
+        help="under the clock; at most two under the profiler (default %(default)s)",
     )
-    profile.add_argument("--cpus", help="cores to bind to, comma-separated; as many threads (default: as it is)")
+    profile.add_argument(
+        "--cpus", help="cores to bind to, comma-separated; as many threads (default: as it is)"
+    )
     profile.add_argument("--threads", type=int, help="torch threads, where that is not the number of cores")
     profile.add_argument("--out", metavar="FILE", help="the profile as JSON")
     profile.add_argument("--trace", metavar="FILE", help="keep the profiler's trace, for Perfetto")
 
-    work = commands.add_parser("work", help="what a step of a small model does, counted: FLOPs, launches, bytes, host reads")
+    work = commands.add_parser(
+        "work", help="what a step of a small model does, counted: FLOPs, launches, bytes, host reads"
+    )
     work.add_argument("--operators", action="store_true", help="the commonest operators too")
     compare = commands.add_parser("compare", help="ratios of two result files; fails on a regression")
     compare.add_argument("before")

@@ -107,7 +107,7 @@ def case_table(case: Case) -> list[str]:
     for v in case.variants:
         if v.status != "ok":
             timed = f"{seconds(v.times.median)}, but " if v.times else ""
-            rows.append([v.name, f"{timed}{v.status}: {v.reason}", "", "", "", "", ""])
+            rows.append([v.name, f"{timed}{v.status}: {v.reason}", *[""] * 9])
             continue
         median = v.times.median
         rows.append(
@@ -150,12 +150,16 @@ def case_table(case: Case) -> list[str]:
 def phase_table(case: Case) -> list[str]:
     """Milliseconds of each phase of a training step and its share; empty where no variant knows them."""
     known = [v for v in case.variants if v.status == "ok" and v.phases]
-    names = list(dict.fromkeys(name for v in sorted(known, key=lambda v: -len(v.phases)) for name in v.phases))
+    names = list(
+        dict.fromkeys(name for v in sorted(known, key=lambda v: -len(v.phases)) for name in v.phases)
+    )
     rows = []
     for v in known:
         whole = sum(v.phases.values())
         shares = (v.phases.get(name) for name in names)
-        rows.append([v.name, *("" if s is None else f"{seconds(s)} ({100 * s / whole:.0f}%)" for s in shares)])
+        rows.append(
+            [v.name, *("" if s is None else f"{seconds(s)} ({100 * s / whole:.0f}%)" for s in shares)]
+        )
     return markdown(["phase", *names], rows) if rows else []
 
 

@@ -2,14 +2,15 @@
 
 The engine's own time is what is left of a step (all that the trainer does for it, logging and callbacks included) after
 
-    the model            calls of the decoder and of the output projection, and autograd's backward pass
+    the model            calls of the decoder (its conditioned layers with their Python included) and of the output
+                         projection, and autograd's backward pass
     kernels              calls of a back-end of clp_kernels outside of those: token statistics, sampling, their products
     the optimiser        torch's operators of gradient clipping and AdamW (not the Python around them)
     reward functions     the user's, and, where they run on another thread, the time the engine does nothing but wait for them
 
-So the rollout's loop, estimators, masks, packing, checks of arguments, tokenising, metrics, and every small operator that any of
-them runs are the engine's. Python inside the model's forward pass is the model's: the table shows it as a line of its own, and
-`python_share` is the Python and dispatch of the whole step, reward functions aside.
+So the rollout's loop, estimators, masks, packing, checks of arguments, tokenising, metrics, and every small operator that any
+of them runs are the engine's. Python inside the model's forward pass is the model's: the table shows it as a line of its own,
+and `python_share` is the Python and dispatch of the whole step, reward functions aside.
 
 Two runs say it. Under a clock: spans around those calls alone, many steps, next to no distortion; that is `engine_share` on a
 CPU. Under torch.profiler: every operator, so that the time inside has kinds (products, attention, ...); the profiler slows
@@ -27,12 +28,11 @@ import importlib
 import json
 import pkgutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,8 +54,8 @@ _BACK_ENDS = ("cpu", "cuda", "triton_kernels", "reference")
 class StepProfile:
     """Seconds are medians over the clock's steps, means over the profiler's.
 
-    step: seconds of a whole step. scopes: by `timeline.SCOPES`. engine_share, python_share: of a step. traced_step: seconds of a
-    step under the profiler. table: rows of phase, scope, kind, seconds, share (of the traced step).
+    step: seconds of a whole step. scopes: by `timeline.SCOPES`. engine_share, python_share: of a step. traced_step: seconds
+    of a step under the profiler. table: rows of phase, scope, kind, seconds, share (of the traced step).
     """
 
     model: str
@@ -189,7 +189,9 @@ def _rewards(rewards: Sequence[Callable], mark: Mark) -> list[Callable]:
     return [marked(function, mark, "scope", REWARDS) for function in rewards]
 
 
-def _attributed(spans: Sequence[Span], kernels: Sequence[timeline.Kernel] = ()) -> list[list[timeline.Segment]]:
+def _attributed(
+    spans: Sequence[Span], kernels: Sequence[timeline.Kernel] = ()
+) -> list[list[timeline.Segment]]:
     """Every step's time; the device's where there are kernels."""
     found = []
     for step in (s for s in spans if s.layer == "step"):
@@ -237,7 +239,12 @@ def traced(
         path = Path(keep or Path(folder) / "trace.json")
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    return _attributed(*timeline.read_trace(events))
+    spans, kernels = timeline.read_trace(events)
+    if case.device == "cuda" and not kernels:
+        raise RuntimeError(
+            "the profiler saw no kernel on the GPU (CUPTI is missing, or another profiler holds it)"
+        )
+    return _attributed(spans, kernels)
 
 
 def _share(segments: Sequence[timeline.Segment], scope: str) -> float:
@@ -311,7 +318,9 @@ def table(found: StepProfile) -> str:
         for kind, spent in kinds.items():
             rows.append([f"{kind}", *(milliseconds(cell(scope=scope, kind=kind, phase=p)) for p in phases),
                          milliseconds(spent), percent(spent)])  # fmt: skip
-    rows.append(["**step**", *(milliseconds(cell(phase=p)) for p in phases), milliseconds(found.traced_step), ""])
+    rows.append(
+        ["**step**", *(milliseconds(cell(phase=p)) for p in phases), milliseconds(found.traced_step), ""]
+    )
     names = ["ms under the profiler", *phases, "step", "share"]
     clock = ", ".join(f"{scope} {100 * spent / found.step:.1f}%" for scope, spent in found.scopes.items())
     verdict = "met" if found.engine_share <= LIMIT else "not met"

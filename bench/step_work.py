@@ -308,7 +308,11 @@ def count(**settings) -> Counted:
 
     generator = torch.Generator().manual_seed(0)
     rows = [
-        {"prompt": " ".join(f"w{i}" for i in torch.randint(VOCABULARY - 2, (n,), generator=generator).tolist())}
+        {
+            "prompt": " ".join(
+                f"w{i}" for i in torch.randint(VOCABULARY - 2, (n,), generator=generator).tolist()
+            )
+        }
         for n in PROMPTS
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -377,7 +381,9 @@ def report() -> str:
     for scenario in SCENARIOS:
         found = counted(scenario)
         lines.append(f"{scenario}: prompts {found.prompts}, completions {found.completions}")
-        lines += [f"    {name:24s}{value:12,.3f}".rstrip("0").rstrip(".") for name, value in found.figures().items()]
+        lines += [
+            f"    {name:24s}{value:12,.3f}".rstrip("0").rstrip(".") for name, value in found.figures().items()
+        ]
     return "\n".join(lines)
 
 

@@ -12,8 +12,8 @@ Every moment has a phase (what the trainer says it is doing), a scope (on whose 
             optimiser            torch's operators of clipping and AdamW
             reward functions     the user's
             engine               all the rest: the engine's own
-    kind    what the operator computes (`kind_of`; "copies" are all that moves, fills or allocates), or "python" where none does:
-            the interpreter, views, dispatch ("idle" on a GPU's time line: no kernel runs)
+    kind    what the operator computes (`kind_of`; "copies" are all that moves, fills or allocates), or "python" where none
+            does: the interpreter, views, dispatch ("idle" on a GPU's time line: no kernel runs)
 
 The outermost scope counts, and the outermost operator with a kind: a copy inside an attention is attention.
 """
@@ -97,7 +97,11 @@ def kind_of(name: str) -> str | None:
 def segments(spans: Iterable[Span], step: Span) -> list[Segment]:
     """The time of `step` on its thread: no moment left out, none counted twice."""
     inside = sorted(
-        (s for s in spans if s.thread == step.thread and s.layer != "step" and step.start <= s.start < step.end),
+        (
+            s
+            for s in spans
+            if s.thread == step.thread and s.layer != "step" and step.start <= s.start < step.end
+        ),
         key=lambda s: (s.start, -s.end),
     )
     found: list[Segment] = []

@@ -94,6 +94,11 @@ class StepCase:
         return {name: getattr(self, name) for name in ("batch", "group", "prompt", "new")}
 
     @property
+    def tokens(self) -> int:
+        """Of a step: a prompt counts once for each of its completions, as both trainers count `num_tokens`."""
+        return self.batch * (self.prompt + self.new)
+
+    @property
     def id(self) -> str:
         return schema.case_id("e2e", self.title, self.shape, self.dtype, {"model": self.model})
 
@@ -141,7 +146,9 @@ class StepCase:
             if name in variants and variants[name].status == "ok":
                 try:
                     variants[name].measures["engine_share"] = engine_share(self, rewards)
-                except Exception as error:  # the times that were measured are worth keeping; the target is then not judged
+                except (
+                    Exception
+                ) as error:  # the times that were measured are worth keeping; the target is then not judged
                     say(f"{self.id}: {name}: no profile: {_raised(name, error).reason}")
 
     def _record(self, variants, seen: Mapping[str, Steps], environment: Mapping) -> schema.Case:
@@ -151,7 +158,9 @@ class StepCase:
             if variant.status == "ok":
                 found = seen[variant.name]
                 variant.times = summary(found.seconds)
-                variant.timing = "from the end of a step to the end of the next, the first of each run left out"
+                variant.timing = (
+                    "from the end of a step to the end of the next, the first of each run left out"
+                )
                 variant.phases = found.phase_medians()
                 variant.measures |= {n: statistics.median(values) for n, values in found.logged.items()}
         options = {"model": self.model}
@@ -415,7 +424,7 @@ def _trl(case: StepCase, steps: int, liger: bool) -> Steps:
         )
         clock.phases.time_methods(trainer, _TRL_PHASES)
         trainer.train()
-        return _steps(trainer.state.log_history, case.new, clock.seconds, clock.by_phase)
+        return _steps(case, trainer.state.log_history, clock.seconds, clock.by_phase)
 
 
 def _ours(case: StepCase, steps: int, rewards: Sequence[Callable]) -> Steps:
@@ -429,10 +438,12 @@ def _ours(case: StepCase, steps: int, rewards: Sequence[Callable]) -> Steps:
             for entry in history
             if "step_time" in entry
         ]
-        return _steps(history, case.new, clock.seconds, phases[1:])
+        return _steps(case, history, clock.seconds, phases[1:])
 
 
-def our_trainer(case: StepCase, steps: int, rewards: Sequence[Callable], folder: str, callbacks: Sequence = ()):
+def our_trainer(
+    case: StepCase, steps: int, rewards: Sequence[Callable], folder: str, callbacks: Sequence = ()
+):
     from clp_engine.config import CLPConfig
     from clp_engine.trainer import CLPTrainer
 
@@ -463,16 +474,18 @@ def our_trainer(case: StepCase, steps: int, rewards: Sequence[Callable], folder:
 
 
 def _steps(
-    history: list[dict], new_tokens: int, seconds: list[float], phases: list[dict[str, float]]
+    case: StepCase, history: list[dict], seconds: list[float], phases: list[dict[str, float]]
 ) -> Steps:
-    """Of a finished run, whose `history` a trainer logged. Raises RuntimeError where completions have another length."""
+    """Of a finished run, whose `history` a trainer logged. Raises RuntimeError where it read or wrote another number of tokens
+    than the case says."""
     logged = defaultdict(list)
-    for entry in history:
-        if "step_time" not in entry:
-            continue
-        if entry["completions/mean_length"] != new_tokens:
+    entries = [entry for entry in history if "step_time" in entry]
+    for number, entry in enumerate(entries, 1):
+        length, tokens = entry["completions/mean_length"], entry["num_tokens"]
+        if length != case.new or tokens != number * case.tokens:
             raise RuntimeError(
-                f"completions of {entry['completions/mean_length']} tokens instead of {new_tokens}: not comparable"
+                f"completions of {length} tokens instead of {case.new}, {tokens} tokens after {number} steps instead of "
+                f"{number * case.tokens}: not comparable"
             )
         for name, short in _GAPS.items():
             if name in entry:

@@ -18,7 +18,10 @@ def case():
 
 def shares(segments):
     whole = sum(s.seconds for s in segments)
-    return {scope: sum(s.seconds for s in segments if s.scope == scope) / whole for scope in {s.scope for s in segments}}
+    return {
+        scope: sum(s.seconds for s in segments if s.scope == scope) / whole
+        for scope in {s.scope for s in segments}
+    }
 
 
 def slow_reward(completions, **_):
@@ -42,7 +45,18 @@ def test_a_clock_sees_model_kernels_rewards_and_the_rest_of_a_step(case):
 def test_a_profile_says_what_every_part_of_a_step_computes(case, tmp_path, capsys):
     from bench.__main__ import main
 
-    arguments = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--steps", "1", "--out", str(tmp_path / "p.json")]
+    arguments = [
+        "--model",
+        "tiny",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "p.json"),
+    ]
     threads = torch.get_num_threads()
     try:
         assert main(["profile-step", *arguments]) == 0

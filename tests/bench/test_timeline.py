@@ -63,7 +63,9 @@ def test_a_device_s_time_is_its_kernels_and_the_gaps_between_them():
     found = timeline.on_device(host, kernels)
     assert sum(s.seconds for s in found) == pytest.approx(100)
     assert seconds(found, scope="forward", kind="products", phase="update") == 15
-    assert seconds(found, scope="forward", kind="idle") == 10  # the host was in the model, the device had nothing to do
+    assert (
+        seconds(found, scope="forward", kind="idle") == 10
+    )  # the host was in the model, the device had nothing to do
     assert seconds(found, scope=ENGINE, kind="copies") == 5
     assert seconds(found, scope="optimiser") == 3
     assert seconds(found, kind="idle") == 30 + 46
@@ -71,7 +73,15 @@ def test_a_device_s_time_is_its_kernels_and_the_gaps_between_them():
 
 def test_a_trace_is_read_with_kernels_named_by_what_launched_them():
     def event(cat, name, ts, dur, tid=1, **args):
-        return {"ph": "X", "cat": cat, "name": name, "ts": ts * 1e6, "dur": dur * 1e6, "tid": tid, "args": args}
+        return {
+            "ph": "X",
+            "cat": cat,
+            "name": name,
+            "ts": ts * 1e6,
+            "dur": dur * 1e6,
+            "tid": tid,
+            "args": args,
+        }
 
     events = [
         event("user_annotation", "step/step", 0, 10),

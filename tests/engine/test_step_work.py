@@ -83,7 +83,9 @@ def test_the_formula_of_linear_logprob_is_what_the_reference_does(frozen):
     weight, targets = torch.randn(50, 16, requires_grad=not frozen), torch.randint(50, (9,))
 
     def compute():
-        stats = linear_logprob(hidden, weight, targets, ref_hidden=ref_hidden, outputs=("logprob", "kl", "entropy"))
+        stats = linear_logprob(
+            hidden, weight, targets, ref_hidden=ref_hidden, outputs=("logprob", "kl", "entropy")
+        )
         (stats.logprob + stats.kl).sum().backward()
 
     ours = products(compute)
