@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import pkgutil
 import statistics
@@ -107,10 +108,9 @@ def instrumented(trainer, mark: Mark, after_step: Callable[[], None] = lambda: N
     with contextlib.ExitStack() as undo:
 
         def put(owner: object, name: str, value: object) -> None:
-            own = name in vars(owner)
-            before = getattr(owner, name)
+            own = vars(owner)
+            undo.callback(*((setattr, owner, name, own[name]) if name in own else (delattr, owner, name)))
             setattr(owner, name, value)
-            undo.callback(*((setattr, owner, name, before) if own else (delattr, owner, name)))
 
         def wrap(owner: object, name: str, layer: str, label: str) -> None:
             put(owner, name, marked(getattr(owner, name), mark, layer, label))
@@ -135,8 +135,8 @@ def instrumented(trainer, mark: Mark, after_step: Callable[[], None] = lambda: N
             wrap(torch, name, "native", name)
         for module in _back_ends():
             for name, function in list(vars(module).items()):
-                defined_here = getattr(function, "__module__", None) == module.__name__
-                if callable(function) and defined_here and not isinstance(function, type) and name[0] != "_":
+                # Plain functions: a Triton kernel is an object that is indexed with its grid.
+                if inspect.isfunction(function) and function.__module__ == module.__name__ and name[0] != "_":
                     wrap(module, name, "scope", "kernels")
         for owner, name in _native_functions():
             label = f"{owner.__name__}.{name}" if isinstance(owner, type) else name
@@ -269,27 +269,34 @@ def profile(
     whole = sum(sums.values())
     shares = by_clock if case.device == "cpu" else by_trace
     python = sum(s for (_, scope, kind), s in sums.items() if kind in (PYTHON, IDLE) and scope != REWARDS)
-    return StepProfile(
-        case.model,
-        len(rewards),
-        case.shape,
-        environment.describe(case.device),
-        " ".join(__doc__.split("\n\nTwo runs")[0].split("\n\n", 1)[1].split()),
-        steps,
-        statistics.median(sum(s.seconds for s in segments) for segments in by_clock),
+    rows = [
         {
+            "phase": phase,
+            "scope": scope,
+            "kind": kind,
+            "seconds": spent / len(by_trace),
+            "share": spent / whole,
+        }
+        for (phase, scope, kind), spent in sums.most_common()
+    ]
+    return StepProfile(
+        model=case.model,
+        objectives=len(rewards),
+        shape=case.shape,
+        environment=environment.describe(case.device),
+        definition=" ".join(__doc__.split("\n\nTwo runs")[0].split("\n\n", 1)[1].split()),
+        steps=steps,
+        step=statistics.median(sum(s.seconds for s in segments) for segments in by_clock),
+        scopes={
             scope: statistics.median(
                 sum(s.seconds for s in segments if s.scope == scope) for segments in by_clock
             )
             for scope in timeline.SCOPES
         },
-        statistics.median(_share(segments, ENGINE) for segments in shares),
-        whole / len(by_trace),
-        python / whole,
-        [
-            {"phase": p, "scope": c, "kind": k, "seconds": s / len(by_trace), "share": s / whole}
-            for (p, c, k), s in sums.most_common()
-        ],
+        engine_share=statistics.median(_share(segments, ENGINE) for segments in shares),
+        traced_step=whole / len(by_trace),
+        python_share=python / whole,
+        table=rows,
     )
 
 
