@@ -1,6 +1,8 @@
-"""python -m bench: list | run | compare | plot | readme. See bench/README.md for how things are measured.
+"""python -m bench: list | run | profile-step | work | compare | plot | readme. See bench/README.md for how things are measured.
 
 python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
+python -m bench profile-step --model docsum     every millisecond of a training step, and the engine's own share
+python -m bench work [--operators]             what a training step does, counted
 python -m bench compare BEFORE.json AFTER.json [--tolerance 0.05]
 python -m bench ceilings --out FILE      only what the machine can do
 python -m bench table FILE               the tables of a result file, in Markdown
@@ -56,6 +58,29 @@ def parser() -> argparse.ArgumentParser:
     )
     ceilings.set_defaults(groups=[], budget=0.0, only=None, backends="")
 
+    profile = commands.add_parser(
+        "profile-step", help="every millisecond of a training step, and the engine's own share"
+    )
+    profile.add_argument("--model", default="docsum", help="of the group e2e (default %(default)s)")
+    profile.add_argument("--objectives", type=int, choices=(1, 2), default=1)
+    profile.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    profile.add_argument(
+        "--steps",
+        type=int,
+        default=5,
+        help="under the clock; at most two under the profiler (default %(default)s)",
+    )
+    profile.add_argument(
+        "--cpus", help="cores to bind to, comma-separated; as many threads (default: as it is)"
+    )
+    profile.add_argument("--threads", type=int, help="torch threads, where that is not the number of cores")
+    profile.add_argument("--out", metavar="FILE", help="the profile as JSON")
+    profile.add_argument("--trace", metavar="FILE", help="keep the profiler's trace, for Perfetto")
+
+    work = commands.add_parser(
+        "work", help="what a step of a small model does, counted: FLOPs, launches, bytes, host reads"
+    )
+    work.add_argument("--operators", action="store_true", help="the commonest operators too")
     compare = commands.add_parser("compare", help="ratios of two result files; fails on a regression")
     compare.add_argument("before")
     compare.add_argument("after")
@@ -89,6 +114,17 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import suite
 
         return suite.show(options) if options.command == "list" else suite.run(options)
+    if options.command == "profile-step":
+        from bench import step_profile
+
+        return step_profile.main(options)
+    if options.command == "work":
+        from bench import step_work
+
+        print(step_work.report())
+        if options.operators:
+            print(step_work.operators("KL"))
+        return 0
     if options.command == "compare":
         from bench.compare import compare
 

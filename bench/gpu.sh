@@ -2,7 +2,7 @@
 # The whole GPU round on a bare machine:  bench/gpu.sh OUTDIR [STAGE...]
 #
 # Stages (default: all): build tests sanitizer racecheck ceilings, and the groups multi_lora decode linear_logprob
-# logits_logprob interpolate sampling e2e.
+# logits_logprob interpolate sampling e2e, and profile (where the time of a step goes, for some models).
 # Each has a time limit, a log (OUTDIR/STAGE.log) and an exit code (OUTDIR/STAGE.rc); one that fails does not stop the others.
 # A stage that succeeded is not run again; a kernel group that ran out of time goes on where it was. OUTDIR/all.tgz holds
 # everything, and is unpacked first where OUTDIR holds nothing else: that is how a round goes on on another machine.
@@ -10,12 +10,13 @@
 #
 # PYTHON=python3                 the interpreter, which has torch
 # CLP_GPU_SH_SECONDS=560         start no stage later than that, and cut the running one short
+# CLP_GPU_SH_PROFILED="..."      models of the stage profile (qwen2.5-0.5b qwen2.5-7b)
 # CLP_GPU_SH_FLAGS="..."         more for python -m bench run: --backends triton,cuda
 # CLP_SOURCE_COMMIT=...          the commit, where the sources come without their history
 # CLP_GPU_SH_DEVICE=cpu          a rehearsal: the same stages on the CPU with tiny shapes, nothing installed
 set -euo pipefail
 
-[ $# -ge 1 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
@@ -23,7 +24,9 @@ python=${PYTHON:-python3}
 device=${CLP_GPU_SH_DEVICE:-cuda}
 deadline=$((SECONDS + ${CLP_GPU_SH_SECONDS:-1000000}))
 groups="multi_lora decode linear_logprob logits_logprob interpolate sampling e2e"
-every="build tests sanitizer racecheck ceilings $groups"
+every="build tests sanitizer racecheck ceilings $groups profile"
+profiled=${CLP_GPU_SH_PROFILED:-qwen2.5-0.5b qwen2.5-7b}
+[ "$device" = cuda ] || profiled=tiny
 stages=${*:-$every}
 flags="--device $device"
 [ "$device" = cuda ] || flags="$flags --sizes tiny --quick --flush 4 --peers plain"
@@ -77,6 +80,14 @@ group() {
     "$python" -m bench run "$1" $flags ${CLP_GPU_SH_FLAGS:-} --out "$out/$1.json" --resume --budget "$budget"
 }
 
+profile() {
+    local model
+    for model in $profiled; do
+        [ ! -e "$out/$model.profile.json" ] || continue
+        "$python" -m bench profile-step --device "$device" --model "$model" --steps 3 --out "$out/$model.profile.json"
+    done
+}
+
 # Seconds that a stage may take.
 limit_of() {
     case $1 in
@@ -103,8 +114,8 @@ run_stage() {
         *) set -- "$name" ;;
     esac
     # A stage is a function of this script: in a shell of its own, so that timeout can end it and all it started.
-    export -f build tests sanitizer racecheck sanitized ceilings group
-    export python device out flags
+    export -f build tests sanitizer racecheck sanitized ceilings group profile
+    export python device out flags profiled
     timeout --kill-after=10 "$limit" bash -euo pipefail -c '"$@"' stage "$@" >"$out/$name.log" 2>&1 || rc=$?
     echo "$rc $((SECONDS - start))" >"$out/$name.rc"
     if [ "$rc" -eq 0 ]; then touch "$out/$name.done"; else echo "$name: exit code $rc"; tail -n 5 "$out/$name.log"; fi
@@ -127,8 +138,12 @@ for stage in $stages; do
     printf '%-16s %5s %8s\n' "$stage" "$rc" "$seconds"
     [ "$rc" = 0 ] || failed=1
 done
-if compgen -G "$out/*.json" >/dev/null; then
+results=()
+for file in "$out"/*.json; do
+    case $file in *.profile.json | *'*.json') ;; *) results+=("$file") ;; esac
+done
+if [ "${#results[@]}" -gt 0 ]; then
     echo
-    "$python" -m bench targets "$out"/*.json || true
+    "$python" -m bench targets "${results[@]}" || true
 fi
 exit $failed

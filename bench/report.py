@@ -107,7 +107,7 @@ def case_table(case: Case) -> list[str]:
     for v in case.variants:
         if v.status != "ok":
             timed = f"{seconds(v.times.median)}, but " if v.times else ""
-            rows.append([v.name, f"{timed}{v.status}: {v.reason}", "", "", "", "", ""])
+            rows.append([v.name, f"{timed}{v.status}: {v.reason}", *[""] * 9])
             continue
         median = v.times.median
         rows.append(
@@ -119,6 +119,8 @@ def case_table(case: Case) -> list[str]:
                 f"{100 * case.floor.seconds / median:.0f}%" if case.floor else "",
                 size(v.extra_peak_bytes),
                 _worst(v),
+                f"{case.tokens / median:,.0f}" if case.tokens else "",
+                *_measures(v),
             ]
         )
     names = [
@@ -129,6 +131,10 @@ def case_table(case: Case) -> list[str]:
         "of the floor",
         "extra peak memory",
         "error / torch's",
+        "tokens/s",
+        "engine's own",
+        "log-prob gap, mean",
+        "log-prob gap, largest",
     ]
     if case.floor:
         names[4] += f" ({case.floor.bound})"
@@ -136,7 +142,30 @@ def case_table(case: Case) -> list[str]:
     if any(v.times is not None and v.times.q1 is None for v in case.variants):
         names[1] = "median [range]"
     filled = [i for i in range(len(names)) if i < 2 or any(row[i] for row in rows)]
-    return markdown([names[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    table = markdown([names[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    phases = phase_table(case)
+    return [*table, "", *phases] if phases else table
+
+
+def phase_table(case: Case) -> list[str]:
+    """Milliseconds of each phase of a training step and its share; empty where no variant knows them."""
+    known = [v for v in case.variants if v.status == "ok" and v.phases]
+    names = list(
+        dict.fromkeys(name for v in sorted(known, key=lambda v: -len(v.phases)) for name in v.phases)
+    )
+    rows = []
+    for v in known:
+        whole = sum(v.phases.values())
+        shares = (v.phases.get(name) for name in names)
+        rows.append(
+            [v.name, *("" if s is None else f"{seconds(s)} ({100 * s / whole:.0f}%)" for s in shares)]
+        )
+    return markdown(["phase", *names], rows) if rows else []
+
+
+def _measures(variant: Variant) -> list[str]:
+    share, *gaps = (variant.measures.get(n) for n in ("engine_share", "logprob_gap_mean", "logprob_gap_max"))
+    return ["" if share is None else f"{100 * share:.1f}%", *("" if g is None else f"{g:.1e}" for g in gaps)]
 
 
 def _worst(variant: Variant) -> str:

@@ -45,7 +45,11 @@ class Error:
 
 @dataclass
 class Variant:
-    """One way to compute a case. `reason` says why it is unavailable or wrong."""
+    """One way to compute a case. `reason` says why it is unavailable or wrong.
+
+    Of a training step: `phases`, the median seconds of each phase of it, and `measures`, numbers without a unit of time
+    (engine_share, logprob_gap_mean, logprob_gap_max).
+    """
 
     name: str
     status: str
@@ -54,6 +58,8 @@ class Variant:
     timing: str | None = None  # how: "clock, cold cache", "events, cold L2", "graph of 64 calls"
     extra_peak_bytes: int | None = None
     errors: dict[str, Error] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -96,6 +102,13 @@ class Case:
 
     def variant(self, name: str | None) -> Variant | None:
         return next((v for v in self.variants if v.name == name), None)
+
+    @property
+    def tokens(self) -> int | None:
+        """Of a training step: prompt and completion, a prompt once for each of its completions; None for other cases."""
+        if self.op != "step":
+            return None
+        return self.shape["batch"] * (self.shape["prompt"] + self.shape["new"])
 
     def median(self, name: str | None) -> float | None:
         """Of a variant that ran and is right, else None."""

@@ -74,6 +74,12 @@ def _memory_of_trl(case: Case, ceilings: Mapping) -> float | None:
     return ours.extra_peak_bytes / min(trl) if trl and ours and ours.extra_peak_bytes else None
 
 
+def _engine_share(case: Case, ceilings: Mapping) -> float | None:
+    """The largest of our variants'."""
+    shares = [v.measures.get("engine_share") for v in case.variants if v.name.startswith(OURS)]
+    return max(shares) if shares and None not in shares else None
+
+
 TARGETS = {
     "multi-lora-4096": Target(
         "multi-LoRA fwd+bwd 4096x4096, T=8192, over the frozen linear alone", "H200", "<=", 1.08, _over
@@ -106,6 +112,8 @@ TARGETS = {
     "step-cpu": Target("whole training step, times faster than TRL + PEFT", "2 CPU cores", ">=", 4, _times_faster_than_trl),
     "step-gpu": Target("whole training step, times faster than TRL + PEFT (+ Liger)", "H200", ">=", 2, _times_faster_than_trl),
     "step-gpu-memory": Target("whole training step, peak memory over TRL's", "H200", "<=", 0.6, _memory_of_trl),
+    "engine-cpu": Target("whole training step, the engine's own share", "2 CPU cores", "<=", 0.03, _engine_share),
+    "engine-gpu": Target("whole training step, the engine's own share", "H200", "<=", 0.03, _engine_share),
 }  # fmt: skip
 
 

@@ -147,4 +147,10 @@ def test_a_training_step_is_measured_with_its_memory(run):
     ours = case.variant("clp-engine, one objective")
     assert code == 0 and ours.status == "ok" and ours.times.runs == 2, ours.reason
     assert ours.extra_peak_bytes is None or ours.extra_peak_bytes > 0
-    assert case.shape == {"batch": 4, "group": 2, "prompt": 12, "new": 4}
+    assert case.shape == {"batch": 4, "group": 2, "prompt": 12, "new": 4} and case.tokens == 64
+    assert {"rollout", "reward", "update", "optimizer", "rest"} <= ours.phases.keys()
+    # What the phases do not say of a step, its rest does.
+    assert sum(ours.phases.values()) == pytest.approx(ours.times.median, rel=0.5)
+    assert 0 < ours.measures["engine_share"] < 1 and ours.measures["logprob_gap_max"] < 1e-4
+    table = "\n".join(report.case_table(case))
+    assert "tokens/s" in table and "engine's own" in table and "| phase |" in table

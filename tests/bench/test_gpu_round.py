@@ -1,5 +1,6 @@
 """bench/gpu.sh, rehearsed on the CPU: stages run, a failing one does not stop the rest, a finished one is not run again."""
 
+import json
 import os
 import subprocess
 import sys
@@ -26,10 +27,11 @@ def rehearse(out, *stages, **environment):
 @pytest.mark.slow
 def test_a_round_goes_through_its_stages_and_on_from_its_archive(tmp_path):
     out = tmp_path / "out"
-    done = rehearse(out, "build", "sanitizer", "ceilings", "decode")
+    done = rehearse(out, "build", "sanitizer", "ceilings", "decode", "profile")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stage" in done.stdout and (out / "all.tgz").exists()
     assert schema.load(out / "decode.json").cases and not schema.load(out / "ceilings.json").cases
+    assert json.loads((out / "tiny.profile.json").read_text())["model"] == "tiny"
     before = (out / "decode.json").stat().st_mtime_ns
     assert rehearse(out, "ceilings", "decode").returncode == 0
     assert (out / "decode.json").stat().st_mtime_ns == before  # done stages are skipped

@@ -1,0 +1,119 @@
+"""What a training step does, counted, stays within ceilings: the line is held on any machine, however busy.
+
+`python -m bench work` prints the present counts in this form (and with --operators what they consist of). Where the engine does
+less, lower the ceiling; raise one only with a reason that stands beside it. bench/step_work.py says what is counted.
+"""
+
+import pytest
+import torch
+from clp_kernels import linear_logprob, multi_lora_linear, use_backend
+
+from bench import formulas, step_work
+
+# products: times the least; attention: MFLOP; bytes: MB; the rest are numbers. Each is today's count and a little.
+CEILINGS = {
+    "KL": {
+        # Prompts padded to the longest of the rollout.
+        "rollout/products": 1.54,
+        "rollout/attention": 7.2,
+        # 15 decode steps of two layers.
+        "rollout/launches": 2260,
+        "rollout/bytes": 7.7,
+        # One for each decode step: have rows finished?
+        "rollout/host reads": 23,
+        "reward/launches": 13,
+        "reward/bytes": 0.01,
+        "reward/host reads": 2,
+        # Prompts and completions padded to the longest of a micro-batch.
+        "update/products": 1.81,
+        "update/attention": 36.0,
+        "update/launches": 1780,
+        "update/bytes": 28.6,
+        "update/host reads": 28,
+        "optimizer/launches": 15,
+        "optimizer/bytes": 0.01,
+        # The gradient's norm.
+        "optimizer/host reads": 1,
+        # Metrics.
+        "rest/launches": 241,
+        "rest/bytes": 0.02,
+        "rest/host reads": 53,
+    },
+}
+# No KL in the objective: today the reference runs all the same, for the KL that is logged.
+CEILINGS["no KL"] = dict(CEILINGS["KL"])
+
+
+@pytest.mark.parametrize("scenario", list(step_work.SCENARIOS))
+def test_a_step_does_no_more_than_it_did(scenario):
+    counted = step_work.counted(scenario)
+    # Where other tokens were drawn, the figures below are of another step.
+    assert sum(counted.prompts) == 110 and sum(counted.completions) == 189, "sampling changed: count anew"
+    figures = counted.figures()
+    ceilings = CEILINGS[scenario]
+    above = {n: (v, ceilings.get(n)) for n, v in figures.items() if n not in ceilings or v > ceilings[n]}
+    assert not above, f"(counted, ceiling): {above}"
+
+
+def test_no_product_of_the_update_goes_uncounted():
+    """Less than the least means that something computes products without a formula in bench/step_work.py."""
+    assert step_work.counted("KL").figures()["update/products"] >= 1
+
+
+def products(compute) -> int:
+    with step_work.WorkCounter() as counter:
+        compute()
+    return sum(work.products for work in counter.work.values())
+
+
+def test_the_formula_of_multi_lora_linear_is_what_plain_torch_does():
+    tokens, width, out, rank = 10, 12, 14, 6
+    x, weight = torch.randn(tokens, width, requires_grad=True), torch.randn(out, width)
+    a, b = torch.randn(rank, width, requires_grad=True), torch.randn(out, rank, requires_grad=True)
+    gate = torch.rand(tokens, rank)
+    inputs = {"x": x, "weight": weight, "lora_a": a, "lora_b": b, "gate": gate}
+    ours = products(lambda: multi_lora_linear(x, weight, a, b, gate).sum().backward())
+    assert ours == products(lambda: formulas.multi_lora(inputs)["y"].sum().backward())
+    assert ours == 4 * tokens * width * out + 6 * tokens * rank * (width + out)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_formula_of_linear_logprob_is_what_the_reference_does(frozen):
+    hidden, ref_hidden = torch.randn(9, 16, requires_grad=True), torch.randn(9, 16)
+    weight, targets = torch.randn(50, 16, requires_grad=not frozen), torch.randint(50, (9,))
+
+    def compute():
+        stats = linear_logprob(
+            hidden, weight, targets, ref_hidden=ref_hidden, outputs=("logprob", "kl", "entropy")
+        )
+        (stats.logprob + stats.kl).sum().backward()
+
+    ours = products(compute)
+    with use_backend("reference"):
+        assert products(compute) == ours == 2 * 9 * 50 * 16 * (3 if frozen else 4)
+
+
+def test_the_counter_sees_launches_bytes_and_host_reads_by_phase():
+    x = torch.ones(100)
+    with step_work.WorkCounter() as counter:
+        y = x + 1  # 400 bytes
+        with counter.phase("rollout"):
+            y.view(10, 10).t()  # nothing
+            y.mul_(2)
+            torch.empty(7)  # 28 bytes, no launch
+            assert y.max().item() == 4.0  # 4 bytes
+            y.tolist(), x[x > 0], bool(y.any())
+    assert counter.work["rest"] == step_work.Work(launches=1, bytes=400)
+    rollout = counter.work["rollout"]
+    assert rollout.host_reads == 4  # item, tolist, the mask, bool
+    assert rollout.launches >= 4 and 28 + 4 + 400 <= rollout.bytes <= 28 + 4 + 400 + 1000
+
+
+def test_an_op_of_clp_kernels_without_a_formula_is_refused(monkeypatch):
+    monkeypatch.delitem(step_work.PRODUCTS, "multi_lora_linear")
+    with pytest.raises(NotImplementedError, match="no formula for its FLOPs"):
+        products(
+            lambda: multi_lora_linear(
+                torch.randn(2, 3), torch.randn(4, 3), torch.randn(1, 3), torch.randn(4, 1), torch.rand(2, 1)
+            )
+        )
