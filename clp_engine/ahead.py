@@ -36,12 +36,12 @@ def reference_hidden(
     found: list[torch.Tensor | None] = []
     tokens = of_a_token = 0
     for _, part in _parts(drawn, config):
-        tokens += int(part.completion_mask.sum())
+        tokens += int(part.counts[1].sum())
         if found and tokens * of_a_token > MAX_BYTES:
             break
         hidden = policy.completion_hidden(part, None)
         of_a_token = hidden.shape[-1] * hidden.element_size()
-        found += hidden.split(part.lengths.tolist())
+        found += hidden.split(part.counts[1].tolist())
     return found + [None] * (drawn.completion_ids.shape[0] - len(found))
 
 
@@ -64,7 +64,7 @@ def reference_logprob(
             states = policy.completion_hidden(part, None)
         stats = policy.token_stats(
             states,
-            part.completion_ids[part.completion_mask],
+            part.completion_ids.flatten()[part.places],
             temperature=config.temperature,
             outputs=("logprob",),
         )

@@ -402,10 +402,8 @@ class CausalBackbone(Backbone):
         # Two prompts, one with two completions: what is computed of one must not depend on another.
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = torch.arange(1, 19, device=self.model.device) * 7 % vocabulary
-        prompts, mask = ids[:6].view(2, 3), torch.ones(2, 3, dtype=torch.bool, device=ids.device)
-        mask[1, 0] = False
-        completions = ids[6:].view(4, 3)
-        batch = packing.pack(prompts, mask, completions, torch.ones_like(completions, dtype=torch.bool))
+        prompts, completions = ids[:6].view(2, 3), ids[6:].view(4, 3)
+        batch = packing.pack(prompts, torch.tensor([3, 2]), completions, torch.full((4,), 3))
         with torch.no_grad():
             expected = [
                 self._plain_logits(prompts[b // 2 : b // 2 + 1, b // 2 :], completions[b : b + 1])

@@ -59,11 +59,11 @@ class Generation:
     @property
     def num_tokens(self) -> int:
         """Tokens read and written: each prompt once per completion, and the completions."""
-        return int(self.rollout.prompt_mask.sum()) * self.rollout.group + self.num_generated_tokens
+        return int(self.rollout.counts[0].sum()) * self.rollout.group + self.num_generated_tokens
 
     @property
     def num_generated_tokens(self) -> int:
-        return int(self.rollout.completion_mask.sum())
+        return int(self.rollout.counts[1].sum())
 
     def split(self, count: int) -> list[Generation]:
         """`count` parts of as many prompts each, one for each optimiser step; before any pass."""
@@ -218,7 +218,7 @@ class Collector:
             rewards,
             scalar.to(self.policy.device),
             metrics | pending.metrics,
-            int(drawn.completion_mask.sum()),
+            int(drawn.counts[1].sum()),
             reference,
         )
 

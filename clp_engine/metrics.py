@@ -60,12 +60,12 @@ class MetricLog:
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:
     """completions/{mean,min,max}_length the same of those that ended; clipped_ratio: the share that did not."""
-    lengths = rollout.lengths.float()
+    lengths, terminated = rollout.counts[1].float(), rollout.terminated.cpu()
     result = {f"completions/{kind}_length": value for kind, value in _spread(lengths).items()}
-    ended = lengths[rollout.terminated]
+    ended = lengths[terminated]
     if ended.numel():
         result |= {f"completions/{kind}_terminated_length": value for kind, value in _spread(ended).items()}
-    return result | {"completions/clipped_ratio": 1 - rollout.terminated.float().mean().item()}
+    return result | {"completions/clipped_ratio": 1 - terminated.float().mean().item()}
 
 
 def _spread(values: torch.Tensor) -> dict[str, float]:

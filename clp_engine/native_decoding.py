@@ -99,7 +99,9 @@ def _only(module: nn.Module, allowed: set[str], needed: set[str]) -> None:
 def _plain_linear(module: nn.Module, name: str) -> Linear:
     base = module.base if isinstance(module, ConditionedLinear) else module
     if type(base) is not nn.Linear:
-        raise Unsupported(f"{name} is a {type(base).__name__}, not a linear layer with low-rank factors or none")
+        raise Unsupported(
+            f"{name} is a {type(base).__name__}, not a linear layer with low-rank factors or none"
+        )
     return Linear(base.weight, base.bias)
 
 
@@ -157,7 +159,9 @@ def _check_modules(policy: ConditionedPolicy) -> None:
             raise Unsupported(f"{name} drops out activations")
     for name, parameter in policy.model.named_parameters():
         if parameter.dtype is not torch.float32 or parameter.device.type != "cpu":
-            raise Unsupported(f"{name} is {parameter.dtype} on {parameter.device}, not torch.float32 on a CPU")
+            raise Unsupported(
+                f"{name} is {parameter.dtype} on {parameter.device}, not torch.float32 on a CPU"
+            )
 
 
 def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, str], nn.Module]]:
@@ -168,7 +172,9 @@ def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, st
     _check_modules(policy)
     decoder = backbone.decoder
     rotary = [n for n, _ in decoder.named_children() if n.startswith("rotary_emb")]
-    _only(decoder, {"embed_tokens", "layers", "norm", *rotary}, {"embed_tokens", "layers", "norm", "rotary_emb"})
+    _only(
+        decoder, {"embed_tokens", "layers", "norm", *rotary}, {"embed_tokens", "layers", "norm", "rotary_emb"}
+    )
     types = getattr(config, "layer_types", None) or [None] * len(decoder.layers)
     sliding = getattr(config, "sliding_window", None)
     modules: dict[tuple[int, str], nn.Module] = {}
@@ -185,7 +191,9 @@ def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, st
     for i, layer in enumerate(decoder.layers):
         norms = {n for n, _ in layer.named_children()} - {"self_attn", "mlp"}
         if (names := _NORMS.get(frozenset(norms))) is None:
-            raise Unsupported(f"{type(layer).__name__} has parts or norms that Llama's has not ({', '.join(sorted(norms))})")
+            raise Unsupported(
+                f"{type(layer).__name__} has parts or norms that Llama's has not ({', '.join(sorted(norms))})"
+            )
         attention, mlp = layer.self_attn, layer.mlp
         projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
         _only(attention, projections | {"q_norm", "k_norm"}, projections)
@@ -205,9 +213,7 @@ def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, st
                 **linears,
                 **{
                     field: gain(layer, name)
-                    for field, name in zip(
-                        ("norm_attention", "norm_attended", "norm_mlp", "norm_out"), names
-                    )
+                    for field, name in zip(("norm_attention", "norm_attended", "norm_mlp", "norm_out"), names)
                 },
                 q_norm=gain(attention, "q_norm"),
                 k_norm=gain(attention, "k_norm"),
@@ -278,9 +284,7 @@ def _rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.
 
 def _identity(policy: ConditionedPolicy) -> tuple:
     """Changes when the base weights are others, or were changed in place."""
-    return tuple(
-        (p.data_ptr(), p._version) for p in policy.model.parameters() if not p.requires_grad
-    )
+    return tuple((p.data_ptr(), p._version) for p in policy.model.parameters() if not p.requires_grad)
 
 
 def plan(policy: ConditionedPolicy) -> Plan:
@@ -366,7 +370,9 @@ def choose(policy: ConditionedPolicy) -> Plan | None:
         raise ConfigError(f"{SWITCH}=native: {made.reason}")
     if policy.device.type == "cpu" and not policy.__dict__.get("_decoding_told"):
         policy.__dict__["_decoding_told"] = True
-        warnings.warn(f"decoding goes through transformers' modules, which is slower: {made.reason}", stacklevel=4)
+        warnings.warn(
+            f"decoding goes through transformers' modules, which is slower: {made.reason}", stacklevel=4
+        )
     return None
 
 
@@ -384,7 +390,12 @@ class NativeDecoding:
         at_once: int,
         made: Plan,
     ):
-        self._policy, self._blend, self._prompts, self._group = policy, blend, (prompt_ids, prompt_mask), group
+        self._policy, self._blend, self._prompts, self._group = (
+            policy,
+            blend,
+            (prompt_ids, prompt_mask),
+            group,
+        )
         longest = int(prompt_mask.sum(-1).max())
         self._slots = at_once * group
         self._decoding = Decoding(

@@ -34,8 +34,7 @@ class Packed:
     """N tokens of P prompts and their completions, and where the M completion tokens are predicted.
 
     ids, positions: (N,) int64. layout: which tokens attend to which. prompts: (N,) int64, the prompt that each token belongs
-    to, 0 to P - 1. predictors: (M,) int64, the token whose hidden state predicts each completion token, in the order of
-    `mask.nonzero()`.
+    to, 0 to P - 1. predictors: (M,) int64, the token whose hidden state predicts each completion token, row by row.
     """
 
     ids: torch.Tensor
@@ -46,18 +45,19 @@ class Packed:
 
 
 def pack(
-    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ids: torch.Tensor, mask: torch.Tensor
+    prompt_ids: torch.Tensor,
+    prompt_lengths: torch.Tensor,
+    completion_ids: torch.Tensor,
+    predicted: torch.Tensor,
 ) -> Packed:
-    """Pack completions (B, T) of prompts (P, S), B / P each; prompts are left-padded.
+    """Pack completions (B, T) of prompts (P, S), B / P each; prompts are left-padded, completions right-padded.
 
-    mask: (B, T) bool, the completion tokens to be predicted, from the first one of a row on; a row without any is left out.
+    prompt_lengths: (P,), and predicted: (B,), how many tokens of each completion, from its first one on, are to be predicted;
+    both on the host, where everything is counted. A completion with none is left out.
     """
     device = prompt_ids.device
     (prompts, width), (rows, room) = prompt_ids.shape, completion_ids.shape
     group = rows // prompts
-    # One transfer, after which everything is counted on the host.
-    counts = torch.cat([prompt_mask.sum(-1), mask.sum(-1)]).cpu()
-    prompt_lengths, predicted = counts[:prompts], counts[prompts:]
     # Sequences in the order of the pack: (P, 1 + group), flattened.
     lengths = torch.cat(
         [prompt_lengths.unsqueeze(1), (predicted - 1).clamp_min(0).view(prompts, group)], 1
@@ -93,10 +93,10 @@ def pack(
 
 def pack_rollout(batch: Rollout, mask: torch.Tensor | None = None, plain: bool = False) -> Packed:
     """`pack` for a rollout; mask: by default all completion tokens; plain: prompts as the reference reads them."""
-    prompts = batch.prompt_ids, batch.prompt_mask
+    prompts = batch.prompt_ids, batch.counts[0]
     if plain and batch.plain_ids is not None:
-        prompts = batch.plain_ids, batch.plain_mask
-    return pack(*prompts, batch.completion_ids, batch.completion_mask if mask is None else mask)
+        prompts = batch.plain_ids, batch.plain_mask.sum(-1).cpu()
+    return pack(*prompts, batch.completion_ids, batch.counts[1] if mask is None else mask.sum(-1).cpu())
 
 
 def join(first: Packed, second: Packed) -> Packed:

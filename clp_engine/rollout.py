@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,29 +81,49 @@ class Rollout:
     def lengths(self) -> torch.Tensor:
         return self.completion_mask.sum(-1)
 
+    @cached_property
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of each prompt (P,) and of each completion (B,), on the host; read from the device once, for all parts."""
+        counts = torch.cat([self.prompt_mask.sum(-1), self.completion_mask.sum(-1)]).cpu()
+        return counts[: len(self.prompt_ids)], counts[len(self.prompt_ids) :]
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """(N,), on the host: the completion of each of the N completion tokens, in the order of completion_mask.nonzero()."""
+        lengths = self.counts[1]
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """(N,): where these tokens lie in (B, T), flattened: what a mask says, without asking the device how many there are."""
+        lengths = self.counts[1]
+        steps = torch.arange(len(self.rows)) - (lengths.cumsum(0) - lengths)[self.rows]
+        return (self.rows * self.completion_mask.shape[1] + steps).to(self.completion_mask.device)
+
     def prompts(self, start: int, stop: int) -> Rollout:
         """The part of prompts [start, stop), trimmed to the longest prompt and completion in it."""
         rows = slice(start * self.group, stop * self.group)
-        mask = self.completion_mask[rows]
-        keep = max(int(mask.sum(-1).max()), 1)
-
-        def trimmed(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            skip = mask.shape[1] - int(mask[start:stop].sum(-1).max())
-            return ids[start:stop, skip:], mask[start:stop, skip:]
-
-        plain = (None, None) if self.plain_ids is None else trimmed(self.plain_ids, self.plain_mask)
-        return Rollout(
-            *trimmed(self.prompt_ids, self.prompt_mask),
+        prompt_lengths, lengths = self.counts[0][start:stop], self.counts[1][rows]
+        skip, keep = self.prompt_ids.shape[1] - int(prompt_lengths.max()), max(int(lengths.max()), 1)
+        plain = (None, None)
+        if self.plain_ids is not None:
+            longest = int(self.plain_mask[start:stop].sum(-1).max())
+            plain = tuple(t[start:stop, t.shape[1] - longest :] for t in (self.plain_ids, self.plain_mask))
+        part = Rollout(
+            self.prompt_ids[start:stop, skip:],
+            self.prompt_mask[start:stop, skip:],
             self.completion_ids[rows, :keep],
-            mask[:, :keep],
+            self.completion_mask[rows, :keep],
             self.logprobs[rows, :keep],
             self.terminated[rows],
             *plain,
         )
+        part.__dict__["counts"] = prompt_lengths, lengths
+        return part
 
     def token_lists(self) -> list[list[int]]:
         """The tokens of each completion without padding, the end token included."""
-        return [ids[:n] for ids, n in zip(self.completion_ids.tolist(), self.lengths.tolist())]
+        return [ids[:n] for ids, n in zip(self.completion_ids.tolist(), self.counts[1].tolist())]
 
 
 def pad_left(

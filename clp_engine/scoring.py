@@ -92,7 +92,6 @@ def completion_stats(
     hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
     ref_hidden: (N, H), the reference's hidden states, where they are there already (`ahead`).
     """
-    mask = batch.completion_mask if mask is None else mask
     needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
     grad = torch.is_grad_enabled()
     if needs_reference and policy.moves_hidden and policy.joins_reference and ref_hidden is None and not grad:
@@ -106,13 +105,15 @@ def completion_stats(
             hidden = ref_hidden.clone().requires_grad_(hidden_grad and grad)
         else:
             hidden = policy.completion_hidden(batch, conditions, mask)
-    rows = mask.nonzero()[:, 0]
-    row_conditions = None if conditions is None else conditions.repeat(batch.group)[rows.cpu()]
+    if mask is None:
+        rows, places = batch.rows, batch.places
+    else:
+        rows, places = mask.nonzero()[:, 0].cpu(), mask.flatten().nonzero().squeeze(-1)
     return hidden, policy.token_stats(
         hidden,
-        batch.completion_ids[mask],
+        batch.completion_ids.flatten()[places],
         ref_hidden=ref_hidden if needs_reference else None,
-        conditions=row_conditions,
+        conditions=None if conditions is None else conditions.repeat(batch.group)[rows],
         temperature=temperature,
         outputs=outputs,
     )
@@ -131,7 +132,7 @@ def parts(batch: Rollout, max_rows: int, max_tokens: int | None) -> Iterator[tup
 def within_budget(batch: Rollout, max_tokens: int) -> Iterator[tuple[int, int]]:
     """Prompts [start, stop) with their completions, cut so that each part has at most `max_tokens` tokens, prompts counted
     once; a group that has more is a part of its own."""
-    tokens = (batch.prompt_mask.sum(-1) + batch.lengths.view(-1, batch.group).sum(-1)).tolist()
+    tokens = (batch.counts[0] + batch.counts[1].view(-1, batch.group).sum(-1)).tolist()
     start = total = 0
     for i, count in enumerate(tokens):
         if total and total + count > max_tokens:

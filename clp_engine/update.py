@@ -147,9 +147,9 @@ class Scored:
         )
 
     def loss(self, c: Coefficients) -> torch.Tensor:
-        weights, mask = self.batch.weights, self.tokens.mask
-        loss = -((weights * c.logprob)[mask] * self.stats.logprob).sum()
-        return loss if c.kl is None else loss - ((weights * c.kl)[mask] * self.stats.kl).sum()
+        weights, places = self.batch.weights, self.batch.rollout.places
+        loss = -((weights * c.logprob).flatten()[places] * self.stats.logprob).sum()
+        return loss if c.kl is None else loss - ((weights * c.kl).flatten()[places] * self.stats.kl).sum()
 
 
 def forward(
@@ -176,7 +176,7 @@ def forward(
     predicted, values = None, batch.values
     if value_head is not None:
         features = value_head.features(conditions.weights, scale, kl_coef)
-        predicted = value_head(hidden, features[mask.nonzero()[:, 0]])
+        predicted = value_head(hidden, features[batch.rollout.rows.to(mask.device)])
         if values is None:
             values = unpacked(predicted.detach(), mask)
     tokens = Tokens(full["logprob"], full["ref_logprob"], full["kl"], mask)

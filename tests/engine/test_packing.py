@@ -37,12 +37,8 @@ def padded(policy) -> ConditionedPolicy:
 
 def test_a_pack_holds_each_token_once_but_the_last_ones():
     prompts = torch.tensor([[0, 3, 4], [5, 6, 7]])
-    prompt_mask = torch.tensor([[False, True, True], [True, True, True]])
     completions = torch.tensor([[10, 11, 12], [20, 0, 0], [30, 31, 0], [40, 41, 42]])
-    mask = torch.tensor(
-        [[True, True, True], [True, False, False], [True, True, False], [False, False, False]]
-    )
-    packed = pack(prompts, prompt_mask, completions, mask)
+    packed = pack(prompts, torch.tensor([2, 3]), completions, torch.tensor([3, 1, 2, 0]))
     assert packed.ids.tolist() == [3, 4, 10, 11, 5, 6, 7, 30]
     assert packed.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert packed.prompts.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
