@@ -35,12 +35,13 @@ def reference_hidden(
     found: list[torch.Tensor | None] = []
     tokens = of_a_token = 0
     for _, part in _parts(drawn, prompts_at_once):
-        tokens += int(part.completion_mask.sum())
+        lengths = part.lengths.tolist()
+        tokens += sum(lengths)
         if found and tokens * of_a_token > MAX_BYTES:
             break
         hidden = policy.completion_hidden(part, None)[part.completion_mask]
         of_a_token = hidden.shape[-1] * hidden.element_size()
-        found += hidden.split(part.lengths.tolist())
+        found += hidden.split(lengths)
     return found + [None] * (drawn.completion_ids.shape[0] - len(found))
 
 
