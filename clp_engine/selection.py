@@ -10,14 +10,15 @@ end. C. Wang et al., "Learning More with Less: A Dynamic Dual-Level Down-Samplin
 
 Rollouts are chosen before the policy's pass, from the log-probs of sampling and of the reference, so that what is left out is
 never run through the policy: that is where time is saved. Advantages, and with them the baseline, are those of the whole
-group. Tokens are chosen after the policy's pass, which knows their entropy; that saves nothing, it changes what is learned.
+group, and stay what they are in later passes. Tokens are chosen after the policy's pass, which knows their entropy; that
+saves nothing, it changes what is learned.
 
-What the gradient then estimates. The mean over the chosen rows is not the mean over all rows: it is the gradient of J for a
-distribution in which the extremes of each group are more likely than they are under the policy, hence longer, and in general
-of another direction. A token that is left out loses its whole term, the KL's included (exact, k2, k3). Both are biased, with
-one exception: at the optimum, `return` has A = 0 in every completion (reward and log-ratio cancel), so whatever is chosen,
-the optimum is a point where the gradient vanishes, sample by sample. A run with `return` heads for it by another way; the
-other estimators with a selection of tokens stop elsewhere. Both are tested on policies small enough to enumerate.
+What the gradient then estimates. The mean over the chosen rows is not the mean over all rows: it is an average over the
+extremes of each group, larger, and in general of another direction than the gradient of J. A token that is left out loses its
+whole term, the KL's included (exact, k2, k3). Both are biased, with one exception: at the optimum, `return` has A = 0 in every
+completion (reward and log-ratio cancel), so whatever is chosen, the gradient vanishes there, sample by sample. On policies
+small enough to enumerate runs with `return` do end there (tests/engine/test_selection.py); `exact` with a selection of tokens
+stops elsewhere.
 """
 
 from __future__ import annotations

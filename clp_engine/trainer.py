@@ -486,6 +486,7 @@ class CLPTrainer:
     def _collect(self) -> int:
         """The completions of the steps up to the next rollout; returns how many tokens were drawn."""
         a, state = self.args, self.state
+        self._generation = self._generations = None  # what they keep would lie beside the next rollout
         source = self.collector if self.partial is None else self.partial
         whole = source.training_batch(self.train_dataset, state.global_step, state)
         state.num_input_tokens_seen += whole.num_tokens

@@ -48,18 +48,16 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting = threading.Lock()
 
     def submit(self, coroutine: Coroutine) -> None:
         """Run it, together with whatever else is running there; callable from any thread."""
-        with _starting:
+        with self._starting:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run_loop, args=(self._loop,), name="clp-loop", daemon=True).start()
                 weakref.finalize(self, _stop_loop, self._loop)
         asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-
-_starting = threading.Lock()
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

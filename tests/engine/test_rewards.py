@@ -101,7 +101,7 @@ def test_results_and_logs_come_in_the_order_of_the_functions(workers):
     )
     assert list(pending.columns) == ["slow", "quick"]
     assert pending.metrics == {"shared": 1.5, "own": 5.0}
-    assert pending.seconds["slow"] >= 0.05 > pending.seconds["quick"]
+    assert list(pending.seconds) == ["slow", "quick"] and pending.seconds["slow"] >= 0.05
     assert 0.05 <= pending.busy <= sum(pending.seconds.values()) + 1e-6
 
 
@@ -194,13 +194,13 @@ def test_threads_end_with_the_rewards_they_served():
     before = set(threading.enumerate())
     rewards = RewardSet([constant(1.0, "a"), constant(2.0, "b"), later], workers=2)
     rewards(*BATCH)
-    ours = set(threading.enumerate()) - before
-    assert len(ours) == 3
+    new = set(threading.enumerate()) - before
+    assert sorted(t.name for t in new) == ["clp-loop", "clp-worker-1", "clp-worker-2"]
     del rewards
     gc.collect()
-    for thread in ours:
-        thread.join(timeout=10)
-    assert not any(thread.is_alive() for thread in ours)
+    for thread in new:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
 
 
 HANGS = """
@@ -227,20 +227,20 @@ def test_ctrl_c_ends_a_program_whose_reward_function_hangs():
 
 def test_phase_times_say_how_long_rewards_took_and_how_long_the_step_waited(tmp_path, monkeypatch):
     def slow(completions, **_):
-        time.sleep(0.3)
+        time.sleep(0.5)
         return [float(len(c)) for c in completions]
 
     original = ahead.reference_hidden
     monkeypatch.setattr(
-        generation.ahead, "reference_hidden", lambda *args: (time.sleep(0.2), original(*args))[1]
+        generation.ahead, "reference_hidden", lambda *args: (time.sleep(0.4), original(*args))[1]
     )
     for workers, name in ((1, "beside"), (0, "inline")):
         build_trainer(tmp_path / name, rewards=[slow], max_steps=1, reward_workers=workers).train()
     beside, inline = (log_of(tmp_path / name)[0] for name in ("beside", "inline"))
-    assert beside["time/reward"] >= 0.3 and beside["time/reward/slow"] >= 0.3
-    # 0.3 s of work, 0.2 s of them beside the reference.
-    assert beside["time/reward_wait"] <= 0.2 < 0.3 <= inline["time/reward_wait"]
-    assert beside["time/reference"] >= 0.2
+    assert beside["time/reward"] >= 0.5 and beside["time/reward/slow"] >= 0.5
+    # 0.5 s of work, 0.4 s of them beside the reference; the rest is for a busy machine.
+    assert beside["time/reward_wait"] <= 0.35 < 0.5 <= inline["time/reward_wait"]
+    assert beside["time/reference"] >= 0.4
 
 
 def test_workers_change_nothing_that_is_learned(tmp_path):
