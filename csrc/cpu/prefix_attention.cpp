@@ -43,6 +43,47 @@ CLP_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 CLP_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 CLP_INLINE float finite_or_zero(float m) { return m == kMinusInf ? 0.0f : m; }
 
+// ---- vectors ---------------------------------------------------------------------------------------------------------------
+
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float Quad __attribute__((vector_size(16)));
+
+// exp_approx of vecmath.hpp for x <= 0. Loops that keep sums in a Vector reduce it once at their end, and by halves: what a
+// compiler makes of a reduction clause adds one lane after the other.
+CLP_INLINE Vector exp_not_positive(Vector x) {
+  const Vector t = x * 1.44269504088896341f + 12582912.0f, n = t - 12582912.0f;
+  Vector r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vector y = (Vector)((Integers)p + ((Integers)t << 23));
+  const Vector flushed = x < -87.3365478515625f ? Vector{} : y;
+  return x == x ? flushed : x;
+}
+
+CLP_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+CLP_INLINE float sum_of(Vector x) {
+  Quad q[kLanes / 4];
+  std::memcpy(q, &x, sizeof q);
+#pragma GCC unroll 4
+  for (int64_t i = 1; i < kLanes / 4; ++i) q[0] += q[i];
+  return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
+}
+
+CLP_INLINE float largest_of(Vector x) {
+  Quad q[kLanes / 4];
+  std::memcpy(q, &x, sizeof q);
+#pragma GCC unroll 4
+  for (int64_t i = 1; i < kLanes / 4; ++i) q[0] = q[i] > q[0] ? q[i] : q[0];
+  const float a = q[0][0] > q[0][1] ? q[0][0] : q[0][1], b = q[0][2] > q[0][3] ? q[0][2] : q[0][3];
+  return a > b ? a : b;
+}
+
 // ---- products: c (m, n) [+]= a (m, k) b (k, n) -------------------------------------------------------------------------------
 
 // Where a's element (i, p) is. Strides are constants, so that a tile's rows are offsets in its instructions.
@@ -195,6 +236,23 @@ CLP_INLINE T* row_of(const HeadRows& x, int64_t token, int64_t head) {
   return static_cast<T*>(x.data) + token * x.token_stride + head * x.head_stride;
 }
 
+// Rows that the next block will read, or write, into the cache while this one is computed: what follows in the row of tokens.
+template <class T>
+CLP_INLINE void prefetch_next(const HeadRows& x, const Block& block, int64_t rows, int64_t share, int64_t tokens, int64_t dim) {
+  const int64_t kv_head = block.head[0] / share, from = block.token[block.count - 1] + 1;
+  const int64_t to = smaller(tokens, from + (rows + share - 1) / share);
+  for (int64_t t = from; t < to; ++t)
+    for (int64_t h = kv_head * share; h < (kv_head + 1) * share; ++h)
+      for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row_of<T>(x, t, h) + d);
+}
+
+// Rows that this block will write once it is done: whole lines, which are read first where they are not in the cache.
+template <class T>
+CLP_INLINE void prefetch_written(const HeadRows& x, const Block& block, int64_t dim) {
+  for (int64_t i = 0; i < block.count; ++i)
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row_of<T>(x, block.token[i], block.head[i]) + d, 1);
+}
+
 // Panels of one sequence's tokens, transposed: of each (dim, width), zeros behind the last key.
 template <class T>
 void pack_transposed(const HeadRows& x, int64_t head, int64_t start, int64_t count, int64_t dim, float* to) {
@@ -260,22 +318,22 @@ void softmax_row(float* z, int64_t low, int64_t high, int64_t columns, float sof
   }
   fill(z, 0, low, kMinusInf);
   fill(z, high, width, kMinusInf);
-  float largest = top;
-#pragma omp simd reduction(max : largest)
-  for (int64_t j = 0; j < width; ++j) largest = z[j] > largest ? z[j] : largest;
-  const float shift = finite_or_zero(largest);
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < width; ++j) {
-    z[j] = exp_approx(z[j] - shift);
-    sum += z[j];
+  Vector* v = reinterpret_cast<Vector*>(z);
+  const int64_t vectors = width / kLanes;
+  Vector most = v[0];
+  for (int64_t j = 1; j < vectors; ++j) most = larger(v[j], most);
+  const float here = largest_of(most), largest = here > top ? here : top, shift = finite_or_zero(largest);
+  Vector sum{};
+  for (int64_t j = 0; j < vectors; ++j) {
+    v[j] = exp_not_positive(v[j] - shift);
+    sum += v[j];
   }
   const float factor = exp_approx(top - shift);
   if (mass != 0.0f && factor != 1.0f) {
 #pragma omp simd
     for (int64_t d = 0; d < padded; ++d) sums[d] *= factor;
   }
-  mass = mass * factor + sum;
+  mass = mass * factor + sum_of(sum);
   top = largest;
 }
 
@@ -286,6 +344,8 @@ void forward_block(const PrefixAttention& x, const Sizes& size, const Sequence& 
     pack_row(row_of<T>(x.q, block.token[i], block.head[i]), size.dim, size.dim, x.scale, own.queries + i * size.stride);
     own.top[i] = kMinusInf, own.mass[i] = 0.0f;
   }
+  prefetch_written<T>(x.out, block, size.dim);
+  prefetch_next<T>(x.q, block, kForwardRows, x.heads / x.kv_heads, x.starts[x.sequences], size.dim);
   bool more = false;
   for (int64_t p = first_panel(s, block), panels = s.panels(); p < panels;) {
     Panel panel = panel_of(s, p);
@@ -387,6 +447,10 @@ void backward_block(const PrefixAttention& x, const Sizes& size, const Sequence&
     for (int64_t d = 0; d < size.dim; ++d) delta += d_out[d] * load(out + d);
     own.delta[i] = delta, own.lse[i] = x.lse[token * x.heads + head];
   }
+  if (x.dq.data) prefetch_written<T>(x.dq, block, size.dim);
+  const HeadRows* const read[] = {&x.q, &x.d_out, &x.out};
+  for (const HeadRows* rows : read)
+    prefetch_next<T>(*rows, block, kBackwardRows, x.heads / x.kv_heads, x.starts[x.sequences], size.dim);
   bool more = false;
   for (int64_t p = first_panel(s, block), panels = s.panels(); p < panels; ++p) {
     const Panel panel = panel_of(s, p);

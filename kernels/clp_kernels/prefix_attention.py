@@ -3,10 +3,10 @@
     z_ij = scale * q_i . k_j                    [ -> softcap * tanh(z_ij / softcap) ]
     out_i = sum_j softmax_j(z_ij) v_j           over the tokens j of i's sequence up to i itself, and all of its parent's
 
-A group of completions of one prompt, padded and each with a copy of the prompt's keys and values, is what attention usually gets.
+What attention usually gets is a group of completions of one prompt, padded, each with a copy of the prompt's keys and values.
 Here a prompt's tokens are in the row once: they attend once, and their keys and values are read, and get their gradient, once
-for all completions. (`Hq`, `D` heads and their size; the least work is 4 D Hq FLOPs for each pair (i, j) forward and 8 D Hq
-backward, 10 D Hq where the backward pass makes z again.)
+for all completions. With Hq heads of size D and e bytes an element, the least work is 4 D Hq FLOPs for each pair (i, j) forward
+and 8 D Hq backward (10 D Hq where z is made again), and 2 e N D (Hq + Hkv) bytes forward, twice that backward.
 
 The log of the sum of exponentials, (N, Hq), is all that is kept for the backward pass beside inputs and output. On CUDA devices
 torch's flex_attention serves, which has an autograd of its own: `triton_kernels/prefix_attention.py`.
@@ -30,13 +30,13 @@ _OP = "prefix_attention"
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 # starts and parents are on the host, whatever device the rest is on.
 _LIBRARY.define(
-    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor parents, float scale, float? softcap, SymInt? window) "
-    "-> (Tensor, Tensor)",
+    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor parents, float scale, float? softcap, "
+    "SymInt? window) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "prefix_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, Tensor parents, "
-    "float scale, float? softcap, SymInt? window, bool[3] needs) -> Tensor[]",
+    "prefix_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
+    "Tensor parents, float scale, float? softcap, SymInt? window, bool[3] needs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -92,7 +92,9 @@ def _check(q, k, v, layout, softcap, window) -> None:
         raise ValueError(f"{_OP}: q is {describe(q)}; expected (N, Hq, D) with D > 0")
     tokens, heads, dim = q.shape
     if k.dim() != 3 or k.shape[0] != tokens or k.shape[2] != dim:
-        raise ValueError(f"{_OP}: k is {describe(k)}; expected ({tokens}, Hkv, {dim}) to go with q {tuple(q.shape)}")
+        raise ValueError(
+            f"{_OP}: k is {describe(k)}; expected ({tokens}, Hkv, {dim}) to go with q {tuple(q.shape)}"
+        )
     if v.shape != k.shape:
         raise ValueError(f"{_OP}: v is {describe(v)}; expected {tuple(k.shape)}, as k is")
     if k.shape[1] == 0 or heads % k.shape[1]:
@@ -118,7 +120,9 @@ def _check(q, k, v, layout, softcap, window) -> None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{_OP}: softcap is {softcap}; expected a positive number, or None for no cap")
     if window is not None and not window >= 1:
-        raise ValueError(f"{_OP}: window is {window}; expected at least 1 (the token itself), or None for no window")
+        raise ValueError(
+            f"{_OP}: window is {window}; expected at least 1 (the token itself), or None for no window"
+        )
 
 
 def _forward(q, k, v, starts, parents, scale, softcap, window):
@@ -151,7 +155,9 @@ def _autograd_backward(ctx, d_out, _):
     if d_out is None:
         return (None,) * 8
     needs = list(ctx.needs_input_grad[:3])
-    grads = iter(torch.ops.clp_kernels.prefix_attention_backward(d_out, *ctx.saved_tensors, *ctx.options, needs))
+    grads = iter(
+        torch.ops.clp_kernels.prefix_attention_backward(d_out, *ctx.saved_tensors, *ctx.options, needs)
+    )
     return *(next(grads) if need else None for need in needs), *(None,) * 5
 
 

@@ -26,7 +26,8 @@ class PrefixLayout:
 
     starts: Tensor
     parents: Tensor
-    device_cache: dict = field(default_factory=dict, init=False, repr=False)  # what back-ends derive from it, once per device
+    tokens: int = field(init=False)  # N
+    device_cache: dict = field(default_factory=dict, init=False, repr=False)  # what back-ends derive from it
 
     def __post_init__(self):
         starts, parents = _integers("starts", self.starts), _integers("parents", self.parents)
@@ -54,6 +55,7 @@ class PrefixLayout:
                     f"PrefixLayout: the parent of sequence {s} is {parent}, which continues {parents[parent]} itself; expected "
                     "a sequence without a parent: join the two into one prompt"
                 )
+        object.__setattr__(self, "tokens", starts[-1])
         object.__setattr__(self, "starts", torch.tensor(starts, dtype=torch.int64))
         object.__setattr__(self, "parents", torch.tensor(parents, dtype=torch.int64))
 
@@ -61,11 +63,6 @@ class PrefixLayout:
     def from_lengths(cls, lengths: Sequence[int], parents: Sequence[int]) -> PrefixLayout:
         """The layout of sequences of these lengths, one behind the other."""
         return cls(list(accumulate(lengths, initial=0)), parents)
-
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return int(self.starts[-1])
 
     @property
     def lengths(self) -> Tensor:
@@ -83,7 +80,8 @@ class PrefixLayout:
 
     @cached_property
     def _positions(self) -> Tensor:
-        before = torch.where(self.parents >= 0, self.lengths[self.parents.clamp_min(0)], 0) if len(self.parents) else self.parents
+        # A parent of -1 takes the 0 at the end.
+        before = torch.cat([self.lengths, self.lengths.new_zeros(1)])[self.parents]
         return torch.arange(self.tokens) + (before - self.starts[:-1])[self.sequences]
 
 

@@ -9,7 +9,15 @@ from unittest import mock
 import clp_kernels.cpu.token_stats
 import clp_kernels.token_stats
 import torch
-from clp_kernels import HeadLoRA, linear_logprob, logits_logprob, multi_lora_linear, sample_tokens
+from clp_kernels import (
+    HeadLoRA,
+    PrefixLayout,
+    linear_logprob,
+    logits_logprob,
+    multi_lora_linear,
+    prefix_attention,
+    sample_tokens,
+)
 
 OUTPUTS = ("logprob", "entropy", "ref_logprob", "kl", "reverse_kl", "lse", "top1")
 CONSTANT = ("ref_logprob", "top1")
@@ -158,10 +166,31 @@ def sampling_calls(dtype, large):
         yield f"{rows} {vocabulary} {stride}", call, (rows, vocabulary, options, True, True, stride)
 
 
+def prefix_attention_calls(dtype, large):
+    def call(lengths, parents, heads, kv_heads, dim, options, needs):
+        layout = PrefixLayout.from_lengths(lengths, parents)
+        shapes = ((layout.tokens, heads, dim), *((layout.tokens, kv_heads, dim),) * 2)
+        tensors = [torch.randn(shape).to(dtype).requires_grad_(need) for shape, need in zip(shapes, needs)]
+        out = prefix_attention(*tensors, layout, **options)
+        return [out, *gradients([out], tensors)]
+
+    layouts = [((5, 3, 0, 4), (-1, 0, 0, 0)), ((1,), (-1,)), ((), ()), ((70, 9, 65, 3, 1), (-1, 0, -1, 2, 0))]
+    if large:  # more keys than one softmax takes, several threads
+        layouts += [((300, 70, 1, 40, 66), (-1, 0, 0, -1, 3))]
+    heads = [(1, 1, 1), (4, 2, 7), (3, 3, 16), (5, 1, 24), (2, 1, 33), (4, 1, 64), (2, 2, 80), (1, 1, 256)]
+    options = [{}, {"softcap": 2.0}, {"window": 1}, {"window": 40}]
+    every = list(itertools.product((False, True), repeat=3))
+    for (lengths, parents), sizes, option in itertools.product(layouts, heads, options):
+        yield f"{lengths} {parents} {sizes} {option}", call, (lengths, parents, *sizes, option, (True,) * 3)
+    for needs in every:
+        yield f"needs {needs}", call, (*layouts[3], *heads[1], {}, needs)
+
+
 def every_call(dtype, large=True, thin=1, first=0):
     """large: also sizes at which the C++ kernels use several threads. thin: only every thin-th call of each op."""
     families = {"multi_lora_linear": multi_lora_calls, "linear_logprob": linear_calls,
-                "logits_logprob": logits_calls, "sample_tokens": sampling_calls}  # fmt: skip
+                "logits_logprob": logits_calls, "sample_tokens": sampling_calls,
+                "prefix_attention": prefix_attention_calls}  # fmt: skip
     for op, family in families.items():
         for label, call, arguments in itertools.islice(family(dtype, large), first % thin, None, thin):
             yield f"{op} {label}", lambda call=call, arguments=arguments: call(*arguments)

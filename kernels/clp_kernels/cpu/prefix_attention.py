@@ -30,7 +30,15 @@ def _address(tensor: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-def _call(tensors, lse: Tensor, starts: Tensor, parents: Tensor, scale: float, softcap: float | None, window: int | None) -> None:
+def _call(
+    tensors,
+    lse: Tensor,
+    starts: Tensor,
+    parents: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> None:
     """tensors: q, k, v, out, and for the backward pass d_out, dq, dk, dv (None: not asked for)."""
     q, k = tensors[:2]
     starts, parents = starts.contiguous(), parents.contiguous()

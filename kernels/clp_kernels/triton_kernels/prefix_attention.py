@@ -1,0 +1,128 @@
+"""prefix_attention on a GPU: torch's flex_attention, which inductor compiles to Triton, with a block mask made from the layout.
+
+    mask(i, j) = same sequence and i >= j, or j in the parent of i's sequence [, and position_j > position_i - window]
+
+The blocks of the mask are found on the host from the layout's own numbers (`block_lists`): N^2 of nothing is ever formed, and
+no device is waited for. A layout keeps its block masks, one for each device and window, so that all layers use one.
+
+flex_attention has an autograd of its own: this module has `attention` where the others have forward and backward. Its output is
+tested on the CPU, uncompiled, where it has no backward pass; no GPU has run it yet.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from clp_kernels.prefix_layout import PrefixLayout
+
+BLOCK = 128
+
+
+def unsupported(*, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda":
+        return f"flex_attention is compiled for CUDA tensors here, not {device.type}: the cpu back-end serves them"
+    if dtype is torch.float64:
+        return "flex_attention is compiled for float32, float16 and bfloat16, not float64"
+    return None
+
+
+def visible(layout: PrefixLayout, window: int | None) -> Tensor:
+    """(N, 2, 2) int64 on the host: the tokens [from, to) that each token attends to, of its parent and of its own sequence."""
+    sequence, token = layout.sequences, torch.arange(layout.tokens)
+    parent = layout.parents[sequence]
+    inside = parent.clamp_min(0)
+    first, last = layout.starts[:-1], layout.starts[1:]
+    own = torch.stack([first[sequence], token + 1], 1)
+    others = torch.where(parent[:, None] >= 0, torch.stack([first[inside], last[inside]], 1), 0)
+    if window is not None:
+        lowest = layout.positions() - window + 1  # the lowest position that is seen
+        before = others[:, 1] - others[:, 0]
+        own[:, 0] += (lowest - before).clamp_min(0)
+        others[:, 0] = torch.minimum(others[:, 0] + lowest.clamp_min(0), others[:, 1])
+    return torch.stack([others, own], 1)
+
+
+def block_lists(layout: PrefixLayout, window: int | None, size: int) -> tuple[Tensor, Tensor]:
+    """(partial, full): (blocks, blocks) bool on the host, whether a block of queries sees some of a block of keys, or all of it
+    with each of its queries. Blocks that two ranges make full together count as partial, which costs a mask, not a result."""
+    blocks = -(-layout.tokens // size)
+    rows = torch.arange(layout.tokens) // size
+    some = torch.zeros(blocks, blocks + 1, dtype=torch.int32)
+    whole = torch.zeros(blocks, blocks + 1, dtype=torch.int32)
+    ranges = visible(layout, window)
+    for first, last in (ranges[:, 0].unbind(1), ranges[:, 1].unbind(1)):
+        for counts, begin, end in (
+            (some, first // size, (last - 1) // size + 1),
+            (whole, -(-first // size), last // size),
+        ):
+            kept = (last > first) & (end > begin)
+            ones = torch.ones(int(kept.sum()), dtype=torch.int32)
+            counts.index_put_((rows[kept], begin[kept]), ones, accumulate=True)
+            counts.index_put_((rows[kept], end[kept]), -ones, accumulate=True)
+    full = whole.cumsum(1)[:, :-1] == size
+    return (some.cumsum(1)[:, :-1] > 0) & ~full, full
+
+
+def block_mask(layout: PrefixLayout, window: int | None, device: torch.device) -> BlockMask:
+    """The layout's mask for flex_attention, made at the first call for a device and a window."""
+    key = ("flex_attention", device, window)
+    if key not in layout.device_cache:
+        sequence = layout.sequences.to(device)
+        parent = layout.parents[layout.sequences].to(device)
+        position = layout.positions(device)
+
+        def mask(batch, head, query, token):
+            seen = (sequence[query] == sequence[token]) & (query >= token) | (
+                parent[query] == sequence[token]
+            )
+            return seen if window is None else seen & (position[token] > position[query] - window)
+
+        lists = []
+        for blocks in block_lists(layout, window, BLOCK):
+            counts = blocks.sum(1, dtype=torch.int32)
+            order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+            lists += [counts[None, None].to(device), order[None, None].to(device)]
+        layout.device_cache[key] = BlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=BLOCK, mask_mod=mask, seq_lengths=(layout.tokens, layout.tokens)
+        )
+    return layout.device_cache[key]
+
+
+@functools.cache
+def _compiled():
+    # Token counts differ from step to step.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    compiled: bool = True,
+) -> Tensor:
+    """As prefix_attention, which has checked the arguments. compiled=False runs anywhere, slowly: for tests."""
+    if layout.tokens == 0:
+        return q * 1.0
+    score = None
+    if softcap is not None:
+
+        def score(z, batch, head, query, token):
+            return softcap * torch.tanh(z / softcap)
+
+    function = _compiled() if compiled and not torch.compiler.is_compiling() else flex_attention
+    out = function(
+        *(tensor.transpose(0, 1)[None] for tensor in (q, k, v)),
+        score_mod=score,
+        block_mask=block_mask(layout, window, q.device),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1).contiguous()
