@@ -14,7 +14,6 @@ logits. What differs is decoded by transformers, as everything else is.
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -357,7 +356,7 @@ def _verify(policy: ConditionedPolicy, made: Plan) -> None:
 
 
 def choose(policy: ConditionedPolicy) -> Plan | None:
-    """The plan of a policy that is decoded natively, or None; the first time that it is not on a CPU, a warning says why."""
+    """The plan of a policy that is decoded natively, or None; `ConditionedPolicy.detours` tells why not."""
     switch = os.environ.get(SWITCH, "")
     if switch not in ("", "auto", "torch", "native"):
         raise ConfigError(f"{SWITCH}={switch}: expected torch, native or auto")
@@ -368,11 +367,6 @@ def choose(policy: ConditionedPolicy) -> Plan | None:
         return made
     if switch == "native":
         raise ConfigError(f"{SWITCH}=native: {made.reason}")
-    if policy.device.type == "cpu" and not policy.__dict__.get("_decoding_told"):
-        policy.__dict__["_decoding_told"] = True
-        warnings.warn(
-            f"decoding goes through transformers' modules, which is slower: {made.reason}", stacklevel=4
-        )
     return None
 
 

@@ -301,6 +301,25 @@ class ConditionedPolicy(nn.Module):
         """Whether the completions of a prompt share its computation; else transformers' generate writes each from its start."""
         return self.backbone.shares_prompts
 
+    def detours(self) -> list[str]:
+        """What this model cannot take of the fast path, and why: a sentence each."""
+        found = []
+        if not self.shares_prompts:
+            return [
+                "completions are written by transformers' generate and scored as whole sequences, each with its prompt: "
+                + self.backbone.packing_fault
+            ]
+        if self.backbone.packing_fault is not None:
+            found.append(
+                "scoring pads its batches and computes prompts and completions in two passes: "
+                + self.backbone.packing_fault
+            )
+        if self.device.type == "cpu" and (reason := native_decoding.plan(self).reason) is not None:
+            found.append(f"decoding goes through transformers' modules: {reason}")
+        elif self.device.type == "cuda" and not slot_decoding.serves(self):
+            found.append("decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers")
+        return found
+
     @property
     def joins_reference(self) -> bool:
         """Whether scoring without gradients computes policy and reference in one pass. On a CPU the base model alone is cheaper

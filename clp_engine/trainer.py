@@ -100,12 +100,8 @@ class CLPTrainer:
         self.train_dataset, self.eval_dataset = self._dataset(train_dataset), self._dataset(eval_dataset)
         if self.args.gradient_checkpointing:
             self.policy.checkpoint_layers()
-        if fault := self.policy.backbone.packing_fault:
-            logger.warning(
-                "%s: scoring pads its batches and computes prompts and completions in two passes, because %s",
-                type(self.policy.model).__name__,
-                fault,
-            )
+        for detour in self.policy.detours():
+            logger.warning("%s: %s", type(self.policy.model).__name__, detour)
         self.timer = PhaseTimer(self.policy.device)
         self.collector = Collector(
             self.policy, self.rewards, self.sampler, self.tokenizer, self.args, self.timer

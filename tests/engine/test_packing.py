@@ -153,7 +153,7 @@ def test_a_model_with_attention_of_its_own_is_padded_and_says_so_once(tmp_path, 
     )
     with caplog.at_level(logging.WARNING, "clp_engine.trainer"):
         trainer_of(policy, tmp_path)
-    assert [r.message for r in caplog.records if "two passes" in r.message].__len__() == 1
+    assert len([r for r in caplog.records if "two passes" in r.message]) == 1
     with pytest.raises(ConfigError, match="gradient_checkpointing"):
         policy.checkpoint_layers()
 
