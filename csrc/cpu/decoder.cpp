@@ -40,7 +40,6 @@ struct Buffers {
   float *x, *y, *attended, *low;
   char *input, *gated;
   float* own;  // of one thread: rows of a block, or the scores and outputs of a task
-  int64_t own_size, gated_size;
 };
 
 struct Sizes {
@@ -219,7 +218,6 @@ CLP_INLINE float soften(float* scores, int64_t from, int64_t to, float* more, in
 struct Step {
   const DecoderModel& m;
   const DecoderBatch& b;
-  const Sizes& sizes;
   Buffers at;
   Team team;
 
@@ -271,7 +269,7 @@ struct Step {
       const DecoderLinear& x = linears[i];
       const int64_t own = panels_of(x.n);
       if (from < own && to > 0)
-        multiply({at.input, x.weight, x.k}, {gated[i], x.lora_b, x.rank}, b.rows, x.n, larger(from, 0), smaller(to, own), x.bias,
+        multiply({at.input, x.weight, x.k, x.parts}, {gated[i], x.lora_b, x.rank}, b.rows, x.n, larger(from, 0), smaller(to, own), x.bias,
                  outputs[i], last_stride ? last_stride : aligned(x.n));
       from -= own, to -= own;
     }
@@ -474,46 +472,48 @@ CLP_INLINE void together(int threads, const Work& work) {
   work(Team{0, 1});
 }
 
-bool step(const DecoderModel& m, const DecoderBatch& b, int threads) {
-  if (b.rows == 0) return true;
+int64_t own_floats(const Sizes& sizes) { return aligned(sizes.own); }
+
+int64_t scratch_bytes(const DecoderModel& m, const DecoderBatch& b, int threads) {
   const Sizes sizes(m, b);
-  const int64_t floats = sizes.x + sizes.y + sizes.attended + sizes.low, own = aligned(sizes.own);
-  const int64_t bytes = floats * sizeof(float) + sizes.input + sizes.gated + threads * own * sizeof(float);
-  char* memory = static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)));
-  if (!memory) return false;
+  const int64_t floats = sizes.x + sizes.y + sizes.attended + sizes.low + threads * own_floats(sizes);
+  return round_up(floats * sizeof(float) + sizes.input + sizes.gated, 64);
+}
+
+void step(const DecoderModel& m, const DecoderBatch& b, char* scratch, int threads) {
+  if (b.rows == 0) return;
+  const Sizes sizes(m, b);
   Buffers at{};
   at.rows = sizes.rows;
-  at.x = reinterpret_cast<float*>(memory);
+  at.x = reinterpret_cast<float*>(scratch);
   at.y = at.x + sizes.x;
   at.attended = at.y + sizes.y;
   at.low = at.attended + sizes.attended;
   at.input = reinterpret_cast<char*>(at.low + sizes.low);
   at.gated = at.input + sizes.input;
-  float* own_of_all = reinterpret_cast<float*>(at.gated + sizes.gated);
+  float* own = reinterpret_cast<float*>(at.gated + sizes.gated);
   together(threads, [&](const Team& team) {
     Buffers mine = at;
-    mine.own = own_of_all + team.thread * own;
-    Step{m, b, sizes, mine, team}.run();
+    mine.own = own + team.thread * own_floats(sizes);
+    Step{m, b, mine, team}.run();
   });
-  std::free(memory);
-  return true;
 }
 
-int64_t packed_bytes(int64_t n, int64_t k) { return round_up(weight_bytes(n, k), 64); }
+int64_t packed_bytes(int64_t n, int64_t k, int parts) { return round_up(weight_bytes(n, k, parts), 64); }
 
-void pack(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t k, char* packed, int threads) {
+void pack(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t k, int parts, char* packed, int threads) {
   const int64_t panels = panels_of(n);
   together(threads, [&](const Team& team) {
     for (int64_t j = team.first(panels); j < team.last(panels); ++j) {
       const int64_t column = j * kPanelColumns;
       pack_columns(weight + column * row_stride, row_stride, depth_stride, smaller(n - column, kPanelColumns), k,
-                   packed + j * column_step(kPanelColumns) * steps_of(k));
+                   parts, packed + j * column_step(kPanelColumns, parts) * steps_of(k));
     }
   });
 }
 
-bool product(const float* x, int64_t x_stride, int64_t rows, const char* weight, int64_t n, int64_t k, float* y, int64_t y_stride,
-             int threads) {
+bool product(const float* x, int64_t x_stride, int64_t rows, const char* weight, int64_t n, int64_t k, int parts, float* y,
+             int64_t y_stride, int threads) {
   char* packed = static_cast<char*>(std::aligned_alloc(64, rows_bytes(rows, k)));
   if (!packed) return false;
   together(threads, [&](const Team& team) {
@@ -522,7 +522,7 @@ bool product(const float* x, int64_t x_stride, int64_t rows, const char* weight,
     for (int64_t block = team.first(blocks); block < team.last(blocks); ++block)
       pack_block(x + block * kBlockRows * x_stride, x_stride, block, smaller(rows - block * kBlockRows, kBlockRows), k, packed);
     team.meet();
-    multiply({packed, weight, k}, {nullptr, nullptr, 0}, rows, n, team.first(panels), team.last(panels), nullptr, y, y_stride);
+    multiply({packed, weight, k, parts}, {nullptr, nullptr, 0}, rows, n, team.first(panels), team.last(panels), nullptr, y, y_stride);
   });
   std::free(packed);
   return true;
@@ -530,6 +530,10 @@ bool product(const float* x, int64_t x_stride, int64_t rows, const char* weight,
 
 }  // namespace
 
-const DecoderKernels decoder_kernels = {packed_bytes, pack, product, step};
+#ifdef __AMX_BF16__
+const DecoderKernels decoder_kernels = {true, packed_bytes, pack, product, scratch_bytes, step};
+#else
+const DecoderKernels decoder_kernels = {false, packed_bytes, pack, product, scratch_bytes, step};
+#endif
 
 }  // namespace clp::CLP_ISA

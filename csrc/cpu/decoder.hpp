@@ -16,6 +16,7 @@ struct DecoderLinear {
   const char* lora_b = nullptr;   // (n, rank), packed
   const float* gate = nullptr;    // (prompts, rank)
   int64_t n = 0, k = 0, rank = 0;
+  int parts = 3;  // of the packed weight; low-rank factors have all
 };
 
 // Linear layers that read the same x (rows, k).
@@ -69,14 +70,19 @@ struct DecoderBatch {
 };
 
 struct DecoderKernels {
+  // Whether a float32 weight is taken as bfloat16 parts: three, or one where all of it is bfloat16 anyway. Elsewhere `parts` has
+  // no meaning.
+  bool has_parts;
   // Bytes of a packed (n, k) matrix, and packing it: element (i, p) is at weight[i * row_stride + p * depth_stride].
-  int64_t (*packed_bytes)(int64_t n, int64_t k);
-  void (*pack)(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t k, char* packed, int threads);
+  int64_t (*packed_bytes)(int64_t n, int64_t k, int parts);
+  void (*pack)(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t k, int parts, char* packed, int threads);
   // y (rows rounded up to 16, y_stride) = x W^T; x (rows, k), rows x_stride apart. false: no memory.
-  bool (*product)(const float* x, int64_t x_stride, int64_t rows, const char* weight, int64_t n, int64_t k, float* y,
+  bool (*product)(const float* x, int64_t x_stride, int64_t rows, const char* weight, int64_t n, int64_t k, int parts, float* y,
                   int64_t y_stride, int threads);
-  // The logits after each row's token, whose keys and values are added to the row's own. false: no memory.
-  bool (*step)(const DecoderModel& model, const DecoderBatch& batch, int threads);
+  // Bytes of memory, aligned to 64, that a step works in.
+  int64_t (*scratch_bytes)(const DecoderModel& model, const DecoderBatch& batch, int threads);
+  // The logits after each row's token, whose keys and values are added to the row's own.
+  void (*step)(const DecoderModel& model, const DecoderBatch& batch, char* scratch, int threads);
 };
 
 namespace portable { extern const DecoderKernels decoder_kernels; }

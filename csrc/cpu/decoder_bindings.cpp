@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
 #include <new>
 #include <string>
 #include <vector>
@@ -17,7 +18,7 @@ T* at(const py::handle& address) { return reinterpret_cast<T*>(address.cast<uint
 template <class T>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// (layers, address of their packed A, rank of it), a layer being (weight, bias, n, k, packed B, gate, rank).
+// (layers, address of their packed A, rank of it), a layer being (weight, bias, n, k, parts, packed B, gate, rank).
 DecoderInput input(const py::handle& given) {
   const py::tuple x = py::cast<py::tuple>(given);
   DecoderInput result;
@@ -26,7 +27,7 @@ DecoderInput input(const py::handle& given) {
     const py::tuple l = py::cast<py::tuple>(item);
     DecoderLinear& to = result.linears[result.count++];
     to.weight = at<char>(l[0]), to.bias = at<float>(l[1]), to.n = l[2].cast<int64_t>(), to.k = l[3].cast<int64_t>();
-    to.lora_b = at<char>(l[4]), to.gate = at<float>(l[5]), to.rank = l[6].cast<int64_t>();
+    to.parts = l[4].cast<int>(), to.lora_b = at<char>(l[5]), to.gate = at<float>(l[6]), to.rank = l[7].cast<int64_t>();
   }
   result.lora_a = at<char>(x[1]), result.rank = x[2].cast<int64_t>();
   return result;
@@ -61,10 +62,11 @@ class Decoder {
     model_.layers = layers_.data(), model_.layer_count = static_cast<int64_t>(layers_.size());
   }
   Decoder(const Decoder&) = delete;
+  ~Decoder() { std::free(scratch_); }
 
   void step(int64_t rows, uintptr_t tokens, uintptr_t prompt, uintptr_t slot, uintptr_t filled, uintptr_t length,
             uintptr_t prompt_keys, uintptr_t prompt_values, uintptr_t keys, uintptr_t values, int64_t room, uintptr_t logits,
-            int64_t logit_stride, int threads) const {
+            int64_t logit_stride, int threads) {
     DecoderBatch b;
     b.rows = rows, b.room = room, b.tokens = at<int64_t>(tokens), b.prompt = at<int64_t>(prompt), b.slot = at<int64_t>(slot);
     b.filled = at<int64_t>(filled), b.length = at<int64_t>(length);
@@ -79,29 +81,34 @@ class Decoder {
         throw py::index_error("row " + std::to_string(i) + " has " + std::to_string(b.filled[i]) +
                               " tokens, and there is room for no more");
     }
-    bool ok;
-    {
-      py::gil_scoped_release release;
-      ok = kernels_.step(model_, b, threads);
+    const int64_t bytes = kernels_.scratch_bytes(model_, b, threads);
+    if (bytes > scratch_bytes_) {
+      std::free(scratch_);
+      scratch_bytes_ = 0;
+      if (!(scratch_ = static_cast<char*>(std::aligned_alloc(64, bytes)))) throw std::bad_alloc();
+      scratch_bytes_ = bytes;
     }
-    if (!ok) throw std::bad_alloc();
+    py::gil_scoped_release release;
+    kernels_.step(model_, b, scratch_, threads);
   }
 
  private:
+  char* scratch_ = nullptr;
+  int64_t scratch_bytes_ = 0;
   const DecoderKernels kernels_;
   DecoderModel model_;
   std::vector<DecoderLayer> layers_;
 };
 
-int64_t packed_bytes(int64_t n, int64_t k) { return table().decoder.packed_bytes(n, k); }
+int64_t packed_bytes(int64_t n, int64_t k, int parts) { return table().decoder.packed_bytes(n, k, parts); }
 
-void pack(uintptr_t weight, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t k, uintptr_t packed, int threads) {
-  table().decoder.pack(at<float>(weight), row_stride, depth_stride, n, k, at<char>(packed), threads);
+void pack(uintptr_t weight, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t k, int parts, uintptr_t packed, int threads) {
+  table().decoder.pack(at<float>(weight), row_stride, depth_stride, n, k, parts, at<char>(packed), threads);
 }
 
-void product(uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t weight, int64_t n, int64_t k, uintptr_t y, int64_t y_stride,
-             int threads) {
-  if (!table().decoder.product(at<float>(x), x_stride, rows, at<char>(weight), n, k, at<float>(y), y_stride, threads))
+void product(uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t weight, int64_t n, int64_t k, int parts, uintptr_t y,
+             int64_t y_stride, int threads) {
+  if (!table().decoder.product(at<float>(x), x_stride, rows, at<char>(weight), n, k, parts, at<float>(y), y_stride, threads))
     throw std::bad_alloc();
 }
 
@@ -109,6 +116,7 @@ void product(uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t weight, int6
 
 void bind_decoder(py::module_& m) {
   py::class_<Decoder>(m, "Decoder").def(py::init<const py::dict&>()).def("step", &Decoder::step);
+  m.def("packs_parts", [] { return table().decoder.has_parts; }, "whether packed weights are bfloat16 parts");
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_weight", &pack, py::call_guard<py::gil_scoped_release>());
   m.def("packed_product", &product, py::call_guard<py::gil_scoped_release>());

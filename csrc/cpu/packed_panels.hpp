@@ -3,7 +3,9 @@
 // A weight is packed into panels of `kPanelColumns` of its rows (columns of y), narrower at the end; x into panels of kPanelRows,
 // kBlockRows of them at a time. In both, what belongs to one step of the contraction lies together and steps follow one another,
 // so that a micro-kernel reads its two panels from front to back. On AMX tiles a step is 32 of the contraction in three bfloat16
-// parts (matmul.hpp says why that is float32); elsewhere it is one, and a panel of columns is a few vectors wide.
+// parts (matmul.hpp says why that is float32), or, of a weight that is bfloat16 whatever its dtype, as those of most checkpoints
+// are, in one: a third of the bytes and half of the products, exactly the same sums but for zeros. Elsewhere a step is one, and a
+// panel of columns is a few vectors wide.
 //
 // Sums of a long contraction are cut every kDepth, so that rounding errors do not grow with it.
 #pragma once
@@ -17,11 +19,12 @@ namespace clp::CLP_ISA {
 
 constexpr int64_t kAlign = 16;  // elements: rows of every activation begin at a multiple, and products write whole multiples
 
-// A term of a product: packed rows, packed weight, and their depth.
+// A term of a product: packed rows, packed weight, their depth, and the parts of the weight where it has parts.
 struct Factors {
   const char* rows;
   const char* weight;
   int64_t depth;
+  int parts = 3;
 };
 
 #ifdef __AMX_BF16__
@@ -30,17 +33,24 @@ constexpr int64_t kLanes = 16, kBlockRows = 16, kPanelRows = 32, kPanelColumns =
 constexpr int64_t kRowsStep = kParts * 2 * kTile;  // bytes of a panel of rows at each step
 
 CLP_INLINE int64_t steps_of(int64_t depth) { return (depth + kStep - 1) / kStep; }
-CLP_INLINE int64_t column_step(int64_t columns) { return kParts * (columns > 16 ? 2 : 1) * kTile; }
+CLP_INLINE int64_t column_step(int64_t columns, int parts) { return parts * (columns > 16 ? 2 : 1) * kTile; }
 
-CLP_INLINE void pack_columns(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t columns, int64_t depth, char* to) {
+template <int PARTS>
+CLP_INLINE void pack_parts(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t columns, int64_t depth, char* to) {
   const int64_t tiles = columns > 16 ? 2 : 1;
-  for (int64_t step = 0; step < steps_of(depth); ++step, to += column_step(columns))
+  for (int64_t step = 0; step < steps_of(depth); ++step, to += column_step(columns, PARTS))
     for (int64_t i = 0; i < tiles; ++i) {
       const float* from = weight + i * 16 * row_stride + step * kStep * depth_stride;
       const int64_t height = smaller(columns - i * 16, 16), deep = smaller(depth - step * kStep, kStep);
-      if (depth_stride == 1) pack_tile<float, kParts, true, true>(from, row_stride, height, deep, to + i * kTile, tiles * kTile);
-      else pack_tile<float, kParts, true, false>(from, depth_stride, height, deep, to + i * kTile, tiles * kTile);
+      if (depth_stride == 1) pack_tile<float, PARTS, true, true>(from, row_stride, height, deep, to + i * kTile, tiles * kTile);
+      else pack_tile<float, PARTS, true, false>(from, depth_stride, height, deep, to + i * kTile, tiles * kTile);
     }
+}
+
+CLP_INLINE void pack_columns(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t columns, int64_t depth, int parts,
+                             char* to) {
+  if (parts == 1) return pack_parts<1>(weight, row_stride, depth_stride, columns, depth, to);
+  pack_parts<kParts>(weight, row_stride, depth_stride, columns, depth, to);
 }
 
 CLP_INLINE void pack_block(const float* x, int64_t stride, int64_t block, int64_t rows, int64_t depth, char* packed) {
@@ -49,8 +59,8 @@ CLP_INLINE void pack_block(const float* x, int64_t stride, int64_t block, int64_
     pack_tile<float, kParts, false, true>(x + step * kStep, stride, rows, smaller(depth - step * kStep, kStep), to, 2 * kTile);
 }
 
-// Tiles 0 to 3 are the accumulators, 4 and 5 the rows, 6 and 7 the columns.
-template <int ROWS, int COLUMNS>
+// Tiles 0 to 3 are the accumulators, 4 and 5 the rows, 6 and 7 the columns. PARTS are those of the first term's weight.
+template <int ROWS, int COLUMNS, int PARTS>
 void micro(const char* a, const char* b, int64_t steps, const char* more_a, const char* more_b, int64_t more, const float* bias,
            float* c, int64_t stride, bool add) {
 #define CLP_START(from, row_stride)                                                             \
@@ -79,7 +89,16 @@ void micro(const char* a, const char* b, int64_t steps, const char* more_a, cons
     if constexpr (ROWS == 2) _tile_zero(2);
     if constexpr (ROWS == 2 && COLUMNS == 2) _tile_zero(3);
   }
-  for (int term = 0; term < 2; ++term) {
+  if constexpr (PARTS == 1) {
+    for (int64_t step = 0; step < steps; ++step, a += kRowsStep, b += COLUMNS * kTile) {
+      CLP_LOAD_B(0);
+      CLP_LOAD_A(2); CLP_MULTIPLY;
+      CLP_LOAD_A(1); CLP_MULTIPLY;
+      CLP_LOAD_A(0); CLP_MULTIPLY;
+    }
+    a = more_a, b = more_b, steps = more;
+  }
+  for (int term = PARTS == 1; term < 2; ++term) {
     for (int64_t step = 0; step < steps; ++step, a += kRowsStep, b += kParts * COLUMNS * kTile) {
       CLP_LOAD_A(2); CLP_LOAD_B(0); CLP_MULTIPLY;
       CLP_LOAD_A(1); CLP_MULTIPLY;
@@ -102,9 +121,14 @@ void micro(const char* a, const char* b, int64_t steps, const char* more_a, cons
 
 using Micro = void (*)(const char*, const char*, int64_t, const char*, const char*, int64_t, const float*, float*, int64_t, bool);
 
-CLP_INLINE Micro choose(int64_t rows, int64_t columns) {
-  if (rows > 16) return columns > 16 ? micro<2, 2> : micro<2, 1>;
-  return columns > 16 ? micro<1, 2> : micro<1, 1>;
+template <int PARTS>
+CLP_INLINE Micro of_parts(int64_t rows, int64_t columns) {
+  if (rows > 16) return columns > 16 ? micro<2, 2, PARTS> : micro<2, 1, PARTS>;
+  return columns > 16 ? micro<1, 2, PARTS> : micro<1, 1, PARTS>;
+}
+
+CLP_INLINE Micro choose(int64_t rows, int64_t columns, int parts) {
+  return parts == 1 ? of_parts<1>(rows, columns) : of_parts<kParts>(rows, columns);
 }
 
 #else
@@ -125,9 +149,10 @@ struct Tiles {
 };
 
 CLP_INLINE int64_t steps_of(int64_t depth) { return depth; }
-CLP_INLINE int64_t column_step(int64_t columns) { return round_up(columns, kLanes) * sizeof(float); }
+CLP_INLINE int64_t column_step(int64_t columns, int) { return round_up(columns, kLanes) * sizeof(float); }
 
-CLP_INLINE void pack_columns(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t columns, int64_t depth, char* packed) {
+CLP_INLINE void pack_columns(const float* weight, int64_t row_stride, int64_t depth_stride, int64_t columns, int64_t depth, int,
+                             char* packed) {
   float* to = reinterpret_cast<float*>(packed);
   const int64_t wide = round_up(columns, kLanes);
   for (int64_t p = 0; p < depth; ++p, to += wide)
@@ -149,6 +174,14 @@ CLP_INLINE void store_vector(float* p, Vector x) { *reinterpret_cast<UnalignedVe
 
 #ifndef __AMX_BF16__
 
+// Large weights come from far away, and processors fetch ahead on their own only within a page: a fifth off a product of 32 rows.
+// (Tiles read more in a piece, and gain nothing.)
+constexpr int64_t kFetchAhead = 8192;
+CLP_INLINE void fetch_ahead(const char* p, int64_t bytes) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + kFetchAhead + i, 0, 2);
+}
+
 template <int ROWS, int VECTORS>
 void micro(const char* rows_a, const char* columns_b, int64_t steps, const char* more_a, const char* more_b, int64_t more,
            const float* bias, float* c, int64_t stride, bool add) {
@@ -162,6 +195,7 @@ void micro(const char* rows_a, const char* columns_b, int64_t steps, const char*
     const float* a = reinterpret_cast<const float*>(rows_a);
     const float* b = reinterpret_cast<const float*>(columns_b);
     for (int64_t p = 0; p < steps; ++p, a += kPanelRows, b += VECTORS * kLanes) {
+      fetch_ahead(reinterpret_cast<const char*>(b), VECTORS * kLanes * sizeof(float));
       Vector column[VECTORS];
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) column[v] = load_vector(b + v * kLanes);
@@ -185,7 +219,7 @@ CLP_INLINE Micro of_rows(int64_t rows) {
   return table[rows - 1];
 }
 
-CLP_INLINE Micro choose(int64_t rows, int64_t columns) {
+CLP_INLINE Micro choose(int64_t rows, int64_t columns, int) {
   rows = smaller(rows, kPanelRows);
   if (columns > 2 * kLanes) return of_rows<3>(rows);
   return columns > kLanes ? of_rows<2>(rows) : of_rows<1>(rows);
@@ -197,28 +231,29 @@ CLP_INLINE int64_t panels_of(int64_t columns) { return (columns + kPanelColumns 
 CLP_INLINE int64_t blocks_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
 // Bytes of a packed weight (n, depth), and of packed rows.
-CLP_INLINE int64_t weight_bytes(int64_t n, int64_t depth) {
+CLP_INLINE int64_t weight_bytes(int64_t n, int64_t depth, int parts) {
   const int64_t whole = n / kPanelColumns, rest = n % kPanelColumns;
-  return steps_of(depth) * (whole * column_step(kPanelColumns) + (rest ? column_step(rest) : 0));
+  return steps_of(depth) * (whole * column_step(kPanelColumns, parts) + (rest ? column_step(rest, parts) : 0));
 }
 CLP_INLINE int64_t rows_bytes(int64_t rows, int64_t depth) {
   return round_up((rows + kPanelRows - 1) / kPanelRows * steps_of(depth) * kRowsStep, 64);
 }
 
-// Panels [from, to) of y, whose columns are n: y = sum of the terms (the second may have no depth) + bias.
+// Panels [from, to) of y, whose columns are n: y = sum of the terms (the second has all parts, and may have no depth) + bias.
 CLP_INLINE void multiply(const Factors& main, const Factors& more, int64_t rows, int64_t n, int64_t from, int64_t to, const float* bias,
                          float* y, int64_t stride) {
   const int64_t steps = steps_of(main.depth), extra = steps_of(more.depth), piece = kDepth / kStep;
   for (int64_t j = from; j < to; ++j) {
-    const int64_t column = j * kPanelColumns, columns = smaller(n - column, kPanelColumns), step_bytes = column_step(columns);
-    const char* weight = main.weight + j * column_step(kPanelColumns) * steps;
-    const char* more_weight = extra ? more.weight + j * column_step(kPanelColumns) * extra : nullptr;
+    const int64_t column = j * kPanelColumns, columns = smaller(n - column, kPanelColumns);
+    const int64_t step_bytes = column_step(columns, main.parts);
+    const char* weight = main.weight + j * column_step(kPanelColumns, main.parts) * steps;
+    const char* more_weight = extra ? more.weight + j * column_step(kPanelColumns, more.parts) * extra : nullptr;
     int64_t step = 0;
     do {
       const int64_t count = smaller(steps - step, piece), then = step + count == steps ? extra : 0;
       for (int64_t row = 0; row < rows; row += kPanelRows) {
         const int64_t panel = row / kPanelRows;
-        choose(rows - row, columns)(main.rows + (panel * steps + step) * kRowsStep, weight + step * step_bytes, count,
+        choose(rows - row, columns, main.parts)(main.rows + (panel * steps + step) * kRowsStep, weight + step * step_bytes, count,
                                     then ? more.rows + panel * extra * kRowsStep : nullptr, more_weight, then,
                                     bias ? bias + column : nullptr, y + row * stride + column, stride, step > 0);
       }

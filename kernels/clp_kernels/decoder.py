@@ -12,9 +12,10 @@
 Norms, biases, caps and scales that are None are left out. All float32. A row's logits are the same bits whatever other rows are in
 the batch, and on any number of threads.
 
-Weights are packed once into the panels that the micro-kernels read, and kept beside the model's own: 4 bytes a parameter, and 6
-with AMX tiles, which take a float32 number as three bfloat16 parts (csrc/cpu/matmul.hpp says why that is float32). Factors change
-with every optimiser step and are packed for each rollout. Prompts' keys and values are there once, whatever the number of rows.
+Weights are packed once into the panels that the micro-kernels read, and kept beside the model's own: 4 bytes a parameter; with AMX
+tiles, which take a float32 number as three bfloat16 parts (csrc/cpu/matmul.hpp says why that is float32), 6, or 2 where a matrix
+holds nothing but bfloat16 numbers, as those of most checkpoints do. Factors change with every optimiser step and are packed for
+each rollout. Prompts' keys and values are there once, whatever the number of rows.
 
 A step of `rows` rows over N parameters of matrices and C cached elements takes at least
 max(2 rows N / rate, (packed bytes of N + 4 C) / bandwidth); each low-rank layer adds rank (n + k) to N.
@@ -22,6 +23,8 @@ max(2 rows N / rate, (packed bytes of N + 4 C) / bandwidth); each low-rank layer
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -31,7 +34,7 @@ from torch import Tensor
 ACTIVATIONS = ("silu", "gelu_tanh")
 # Which linear layers read the same input, in the order of the native layer.
 _INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-_ALIGN = 16
+_ALIGN, _PARTS, _LARGE_PAGE = 16, 3, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -115,18 +118,30 @@ def _rounded(n: int) -> int:
     return -(-n // _ALIGN) * _ALIGN
 
 
-def _aligned_bytes(count: int) -> Tensor:
-    """(count,) uint8 at an address that is a multiple of 64."""
-    buffer = torch.empty(count + 64, dtype=torch.uint8)
-    start = -buffer.data_ptr() % 64
+def _buffer(count: int) -> Tensor:
+    """(count,) uint8 at an address that is a multiple of 64; in large pages where there are some, since weights are read from one
+    end to the other and processors do not fetch ahead over the end of a page."""
+    if count < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer, align = torch.empty(count + 64, dtype=torch.uint8), 64
+    else:
+        pages = mmap.mmap(-1, count + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        buffer, align = torch.frombuffer(pages, dtype=torch.uint8), _LARGE_PAGE
+    start = -buffer.data_ptr() % align
     return buffer[start : start + count]
 
 
-def _packed(native, weight: Tensor) -> Tensor:
+def _packed(native, weight: Tensor, parts: int = _PARTS) -> Tensor:
     n, k = weight.shape
-    packed = _aligned_bytes(native.packed_bytes(n, k))
-    native.pack_weight(weight.data_ptr(), *weight.stride(), n, k, packed.data_ptr(), torch.get_num_threads())
+    packed = _buffer(native.packed_bytes(n, k, parts))
+    native.pack_weight(weight.data_ptr(), *weight.stride(), n, k, parts, packed.data_ptr(), torch.get_num_threads())
     return packed
+
+
+def _parts(native, weight: Tensor) -> int:
+    """How many bfloat16 parts hold the weight exactly, where it is packed as such: 1, or all."""
+    return 1 if native.packs_parts() and torch.equal(weight, weight.bfloat16().float()) else _PARTS
 
 
 def _padded(x: Tensor | None) -> Tensor | None:
@@ -160,13 +175,14 @@ class PackedDecoder:
         self._check()
         with torch.no_grad():
             # A matrix that serves twice (tied projections of several layers) is packed once.
-            by_storage: dict[tuple, Tensor] = {}
-            self.packed: dict[tuple[int, str], Tensor] = {}
+            by_storage: dict[tuple, tuple[Tensor, int]] = {}
+            self.packed: dict[tuple[int, str], tuple[Tensor, int]] = {}
             for key, linear in weights.linears().items():
                 w = linear.weight
                 identity = (w.data_ptr(), w.shape, w.stride())
                 if identity not in by_storage:
-                    by_storage[identity] = _packed(_native, w)
+                    parts = _parts(_native, w)
+                    by_storage[identity] = _packed(_native, w, parts), parts
                 self.packed[key] = by_storage[identity]
             self.biases = {key: _padded(linear.bias) for key, linear in weights.linears().items()}
             self.embedding = weights.embedding.detach().contiguous()
@@ -179,7 +195,7 @@ class PackedDecoder:
     @property
     def memory(self) -> int:
         """Bytes of the packed copy."""
-        return sum(p.numel() for p in {id(p): p for p in self.packed.values()}.values())
+        return sum(p.numel() for p in {id(p): p for p, _ in self.packed.values()}.values())
 
     def _check(self) -> None:
         w = self.weights
@@ -301,15 +317,16 @@ class Decoding:
         p, described, factors = self._packed, [], []
         for name in names:
             key = (layer, name)
-            weight = self._linears[key].weight
+            weight, (packed, parts) = self._linears[key].weight, p.packed[key]
             packed_b, gate, rank, a = self._low_rank.get(key, (None, None, 0, None))
             if rank:
                 factors.append(a)
             described.append(
                 (
-                    p.packed[key].data_ptr(),
+                    packed.data_ptr(),
                     _address(p.biases[key]),
                     *weight.shape,
+                    parts,
                     _address(packed_b),
                     _address(gate),
                     rank,
