@@ -64,13 +64,15 @@ struct Sums {
   float s_p = 0, a_p = 0, d_p = 0, s_q = 0, d_q = 0;
 };
 
+// es receives the policy's exponentials: a store into L1 costs nothing beside them.
 template <bool REFERENCE, bool ENTROPY, bool KL, bool REVERSE>
-CLP_INLINE Sums accumulate(const float* zp, const float* zq, float m_p, float m_q, int64_t n) {
+CLP_INLINE Sums accumulate(const float* zp, const float* zq, float m_p, float m_q, int64_t n, float* es) {
   float s_p = 0, a_p = 0, d_p = 0, s_q = 0, d_q = 0;
 #pragma omp simd reduction(+ : s_p, a_p, d_p, s_q, d_q)
   for (int64_t j = 0; j < n; ++j) {
     const float shifted = zp[j] - m_p;
     const float e = exp_approx(shifted);
+    es[j] = e;
     s_p += e;
     // e == 0 covers masked columns, where the factor is infinite or NaN; a NaN logit still reaches s_p and so every output.
     if (ENTROPY) a_p += e > 0.0f ? e * shifted : 0.0f;
@@ -84,18 +86,18 @@ CLP_INLINE Sums accumulate(const float* zp, const float* zq, float m_p, float m_
   return {s_p, a_p, d_p, s_q, d_q};
 }
 
-CLP_INLINE Sums accumulate_as_asked(int flags, const float* zp, const float* zq, float m_p, float m_q, int64_t n) {
+CLP_INLINE Sums accumulate_as_asked(int flags, const float* zp, const float* zq, float m_p, float m_q, int64_t n, float* es) {
   switch (flags) {
-    case 0: return accumulate<false, false, false, false>(zp, zq, m_p, m_q, n);
-    case kStatEntropy: return accumulate<false, true, false, false>(zp, zq, m_p, m_q, n);
-    case kStatReference: return accumulate<true, false, false, false>(zp, zq, m_p, m_q, n);
-    case kStatReference | kStatEntropy: return accumulate<true, true, false, false>(zp, zq, m_p, m_q, n);
-    case kStatReference | kStatKl: return accumulate<true, false, true, false>(zp, zq, m_p, m_q, n);
-    case kStatReference | kStatEntropy | kStatKl: return accumulate<true, true, true, false>(zp, zq, m_p, m_q, n);
-    case kStatReference | kStatReverseKl: return accumulate<true, false, false, true>(zp, zq, m_p, m_q, n);
-    case kStatReference | kStatEntropy | kStatReverseKl: return accumulate<true, true, false, true>(zp, zq, m_p, m_q, n);
-    case kStatReference | kStatKl | kStatReverseKl: return accumulate<true, false, true, true>(zp, zq, m_p, m_q, n);
-    default: return accumulate<true, true, true, true>(zp, zq, m_p, m_q, n);
+    case 0: return accumulate<false, false, false, false>(zp, zq, m_p, m_q, n, es);
+    case kStatEntropy: return accumulate<false, true, false, false>(zp, zq, m_p, m_q, n, es);
+    case kStatReference: return accumulate<true, false, false, false>(zp, zq, m_p, m_q, n, es);
+    case kStatReference | kStatEntropy: return accumulate<true, true, false, false>(zp, zq, m_p, m_q, n, es);
+    case kStatReference | kStatKl: return accumulate<true, false, true, false>(zp, zq, m_p, m_q, n, es);
+    case kStatReference | kStatEntropy | kStatKl: return accumulate<true, true, true, false>(zp, zq, m_p, m_q, n, es);
+    case kStatReference | kStatReverseKl: return accumulate<true, false, false, true>(zp, zq, m_p, m_q, n, es);
+    case kStatReference | kStatEntropy | kStatReverseKl: return accumulate<true, true, false, true>(zp, zq, m_p, m_q, n, es);
+    case kStatReference | kStatKl | kStatReverseKl: return accumulate<true, false, true, true>(zp, zq, m_p, m_q, n, es);
+    default: return accumulate<true, true, true, true>(zp, zq, m_p, m_q, n, es);
   }
 }
 
@@ -104,6 +106,42 @@ CLP_INLINE float finite_or_zero(float m) { return m == kMinusInf ? 0.0f : m; }
 
 // The factor that brings sums relative to `from` to the new maximum `to`.
 CLP_INLINE double rescale(double from, double to) { return from == to ? 1.0 : std::exp(from - to); }
+
+// The same for terms that are there: where their sum s is 0, so are they.
+CLP_INLINE float factor(double s, double from, double to) { return s == 0.0 ? 1.0f : static_cast<float>(rescale(from, to)); }
+
+// The terms of a row, of which the first `done` columns are there.
+struct TermRow {
+  float *p, *d;  // d: null where not asked for
+
+  CLP_INLINE void rescale(int64_t done, float k) const {
+    if (k == 1.0f) return;
+    if (d)
+#pragma omp simd
+      for (int64_t j = 0; j < done; ++j) d[j] *= k;
+#pragma omp simd
+    for (int64_t j = 0; j < done; ++j) p[j] *= k;
+  }
+
+  // n columns from `at` on; target: the column among them that stays 0, or outside.
+  CLP_INLINE void write(int64_t at, int64_t n, int64_t target, const float* zp, const float* zq, const float* es, const float* tanhs,
+                        bool capped) const {
+    alignas(64) float slope[kBlock];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) slope[j] = capped ? 1.0f - tanhs[j] * tanhs[j] : 1.0f;
+    if (target >= 0 && target < n) slope[target] = 0.0f;
+    if (d)
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) d[at + j] = es[j] > 0.0f ? es[j] * (zp[j] - zq[j]) * slope[j] : 0.0f;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) p[at + j] = es[j] * slope[j];
+  }
+};
+
+CLP_INLINE TermRow term_row(float* const* terms, int64_t offset) {
+  auto row = [&](int term) { return terms[term] ? terms[term] + offset : nullptr; };
+  return {row(kTermP), row(kTermD)};
+}
 
 template <typename T>
 void forward_row(const TokenStatsChunk& c, int64_t row) {
@@ -114,7 +152,9 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
   const bool with_reference = c.flags & kStatReference;
   double* state = c.state + row;
   const int64_t S = c.state_stride;
-  alignas(64) float zp[kBlock], zq[kBlock], tanhs[kBlock];
+  const double s_before = state[kSp * S], m_before = state[kMp * S];
+  const TermRow terms = term_row(c.terms, row * c.cols);
+  alignas(64) float zp[kBlock], zq[kBlock], tanhs[kBlock], ref_tanhs[kBlock], es[kBlock];
 
   for (int64_t j0 = 0; j0 < c.cols; j0 += kBlock) {
     const int64_t n = c.cols - j0 < kBlock ? c.cols - j0 : kBlock;
@@ -129,10 +169,11 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
     float m_q = 0.0f;
     if (with_reference) {
       const Transform fq{c.reference_bias ? c.reference_bias + j0 : nullptr, c.logit_scale, c.softcap, c.inv_temperature[row]};
-      const float top_q = transform(reference + j0, fq, n, zq, tanhs);
+      const float top_q = transform(reference + j0, fq, n, zq, ref_tanhs);
       m_q = top_q > state[kMq * S] ? top_q : static_cast<float>(state[kMq * S]);
     }
 
+    if (terms.p && j0) terms.rescale(j0, factor(state[kSp * S], state[kMp * S], m_p));
     if (state[kSp * S] != 0.0) {
       const double shift = state[kMp * S] - m_p, k = rescale(state[kMp * S], m_p);
       state[kAp * S] = k * (state[kAp * S] + shift * state[kSp * S]);
@@ -150,19 +191,22 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
     }
     for (int64_t k = 0; k < n; k += kPiece) {
       const int64_t width = n - k < kPiece ? n - k : kPiece;
-      const Sums sums = accumulate_as_asked(c.flags, zp + k, zq + k, finite_or_zero(m_p), finite_or_zero(m_q), width);
+      const Sums sums = accumulate_as_asked(c.flags, zp + k, zq + k, finite_or_zero(m_p), finite_or_zero(m_q), width, es + k);
       state[kSp * S] += sums.s_p;
       state[kAp * S] += sums.a_p;
       state[kDp * S] += sums.d_p;
       state[kSq * S] += sums.s_q;
       state[kDq * S] += sums.d_q;
     }
-    const int64_t at = target - c.first_column - j0;
-    if (c.targets && at >= 0 && at < n) {
+    const int64_t at = c.targets ? target - c.first_column - j0 : -1;
+    if (at >= 0 && at < n) {
       state[kTp * S] = zp[at];
       if (with_reference) state[kTq * S] = zq[at];
     }
+    if (terms.p) terms.write(j0, n, at, zp, zq, es, tanhs, c.softcap > 0.0f);
   }
+  if (c.term_sums[kTermP])
+    term_row(c.term_sums, row * c.term_sums_stride).rescale(c.term_width, factor(s_before, m_before, state[kMp * S]));
 }
 
 template <typename T, typename Out>

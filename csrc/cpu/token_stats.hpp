@@ -12,6 +12,13 @@
 //   dz = p (c0 + c1 (z_p - m_p) + c2 (z_p - z_q)) + c3 q + ct [column is the target]
 // where the five coefficients per row gather every output's incoming gradient (token_stats.py derives them).
 //
+// Where the head is frozen, a statistic's derivative in the hidden state is made of sums over the columns of a term times a row of
+// the weight, and no term but the maximum's place in it waits for the whole vocabulary:
+//   kTermP   e^(z_p - m_p)        kTermD   e^(z_p - m_p) (z_p - z_q)
+// each times 1 - tanh^2 where there is a softcap, and 0 in the target's column, which the caller adds by itself: beside a
+// probability near 1 the others would be lost. Forward writes the terms that are asked for, with the maximum as it stands after
+// the chunk, and brings the sums that the caller has of earlier chunks to that maximum.
+//
 // A logit of -inf is a masked column: p = 0 there, and it adds nothing to any sum or gradient.
 #pragma once
 #include <cstdint>
@@ -25,6 +32,7 @@ enum TokenStatFlag : int { kStatReference = 1, kStatEntropy = 2, kStatKl = 4, kS
 enum TokenState : int { kMp, kSp, kAp, kDp, kMq, kSq, kDq, kTp, kTq, kTokenStates };
 enum TokenSaved : int { kSavedMp, kSavedInvSp, kSavedMq, kSavedInvSq, kTokenSaved };
 enum TokenCoef : int { kC0, kC1, kC2, kC3, kCt, kTokenCoefs };
+enum TokenTerm : int { kTermP, kTermD, kTokenTerms };
 
 struct TokenStatsChunk {
   const void* policy = nullptr;      // (rows, cols) raw logits of dtype
@@ -44,6 +52,10 @@ struct TokenStatsChunk {
   double* state = nullptr;                 // (kTokenStates, state_stride), this chunk's first row
   int64_t* top1 = nullptr;                 // (rows) column of the first maximum so far, or null
   int64_t state_stride = 0;
+  // terms[kTermP] null: none are asked for. A term may be written where policy or reference lie, if they are float32.
+  float* terms[kTokenTerms] = {};          // (rows, cols), `cols` apart, or null
+  float* term_sums[kTokenTerms] = {};      // (rows, term_width) sums over earlier chunks, or null
+  int64_t term_sums_stride = 0, term_width = 0;
   // backward
   const float* saved = nullptr;            // (kTokenSaved, row_stride)
   const float* coefs = nullptr;            // (kTokenCoefs, row_stride)

@@ -22,15 +22,17 @@ from clp_kernels.token_stats import (
     OUTPUTS,
     Head,
     HeadLoRA,
+    Keep,
     Rows,
     TokenStats,
     as_token_stats,
     backend_module,
+    check_differentiable,
     check_outputs,
     check_rows,
     constant_outputs,
     empty_outputs,
-    kept_rows,
+    what_to_keep,
 )
 
 TABLE = (
@@ -45,13 +47,14 @@ _ARGUMENTS = (
 )
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 _LIBRARY.define(
-    f"linear_logprob({_ARGUMENTS}, str asked, SymInt kept_rows, int kept_copies, str backend) -> "
+    f"linear_logprob({_ARGUMENTS}, str asked, str differentiable, SymInt kept_rows, int kept_copies, "
+    "bool directions, str backend) -> "
     f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor kept)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     f"linear_logprob_backward({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, {_ARGUMENTS}, Tensor saved, "
-    "Tensor kept, bool[6] needs, str backend) -> Tensor[]",
+    "Tensor kept, str directions, bool[6] needs, str backend) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _NEEDS = (
@@ -78,6 +81,7 @@ def linear_logprob(
     ref_bias: Tensor | None = None,
     lora: HeadLoRA | None = None,
     outputs: Sequence[str] = ("logprob",),
+    differentiable: Sequence[str] | None = None,
     ignore_index: int = -100,
     keep_bytes: int | None = None,
 ) -> TokenStats:
@@ -91,9 +95,13 @@ def linear_logprob(
                  to bias, each on its own
     lora         a `HeadLoRA` that conditions the output projection, of the policy only
     outputs      names; kl is KL(policy || reference), reverse_kl KL(reference || policy), both exact over the vocabulary
-    keep_bytes   how much memory may hold logits between forward and backward, which saves the backward pass their products:
-                 those of as many rows as fit are kept (4 bytes each, twice that for kl or reverse_kl), the others computed
-                 again. 0 keeps none; None leaves it to the back-end (`token_stats.kept_rows`)
+    differentiable
+                 names of the outputs that gradients are wanted of; the others come back detached, and no work is done for
+                 gradients of theirs. None: all that have one
+    keep_bytes   how much memory may be kept between forward and backward, which saves the backward pass products: either the
+                 logits of as many rows as fit (4 bytes each, twice that for kl or reverse_kl), the others being computed
+                 again, or the derivative of each differentiable output in hidden (4 H bytes per row and output). 0 keeps
+                 nothing; None leaves it to the back-end. `token_stats.what_to_keep` counts the products and chooses
     returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for what was not asked for
 
     Each output but ref_logprob and top1 is differentiable in hidden, and in weight, bias and the fields of lora where they
@@ -114,6 +122,7 @@ def linear_logprob(
         outputs, ignore_index)  # fmt: skip
     if weight.shape[0] == 0:
         raise ValueError(f"{op}: weight is {tuple(weight.shape)}; expected at least one row (token)")
+    differentiable = check_differentiable(op, differentiable, names)
     module = backend_module(op, TABLE, head.hidden.device.type, head.hidden.dtype)
     if module == reference.__name__:
         stats = reference.linear_logprob(
@@ -131,8 +140,8 @@ def linear_logprob(
             frozenset(names),
             ignore_index,
         )
-        return TokenStats(*(None if value is None else value.reshape(lead) for value in stats))
-    kept, copies = kept_logits(module, head, names, keep_bytes)
+        return as_token_stats(stats, names, lead, differentiable)
+    keep = kept_for_backward(module, head, differentiable, keep_bytes)
     values = torch.ops.clp_kernels.linear_logprob(
         head.hidden,
         head.weight,
@@ -147,8 +156,10 @@ def linear_logprob(
         logit_scale,
         ignore_index,
         ",".join(names),
-        kept,
-        copies,
+        ",".join(differentiable),
+        keep.rows,
+        keep.copies,
+        bool(keep.directions),
         module,
     )
     return as_token_stats(values, names, lead)
@@ -204,16 +215,17 @@ def checked_call(
     )
 
 
-def kept_logits(module: str, head: Head, names: Sequence[str], keep_bytes: int | None) -> tuple[int, int]:
-    """For how many rows to keep logits between forward and backward, and of how many heads."""
+def kept_for_backward(
+    module: str, head: Head, differentiable: Sequence[str], keep_bytes: int | None, *, shard: bool = False
+) -> Keep:
+    """`what_to_keep` for the gradients that this call's arguments ask for; nothing where they ask for none."""
     if keep_bytes is not None and keep_bytes < 0:
         raise ValueError(f"linear_logprob: keep_bytes is {keep_bytes}; expected 0 or more, or None")
-    copies = 2 if "kl" in names or "reverse_kl" in names else 1
-    inputs = (head.hidden, head.weight, head.bias, *(head.lora or ()))
-    asking = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if not asking or not set(names).intersection(DIFFERENTIABLE):
-        return 0, copies
-    return kept_rows(module, head.hidden.shape[0], *head.weight.shape, copies, keep_bytes), copies
+    inputs = (head.hidden, head.weight, head.bias, *(head.lora or (None, None, None)))
+    needs = {name for name, t in zip(_NEEDS, inputs) if t is not None and t.requires_grad}
+    if not (torch.is_grad_enabled() and needs and differentiable):
+        return Keep()
+    return what_to_keep(module, head, differentiable, needs, keep_bytes, shard=shard)
 
 
 def _check_head(
@@ -297,32 +309,38 @@ def _problem(
 
 
 def _forward(*arguments):
-    *inputs, asked, kept_rows, kept_copies, backend = arguments
+    *inputs, asked, differentiable, kept_rows, kept_copies, directions, backend = arguments
     module = importlib.import_module(backend)
     head, rows = _problem(*inputs)
-    kept = head.hidden.new_empty(kept_copies, kept_rows, head.weight.shape[0], dtype=torch.float32)
-    outputs, saved = module.linear_forward(head, rows, frozenset(asked.split(",")), kept)
+    keep = Keep(kept_rows, kept_copies, tuple(differentiable.split(",")) if directions else ())
+    kept = head.hidden.new_empty(keep.shape(head), dtype=torch.float32)
+    options = {"directions": keep.directions} if directions else {}
+    outputs, saved = module.linear_forward(head, rows, frozenset(asked.split(",")), kept, **options)
     return *outputs, saved, kept
 
 
 def _fake_forward(*arguments):
-    hidden, weight, *_, asked, kept_rows, kept_copies, _ = arguments
-    return *empty_outputs(asked, hidden, hidden.shape[0]), hidden.new_empty(
-        kept_copies, kept_rows, weight.shape[0], dtype=torch.float32
-    )
+    *inputs, asked, differentiable, kept_rows, kept_copies, directions, _ = arguments
+    head, _ = _problem(*inputs)
+    keep = Keep(kept_rows, kept_copies, tuple(differentiable.split(",")) if directions else ())
+    hidden = head.hidden
+    kept = hidden.new_empty(keep.shape(head), dtype=torch.float32)
+    return *empty_outputs(asked, hidden, hidden.shape[0]), kept
 
 
 def _backward(*arguments):
     count = len(DIFFERENTIABLE)
-    grads, (*inputs, saved, kept, needs, backend) = (
+    grads, (*inputs, saved, kept, directions, needs, backend) = (
         dict(zip(DIFFERENTIABLE, arguments[:count])),
         arguments[count:],
     )
     module = importlib.import_module(backend)
     head, rows = _problem(*inputs)
-    result = module.linear_backward(
-        head, rows, grads, saved, kept, frozenset(n for n, need in zip(_NEEDS, needs) if need)
-    )
+    needed = frozenset(n for n, need in zip(_NEEDS, needs) if need)
+    if directions:
+        result = module.linear_backward_along(head, rows, grads, kept, directions.split(","), needed)
+    else:
+        result = module.linear_backward(head, rows, grads, saved, kept, needed)
     return [getattr(result, name).to(t.dtype) for name, t, need in zip(_NEEDS, inputs, needs) if need]
 
 
@@ -334,9 +352,10 @@ def _fake_backward(*arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, softcap, logit_scale, ignore_index, asked, _, _, backend = inputs
+    *tensors, softcap, logit_scale, ignore_index, _, differentiable, _, _, directions, backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*constant_outputs(asked, output), *output[-2:])
+    ctx.mark_non_differentiable(*constant_outputs(differentiable, output), *output[-2:])
+    ctx.directions = differentiable if directions else ""
     ctx.save_for_backward(*tensors, *output[-2:])
     ctx.options = (softcap, logit_scale, ignore_index)
     ctx.backend = backend
@@ -346,13 +365,13 @@ def _autograd_backward(ctx, *grads):
     *tensors, saved, kept = ctx.saved_tensors
     grads = dict(zip(OUTPUTS, grads))
     incoming = [grads[name] for name in DIFFERENTIABLE]
-    arguments = len(tensors) + len(ctx.options) + 4
+    arguments = len(tensors) + len(ctx.options) + 6
     needs = list(ctx.needs_input_grad[: len(_NEEDS)])
     if all(g is None for g in incoming) or not any(needs):
         return (None,) * arguments
     result = iter(
         torch.ops.clp_kernels.linear_logprob_backward(
-            *incoming, *tensors, *ctx.options, saved, kept, needs, ctx.backend
+            *incoming, *tensors, *ctx.options, saved, kept, ctx.directions, needs, ctx.backend
         )
     )
     return *(next(result) if need else None for need in needs), *(None,) * (arguments - len(needs))

@@ -22,6 +22,7 @@ from clp_kernels.token_stats import (
     TokenStats,
     as_token_stats,
     backend_module,
+    check_differentiable,
     check_outputs,
     check_rows,
     constant_outputs,
@@ -39,7 +40,7 @@ _ARGUMENTS = (
 )
 _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 _LIBRARY.define(
-    f"logits_logprob({_ARGUMENTS}, str asked, str backend) -> "
+    f"logits_logprob({_ARGUMENTS}, str asked, str differentiable, str backend) -> "
     f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -59,6 +60,7 @@ def logits_logprob(
     logit_scale: float = 1.0,
     ref_logits: Tensor | None = None,
     outputs: Sequence[str] = ("logprob",),
+    differentiable: Sequence[str] | None = None,
     ignore_index: int = -100,
 ) -> TokenStats:
     """Any of logprob, entropy, ref_logprob, kl, reverse_kl, lse and top1 of each row of logits, in one pass.
@@ -68,6 +70,8 @@ def logits_logprob(
     temperature  a number, or a tensor that broadcasts to the rows; of the policy and the reference alike; a constant
     ref_logits   logits' shape and dtype, a constant: no gradient reaches it
     outputs      names; kl is KL(policy || reference), reverse_kl KL(reference || policy), both exact over the vocabulary
+    differentiable
+                 names of the outputs that gradients are wanted of; the others come back detached. None: all that have one
     returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for what was not asked for
 
     Each output but ref_logprob and top1 is differentiable in logits, each with its own incoming gradient; the gradient is
@@ -79,6 +83,7 @@ def logits_logprob(
     """
     op = "logits_logprob"
     names = check_outputs(op, outputs, targets, ref_logits, "ref_logits")
+    differentiable = check_differentiable(op, differentiable, names)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(
             f"{op}: logits is {tuple(logits.shape)}; expected (..., V) with at least one column (token)"
@@ -106,10 +111,10 @@ def logits_logprob(
         stats = reference.logits_logprob(
             flat, targets, ref_flat, inv_temperature, softcap, logit_scale, frozenset(names), ignore_index
         )
-        return TokenStats(*(None if value is None else value.reshape(lead) for value in stats))
+        return as_token_stats(stats, names, lead, differentiable)
     values = torch.ops.clp_kernels.logits_logprob(
-        flat, ref_flat, targets, inv_temperature, softcap, logit_scale, ignore_index, ",".join(names), module
-    )
+        flat, ref_flat, targets, inv_temperature, softcap, logit_scale, ignore_index, ",".join(names),
+        ",".join(differentiable), module)  # fmt: skip
     return as_token_stats(values, names, lead)
 
 
@@ -118,7 +123,7 @@ def _columns_contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, backend
+    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, _, backend
 ):
     module = importlib.import_module(backend)
     rows = Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
@@ -129,7 +134,7 @@ def _forward(
 
 
 def _fake_forward(
-    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, backend
+    logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, _, backend
 ):
     return tuple(empty_outputs(asked, logits, logits.shape[0]))
 
@@ -152,9 +157,9 @@ def _fake_backward(*arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, softcap, logit_scale, ignore_index, asked, backend = inputs
+    *tensors, softcap, logit_scale, ignore_index, _, differentiable, backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*constant_outputs(asked, output), output[-1])
+    ctx.mark_non_differentiable(*constant_outputs(differentiable, output), output[-1])
     ctx.save_for_backward(*tensors, output[-1])
     ctx.options = (softcap, logit_scale, ignore_index)
     ctx.backend = backend
@@ -164,7 +169,7 @@ def _autograd_backward(ctx, *grads):
     *tensors, saved = ctx.saved_tensors
     grads = dict(zip(OUTPUTS, grads))
     incoming = [grads[name] for name in DIFFERENTIABLE]
-    others = (None,) * (len(tensors) + len(ctx.options) + 1)
+    others = (None,) * (len(tensors) + len(ctx.options) + 2)
     if all(g is None for g in incoming) or not ctx.needs_input_grad[0]:
         return None, *others
     return torch.ops.clp_kernels.logits_logprob_backward(

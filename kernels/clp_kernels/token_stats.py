@@ -85,6 +85,31 @@ class Rows:
     shard: bool = False  # the columns are a shard of the vocabulary, and a target of -1 lies in another one
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What a fused forward leaves for the backward pass, beside `saved`: logits, directions, or nothing.
+
+    rows, copies  the raw logits of the first `rows` rows, `copies` heads' (2: the reference's too)
+    directions    names of outputs whose derivative in hidden is kept, a vector (H + R,) per row each, for the whole call: all
+                  that backward has left to do is to multiply it by the incoming gradient
+    """
+
+    rows: int = 0
+    copies: int = 1
+    directions: tuple[str, ...] = ()
+
+    def shape(self, head: Head) -> tuple[int, int, int]:
+        """Of the tensor that holds it, float32."""
+        if not self.directions:
+            return self.copies, self.rows, head.weight.shape[0]
+        return len(self.directions), head.hidden.shape[0], direction_width(head)
+
+
+def direction_width(head: Head) -> int:
+    """H, and R for what passes through the LoRA factors."""
+    return head.hidden.shape[1] + (0 if head.lora is None else head.lora.a.shape[0])
+
+
 @dataclass
 class HeadGradients:
     """Gradients of a linear_logprob call; None where not asked for. The caller casts them to the arguments' dtypes."""
@@ -115,10 +140,11 @@ class Sums(NamedTuple):
     t_q: Tensor
 
 
-KEEP_BYTES = 64 << 20  # of logits that the CPU back-end keeps between forward and backward without being asked, where all fit
+KEEP_BYTES = 64 << 20  # of what the CPU back-end keeps between forward and backward without being asked, where all fits
 # Width (H) from which keeping a logit is faster than computing it again: 8 bytes of traffic against 2 H operations, at 10 GB/s
 # and 0.3 TFLOP/s on two CPU cores, 4.3 TB/s and 790 TFLOP/s on an H200.
 _WORTH_KEEPING = {"cpu": 128, "triton_kernels": 768}
+DIRECTED = ("logprob", "kl", "lse")  # the outputs whose derivative in hidden may be kept (`what_to_keep`)
 SAVED = (
     6  # rows of the tensor kept for the backward pass: m_p, 1/s_p, m_q, 1/s_q, E_p[z_p - m_p], E_p[z_p - z_q]
 )
@@ -241,6 +267,27 @@ def check_outputs(
     return tuple(output for output in OUTPUTS if output in outputs)
 
 
+def check_differentiable(
+    op: str, differentiable: Sequence[str] | None, names: Sequence[str]
+) -> tuple[str, ...]:
+    """Which of the outputs `names` pass gradients, in the order of OUTPUTS. Raises ValueError for a name that cannot."""
+    able = tuple(name for name in names if name in DIFFERENTIABLE)
+    if differentiable is None:
+        return able
+    if isinstance(differentiable, str):
+        raise ValueError(
+            f"{op}: differentiable is the string {differentiable!r}; expected a sequence of names, such as "
+            f"({differentiable!r},)"
+        )
+    for name in differentiable:
+        if name not in able:
+            raise ValueError(
+                f"{op}: differentiable has {name!r}; expected some of the outputs {', '.join(able) or 'none'}, or None for "
+                "all of them"
+            )
+    return tuple(name for name in able if name in differentiable)
+
+
 def check_rows(
     op: str,
     lead: Sequence[int],
@@ -291,6 +338,55 @@ def kept_rows(module: str, rows: int, vocabulary: int, width: int, copies: int, 
     return min(rows, keep_bytes // row_bytes) if width >= _WORTH_KEEPING.get(backend, 0) else 0
 
 
+def what_to_keep(
+    module: str,
+    head: Head,
+    names: Sequence[str],
+    needs: set[str],
+    keep_bytes: int | None,
+    *,
+    shard: bool = False,
+) -> Keep:
+    """What a call whose differentiable outputs are `names` keeps for the gradients in `needs` (fields of HeadGradients).
+
+    Counted are the products of T V H multiplications that are still to come once the logits are there, as they cost what they
+    cost in any case:
+
+        kept logits   1   d(loss)/d(logits) times W
+        recomputed    2   the policy's logits again, and that product; 3 with kl or reverse_kl, which take the reference's too
+        directions    1   sum e^(z - m) W beside the running sums of the forward pass, rescaled as the maximum moves (as
+                          flash attention does); 2 with kl, for sum e (z - z') W
+
+    logprob alone thus takes 2 products in all without a reference and 3 with one; with kl as well, 4 (5 recomputed). The fewest
+    win; directions over kept logits where both have 1, as they are smaller and take no second exponential. entropy has no
+    direction: its sum e (z - m) W would be one product more, and 2 are what recomputing takes. Nor has reverse_kl: near
+    the reference the difference of sum p W and sum q W would lose what sum (p - q) W keeps. Directions are for a frozen head (a gradient of weight, bias or lora_b
+    is a sum over rows, which needs the incoming gradients first), on a CPU (a GPU's tile of logits has no room for sums as wide
+    as H), not for a shard of a vocabulary (its maximum is not the whole one's), and, where products take 16-bit operands, for a single term: of two rounded sums, the difference would lose what
+    a difference that is rounded once keeps. They count towards keep_bytes; without a bound they may take KEEP_BYTES or a tenth
+    of the logits, whichever is more.
+    """
+    count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+    with_reference = "kl" in names or "reverse_kl" in names
+    copies = 2 if with_reference else 1
+    kept = Keep(kept_rows(module, count, vocabulary, head.hidden.shape[1], copies, keep_bytes), copies)
+    terms = 2 if "kl" in names else 1
+    size = 4 * count * len(names) * direction_width(head)
+    bound = max(KEEP_BYTES, 4 * count * vocabulary // 10) if keep_bytes is None else keep_bytes
+    if (
+        module.split(".")[1] != "cpu"
+        or shard
+        or not set(names).issubset(DIRECTED)
+        or "hidden" not in needs
+        or needs.intersection(("weight", "bias", "lora_b"))
+        or (terms > 1 and head.hidden.dtype is not torch.float32)
+        or size > bound
+    ):
+        return kept
+    others = count * (1 + copies) - kept.rows * copies
+    return Keep(directions=tuple(names)) if terms * count < others or terms == 1 else kept
+
+
 def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:
     """What a forward op returns, as to shape and dtype: OUTPUTS, then `saved`."""
     names = asked.split(",")
@@ -301,11 +397,18 @@ def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:
     return [*outputs, like.new_empty(SAVED, rows, dtype=torch.float32)]
 
 
-def constant_outputs(asked: str, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs that no gradient passes through: not differentiable, or not asked for."""
-    names = asked.split(",")
-    return [t for name, t in zip(OUTPUTS, outputs) if name not in DIFFERENTIABLE or name not in names]
+def constant_outputs(differentiable: str, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs that no gradient passes through."""
+    names = differentiable.split(",")
+    return [t for name, t in zip(OUTPUTS, outputs) if name not in names]
 
 
-def as_token_stats(outputs: Sequence[Tensor], names: Sequence[str], lead: Sequence[int]) -> TokenStats:
-    return TokenStats(**{name: value.reshape(lead) for name, value in zip(OUTPUTS, outputs) if name in names})
+def as_token_stats(
+    outputs: Sequence[Tensor],
+    names: Sequence[str],
+    lead: Sequence[int],
+    differentiable: Sequence[str] = OUTPUTS,
+) -> TokenStats:
+    """The outputs `names`, in the rows' shape; detached where they are not `differentiable`."""
+    asked = {name: value.reshape(lead) for name, value in zip(OUTPUTS, outputs) if name in names}
+    return TokenStats(**{n: v if n in differentiable else v.detach() for n, v in asked.items()})

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clp_kernels.linear_logprob import TABLE, checked_call, kept_logits
+from clp_kernels.linear_logprob import TABLE, checked_call, kept_for_backward
 from clp_kernels.reference import token_stats as reference
 from clp_kernels.token_stats import (
     DIFFERENTIABLE,
@@ -36,11 +36,13 @@ from clp_kernels.token_stats import (
     Head,
     HeadGradients,
     HeadLoRA,
+    Keep,
     Rows,
     Sums,
     TokenStats,
     as_token_stats,
     backend_module,
+    check_differentiable,
     merge,
     merge_top1,
     statistics,
@@ -57,6 +59,7 @@ class _Call:
     """The arguments on this rank, checked: head is the rank's shard, rows have the targets of the whole vocabulary."""
 
     names: tuple[str, ...]
+    differentiable: tuple[str, ...]
     lead: torch.Size
     head: Head
     rows: Rows
@@ -93,6 +96,7 @@ def vocab_parallel_linear_logprob(
     ref_bias: Tensor | None = None,
     lora: HeadLoRA | None = None,
     outputs: Sequence[str] = ("logprob",),
+    differentiable: Sequence[str] | None = None,
     ignore_index: int = -100,
     keep_bytes: int | None = None,
 ) -> TokenStats:
@@ -106,7 +110,8 @@ def vocab_parallel_linear_logprob(
     group             None: the default group. All its ranks make the call, with the same options and outputs.
     vocab_start       None: the shards follow each other in the order of the ranks
     vocab_size        V, the sum of all V_r; None: found out
-    keep_bytes        as in `linear_logprob`, of this rank's shard; ranks may differ in it
+    differentiable    as in `linear_logprob`, the same on every rank
+    keep_bytes        as in `linear_logprob`, of the logits of this rank's shard; ranks may differ in it
     reduce_gradients  True: d_hidden, d_lora.a and d_lora.gate are summed over the ranks. False: each rank gets its own term of
                       the sums, for a caller who adds them up himself (a reduce-scatter under sequence parallelism)
     returns           on every rank, to the bit, the `TokenStats` of the whole vocabulary; all else as in `linear_logprob`
@@ -122,7 +127,7 @@ def vocab_parallel_linear_logprob(
     all-reduce of d_hidden in float32 (4 T H bytes), rounded once to hidden's dtype after it, and with trained LoRA factors one
     of their 4 R (H + T) bytes.
 
-    Before the forward the ranks exchange 13 integers each, sizes, dtypes and options, to find the offsets and to refuse
+    Before the forward the ranks exchange 14 integers each, sizes, dtypes and options, to find the offsets and to refuse
     together what does not fit. On a GPU that waits for the stream; it is left out where both vocab_start and vocab_size are
     given, on all ranks. The offsets are not remembered from call to call: of two heads with one size on this rank and two on
     another, this rank would skip the second exchange, and the other would wait in it.
@@ -141,7 +146,7 @@ def vocab_parallel_linear_logprob(
     try:
         call = _check(
             hidden, weight, targets, bias, temperature, softcap, logit_scale, ref_hidden, ref_weight, ref_bias, lora,
-            outputs, ignore_index)  # fmt: skip
+            outputs, ignore_index, differentiable=differentiable)  # fmt: skip
     except Exception as error:  # raised below, after the other ranks have been told
         refusal = error
     if vocab_start is None or vocab_size is None:
@@ -163,8 +168,8 @@ def vocab_parallel_linear_logprob(
         else:
             lora_a, lora_b, gate = call.head.lora or (None, None, None)
             tensors = (call.head.hidden, call.head.weight, call.head.bias, lora_a, lora_b, gate)
-            kept = kept_logits(call.module, call.head, call.names, keep_bytes)
-            values = _Fused.apply(call, ranks, reduce_gradients, kept, *tensors)
+            keep = kept_for_backward(call.module, call.head, call.differentiable, keep_bytes, shard=True)
+            values = _Fused.apply(call, ranks, reduce_gradients, keep, *tensors)
     return as_token_stats(values, call.names, call.lead)
 
 
@@ -180,7 +185,7 @@ def _ranks(group: dist.ProcessGroup | None) -> _Ranks:
     return _Ranks(group, rank, dist.get_world_size(group))
 
 
-def _check(hidden: Tensor, *arguments) -> _Call:
+def _check(hidden: Tensor, *arguments, differentiable: Sequence[str] | None) -> _Call:
     """What this rank can find wrong by itself, before the ranks wait for each other."""
     names, lead, head, rows = checked_call(_OP, hidden, *arguments)
     inverse = rows.inv_temperature
@@ -188,9 +193,9 @@ def _check(hidden: Tensor, *arguments) -> _Call:
         raise ValueError(
             f"{_OP}: temperature has an entry that is not positive and finite; expected positive numbers"
         )
-    return _Call(
-        names, lead, head, rows, backend_module(_OP, TABLE, head.hidden.device.type, head.hidden.dtype)
-    )
+    differentiable = check_differentiable(_OP, differentiable, names)
+    module = backend_module(_OP, TABLE, head.hidden.device.type, head.hidden.dtype)
+    return _Call(names, differentiable, lead, head, rows, module)
 
 
 def _check_targets(rows: Rows, vocabulary: int) -> None:
@@ -217,6 +222,7 @@ _AGREED = {
     "hidden's dtype": lambda code: str(_DTYPES[code]),
     "the back-end": lambda code: TABLE[code][0],
     "outputs": lambda bits: _named(OUTPUTS, bits),
+    "differentiable": lambda bits: _named(OUTPUTS, bits),
     "what requires a gradient": lambda bits: _named((*_SHARED, "reduced"), bits),
     "vocab_size": lambda size: "None" if size < 0 else str(size),
     "whether vocab_start is None": lambda given: str(not given),
@@ -255,6 +261,7 @@ def _exchange(
             _DTYPES.index(head.hidden.dtype) if head.hidden.dtype in _DTYPES else -1,
             [module for _, module in TABLE].index(call.module),
             _bits([name in call.names for name in OUTPUTS]),
+            _bits([name in call.differentiable for name in OUTPUTS]),
             _bits([*(torch.is_grad_enabled() and g for g in grads), reduce_gradients]),
             -1 if given[1] is None else given[1],
             given[0] is not None,
@@ -406,17 +413,16 @@ def _plain(call: _Call, ranks: _Ranks, reduce_gradients: bool) -> list[Tensor]:
     sums, top1 = reference.linear_sums(head, _shard_rows(call, ranks))
     sums, top1 = _gather(sums, top1 if head.weight.shape[0] else None, call, ranks)
     values, _ = _statistics(sums, top1, call, ranks)
-    return [v if name in DIFFERENTIABLE else v.detach() for name, v in zip(OUTPUTS, values)]
+    return [v if name in call.differentiable else v.detach() for name, v in zip(OUTPUTS, values)]
 
 
 class _Fused(torch.autograd.Function):
     """A fused back-end's kernels around the collectives."""
 
     @staticmethod
-    def forward(ctx, call: _Call, ranks: _Ranks, reduce_gradients: bool, kept: tuple[int, int], *tensors):
+    def forward(ctx, call: _Call, ranks: _Ranks, reduce_gradients: bool, keep: Keep, *tensors):
         head, names = call.head, call.names
-        rows, copies = kept
-        kept = head.hidden.new_empty(copies, rows, head.weight.shape[0], dtype=torch.float32)
+        kept = head.hidden.new_empty(keep.shape(head), dtype=torch.float32)
         sums = top1 = None
         if head.weight.shape[0]:
             module = importlib.import_module(call.module)
@@ -424,7 +430,7 @@ class _Fused(torch.autograd.Function):
         values, saved = _statistics(*_gather(sums, top1, call, ranks), call, ranks)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
-            *(v for name, v in zip(OUTPUTS, values) if name not in DIFFERENTIABLE or name not in names)
+            *(v for name, v in zip(OUTPUTS, values) if name not in call.differentiable)
         )
         rows = call.rows
         ctx.save_for_backward(

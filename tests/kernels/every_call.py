@@ -102,6 +102,14 @@ def linear_calls(dtype, large):
                (*small, outputs, bias, rank, reference, {}, False, 61, 0))  # fmt: skip
     for outputs in (("logprob",), ("entropy", "lse"), ("top1",)):
         yield f"{outputs} without a reference", call, (*small, outputs, False, None, None, {}, True, usual, kept)
+    for outputs, reference, chunk in itertools.product(
+        (("logprob",), ("logprob", "lse", "kl"), ("kl",)), ("shared", "apart"), (usual, 61)
+    ):  # a frozen head, without room for its logits: directions are kept
+        for rows, vocabulary in ((7, 37), (13, 2051)):
+            for options in ({}, {"softcap": 3.0, "temperature": "per row"}):
+                options = {**options, "keep_bytes": 4 * rows * 5 * len(outputs)}
+                yield (f"{outputs} directions {rows} {vocabulary} chunk {chunk} {options}", call,
+                       (rows, 5, vocabulary, outputs, False, None, reference, options, True, chunk, kept))  # fmt: skip
     sizes = [(1, 1, 1), (3, 4, 1023), (2, 4, 1025), (13, 9, 2051), (0, 4, 9)]
     if large:  # several threads
         sizes.append((70, 6, 1031))

@@ -443,8 +443,17 @@ def test_the_op_is_registered_rightly(backend):
         -100,
     )
     op = torch.ops.clp_kernels.linear_logprob.default
-    for asked, copies in (("logprob,entropy,kl,top1", 2), ("lse", 1)):
-        torch.library.opcheck(op, (*arguments, asked, 6 if backend == "cpu" else 0, copies, module))
+    rows = 6 if backend == "cpu" else 0
+    for asked, differentiable, copies in (
+        ("logprob,entropy,kl,top1", "logprob,entropy,kl", 2),
+        ("logprob,entropy,kl,top1", "entropy", 1),
+        ("lse", "lse", 1),
+    ):
+        torch.library.opcheck(op, (*arguments, asked, differentiable, rows, copies, False, module))
+    if backend == "cpu":
+        for leaf in (leaves[1], leaves[2], leaves[4]):
+            leaf.requires_grad_(False)
+        torch.library.opcheck(op, (*arguments, "logprob,kl,top1", "logprob,kl", 0, 1, True, module))
 
 
 def test_second_derivatives_are_refused():

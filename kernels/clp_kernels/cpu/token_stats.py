@@ -5,8 +5,15 @@ into the rows' running sums. Backward fills the chunk again, one fused pass turn
 products accumulate what was asked for: d_hidden over the vocabulary in float32, d_weight chunk by chunk. Beyond the inputs
 and the gradients themselves that takes a few chunks and O(rows) numbers.
 
-Logits of the first rows are kept between forward and backward, as many as `token_stats.kept_rows` says. Rows with
-an ignored target are left out of the products.
+What stays between forward and backward, `token_stats.what_to_keep` says: logits of the first rows, or for a frozen head the
+directions d(output)/d(hidden). With W~ = (1 - tanh^2) W where there is a softcap and W where not, c = logit_scale / temperature
+and y the target, they are
+
+    logprob   c (W~_y - sum_v p_v W~_v)      lse   c sum p W~      kl   c sum p (z - z' - E_p[z - z']) W~
+
+all made of the sums of `_Terms`, whose maximum moves while the vocabulary goes by: the pass over a chunk rescales them, and its
+exponentials, which it writes over the logits, are what the next product takes. Rows with an ignored target are left out of the
+products.
 
 The size of a chunk, 4 MB: measured at T = 2048, H = 512, V = 32000 with products on tiles, two threads took 0.66 s with it,
 0.77 s with 8 MB and 0.73 s with 2 MB. Every product and pass is a parallel region, and where the cores are shared with other
@@ -15,7 +22,7 @@ processes each region waits for a descheduled thread: 1 MB was then three times 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,10 +32,24 @@ from clp_kernels.backends import is_batch_invariant
 from clp_kernels.cpu.dtypes import DTYPES
 from clp_kernels.cpu.dtypes import unsupported as unsupported
 from clp_kernels.cpu.products import Products, along
-from clp_kernels.token_stats import OUTPUTS, Head, HeadGradients, Rows, Sums, coefficients, statistics
+from clp_kernels.token_stats import (
+    DIRECTED,
+    OUTPUTS,
+    Head,
+    HeadGradients,
+    Rows,
+    Sums,
+    coefficients,
+    direction_width,
+    statistics,
+)
 
 CHUNK = 1 << 20  # logits, 4 MB of float32; twice that with a reference
 ROWS = 2048  # at most in a chunk
+
+# TokenTerm: e^(z_p - m_p), and that times z_p - z_q; and the outputs that need each.
+_TERM_OUTPUTS = (frozenset(DIRECTED), frozenset({"kl"}))
+_BLOCK = 256  # rows of the directions that are put together at a time
 
 _REFERENCE, _ENTROPY, _KL, _REVERSE_KL = 1, 2, 4, 8  # TokenStatFlag
 
@@ -118,9 +139,14 @@ class _ForwardState:
         column: int,
         bias: Tensor | None = None,
         ref_bias: Tensor | None = None,
+        terms: _Terms | None = None,
+        places: Sequence[Tensor] = (),
     ) -> None:
+        """places: where the terms of the chunk go, as it lies; they may be those of its logits."""
         chunk = self._chunk
         _point_at(chunk, self._rows, policy, reference, row, column, bias, ref_bias)
+        if terms is not None:
+            terms.point_at(chunk, places, row)
         chunk.state = self.sums[:, row:].data_ptr()
         chunk.top1 = self.top1[row:].data_ptr() if "top1" in self._asked else 0
         _native.token_stats_forward(chunk)
@@ -246,17 +272,92 @@ def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
+class _Terms:
+    """sum_v term_v W~_v over the chunks so far, (H,) per row, of the terms that some outputs' directions are made of; where
+    there is LoRA also sum_v term_v b~_v, (R,).
+
+    sums (terms, N, H + R): in `kept` where there is room. The target's column is left out: `directions` adds it by itself.
+    """
+
+    def __init__(self, problem: _LinearProblem, names: Sequence[str], kept: Tensor) -> None:
+        self.problem, self.names, self.kept = problem, names, kept
+        self.which = [term for term, outputs in enumerate(_TERM_OUTPUTS) if outputs.intersection(names)]
+        count, width = problem.hidden.shape[0], kept.shape[2]
+        if len(self.which) <= len(names):
+            self.sums = kept[: len(self.which), :count].zero_()
+        else:
+            self.sums = torch.zeros(len(self.which), count, width)
+        self._narrow: Tensor | None = None
+
+    def point_at(self, chunk: _native.TokenStatsChunk, places: Sequence[Tensor], row: int) -> None:
+        terms, sums = [0] * len(_TERM_OUTPUTS), [0] * len(_TERM_OUTPUTS)
+        for term, place, total in zip(self.which, places, self.sums):
+            terms[term], sums[term] = place.data_ptr(), total[row:].data_ptr()
+        chunk.terms, chunk.term_sums = terms, sums
+        chunk.term_sums_stride, chunk.term_width = self.sums.stride(1), self.sums.shape[2]
+
+    def add(self, places: Sequence[Tensor], r0: int, r1: int, c0: int, c1: int, piece: Tensor) -> None:
+        """The products of a chunk's terms."""
+        problem, width = self.problem, piece.shape[1]
+        for place, total in zip(places, self.sums):
+            out = place
+            if problem.product_dtype is not torch.float32:
+                if self._narrow is None:
+                    self._narrow = torch.empty(place.numel(), dtype=problem.product_dtype)
+                out = _shaped(self._narrow, *place.shape).copy_(place)
+            problem.products.accumulate(out, piece, total[r0:r1, :width])
+            if problem.lora is not None:
+                torch.addmm(total[r0:r1, width:], place, problem.b[c0:c1], out=total[r0:r1, width:])
+
+    def finish(self, sums: Sums, top1: Tensor) -> None:
+        """Turn the sums into directions, in `kept`."""
+        problem, rows, width = self.problem, self.problem.rows, self.problem.hidden.shape[1]
+        _, saved = statistics(sums, top1, frozenset(), None, torch.float64)
+        m_p, inv_s_p = saved[:2]
+        chain = rows.logit_scale * rows.inv_temperature.double()
+        p_y, slope = (sums.t_p - m_p).exp() * inv_s_p, torch.ones_like(chain)
+        if rows.softcap is not None:
+            slope = 1 - (sums.t_p / (rows.inv_temperature * rows.softcap)).square()
+        scales = []  # of the sums and of the target's row of the weight, for each output
+        for name in self.names:
+            c0, _, c2, _, ct = coefficients({name: torch.ones_like(chain)}, saved)
+            of_terms = (c0 * inv_s_p * chain, c2 * inv_s_p * chain)
+            dz = (p_y * (c0 + c2 * (sums.t_p - sums.t_q))).masked_fill(p_y == 0, 0) + ct
+            scales.append([*(of_terms[term] for term in self.which), dz * slope * chain])
+        scales = torch.stack([torch.stack(each) for each in scales]).float()
+        for r0 in range(0, problem.hidden.shape[0], _BLOCK):
+            r1 = min(r0 + _BLOCK, problem.hidden.shape[0])
+            parts = [total[r0:r1].clone() for total in self.sums]
+            if rows.targets is not None:
+                targets = rows.targets[r0:r1]
+                parts.append(problem.weight[targets].float())
+                if problem.lora is not None:
+                    parts[-1] = torch.cat((parts[-1], problem.b[targets]), 1)
+            for scale, out in zip(scales, self.kept[:, r0:r1]):
+                torch.mul(parts[0], scale[0, r0:r1, None], out=out)
+                for part, factor in zip(parts[1:], scale[1:]):
+                    out.addcmul_(part, factor[r0:r1, None])
+                if problem.lora is not None:
+                    out[:, :width].addmm_(out[:, width:] * problem.gate[r0:r1], problem.a)
+
+
 def _folded(
-    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
+    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor, directions: Sequence[str] = ()
 ) -> tuple[_LinearProblem, _ForwardState]:
     """The whole vocabulary folded into the sums of the rows that count.
 
-    kept (copies, K, V) float32: filled with the raw logits of the first K of the rows that count, policy's and reference's.
+    kept float32, filled: (copies, K, V) with the raw logits of the first K of the rows that count, policy's and reference's; or
+    (directions, T, H + R) with those directions, those of the rows that count coming first.
     """
     problem = _LinearProblem(head, rows, bool(_flags(asked) & _REFERENCE))
     state = _ForwardState(problem.rows, asked)
-    copies, kept_rows = kept.shape[:2]
-    buffers = problem.buffers(2 if problem.needs_reference else 1)
+    heads = 2 if problem.needs_reference else 1
+    if directions:
+        terms, copies, kept_rows = _Terms(problem, directions, kept), 0, 0
+        buffers = problem.buffers(max(heads, len(terms.which)))
+    else:
+        terms, (copies, kept_rows) = None, kept.shape[:2]
+        buffers = problem.buffers(heads)
     for c0, c1, piece, ref_piece in problem.columns():
         for r0, r1 in problem.row_blocks(kept_rows):
             places = [_shaped(buffer, r1 - r0, c1 - c0) for buffer in buffers]
@@ -272,7 +373,13 @@ def _folded(
                 c0,
                 problem.bias,
                 problem.ref_bias,
+                terms,
+                places,
             )
+            if terms is not None:
+                terms.add(places, r0, r1, c0, c1, piece)
+    if terms is not None:
+        terms.finish(Sums(*state.sums), state.top1)
     return problem, state
 
 
@@ -284,13 +391,10 @@ def linear_sums(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor) -> 
 
 
 def linear_forward(
-    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor
+    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor, directions: Sequence[str] = ()
 ) -> tuple[list[Tensor], Tensor]:
-    """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T of the rows that count).
-
-    kept (copies, T, V) float32: filled with the raw logits of the rows that count, policy's and reference's; or (copies, 0, V).
-    """
-    problem, state = _folded(head, rows, asked, kept)
+    """-> outputs in the order of OUTPUTS (T,), saved (SAVED, T). kept, directions: see `_folded`."""
+    problem, state = _folded(head, rows, asked, kept, directions)
     outputs, saved = state.finish(None)
     total = rows.inv_temperature.shape[0]
     outputs = [problem.spread(o, total) if name in asked else o for name, o in zip(OUTPUTS, outputs)]
@@ -369,6 +473,32 @@ def linear_backward(
         result.bias = d_bias.to(head.bias.dtype)
     if d_b is not None:
         result.lora_b = d_b.to(head.lora.b.dtype)
+    return result
+
+
+def linear_backward_along(
+    head: Head,
+    rows: Rows,
+    grads: dict[str, Tensor | None],
+    kept: Tensor,
+    directions: Sequence[str],
+    needs: frozenset[str],
+) -> HeadGradients:
+    """`linear_backward` from the directions in `kept`: no product with the weight."""
+    problem = _LinearProblem(head, rows, False)
+    count, width = problem.hidden.shape
+    along = torch.zeros(count, direction_width(head))
+    for name, direction in zip(directions, kept[:, :count]):
+        if grads[name] is not None:
+            along.addcmul_(direction, problem.pick(grads[name])[:, None])
+    total = head.hidden.shape[0]
+    result = HeadGradients()
+    if "hidden" in needs:
+        result.hidden = problem.spread(along[:, :width], total)
+    if "lora_a" in needs:
+        result.lora_a = torch.mm((along[:, width:] * problem.gate).t(), problem.hidden32)
+    if "gate" in needs:
+        result.gate = problem.spread(along[:, width:] * problem.down, total)
     return result
 
 
