@@ -1,9 +1,9 @@
 """Decoding on the CPU without Python that scales with layers: a policy's model as `clp_kernels.decoder` computes it.
 
 `plan(policy)` says whether a policy can be decoded natively, and why not. It takes Llama and what has its structure (Mistral,
-Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): recognised by the modules there are and their names, never by the name
-of the model, and then tried: a few random tokens through the native decoder and through transformers must give the same logits.
-What differs is decoded by transformers, as everything else is.
+Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): recognised by the modules there are and their names, then tried: a
+few random tokens through the native decoder and through transformers must give the same logits. What differs is decoded by
+transformers, as everything else is.
 
     policy                  float32 parameters on a CPU; "lora", "logit", "none", with "prompt" or without. Of "full" and
                             "attention", whose layers have whole weights that differ by row, transformers' modules serve.
@@ -15,19 +15,14 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from clp_kernels.decoder import (
-    Decoding,
-    DecoderLayer,
-    DecoderWeights,
-    Linear,
-    LowRank,
-    PackedDecoder,
-)
+from clp_kernels.backends import backends
+from clp_kernels.decoder import DecoderLayer, DecoderWeights, Decoding, Linear, LowRank, PackedDecoder
 from torch import nn
 
 from clp_engine.adapters import ConditionedLayer, ConditionedLinear
@@ -86,6 +81,11 @@ class Plan:
     weights: tuple = ()
 
 
+# Plans made, and policies that were told why there is none; a policy itself stays free of what cannot be copied.
+_PLANS: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
+_TOLD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 # -- reading a model ------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +99,9 @@ def _only(module: nn.Module, allowed: set[str], needed: set[str]) -> None:
 def _plain_linear(module: nn.Module, name: str) -> Linear:
     base = module.base if isinstance(module, ConditionedLinear) else module
     if type(base) is not nn.Linear:
-        raise Unsupported(f"{name} is a {type(base).__name__}, not a linear layer with low-rank factors or none")
+        raise Unsupported(
+            f"{name} is a {type(base).__name__}, not a linear layer with low-rank factors or none"
+        )
     return Linear(base.weight, base.bias)
 
 
@@ -157,7 +159,9 @@ def _check_modules(policy: ConditionedPolicy) -> None:
             raise Unsupported(f"{name} drops out activations")
     for name, parameter in policy.model.named_parameters():
         if parameter.dtype is not torch.float32 or parameter.device.type != "cpu":
-            raise Unsupported(f"{name} is {parameter.dtype} on {parameter.device}, not torch.float32 on a CPU")
+            raise Unsupported(
+                f"{name} is {parameter.dtype} on {parameter.device}, not torch.float32 on a CPU"
+            )
 
 
 def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, str], nn.Module]]:
@@ -168,7 +172,9 @@ def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, st
     _check_modules(policy)
     decoder = backbone.decoder
     rotary = [n for n, _ in decoder.named_children() if n.startswith("rotary_emb")]
-    _only(decoder, {"embed_tokens", "layers", "norm", *rotary}, {"embed_tokens", "layers", "norm", "rotary_emb"})
+    _only(
+        decoder, {"embed_tokens", "layers", "norm", *rotary}, {"embed_tokens", "layers", "norm", "rotary_emb"}
+    )
     types = getattr(config, "layer_types", None) or [None] * len(decoder.layers)
     sliding = getattr(config, "sliding_window", None)
     modules: dict[tuple[int, str], nn.Module] = {}
@@ -185,7 +191,9 @@ def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, st
     for i, layer in enumerate(decoder.layers):
         norms = {n for n, _ in layer.named_children()} - {"self_attn", "mlp"}
         if (names := _NORMS.get(frozenset(norms))) is None:
-            raise Unsupported(f"{type(layer).__name__} has parts or norms that Llama's has not ({', '.join(sorted(norms))})")
+            raise Unsupported(
+                f"{type(layer).__name__} has parts or norms that Llama's has not ({', '.join(sorted(norms))})"
+            )
         attention, mlp = layer.self_attn, layer.mlp
         projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
         _only(attention, projections | {"q_norm", "k_norm"}, projections)
@@ -205,9 +213,7 @@ def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, st
                 **linears,
                 **{
                     field: gain(layer, name)
-                    for field, name in zip(
-                        ("norm_attention", "norm_attended", "norm_mlp", "norm_out"), names
-                    )
+                    for field, name in zip(("norm_attention", "norm_attended", "norm_mlp", "norm_out"), names)
                 },
                 q_norm=gain(attention, "q_norm"),
                 k_norm=gain(attention, "k_norm"),
@@ -277,39 +283,28 @@ def _rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.
 
 
 def _identity(policy: ConditionedPolicy) -> tuple:
-    """Changes when the base weights are others, or were changed in place."""
-    return tuple(
-        (p.data_ptr(), p._version) for p in policy.model.parameters() if not p.requires_grad
-    )
+    """Changes when the base weights are others, or were changed in place, or other kernels are in force."""
+    weights = ((p.data_ptr(), p._version) for p in policy.model.parameters() if not p.requires_grad)
+    return _isa(), *weights
 
 
 def plan(policy: ConditionedPolicy) -> Plan:
-    """How this policy is decoded. Worked out, and the weights packed, at the first call, and kept while the base weights are the
-    same; hooks and such are looked for every time."""
-    kept: Plan | None = policy.__dict__.get("_decoding_plan")
-    identity = _identity(policy)
-    if kept is not None and kept.weights == identity:
-        if kept.packed is None or kept.packed.isa == _isa():
-            try:
-                if kept.packed is not None:
-                    _check_modules(policy)
-                return kept
-            except Unsupported as error:
-                return Plan(None, {}, str(error))
-    with torch.no_grad():
-        made = _make(policy, identity)
-    policy.__dict__["_decoding_plan"] = made
-    return made
+    """How this policy is decoded. Worked out, and the weights packed, at the first call, and kept while the base weights are
+    the same; hooks and such are looked for every time."""
+    kept, identity = _PLANS.get(policy), _identity(policy)
+    if kept is None or kept.weights != identity:
+        with torch.no_grad():
+            kept = _PLANS[policy] = _make(policy, identity)
+    try:
+        if kept.packed is not None:
+            _check_modules(policy)
+    except Unsupported as error:
+        return Plan(None, {}, str(error))
+    return kept
 
 
-def _isa() -> str | None:
-    from clp_kernels.backends import backends
-
-    if not backends()["cpu"].available:
-        return None
-    from clp_kernels import _native
-
-    return _native.isa()
+def _isa() -> str:
+    return backends()["cpu"].reason
 
 
 def _make(policy: ConditionedPolicy, identity: tuple) -> Plan:
@@ -363,9 +358,11 @@ def choose(policy: ConditionedPolicy) -> Plan | None:
         return made
     if switch == "native":
         raise ConfigError(f"{SWITCH}=native: {made.reason}")
-    if policy.device.type == "cpu" and not policy.__dict__.get("_decoding_told"):
-        policy.__dict__["_decoding_told"] = True
-        warnings.warn(f"decoding goes through transformers' modules, which is slower: {made.reason}", stacklevel=4)
+    if policy.device.type == "cpu" and policy not in _TOLD:
+        _TOLD.add(policy)
+        warnings.warn(
+            f"decoding goes through transformers' modules, which is slower: {made.reason}", stacklevel=4
+        )
     return None
 
 

@@ -413,11 +413,12 @@ class ConditionedPolicy(nn.Module):
         group: int,
         room: int,
     ) -> Decoding:
-        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each. On a CPU
-        the native decoder where it can serve (`native_decoding`), else transformers' modules."""
+        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each; the
+        native decoder where it can serve (`native_decoding`), else transformers' modules."""
         arguments = self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room
-        native = native_decoding.choose(self)
-        return BlendDecoding(*arguments) if native is None else native_decoding.NativeDecoding(*arguments, native)
+        if (native := native_decoding.choose(self)) is not None:
+            return native_decoding.NativeDecoding(*arguments, native)
+        return BlendDecoding(*arguments)
 
     def token_stats(
         self,
