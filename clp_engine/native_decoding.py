@@ -1,9 +1,9 @@
 """Decoding on the CPU without Python that scales with layers: a policy's model as `clp_kernels.decoder` computes it.
 
 `plan(policy)` says whether a policy can be decoded natively, and why not. It takes Llama and what has its structure (Mistral,
-Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): recognised by the modules there are and their names, never by the
-name of the model, and then tried: a few random tokens through the native decoder and through transformers must give the same
-logits. What differs is decoded by transformers, as everything else is.
+Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): recognised by the modules there are and their names, then tried: a
+few random tokens through the native decoder and through transformers must give the same logits. What differs is decoded by
+transformers, as everything else is.
 
     policy                  float32 parameters on a CPU; "lora", "logit", "none", with "prompt" or without. Of "full" and
                             "attention", whose layers have whole weights that differ by row, transformers' modules serve.
@@ -14,19 +14,14 @@ logits. What differs is decoded by transformers, as everything else is.
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from clp_kernels.decoder import (
-    DecoderLayer,
-    DecoderWeights,
-    Decoding,
-    Linear,
-    LowRank,
-    PackedDecoder,
-)
+from clp_kernels.backends import backends
+from clp_kernels.decoder import DecoderLayer, DecoderWeights, Decoding, Linear, LowRank, PackedDecoder
 from torch import nn
 
 from clp_engine.adapters import ConditionedLayer, ConditionedLinear
@@ -83,6 +78,10 @@ class Plan:
     layers: dict[tuple[int, str], nn.Module]
     reason: str | None
     weights: tuple = ()
+
+
+# Plans made, and policies that were told why there is none; a policy itself stays free of what cannot be copied.
+_PLANS: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
 
 
 # -- reading a model ------------------------------------------------------------------------------------------------------
@@ -282,37 +281,28 @@ def _rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.
 
 
 def _identity(policy: ConditionedPolicy) -> tuple:
-    """Changes when the base weights are others, or were changed in place."""
-    return tuple((p.data_ptr(), p._version) for p in policy.model.parameters() if not p.requires_grad)
+    """Changes when the base weights are others, or were changed in place, or other kernels are in force."""
+    weights = ((p.data_ptr(), p._version) for p in policy.model.parameters() if not p.requires_grad)
+    return _isa(), *weights
 
 
 def plan(policy: ConditionedPolicy) -> Plan:
     """How this policy is decoded. Worked out, and the weights packed, at the first call, and kept while the base weights are
     the same; hooks and such are looked for every time."""
-    kept: Plan | None = policy.__dict__.get("_decoding_plan")
-    identity = _identity(policy)
-    if kept is not None and kept.weights == identity:
-        if kept.packed is None or kept.packed.isa == _isa():
-            try:
-                if kept.packed is not None:
-                    _check_modules(policy)
-                return kept
-            except Unsupported as error:
-                return Plan(None, {}, str(error))
-    with torch.no_grad():
-        made = _make(policy, identity)
-    policy.__dict__["_decoding_plan"] = made
-    return made
+    kept, identity = _PLANS.get(policy), _identity(policy)
+    if kept is None or kept.weights != identity:
+        with torch.no_grad():
+            kept = _PLANS[policy] = _make(policy, identity)
+    try:
+        if kept.packed is not None:
+            _check_modules(policy)
+    except Unsupported as error:
+        return Plan(None, {}, str(error))
+    return kept
 
 
-def _isa() -> str | None:
-    from clp_kernels.backends import backends
-
-    if not backends()["cpu"].available:
-        return None
-    from clp_kernels import _native
-
-    return _native.isa()
+def _isa() -> str:
+    return backends()["cpu"].reason
 
 
 def _make(policy: ConditionedPolicy, identity: tuple) -> Plan:

@@ -161,6 +161,8 @@ void value_queries(const float* p, int64_t p_stride, const float* values, int64_
   int64_t d = 0;
   for (; d + 4 * kLanes <= width; d += 4 * kLanes)
     value_block<QUERIES, 4>(p, p_stride, values + d, width, count, out + d, stride);
+  for (; d + 2 * kLanes <= width; d += 2 * kLanes)
+    value_block<QUERIES, 2>(p, p_stride, values + d, width, count, out + d, stride);
   for (; d < width; d += kLanes) value_block<QUERIES, 1>(p, p_stride, values + d, width, count, out + d, stride);
 }
 

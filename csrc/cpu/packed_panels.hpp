@@ -7,7 +7,8 @@
 // are, in one: a third of the bytes and half of the products, exactly the same sums but for zeros. Elsewhere a step is one, and a
 // panel of columns is a few vectors wide.
 //
-// Sums of a long contraction are cut every kDepth, so that rounding errors do not grow with it.
+// A long contraction is done in pieces of kDepth, whose panels stay in the cache for all rows; without tiles, whose sums are more
+// exact than a float32 product's (fewer roundings), each piece is summed by itself, so that rounding errors grow less with the depth.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -141,7 +142,7 @@ constexpr int64_t kLanes = 8, kPanelRows = 6, kPanelColumns = 16;
 #else
 constexpr int64_t kLanes = 4, kPanelRows = 4, kPanelColumns = 8;
 #endif
-constexpr int64_t kBlockRows = kPanelRows, kDepth = 256, kStep = 1;
+constexpr int64_t kBlockRows = kPanelRows, kDepth = 128, kStep = 1;
 constexpr int64_t kRowsStep = kPanelRows * sizeof(float);
 
 struct Tiles {
@@ -186,10 +187,9 @@ template <int ROWS, int VECTORS>
 void micro(const char* rows_a, const char* columns_b, int64_t steps, const char* more_a, const char* more_b, int64_t more,
            const float* bias, float* c, int64_t stride, bool add) {
   Vector sums[ROWS][VECTORS] = {};
-  if (add || bias) {
-    const float* from = add ? c : bias;
+  if (bias && !add) {
     for (int i = 0; i < ROWS; ++i)
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] = load_vector(from + (add ? i * stride : 0) + v * kLanes);
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = load_vector(bias + v * kLanes);
   }
   for (int term = 0; term < 2; ++term) {
     const float* a = reinterpret_cast<const float*>(rows_a);
@@ -207,7 +207,10 @@ void micro(const char* rows_a, const char* columns_b, int64_t steps, const char*
     rows_a = more_a, columns_b = more_b, steps = more;
   }
   for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < VECTORS; ++v) store_vector(c + i * stride + v * kLanes, sums[i][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* to = c + i * stride + v * kLanes;
+      store_vector(to, add ? load_vector(to) + sums[i][v] : sums[i][v]);
+    }
 }
 
 using Micro = void (*)(const char*, const char*, int64_t, const char*, const char*, int64_t, const float*, float*, int64_t, bool);

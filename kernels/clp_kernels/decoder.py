@@ -9,13 +9,13 @@
 
     norm(x) = x / sqrt(mean x^2 + eps) * gain;  every W x is  W x + b + B (gate * (A x))  where the layer has low-rank factors
 
-Norms, biases, caps and scales that are None are left out. All float32. A row's logits are the same bits whatever other rows are in
-the batch, and on any number of threads.
+Norms, biases, caps and scales that are None are left out. All float32. A row's logits are the same bits whatever other rows are
+in the batch, and on any number of threads.
 
-Weights are packed once into the panels that the micro-kernels read, and kept beside the model's own: 4 bytes a parameter; with AMX
-tiles, which take a float32 number as three bfloat16 parts (csrc/cpu/matmul.hpp says why that is float32), 6, or 2 where a matrix
-holds nothing but bfloat16 numbers, as those of most checkpoints do. Factors change with every optimiser step and are packed for
-each rollout. Prompts' keys and values are there once, whatever the number of rows.
+Weights are packed once into the panels that the micro-kernels read, and kept beside the model's own: 4 bytes a parameter; with
+AMX tiles, which take a float32 number as three bfloat16 parts (csrc/cpu/matmul.hpp says why that is float32), 6, or 2 where a
+matrix holds nothing but bfloat16 numbers, as those of most checkpoints do. Factors change with every optimiser step and are
+packed for each rollout. Prompts' keys and values are there once, whatever the number of rows.
 
 A step of `rows` rows over N parameters of matrices and C cached elements takes at least
 max(2 rows N / rate, (packed bytes of N + 4 C) / bandwidth); each low-rank layer adds rank (n + k) to N.
@@ -78,7 +78,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """A decoder: embedding (V, hidden), layers, norm (hidden,), head (V, hidden); scales and softcaps as in the formula above."""
+    """A decoder: embedding (V, hidden), layers, norm (hidden,), head (V, hidden); scales and softcaps as in the formula."""
 
     embedding: Tensor
     layers: Sequence[DecoderLayer]
@@ -109,7 +109,9 @@ class DecoderWeights:
 
 def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> None:
     if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
-        raise TypeError(f"Decoder: {name} is {tensor.dtype} on {tensor.device}; expected torch.float32 on a CPU")
+        raise TypeError(
+            f"Decoder: {name} is {tensor.dtype} on {tensor.device}; expected torch.float32 on a CPU"
+        )
     if shape is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"Decoder: {name} is {tuple(tensor.shape)}; expected {shape}")
 
@@ -119,8 +121,8 @@ def _rounded(n: int) -> int:
 
 
 def _buffer(count: int) -> Tensor:
-    """(count,) uint8 at an address that is a multiple of 64; in large pages where there are some, since weights are read from one
-    end to the other and processors do not fetch ahead over the end of a page."""
+    """(count,) uint8 at an address that is a multiple of 64; in large pages where there are some, since weights are read from
+    one end to the other and processors do not fetch ahead over the end of a page."""
     if count < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         buffer, align = torch.empty(count + 64, dtype=torch.uint8), 64
     else:
@@ -135,7 +137,9 @@ def _buffer(count: int) -> Tensor:
 def _packed(native, weight: Tensor, parts: int = _PARTS) -> Tensor:
     n, k = weight.shape
     packed = _buffer(native.packed_bytes(n, k, parts))
-    native.pack_weight(weight.data_ptr(), *weight.stride(), n, k, parts, packed.data_ptr(), torch.get_num_threads())
+    native.pack_weight(
+        weight.data_ptr(), *weight.stride(), n, k, parts, packed.data_ptr(), torch.get_num_threads()
+    )
     return packed
 
 
@@ -206,7 +210,9 @@ class PackedDecoder:
                 "and at least one layer"
             )
         if w.activation not in ACTIVATIONS:
-            raise ValueError(f"Decoder: activation {w.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"Decoder: activation {w.activation!r}; expected one of {', '.join(ACTIVATIONS)}"
+            )
         middle = w.layers[0].gate.weight.shape[0]
         shapes = {
             "q": (inner, hidden),
@@ -262,8 +268,8 @@ class Decoding:
     """The rows of a rollout: `add` prompts and rows, `step` through their tokens, `keep` those that go on.
 
     room: most tokens a row may add. slots: most rows at a time. rope: a table (cos, sin) for each kind of layer, (positions,
-    rotary) float32, for prompts and what follows them. low_rank: by (layer, name), the head being (-1, "head"); a layer that has
-    none serves alone.
+    rotary) float32, for prompts and what follows them. low_rank: by (layer, name), the head being (-1, "head"); a layer that
+    has none serves alone.
     Rows of one prompt read its keys and values together where they lie side by side.
     """
 
@@ -401,23 +407,27 @@ class Decoding:
         return len(self._prompts) - 1
 
     def add(self, prompts: Tensor) -> None:
-        """A row for each number of a prompt, behind those that are there. Raises ValueError where there is no slot for one, or the
-        rope table ends before the row does."""
+        """A row for each number of a prompt, behind those that are there. Raises ValueError where there is no slot for one, or
+        the rope table ends before the row does."""
         prompts = prompts.to(torch.long)
         if len(prompts) > len(self._free):
             raise ValueError(f"Decoding: {len(prompts)} rows for {len(self._free)} free slots")
         if len(prompts):
             needed, there = int(self._lengths[prompts].max()) + self._room, self._rope[0][0].shape[0]
             if there < needed:
-                raise ValueError(f"Decoding: the rope tables have {there} positions; these rows may need {needed}")
-            few = [key for key, (_, gate, *_) in self._low_rank.items() if gate.shape[0] <= int(prompts.max())]
+                raise ValueError(
+                    f"Decoding: the rope tables have {there} positions; these rows may need {needed}"
+                )
+            few = [
+                key for key, (_, gate, *_) in self._low_rank.items() if gate.shape[0] <= int(prompts.max())
+            ]
             if few:
                 raise ValueError(f"Decoding: the gate of {few[0]} has no row for prompt {int(prompts.max())}")
         slots = torch.tensor([self._free.pop(0) for _ in range(len(prompts))], dtype=torch.long)
         self._rows = self._rows.join(_Rows(prompts, slots, torch.zeros(len(prompts), dtype=torch.long)))
 
     def keep(self, rows: Tensor) -> None:
-        """Only these of the present rows (indices) go on, in this order; nothing is copied. The slots of the others are free."""
+        """Only these of the present rows (indices) go on, in this order; nothing is copied. The others' slots are free."""
         kept = self._rows.select(rows)
         gone = set(self._rows.slot.tolist()) - set(kept.slot.tolist())
         self._free += sorted(gone)
@@ -428,7 +438,9 @@ class Decoding:
         rows = self._rows
         count = len(rows.slot)
         if tuple(tokens.shape) != (count,) or tokens.dtype is not torch.long:
-            raise ValueError(f"Decoding: tokens is {tuple(tokens.shape)} {tokens.dtype}; expected ({count},) torch.int64")
+            raise ValueError(
+                f"Decoding: tokens is {tuple(tokens.shape)} {tokens.dtype}; expected ({count},) torch.int64"
+            )
         tokens = tokens.contiguous()
         self._native_decoder.step(
             count,

@@ -1,4 +1,4 @@
-"""linear_logprob: what `differentiable` leaves out, and the gradients that a frozen head's forward pass has prepared, are right.
+"""linear_logprob: what `differentiable` leaves out, and the gradients that a frozen head's forward pass prepares, are right.
 
 With a frozen head the CPU back-end may keep d(output)/d(hidden) of each differentiable output ("directions") instead of logits.
 """

@@ -1,0 +1,272 @@
+"""The native decoder says what transformers' modules say, for every family built like Llama, and says why where it cannot."""
+
+import copy
+
+import pytest
+import torch
+from engine.conftest import _SMALL, VOCAB, build_model, build_policy
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from clp_engine import native_decoding
+from clp_engine.conditions import Conditions
+from clp_engine.decoding import BlendDecoding
+from clp_engine.errors import ConfigError
+from clp_engine.policy import ConditionedPolicy
+from clp_engine.rollout import SamplingParams, pad_left, rollout
+from clp_engine.scoring import score
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], list(range(30, 60))]
+MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.full((4,), 0.1))
+ROPE = {
+    "rope_theta": 1e4,
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+ROPE |= {"original_max_position_embeddings": 32}
+
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=False),
+    "llama-biases": lambda: LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True),
+    "llama-rope": lambda: LlamaConfig(**_SMALL, rope_parameters=ROPE),
+    "llama-odd-head": lambda: LlamaConfig(**_SMALL | {"head_dim": 20, "num_key_value_heads": 1}),
+    "qwen2": lambda: Qwen2Config(**_SMALL, tie_word_embeddings=True),
+    "qwen2-windows": lambda: Qwen2Config(
+        **_SMALL,
+        use_sliding_window=True,
+        sliding_window=7,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "qwen3": lambda: Qwen3Config(**_SMALL),
+    "mistral": lambda: MistralConfig(**_SMALL, sliding_window=6),
+    "gemma": lambda: GemmaConfig(**_SMALL),
+    "gemma2": lambda: Gemma2Config(
+        **_SMALL,
+        sliding_window=6,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=5.0,
+        attn_logit_softcapping=2.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SMALL, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "olmo2": lambda: Olmo2Config(**{k: v for k, v in _SMALL.items() if k != "head_dim"}),
+    "granite": lambda: GraniteConfig(
+        **{k: v for k, v in _SMALL.items() if k != "head_dim"},
+        embedding_multiplier=3.0,
+        residual_multiplier=0.7,
+        attention_multiplier=0.3,
+        logits_scaling=2.0,
+    ),
+}
+
+
+def policy_of(config, **options) -> ConditionedPolicy:
+    """Weights large enough to tell one model from another, and adapters with something to say."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6.0)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    policy = ConditionedPolicy.from_pretrained(model.eval(), ("a", "b"), **{"rank": (3, 5), **options})
+    with torch.no_grad():
+        for name, parameter in policy.adapter_parameters().items():
+            if not name.endswith("lora_a"):
+                parameter.normal_(0, 0.1)
+    return policy
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def native_family(request):
+    return request.param
+
+
+def both(policy, conditions, group=3, room=24, prompts=PROMPTS):
+    made = native_decoding.plan(policy)
+    assert made.reason is None
+    ids, mask = pad_left(prompts, 0, policy.device)
+    blend = None if conditions is None else policy.coefficients(conditions)
+    arguments = policy, ids, mask, blend, group, room, len(prompts)
+    return native_decoding.NativeDecoding(*arguments, made), BlendDecoding(*arguments)
+
+
+@torch.no_grad()
+def worst_difference(ours, theirs, steps=24, drop_at=7) -> float:
+    """Of the logits over a teacher-forced rollout in which half of the rows leave; relative to the largest."""
+    worst, generator = (ours.add(slice(None)) - theirs.add(slice(None))).abs().max().item(), torch.Generator().manual_seed(1)
+    rows = 12
+    for step in range(steps):
+        tokens = torch.randint(3, VOCAB, (rows,), generator=generator)
+        given, expected = ours.step(tokens), theirs.step(tokens)
+        worst = max(worst, ((given - expected).abs().max() / expected.abs().max().clamp_min(1)).item())
+        if step == drop_at:
+            kept = torch.tensor([0, 2, 3, 5, 6, 11])
+            ours.keep(kept), theirs.keep(kept)
+            rows = len(kept)
+    return worst
+
+
+@pytest.mark.parametrize("conditions", [MIXED, None], ids=["blends", "base"])
+def test_logits_are_those_of_the_modules(native_family, conditions):
+    assert worst_difference(*both(policy_of(FAMILIES[native_family]()), conditions)) < 1e-5
+
+
+@pytest.mark.parametrize("conditioning", ["logit", "lora+logit", "none"])
+@pytest.mark.parametrize("rank", [4, 40])
+def test_other_ways_of_conditioning(conditioning, rank):
+    policy = policy_of(LlamaConfig(**_SMALL, tie_word_embeddings=True), conditioning=conditioning, rank=rank)
+    assert worst_difference(*both(policy, MIXED)) < 1e-5
+
+
+def test_every_instruction_set(instruction_sets):
+    from clp_kernels import _native
+
+    policy = policy_of(FAMILIES["gemma2"]())
+    for isa in instruction_sets:
+        _native.select_isa(isa)
+        assert worst_difference(*both(policy, MIXED)) < 1e-5, isa
+
+
+def test_log_probs_of_sampling_are_those_of_the_training_pass(native_family):
+    policy = policy_of(FAMILIES[native_family]())
+    assert native_decoding.plan(policy).reason is None
+    drawn = rollout(policy, PROMPTS, MIXED, num_generations=3, sampling=SamplingParams(12, 0.8), seed=5)
+    scored = score(policy, drawn, MIXED, temperature=0.8, outputs=("logprob",)).logprob
+    assert (scored - drawn.logprobs).abs().max() < 1e-5
+
+
+def test_the_same_seeds_give_the_same_tokens_either_way(monkeypatch):
+    policy = policy_of(FAMILIES["qwen2"]())
+    drawn = {}
+    for way in ("native", "torch"):
+        monkeypatch.setenv(native_decoding.SWITCH, way)
+        drawn[way] = rollout(policy, PROMPTS, MIXED, num_generations=8, sampling=SamplingParams(20), seed=3)
+    assert drawn["native"].token_lists() == drawn["torch"].token_lists()
+
+
+def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch_and_on_any_number_of_threads():
+    policy = policy_of(FAMILIES["mistral"]())
+    tokens = torch.randint(3, VOCAB, (24, 12), generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+
+    @torch.no_grad()
+    def steps(rows, threads, group=3, prompts=PROMPTS, conditions=MIXED):
+        ours, _ = both(policy, conditions, group, prompts=prompts)
+        ours.add(slice(None))
+        torch.set_num_threads(threads)
+        return torch.stack([ours.step(t[rows].contiguous()).clone() for t in tokens])
+
+    try:
+        torch.set_num_threads(1)
+        together = steps(slice(0, 12), 1)
+        assert torch.equal(steps(slice(0, 12), 2), together)
+    finally:
+        torch.set_num_threads(before)
+    # Rows 9 to 11 alone; prefill, by transformers, is the same for one prompt of this length up to rounding.
+    alone = steps(slice(9, 12), 1, prompts=PROMPTS[3:], conditions=MIXED[3:])
+    torch.testing.assert_close(alone, together[:, 9:12], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_and_prompts_may_join_later():
+    policy = policy_of(FAMILIES["gemma2"]())
+    ours, _ = both(policy, MIXED, 2)
+    ours.add(slice(None))
+    decoding = ours._decoding
+    first = torch.tensor([5, 9, 11, 20, 33, 40, 50, 60])
+    one = decoding.step(first).clone()
+    decoding.keep(torch.tensor([0, 1, 6]))
+    decoding.add(torch.tensor([1, 3]))
+    assert len(decoding) == 5
+    two = decoding.step(torch.tensor([7, 8, 9, first[2], first[6]]))
+    # A row that joins says what the first of its prompt said.
+    torch.testing.assert_close(two[3:], one[[2, 6]], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="free slots"):
+        decoding.add(torch.zeros(4, dtype=torch.long))
+
+
+def test_plans_are_kept_until_the_weights_change():
+    policy = policy_of(FAMILIES["llama"]())
+    made = native_decoding.plan(policy)
+    assert native_decoding.plan(policy) is made
+    with torch.no_grad():
+        policy.model.model.norm.weight.mul_(2.0)
+    again = native_decoding.plan(policy)
+    assert again is not made and again.reason is None
+    assert worst_difference(*both(policy, MIXED)) < 1e-5
+    copy.deepcopy(policy)
+
+
+def test_new_factors_are_seen_by_the_next_rollout():
+    policy = policy_of(FAMILIES["llama"]())
+    native_decoding.plan(policy)
+    with torch.no_grad():
+        for parameter in policy.adapter_parameters().values():
+            parameter.data.mul_(-1.5)
+    assert worst_difference(*both(policy, MIXED)) < 1e-5
+
+
+def reason_of(policy) -> str:
+    made = native_decoding.plan(policy)
+    assert made.packed is None
+    return made.reason
+
+
+def test_models_it_cannot_take_are_said_to_be_so():
+    assert "Llama" in reason_of(build_policy("gpt2"))
+    assert "encoder-decoder" in reason_of(build_policy("t5"))
+    assert "InterpolatedLinear" in reason_of(build_policy("llama", conditioning="attention"))
+    assert native_decoding.plan(build_policy("llama", conditioning="full")).reason
+    dynamic = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+    assert "dynamic" in reason_of(policy_of(LlamaConfig(**_SMALL, rope_parameters=dynamic)))
+    assert "activation" in reason_of(policy_of(LlamaConfig(**_SMALL, hidden_act="relu")))
+    half = ConditionedPolicy.from_pretrained(build_model("llama").bfloat16(), ("a", "b"), rank=4)
+    assert "bfloat16" in reason_of(half)
+    hooked = build_policy("llama")
+    assert native_decoding.plan(hooked).reason is None
+    handle = hooked.model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert "hooks" in reason_of(hooked)
+    handle.remove()
+    assert native_decoding.plan(hooked).reason is None
+
+
+def test_a_model_that_only_looks_like_llama_is_found_out():
+    policy = build_policy("llama")
+
+    class Attention(type(policy.model.model.layers[1].self_attn)):
+        def forward(self, *args, **kwargs):
+            output, weights = super().forward(*args, **kwargs)
+            return output * 1.01, weights
+
+    policy.model.model.layers[1].self_attn.__class__ = Attention
+    assert "computes something else" in reason_of(policy)
+
+
+def test_the_switch_and_what_a_policy_says_of_it(monkeypatch):
+    plain = build_policy("gpt2")
+    assert native_decoding.choose(plain) is None
+    assert "goes through transformers' modules" in plain.detours()[0]
+    assert not build_policy("llama").detours()
+    monkeypatch.setenv(native_decoding.SWITCH, "native")
+    with pytest.raises(ConfigError, match="native"):
+        native_decoding.choose(plain)
+    monkeypatch.setenv(native_decoding.SWITCH, "torch")
+    assert native_decoding.choose(build_policy("llama")) is None
+    monkeypatch.setenv(native_decoding.SWITCH, "fast")
+    with pytest.raises(ConfigError, match="expected torch, native or auto"):
+        native_decoding.choose(plain)
