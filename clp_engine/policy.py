@@ -425,6 +425,7 @@ class ConditionedPolicy(nn.Module):
         conditions: Conditions | None = None,
         temperature: float = 1.0,
         outputs: Sequence[str] = ("logprob",),
+        differentiable: Sequence[str] | None = None,
     ) -> TokenStats:
         """`linear_logprob` through this model's output projection; hidden (rows, H), targets (rows,).
 
@@ -450,6 +451,7 @@ class ConditionedPolicy(nn.Module):
             ref_hidden=ref_hidden,
             lora=lora,
             outputs=tuple(outputs),
+            differentiable=differentiable,
         )
 
     def generate(

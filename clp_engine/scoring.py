@@ -46,12 +46,14 @@ def completion_stats(
     conditions: Conditions | None,
     *,
     outputs: Sequence[str] = ALL,
+    differentiable: Sequence[str] | None = None,
     temperature: float = 1.0,
     hidden_grad: bool = False,
 ) -> tuple[torch.Tensor, TokenStats]:
     """(hidden, stats) of the N completion tokens of `batch`, in the order of batch.completion_mask.nonzero().
 
-    hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients.
+    hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32, with gradients if `differentiable` names
+    it (None: all that have one). The reference runs without gradients.
     hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
     """
     mask = batch.completion_mask
@@ -75,6 +77,7 @@ def completion_stats(
         conditions=row_conditions,
         temperature=temperature,
         outputs=outputs,
+        differentiable=differentiable,
     )
 
 
