@@ -74,6 +74,16 @@ LOSS_TYPES = ("sequence", "grpo", "dapo", "dr_grpo")
 STD_EPSILON = 1e-4
 
 
+# Which statistics of a token the loss of each estimator is differentiated through; the others are constants in it.
+DIFFERENTIATED = {
+    "return": ("logprob",),
+    "exact": ("logprob", "kl"),
+    "mixed": ("logprob", "kl"),
+    "k2": ("logprob",),
+    "k3": ("logprob",),
+}
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What is known of each token of a batch of completions, all (B, T), float32 (float64 works too).

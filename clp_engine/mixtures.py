@@ -225,10 +225,16 @@ class LogitMixture:
         conditions: Conditions | None = None,
         temperature: float = 1.0,
         outputs: Sequence[str] = ("logprob",),
+        differentiable: Sequence[str] | None = None,
     ) -> TokenStats:
         """As `ConditionedPolicy.token_stats`, of mixed hidden states."""
         return self.policy.token_stats(
-            hidden, targets, ref_hidden=ref_hidden, temperature=temperature, outputs=outputs
+            hidden,
+            targets,
+            ref_hidden=ref_hidden,
+            temperature=temperature,
+            outputs=outputs,
+            differentiable=differentiable,
         )
 
     def generate(self, prompts: str | Sequence[str], weights=None, kl=None, **options) -> list:

@@ -479,6 +479,7 @@ class ConditionedPolicy(nn.Module):
         conditions: Conditions | None = None,
         temperature: float = 1.0,
         outputs: Sequence[str] = ("logprob",),
+        differentiable: Sequence[str] | None = None,
     ) -> TokenStats:
         """`linear_logprob` through this model's output projection; hidden (rows, H), targets (rows,).
 
@@ -504,6 +505,7 @@ class ConditionedPolicy(nn.Module):
             ref_hidden=ref_hidden,
             lora=lora,
             outputs=tuple(outputs),
+            differentiable=differentiable,
         )
 
     def generate(

@@ -80,6 +80,7 @@ def completion_stats(
     conditions: Conditions | None,
     *,
     outputs: Sequence[str] = ALL,
+    differentiable: Sequence[str] | None = None,
     temperature: float = 1.0,
     hidden_grad: bool = False,
     mask: torch.Tensor | None = None,
@@ -87,8 +88,8 @@ def completion_stats(
 ) -> tuple[torch.Tensor, TokenStats]:
     """(hidden, stats) of the N completion tokens of `mask`, in the order of mask.nonzero(); by default all of `batch`.
 
-    hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32. The reference runs without gradients,
-    and only where `outputs` need it.
+    hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32, with gradients if `differentiable` names
+    it (None: all that have one). The reference runs without gradients, and only where `outputs` need it.
     hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
     ref_hidden: (N, H), the reference's hidden states, where they are there already (`ahead`).
     """
@@ -116,6 +117,7 @@ def completion_stats(
         conditions=None if conditions is None else conditions.repeat(batch.group)[rows],
         temperature=temperature,
         outputs=outputs,
+        differentiable=differentiable,
     )
 
 

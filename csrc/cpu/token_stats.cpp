@@ -124,15 +124,15 @@ struct TermRow {
   }
 
   // n columns from `at` on; target: the column among them that stays 0, or outside.
-  CLP_INLINE void write(int64_t at, int64_t n, int64_t target, const float* zp, const float* zq, const float* es, const float* tanhs,
-                        bool capped) const {
+  CLP_INLINE void write(int64_t at, int64_t n, int64_t target, const float* zp, const float* zq, float centre, const float* es,
+                        const float* tanhs, bool capped) const {
     alignas(64) float slope[kBlock];
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) slope[j] = capped ? 1.0f - tanhs[j] * tanhs[j] : 1.0f;
     if (target >= 0 && target < n) slope[target] = 0.0f;
     if (d)
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) d[at + j] = es[j] > 0.0f ? es[j] * (zp[j] - zq[j]) * slope[j] : 0.0f;
+      for (int64_t j = 0; j < n; ++j) d[at + j] = es[j] > 0.0f ? es[j] * ((zp[j] - zq[j]) - centre) * slope[j] : 0.0f;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) p[at + j] = es[j] * slope[j];
   }
@@ -173,6 +173,7 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
       m_q = top_q > state[kMq * S] ? top_q : static_cast<float>(state[kMq * S]);
     }
 
+    const double s_earlier = state[kSp * S];
     if (terms.p && j0) terms.rescale(j0, factor(state[kSp * S], state[kMp * S], m_p));
     if (state[kSp * S] != 0.0) {
       const double shift = state[kMp * S] - m_p, k = rescale(state[kMp * S], m_p);
@@ -203,7 +204,11 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
       state[kTp * S] = zp[at];
       if (with_reference) state[kTq * S] = zq[at];
     }
-    if (terms.p) terms.write(j0, n, at, zp, zq, es, tanhs, c.softcap > 0.0f);
+    if (terms.d && s_earlier == 0.0) {
+      const float mean = static_cast<float>(state[kDp * S] / state[kSp * S]);
+      c.centre[row] = mean - mean == 0.0f ? mean : 0.0f;  // not an infinity or NaN, of nothing but masked columns for one
+    }
+    if (terms.p) terms.write(j0, n, at, zp, zq, terms.d ? c.centre[row] : 0.0f, es, tanhs, c.softcap > 0.0f);
   }
   if (c.term_sums[kTermP])
     term_row(c.term_sums, row * c.term_sums_stride).rescale(c.term_width, factor(s_before, m_before, state[kMp * S]));

@@ -13,11 +13,12 @@
 // where the five coefficients per row gather every output's incoming gradient (token_stats.py derives them).
 //
 // Where the head is frozen, a statistic's derivative in the hidden state is made of sums over the columns of a term times a row of
-// the weight, and no term but the maximum's place in it waits for the whole vocabulary:
-//   kTermP   e^(z_p - m_p)        kTermD   e^(z_p - m_p) (z_p - z_q)
-// each times 1 - tanh^2 where there is a softcap, and 0 in the target's column, which the caller adds by itself: beside a
-// probability near 1 the others would be lost. Forward writes the terms that are asked for, with the maximum as it stands after
-// the chunk, and brings the sums that the caller has of earlier chunks to that maximum.
+// the weight, and such a sum needs nothing of the columns to come but their maximum:
+//   kTermP   e^(z_p - m_p)        kTermD   e^(z_p - m_p) (z_p - z_q - centre)
+// each times 1 - tanh^2 where there is a softcap. `centre` is the mean of z_p - z_q over the row's first columns: the mean over all
+// is subtracted in the end, and would take what is small with it if it were large. The target's column is 0; the caller adds it by
+// itself, as beside a probability near 1 the others would be lost. Forward writes the terms that are asked for, with the maximum as
+// it stands after the chunk, and brings the sums that the caller has of earlier chunks to that maximum.
 //
 // A logit of -inf is a masked column: p = 0 there, and it adds nothing to any sum or gradient.
 #pragma once
@@ -56,6 +57,7 @@ struct TokenStatsChunk {
   float* terms[kTokenTerms] = {};          // (rows, cols), `cols` apart, or null
   float* term_sums[kTokenTerms] = {};      // (rows, term_width) sums over earlier chunks, or null
   int64_t term_sums_stride = 0, term_width = 0;
+  float* centre = nullptr;                 // (rows), where there is a kTermD; set when a row's first sum is there
   // backward
   const float* saved = nullptr;            // (kTokenSaved, row_stride)
   const float* coefs = nullptr;            // (kTokenCoefs, row_stride)

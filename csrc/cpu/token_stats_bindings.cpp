@@ -25,7 +25,7 @@ void bind_token_stats(py::module_& m) {
       CLP_VALUE(rows) CLP_VALUE(cols) CLP_VALUE(first_column) CLP_ADDRESS(bias) CLP_ADDRESS(reference_bias)
       CLP_VALUE(logit_scale) CLP_VALUE(softcap) CLP_ADDRESS(inv_temperature) CLP_ADDRESS(targets) CLP_VALUE(ignore_index)
       CLP_VALUE(flags) CLP_VALUE(threads) CLP_ADDRESS(state) CLP_ADDRESS(top1) CLP_VALUE(state_stride)
-      CLP_TERMS(terms) CLP_TERMS(term_sums) CLP_VALUE(term_sums_stride) CLP_VALUE(term_width)
+      CLP_TERMS(terms) CLP_TERMS(term_sums) CLP_VALUE(term_sums_stride) CLP_VALUE(term_width) CLP_ADDRESS(centre)
       CLP_ADDRESS(saved) CLP_ADDRESS(coefs) CLP_VALUE(row_stride) CLP_ADDRESS(out) CLP_VALUE(out_stride) CLP_DTYPE(out_dtype);
   m.def("token_stats_forward", [](const TokenStatsChunk& c) { table().token_stats.forward(c); },
         py::call_guard<py::gil_scoped_release>());

@@ -359,12 +359,14 @@ def what_to_keep(
 
     logprob alone thus takes 2 products in all without a reference and 3 with one; with kl as well, 4 (5 recomputed). The fewest
     win; directions over kept logits where both have 1, as they are smaller and take no second exponential. entropy has no
-    direction: its sum e (z - m) W would be one product more, and 2 are what recomputing takes. Nor has reverse_kl: near
-    the reference the difference of sum p W and sum q W would lose what sum (p - q) W keeps. Directions are for a frozen head (a gradient of weight, bias or lora_b
-    is a sum over rows, which needs the incoming gradients first), on a CPU (a GPU's tile of logits has no room for sums as wide
-    as H), not for a shard of a vocabulary (its maximum is not the whole one's), and, where products take 16-bit operands, for a single term: of two rounded sums, the difference would lose what
-    a difference that is rounded once keeps. They count towards keep_bytes; without a bound they may take KEEP_BYTES or a tenth
-    of the logits, whichever is more.
+    direction: its sum e (z - m) W would be one product more, and 2 are what recomputing takes. Nor has reverse_kl: near the
+    reference the difference of sum p W and sum q W would lose what sum (p - q) W keeps.
+
+    Directions are for a frozen head (a gradient of weight, bias or lora_b is a sum over rows, which needs the incoming
+    gradients first); on a CPU (a GPU's tile of logits has no room for sums as wide as H); not for a shard of a vocabulary (its
+    maximum is not the whole one's); and, where products take 16-bit operands, for a single term: the difference of two
+    rounded sums would lose what a difference that is rounded once keeps. They count towards keep_bytes; without a bound they
+    may take KEEP_BYTES or a tenth of the logits, whichever is more.
     """
     count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     with_reference = "kl" in names or "reverse_kl" in names

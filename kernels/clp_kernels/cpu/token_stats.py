@@ -287,6 +287,7 @@ class _Terms:
             self.sums = kept[: len(self.which), :count].zero_()
         else:
             self.sums = torch.zeros(len(self.which), count, width)
+        self.centre = torch.zeros(count)
         self._narrow: Tensor | None = None
 
     def point_at(self, chunk: _native.TokenStatsChunk, places: Sequence[Tensor], row: int) -> None:
@@ -294,6 +295,7 @@ class _Terms:
         for term, place, total in zip(self.which, places, self.sums):
             terms[term], sums[term] = place.data_ptr(), total[row:].data_ptr()
         chunk.terms, chunk.term_sums = terms, sums
+        chunk.centre = self.centre[row:].data_ptr()
         chunk.term_sums_stride, chunk.term_width = self.sums.stride(1), self.sums.shape[2]
 
     def add(self, places: Sequence[Tensor], r0: int, r1: int, c0: int, c1: int, piece: Tensor) -> None:
@@ -321,7 +323,7 @@ class _Terms:
         scales = []  # of the sums and of the target's row of the weight, for each output
         for name in self.names:
             c0, _, c2, _, ct = coefficients({name: torch.ones_like(chain)}, saved)
-            of_terms = (c0 * inv_s_p * chain, c2 * inv_s_p * chain)
+            of_terms = ((c0 + c2 * self.centre) * inv_s_p * chain, c2 * inv_s_p * chain)
             dz = (p_y * (c0 + c2 * (sums.t_p - sums.t_q))).masked_fill(p_y == 0, 0) + ct
             scales.append([*(of_terms[term] for term in self.which), dz * slope * chain])
         scales = torch.stack([torch.stack(each) for each in scales]).float()
