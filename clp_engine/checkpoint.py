@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from clp_engine.errors import ConfigError
 from clp_engine.files import checkpoints, write_directory
+from clp_engine.optimizer import set_slots_of, slots_of
 from clp_engine.value import ValueHead
 
 _STATE, _TENSORS, _POLICY = "trainer_state.json", "training.safetensors", "policy"
@@ -59,13 +60,13 @@ def save(
     """Write <output_dir>/checkpoint-<step>; `state` must be JSON. Older ones beyond `keep` go."""
     path = Path(output_dir) / f"checkpoint-{step}"
     plain, tensors = _random_states()
-    names = {parameter: name for name, parameter in trained_parameters(policy, value_head).items()}
     if value_head is not None:
         tensors |= {f"{_VALUE}{n}": t.detach().cpu() for n, t in value_head.state_dict().items()}
     tensors |= {f"{_UNFINISHED}{name}": tensor for name, tensor in (unfinished or {}).items()}
-    for parameter, slots in optimizer.state.items():
-        for slot, value in slots.items():
-            tensors[f"optimizer.{names[parameter]}.{slot}"] = value.detach().cpu().contiguous()
+    for name, parameter in trained_parameters(policy, value_head).items():
+        for slot, value in slots_of(optimizer, parameter).items():
+            # Copied: adapters of one buffer share its step count, and a file holds nothing twice.
+            tensors[f"optimizer.{name}.{slot}"] = value.detach().cpu().clone()
     with write_directory(path) as temporary:
         policy.save_pretrained(temporary / _POLICY)
         save_file(tensors, temporary / _TENSORS)
@@ -125,12 +126,8 @@ def load(
     for name, parameter in trained_parameters(policy, value_head).items():
         prefix = f"optimizer.{name}."
         slots = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        optimizer.state[parameter] = {
-            slot: value
-            if slot == "step" and value.dim() == 0 and parameter.device.type == "cpu"
-            else value.to(parameter.device)
-            for slot, value in slots.items()
-        }
+        slots = {slot: value.to(parameter.device) for slot, value in slots.items()}
+        set_slots_of(optimizer, parameter, slots)
     _restore_random(state["random"], tensors)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -33,6 +33,15 @@ class PhaseTimer:
             if self._synchronise:
                 self._synchronise()
             self.seconds[phase] += time.perf_counter() - start
+
+
+def read_scalars(scalars: Mapping[str, torch.Tensor | float]) -> dict[str, float]:
+    """The numbers of one device on the host, in one transfer."""
+    tensors = {name: value.detach() for name, value in scalars.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        return dict(scalars)
+    read = dict(zip(tensors, torch.stack([t.double() for t in tensors.values()]).tolist()))
+    return {name: read.get(name, value) for name, value in scalars.items()}
 
 
 class MetricLog:

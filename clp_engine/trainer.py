@@ -30,7 +30,8 @@ from clp_engine.data import PromptDataset
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
 from clp_engine.generation import Collector, Generation
-from clp_engine.metrics import MetricLog, PhaseTimer
+from clp_engine.metrics import MetricLog, PhaseTimer, read_scalars
+from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.progress import Budget, finish_step_on_interrupt
@@ -236,10 +237,9 @@ class CLPTrainer:
                 "give the optimiser alone, or another baseline"
             )
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
-                self.policy.adapter_parameters().values(),
+            self.optimizer = FlatAdamW(
+                list(self.policy.adapter_parameters().values()),
                 lr=a.learning_rate,
-                fused=True,
                 betas=(a.adam_beta1, a.adam_beta2),
                 eps=a.adam_epsilon,
                 weight_decay=a.weight_decay,
@@ -276,6 +276,8 @@ class CLPTrainer:
         first = generation.passes == 0
         results = []
         values = None if self.value_head is None else torch.zeros_like(drawn.logprobs)
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.bind()
         with self.timer("update"):
             for here, part in micro_batches(generation, a):
                 result = backward(
@@ -284,71 +286,96 @@ class CLPTrainer:
                 if values is not None:
                     values[here] = result.values
                 results.append((part.rollout, result))
-        metrics = self._update_metrics(results, first, generation.old_logprob is None)
+        found = self._update_metrics(results, first, generation.old_logprob is None)
         generation.passes += 1
         if first:
             generation.values = values
         with self.timer("optimizer"):
-            parameters = list(self.policy.adapter_parameters().values())
-            norm = torch.nn.utils.clip_grad_norm_(parameters, a.max_grad_norm or math.inf).item()
-            if not math.isfinite(norm):
-                raise RuntimeError(
-                    f"the gradient norm is {norm} at step {self.state.global_step}: a reward or log-prob is not "
-                    "finite, or the learning rate is too high; the parameters are those of the step before"
-                )
+            found["grad_norm"] = self._clip()
             self.control = self.callback_handler.on_pre_optimizer_step(a, self.state, self.control)
-            metrics |= {"grad_norm": norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
-            if self.value_head is not None:
-                torch.nn.utils.clip_grad_norm_(self.value_head.parameters(), a.max_grad_norm or math.inf)
+            learning_rate = self.lr_scheduler.get_last_lr()[0]
             self.optimizer.step()
             self.control = self.callback_handler.on_optimizer_step(a, self.state, self.control)
             self._advance_schedule()
             self.optimizer.zero_grad(set_to_none=True)
+            metrics = read_scalars(found)
+        self._check_norm(metrics["grad_norm"])
+        metrics["learning_rate"] = learning_rate
+        if a.kl_estimator == "mixed":
+            metrics["kl_mix"] = self.controller.mix
+            self.controller.update(metrics.pop("mix_dot"), metrics.pop("mix_norm"))
         return metrics
 
-    def _update_metrics(self, results: list, first: bool, on_policy: bool) -> dict[str, float]:
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients; returns the norm of the adapters', unread where the optimiser itself leaves out a step whose
+        norm is not finite."""
+        limit = self.args.max_grad_norm or None
+        if isinstance(self.optimizer, FlatAdamW):
+            norm = self.optimizer.clip(limit)
+        else:
+            parameters = list(self.policy.adapter_parameters().values())
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+            self._check_norm(norm.item())
+        if self.value_head is not None:
+            parameters = list(self.value_head.parameters())
+            torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+            if isinstance(self.optimizer, FlatAdamW):  # whose step divides all gradients by the adapters' scale
+                torch._foreach_mul_([p.grad for p in parameters], self.optimizer.grad_scale)
+        return norm
+
+    def _check_norm(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient norm is {norm} at step {self.state.global_step}: a reward or log-prob is not "
+                "finite, or the learning rate is too high; the parameters are those of the step before"
+            )
+
+    def _update_metrics(
+        self, results: list, first: bool, on_policy: bool
+    ) -> dict[str, torch.Tensor | float]:
         """Means over the step's micro-batches. first: of the passes over these completions. on_policy: the policy is the one
-        that sampled them; then also how far training is from what rollout said, otherwise what was clipped."""
-        tokens = sum(int(part.completion_mask.sum()) for part, _ in results)
+        that sampled them; then also how far training is from what rollout said, otherwise what was clipped.
+
+        Scalars that are still where they were computed, for the caller to read at once.
+        """
+        tokens = max(sum(int(part.counts[1].sum()) for part, _ in results), 1)
         rows = sum(part.completion_ids.shape[0] for part, _ in results)
-        metrics = {
+        found = {
             "loss": sum(r.loss for _, r in results),
-            "entropy": sum(r.entropy.sum().item() for _, r in results) / max(tokens, 1),
+            "entropy": sum(r.entropy.sum(dtype=torch.float64) for _, r in results) / tokens,
         }
         if all(r.kl is not None for _, r in results):
-            total = sum(r.kl.sum().item() for _, r in results)
-            metrics |= {"kl": total / max(tokens, 1), "kl_sequence": total / max(rows, 1)}
+            kl = sum(r.kl.sum(dtype=torch.float64) for _, r in results)
+            found |= {"kl": kl / tokens, "kl_sequence": kl / max(rows, 1)}
         if on_policy:
-            gaps = torch.cat([(r.logprob - p.logprobs).abs()[p.completion_mask] for p, r in results])
-            metrics |= {
-                "sampling/sampling_logp_difference/mean": gaps.mean().item(),
-                "sampling/sampling_logp_difference/max": gaps.max().item(),
+            gaps = [torch.where(p.completion_mask, (r.logprob - p.logprobs).abs(), 0.0) for p, r in results]
+            found |= {
+                "sampling/sampling_logp_difference/mean": sum(gap.sum(dtype=torch.float64) for gap in gaps) / tokens,
+                "sampling/sampling_logp_difference/max": torch.stack([gap.amax() for gap in gaps]).amax(),
             }
         else:
             low, high = (
-                [getattr(r.coefficients, f"clip_{end}").item() for _, r in results] for end in ("low", "high")
+                torch.stack([getattr(r.coefficients, f"clip_{end}") for _, r in results]).mean()
+                for end in ("low", "high")
             )
-            metrics |= {
-                "clip_ratio/low_mean": sum(low) / len(low),
-                "clip_ratio/high_mean": sum(high) / len(high),
-                "clip_ratio/region_mean": (sum(low) + sum(high)) / len(low),
+            found |= {
+                "clip_ratio/low_mean": low,
+                "clip_ratio/high_mean": high,
+                "clip_ratio/region_mean": low + high,
             }
         if self.value_head is not None:
             targets, predictions = (
                 torch.cat([getattr(r, name) for _, r in results]) for name in ("targets", "predictions")
             )
-            metrics |= {
-                "value_loss": (targets - predictions).square().mean().item(),
+            found |= {
+                "value_loss": (targets - predictions).square().mean(),
                 "explained_variance": explained_variance(predictions, targets),
             }
             if first:
                 self.value_head.observe(targets)
         if self.args.kl_estimator == "mixed":
-            metrics["kl_mix"] = self.controller.mix
-            self.controller.update(
-                sum(r.mix_sums[0] for _, r in results), sum(r.mix_sums[1] for _, r in results)
-            )
-        return metrics
+            found["mix_dot"], found["mix_norm"] = sum(r.mix_sums for _, r in results).unbind()
+        return found
 
     # -- the run ------------------------------------------------------------------------------------------------------
 

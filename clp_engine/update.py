@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from clp_engine.ahead import joined
 from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
 from clp_engine.estimators import (
+    DIFFERENTIATED,
     Coefficients,
     MixController,
     Tokens,
@@ -93,17 +94,18 @@ class MicroBatchResult:
     """What a backward pass found; statistics (B, T), detached, zero outside the completion mask; those that need the reference
     are None where it was not computed.
 
-    With a value head: values (B, T), those the advantages were taken from; targets, predictions (N,), what the head is
-    fitted to and what it said, for the tokens that have a return.
+    loss: a scalar; mix_sums: (2,), what `MixController.update` takes; both left on the policy's device, as reading them would
+    wait for it. With a value head: values (B, T), those the advantages were taken from; targets, predictions (N,), what the
+    head is fitted to and what it said, for the tokens that have a return.
     """
 
-    loss: float
+    loss: torch.Tensor
     logprob: torch.Tensor
     ref_logprob: torch.Tensor | None
     kl: torch.Tensor | None
     entropy: torch.Tensor
     coefficients: Coefficients
-    mix_sums: tuple[float, float] | None
+    mix_sums: torch.Tensor | None
     values: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     predictions: torch.Tensor | None = None
@@ -153,17 +155,26 @@ class Scored:
 
 
 def forward(
-    policy: ConditionedPolicy, batch: MicroBatch, config: CLPConfig, value_head: ValueHead | None = None
+    policy: ConditionedPolicy,
+    batch: MicroBatch,
+    config: CLPConfig,
+    value_head: ValueHead | None = None,
+    differentiable: Sequence[str] | None = None,
 ) -> Scored:
-    """Statistics of the micro-batch's tokens under policy and reference, and their values."""
+    """Statistics of the micro-batch's tokens under policy and reference, and their values.
+
+    differentiable: the statistics whose gradients will be asked for; None: any.
+    """
     mask = batch.rollout.completion_mask
     scale, kl_coef = objective_scales(batch.conditions.kl, config.kl_is_beta)
     with_reference = needs_reference(batch.conditions.kl, config.log_kl)
+    outputs = ALL if with_reference else ("logprob", "entropy")
     hidden, stats = completion_stats(
         policy,
         batch.rollout,
         batch.conditions,
-        outputs=ALL if with_reference else ("logprob", "entropy"),
+        outputs=outputs,
+        differentiable=None if differentiable is None else [n for n in differentiable if n in outputs],
         temperature=config.temperature,
         hidden_grad=config.kl_estimator == "mixed",
         ref_hidden=batch.ref_hidden,
@@ -191,13 +202,13 @@ def backward(
     config: CLPConfig,
     controller: MixController,
     value_head: ValueHead | None = None,
-    step_tokens: int = 1,
+    step_tokens: int | torch.Tensor = 1,
 ) -> MicroBatchResult:
     """Add the gradient of the micro-batch's loss to the adapters' `.grad`, and that of the value head's to the head's.
 
     step_tokens: completion tokens of the whole optimiser step, over which the head's loss is a mean.
     """
-    scored = forward(policy, batch, config, value_head)
+    scored = forward(policy, batch, config, value_head, DIFFERENTIATED[config.kl_estimator])
     mix, tokens = controller.mix, scored.tokens
     chosen = scored.coefficients(config, config.kl_estimator, config.baseline, mix)
     mix_sums = None
@@ -211,7 +222,7 @@ def backward(
             for name in ("return", "exact")
         )
         gap = by_return - by_exact
-        mix_sums = (by_return * gap).sum().item(), gap.square().sum().item()
+        mix_sums = torch.stack(((by_return * gap).sum(), gap.square().sum()))
     if batch.token_share < 1:
         group = torch.arange(len(batch.conditions), device=tokens.mask.device)
         groups = group.repeat_interleave(batch.rollout.group)
@@ -234,7 +245,7 @@ def backward(
         (value_head.loss(predicted, targets) / step_tokens).backward()
         predictions = predicted.detach()
     return MicroBatchResult(
-        loss.item(),
+        loss.detach(),
         tokens.logprob,
         tokens.ref_logprob if scored.with_reference else None,
         tokens.kl if scored.with_reference else None,

@@ -79,7 +79,7 @@ class ValueHead(nn.Module):
         self.moments.mul_(DECAY).add_(now.to(self.moments))
 
 
-def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - Var(G - V) / Var(G): 1 is a perfect prediction, 0 as good as a constant; NaN where G does not vary."""
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+    """1 - Var(G - V) / Var(G), a scalar: 1 is a perfect prediction, 0 as good as a constant; NaN where G does not vary."""
     spread = returns.var(unbiased=False)
-    return (1 - (returns - values).var(unbiased=False) / spread).item() if spread > 0 else float("nan")
+    return torch.where(spread > 0, 1 - (returns - values).var(unbiased=False) / spread, torch.nan)

@@ -90,7 +90,7 @@ def test_what_is_measured_is_the_gradient_that_training_takes(tmp_path, estimato
     generation = trainer.collector.training_batch(trainer.train_dataset, 7, trainer.state)
     (measured,) = gradients_of(trainer, generation, [(estimator, baseline)])
     taken = []
-    trainer.optimizer.step = lambda: taken.extend(p.grad.flatten() for p in parameters)
+    trainer.optimizer.step = lambda: taken.extend(p.grad.flatten().clone() for p in parameters)
     parameters = list(trainer.policy.adapter_parameters().values())
     trainer.args.max_grad_norm = 0
     trainer._update(generation)
