@@ -99,7 +99,9 @@ def _exp(timer: Timer, runs: int) -> float:
         from bench.exp_rate import exponentials_per_second
 
         return exponentials_per_second(timer, runs)
-    x = -torch.rand(torch.get_num_threads() << 15)  # 128 KiB a thread: its second cache, and long enough for two threads to pay
+    x = -torch.rand(
+        torch.get_num_threads() << 15
+    )  # 128 KiB a thread: its second cache, and long enough for two threads to pay
     out, repeats = torch.empty_like(x), 200
 
     def call():

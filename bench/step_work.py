@@ -11,13 +11,14 @@ objectives, two micro-batches. Ops of clp_kernels count by the formulas here. te
 
 The least: every token of a prompt once, whatever the size of its group, and every completion token but the last once, in
 rollout, in the policy's pass and in the reference's; the backward pass with the frozen weights left out; the output projection
-once for each drawn token, in the update for policy and reference and once for the gradient.
+once for each drawn token, in the update for policy and, with a KL, reference, and once for the gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from clp_engine import native_decoding
 
 REST = "rest"
 VOCABULARY = 67
@@ -72,13 +75,19 @@ def _head(hidden, weight, bias, lora_a, lora_b, gate, ref_hidden, ref_weight) ->
 
 
 def _linear_logprob(*arguments) -> int:
-    return arguments[0].shape[0] * sum(_head(*arguments[:8]))
+    """Logits, and where the derivatives in hidden are kept instead of logits ("directions") a product for each."""
+    (*inputs, _, differentiable, _, _, directions, _) = arguments
+    kept = len(differentiable.split(",")) * inputs[1].numel() * 2 if directions else 0
+    return inputs[0].shape[0] * (sum(_head(*inputs[:8])) + kept)
 
 
 def _linear_logprob_backward(*arguments) -> int:
-    """Logits that were not kept are made again; then one product for each gradient asked for."""
-    entropy_and_others = 5  # incoming gradients, before the forward pass's arguments
-    (*inputs, saved, kept, needs, _) = arguments[entropy_and_others:]
+    """Nothing where the derivatives were kept. Otherwise logits that were not kept are made again; then one product for each
+    gradient asked for."""
+    (*inputs, saved, kept, directions, needs, _) = arguments
+    if directions:
+        return 0
+    inputs = inputs[-14:]  # behind the incoming gradients
     hidden, weight, lora_a = inputs[0], inputs[1], inputs[3]
     tokens, (vocabulary, width) = hidden.shape[0], weight.shape
     again = (tokens - kept.shape[1]) * sum(_head(*inputs[:8]))
@@ -343,15 +352,23 @@ def count(**settings) -> Counted:
         drawn = trainer._generation.rollout
         prompts, completions = drawn.prompt_mask.sum(-1).tolist(), drawn.lengths.tolist()
         return Counted(
-            counter.work, counter.by_op, least(trainer.policy, prompts, completions), prompts, completions
+            counter.work,
+            counter.by_op,
+            least(trainer.policy, prompts, completions, bool(trainer.args.kl)),
+            prompts,
+            completions,
         )
 
 
-def least(policy, prompts: list[int], completions: list[int]) -> dict[str, int]:
-    """FLOPs of matrix products that these tokens cannot do without, with a reference and its KL."""
+def least(policy, prompts: list[int], completions: list[int], with_reference: bool) -> dict[str, int]:
+    """FLOPs of matrix products that these tokens cannot do without, with a reference and its KL or without."""
     from clp_engine.adapters import ConditionedLinear
 
-    layers = [m for m in policy.model.modules() if isinstance(m, ConditionedLinear)]
+    named = {n: m for n, m in policy.model.named_modules() if isinstance(m, ConditionedLinear)}
+    layers = list(named.values())
+    # Below the first layer nothing is trained: what reads the embeddings passes no gradient on.
+    first = [m for n, m in named.items() if n.endswith(tuple(f"layers.0.self_attn.{p}_proj" for p in "qkv"))]
+    not_on = sum(2 * m.in_features * (m.out_features + sum(m.ranks)) for m in first)
     frozen = sum(2 * m.out_features * m.in_features for m in layers)
     factors = sum(2 * sum(m.ranks) * (m.out_features + m.in_features) for m in layers)
     head = 2 * math.prod(policy.backbone.head.module.weight.shape)
@@ -359,20 +376,31 @@ def least(policy, prompts: list[int], completions: list[int]) -> dict[str, int]:
     read = sum(prompts) + drawn - len(completions)
     return {
         "rollout": read * (frozen + factors) + (len(prompts) + drawn - len(completions)) * head,
-        # Policy and reference forward, then dx and the factors' two gradients.
-        "update": read * (2 * frozen + factors + frozen + 2 * factors) + 3 * drawn * head,
+        "reference": read * frozen,
+        # The policy's pass forward, then dx and the factors' two gradients.
+        "update": read * (2 * frozen + 3 * factors - not_on) + (3 if with_reference else 2) * drawn * head,
     }
 
 
-SCENARIOS: dict[str, dict] = {
-    "KL": {"beta": 0.1},
-    "no KL": {"beta": 0.0},
+# Settings, and how rollouts decode: products inside the native decoder are not seen, those of transformers' modules are.
+SCENARIOS: dict[str, tuple[dict, str]] = {
+    "KL": ({"beta": 0.1}, "torch"),
+    "no KL": ({"beta": 0.0}, "torch"),
+    "native decoding": ({"beta": 0.1}, "native"),
 }
 
 
 @functools.cache
 def counted(scenario: str) -> Counted:
-    return count(**SCENARIOS[scenario])
+    settings, decoding = SCENARIOS[scenario]
+    before = os.environ.get(native_decoding.SWITCH)
+    os.environ[native_decoding.SWITCH] = decoding
+    try:
+        return count(**settings)
+    finally:
+        os.environ.pop(native_decoding.SWITCH)
+        if before is not None:
+            os.environ[native_decoding.SWITCH] = before
 
 
 def report() -> str:

@@ -36,7 +36,7 @@ def reference_hidden(
     found: list[torch.Tensor | None] = []
     tokens = of_a_token = 0
     for _, part in _parts(drawn, config):
-        tokens += int(part.counts[1].sum())
+        tokens += part.tokens
         if found and tokens * of_a_token > MAX_BYTES:
             break
         hidden = policy.completion_hidden(part, None)

@@ -63,7 +63,7 @@ class Generation:
 
     @property
     def num_generated_tokens(self) -> int:
-        return int(self.rollout.counts[1].sum())
+        return self.rollout.tokens
 
     def split(self, count: int) -> list[Generation]:
         """`count` parts of as many prompts each, one for each optimiser step; before any pass."""
@@ -218,7 +218,7 @@ class Collector:
             rewards,
             scalar.to(self.policy.device),
             metrics | pending.metrics,
-            int(drawn.counts[1].sum()),
+            drawn.tokens,
             reference,
         )
 

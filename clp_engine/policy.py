@@ -317,7 +317,9 @@ class ConditionedPolicy(nn.Module):
         if self.device.type == "cpu" and (reason := native_decoding.plan(self).reason) is not None:
             found.append(f"decoding goes through transformers' modules: {reason}")
         elif self.device.type == "cuda" and not slot_decoding.serves(self):
-            found.append("decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers")
+            found.append(
+                "decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers"
+            )
         return found
 
     @property

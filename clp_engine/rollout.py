@@ -88,6 +88,11 @@ class Rollout:
         return counts[: len(self.prompt_ids)], counts[len(self.prompt_ids) :]
 
     @cached_property
+    def tokens(self) -> int:
+        """Completion tokens in all."""
+        return int(self.counts[1].sum())
+
+    @cached_property
     def rows(self) -> torch.Tensor:
         """(N,), on the host: the completion of each of the N completion tokens, in the order of completion_mask.nonzero()."""
         lengths = self.counts[1]

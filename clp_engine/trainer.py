@@ -286,7 +286,8 @@ class CLPTrainer:
                 if values is not None:
                     values[here] = result.values
                 results.append((part.rollout, result))
-        found = self._update_metrics(results, first, generation.old_logprob is None)
+        tokens = max(generation.num_generated_tokens, 1)
+        found = self._update_metrics(results, tokens, first, generation.old_logprob is None)
         generation.passes += 1
         if first:
             generation.values = values
@@ -319,7 +320,9 @@ class CLPTrainer:
         if self.value_head is not None:
             parameters = list(self.value_head.parameters())
             torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-            if isinstance(self.optimizer, FlatAdamW):  # whose step divides all gradients by the adapters' scale
+            if isinstance(
+                self.optimizer, FlatAdamW
+            ):  # whose step divides all gradients by the adapters' scale
                 torch._foreach_mul_([p.grad for p in parameters], self.optimizer.grad_scale)
         return norm
 
@@ -331,14 +334,14 @@ class CLPTrainer:
             )
 
     def _update_metrics(
-        self, results: list, first: bool, on_policy: bool
+        self, results: list, tokens: int, first: bool, on_policy: bool
     ) -> dict[str, torch.Tensor | float]:
-        """Means over the step's micro-batches. first: of the passes over these completions. on_policy: the policy is the one
+        """Means over the step's micro-batches, which have `tokens` completion tokens. first: of the passes over
+        these completions. on_policy: the policy is the one
         that sampled them; then also how far training is from what rollout said, otherwise what was clipped.
 
         Scalars that are still where they were computed, for the caller to read at once.
         """
-        tokens = max(sum(int(part.counts[1].sum()) for part, _ in results), 1)
         rows = sum(part.completion_ids.shape[0] for part, _ in results)
         found = {
             "loss": sum(r.loss for _, r in results),
@@ -350,7 +353,8 @@ class CLPTrainer:
         if on_policy:
             gaps = [torch.where(p.completion_mask, (r.logprob - p.logprobs).abs(), 0.0) for p, r in results]
             found |= {
-                "sampling/sampling_logp_difference/mean": sum(gap.sum(dtype=torch.float64) for gap in gaps) / tokens,
+                "sampling/sampling_logp_difference/mean": sum(gap.sum(dtype=torch.float64) for gap in gaps)
+                / tokens,
                 "sampling/sampling_logp_difference/max": torch.stack([gap.amax() for gap in gaps]).amax(),
             }
         else:

@@ -108,7 +108,10 @@ def both(policy, conditions, group=3, room=24, prompts=PROMPTS):
 @torch.no_grad()
 def worst_difference(ours, theirs, steps=24, drop_at=7) -> float:
     """Of the logits over a teacher-forced rollout in which half of the rows leave; relative to the largest."""
-    worst, generator = (ours.add(slice(None)) - theirs.add(slice(None))).abs().max().item(), torch.Generator().manual_seed(1)
+    worst, generator = (
+        (ours.add(slice(None)) - theirs.add(slice(None))).abs().max().item(),
+        torch.Generator().manual_seed(1),
+    )
     rows = 12
     for step in range(steps):
         tokens = torch.randint(3, VOCAB, (rows,), generator=generator)

@@ -78,7 +78,9 @@ def covering(specs):
 
 
 def _tile(spec) -> tuple:
-    blocks = tuple(value for name, value in spec.constants.items() if name.startswith("BLOCK") and value is not None)
+    blocks = tuple(
+        value for name, value in spec.constants.items() if name.startswith("BLOCK") and value is not None
+    )
     pointer = next(kind for kind in spec.types.values() if kind.startswith(("*", "tensordesc")))
     return blocks, spec.num_warps, spec.num_stages, "32" in pointer
 

@@ -1,8 +1,8 @@
 """Runs every call on one back-end, for the memory tests: a process of its own, as it dies where a test should fail.
 
-    python drive.py sanitized EXTENSION    with that build of clp_kernels._native, in which ASan and UBSan are compiled in
-    python drive.py guarded                with every tensor between pages that may not be touched
-    python drive.py guarded-triton         likewise Triton's interpreter, which reads and writes at the kernels' own addresses
+python drive.py sanitized EXTENSION    with that build of clp_kernels._native, in which ASan and UBSan are compiled in
+python drive.py guarded                with every tensor between pages that may not be touched
+python drive.py guarded-triton         likewise Triton's interpreter, which reads and writes at the kernels' own addresses
 """
 
 import contextlib
@@ -47,7 +47,9 @@ def drive_native(surroundings, thin) -> int:
 
     count = 0
     with use_backend("cpu"):
-        for share, (isa, dtype) in enumerate(itertools.product(instruction_sets(), (torch.float32, torch.bfloat16))):
+        for share, (isa, dtype) in enumerate(
+            itertools.product(instruction_sets(), (torch.float32, torch.bfloat16))
+        ):
             _native.select_isa(isa)
             count += run_calls(f"{isa} {dtype}", every_call(dtype, thin=thin, first=share), surroundings)
             with batch_invariant():  # no product is left to BLAS
@@ -62,7 +64,11 @@ def drive_triton(surroundings, thin) -> int:
 
     with use_backend("triton"):
         # prefix_attention is flex_attention there, which no interpreter runs.
-        calls = (c for c in every_call(torch.float32, large=False, thin=thin) if not c[0].startswith("prefix_attention"))
+        calls = (
+            c
+            for c in every_call(torch.float32, large=False, thin=thin)
+            if not c[0].startswith("prefix_attention")
+        )
         return run_calls("triton", calls, surroundings)
 
 

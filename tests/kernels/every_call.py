@@ -50,13 +50,25 @@ def multi_lora_calls(dtype, large):
         return [y, *gradients([y], tensors)]
 
     everything, frozen = (True,) * 6, (True, False, True, True, True, False)
-    gates = [((5,), 1, None), ((5,), 5, None), ((2, 3), 2, None), ((5,), 3, torch.int64), ((2, 3), 9, torch.int32)]
+    gates = [
+        ((5,), 1, None),
+        ((5,), 5, None),
+        ((2, 3), 2, None),
+        ((5,), 3, torch.int64),
+        ((2, 3), 9, torch.int32),
+    ]
     for (lead, groups, index), needs in itertools.product(gates, itertools.product((False, True), repeat=6)):
         yield f"needs {needs}", call, (lead, 7, 6, 3, groups, torch.float32, index, True, needs)
     sizes = [((1,), 1, 1, 1), ((3,), 33, 17, 13), ((0,), 4, 3, 2), ((4,), 4, 3, 0), ((37,), 70, 45, 88)]
     if large:  # several threads; the second has fewer groups than threads own rows
-        sizes += [((1937,), 9, 5, 27), ((13, 149), 5, 9, 19), ((170,), 163, 161, 9)]  # the last: products on tiles
-    for (lead, k, n, rank), gate_dtype, bias in itertools.product(sizes, {torch.float32, dtype}, (False, True)):
+        sizes += [
+            ((1937,), 9, 5, 27),
+            ((13, 149), 5, 9, 19),
+            ((170,), 163, 161, 9),
+        ]  # the last: products on tiles
+    for (lead, k, n, rank), gate_dtype, bias in itertools.product(
+        sizes, {torch.float32, dtype}, (False, True)
+    ):
         for groups, index in ((1, None), (lead[0], None), (7, torch.int64)):
             yield (f"{lead} {k} {n} {rank} groups {groups}", call,
                    (lead, k, n, rank, groups, gate_dtype, index, bias, everything if bias else frozen))  # fmt: skip
@@ -91,17 +103,25 @@ def linear_calls(dtype, large):
         with mock.patch.object(clp_kernels.token_stats, "KEEP_BYTES", keep), \
              mock.patch.object(clp_kernels.cpu.token_stats, "CHUNK", chunk), \
              mock.patch.object(clp_kernels.cpu.token_stats, "ROWS", 6):  # fmt: skip
-            stats = linear_logprob(hidden, weight, targets_for(rows, vocabulary), bias=leaves[2], outputs=outputs, **options)
+            stats = linear_logprob(
+                hidden, weight, targets_for(rows, vocabulary), bias=leaves[2], outputs=outputs, **options
+            )
             results = [value for value in stats if value is not None]
             return results + gradients(results, leaves)
 
     usual, kept = 1 << 21, 1 << 26
     small = (7, 5, 37)
-    for outputs, bias, rank, reference in itertools.product(SUBSETS, (False, True), (None, 3), ("shared", "apart")):
+    for outputs, bias, rank, reference in itertools.product(
+        SUBSETS, (False, True), (None, 3), ("shared", "apart")
+    ):
         yield (f"{outputs} bias {bias} rank {rank} {reference}", call,
                (*small, outputs, bias, rank, reference, {}, False, 61, 0))  # fmt: skip
     for outputs in (("logprob",), ("entropy", "lse"), ("top1",)):
-        yield f"{outputs} without a reference", call, (*small, outputs, False, None, None, {}, True, usual, kept)
+        yield (
+            f"{outputs} without a reference",
+            call,
+            (*small, outputs, False, None, None, {}, True, usual, kept),
+        )
     for outputs, reference, chunk in itertools.product(
         (("logprob",), ("logprob", "lse", "kl"), ("kl",)), ("shared", "apart"), (usual, 61)
     ):  # a frozen head, without room for its logits: directions are kept
@@ -113,7 +133,9 @@ def linear_calls(dtype, large):
     sizes = [(1, 1, 1), (3, 4, 1023), (2, 4, 1025), (13, 9, 2051), (0, 4, 9)]
     if large:  # several threads
         sizes.append((70, 6, 1031))
-    for (rows, width, vocabulary), chunk, keep, frozen in itertools.product(sizes, (usual, 700), (0, kept), (False, True)):
+    for (rows, width, vocabulary), chunk, keep, frozen in itertools.product(
+        sizes, (usual, 700), (0, kept), (False, True)
+    ):
         for options in ({}, {"softcap": 3.0, "logit_scale": 1.1, "temperature": "per row"}):
             yield (f"{rows} {width} {vocabulary} chunk {chunk} keep {keep} {options}", call,
                    (rows, width, vocabulary, OUTPUTS, True, 2, "shared", options, frozen, chunk, keep))  # fmt: skip
@@ -145,8 +167,14 @@ def logits_calls(dtype, large):
     sizes = [(1, 1), (3, 1023), (2, 1024), (5, 1025), (4, 2051), (0, 9)]
     if large:
         sizes.append((33, 1031))
-    for (rows, vocabulary), strided, options in itertools.product(sizes, (None, "rows", "columns"), ({}, capped)):
-        yield f"{rows} {vocabulary} {strided} {options}", call, (rows, vocabulary, OUTPUTS, True, options, strided)
+    for (rows, vocabulary), strided, options in itertools.product(
+        sizes, (None, "rows", "columns"), ({}, capped)
+    ):
+        yield (
+            f"{rows} {vocabulary} {strided} {options}",
+            call,
+            (rows, vocabulary, OUTPUTS, True, options, strided),
+        )
 
 
 def sampling_calls(dtype, large):

@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_map
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_MODULES = {"multi_lora_linear": "multi_lora", "sample_tokens": "sampling"}  # where an op's module is not named like it
+_MODULES = {
+    "multi_lora_linear": "multi_lora",
+    "sample_tokens": "sampling",
+}  # where an op's module is not named like it
 _UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty")
 
 
@@ -102,4 +105,6 @@ class Margins(_Surrounded):
 
     def check(self):
         for whole in self.regions:
-            assert (whole[: self.WIDTH] == 0xFF).all() and (whole[-self.WIDTH :] == 0xFF).all(), "written outside"
+            assert (whole[: self.WIDTH] == 0xFF).all() and (whole[-self.WIDTH :] == 0xFF).all(), (
+                "written outside"
+            )

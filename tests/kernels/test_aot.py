@@ -26,6 +26,7 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 # hundreds of bytes.
 SPILLS = 48
 
+
 def compile_all(module):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).parent / "aot.py"), f"clp_kernels.triton_kernels.{module}"]

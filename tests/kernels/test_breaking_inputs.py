@@ -62,10 +62,14 @@ def test_rows_whose_addresses_need_more_than_32_bits(backend, far_apart):
 def test_operands_whose_addresses_need_more_than_32_bits(backend, far_apart):
     x, weight, a, b, gate = (torch.randn(*s) for s in ((4, 9), (4, 9), (3, 9), (4, 3), (4, 3)))
     want = multi_lora_linear(x, weight, a, b, gate)
-    torch.testing.assert_close(multi_lora_linear(far_apart(x), far_apart(weight), far_apart(a), far_apart(b), gate), want)
+    torch.testing.assert_close(
+        multi_lora_linear(far_apart(x), far_apart(weight), far_apart(a), far_apart(b), gate), want
+    )
     targets, options = torch.tensor([1, 0, 3, 2]), {"ref_hidden": x + 0.1, "outputs": OUTPUTS}
     want = linear_logprob(x, weight, targets, **options)
-    got = linear_logprob(far_apart(x), far_apart(weight), targets, **options | {"ref_hidden": far_apart(x + 0.1)})
+    got = linear_logprob(
+        far_apart(x), far_apart(weight), targets, **options | {"ref_hidden": far_apart(x + 0.1)}
+    )
     for one, other in zip(got, want):
         torch.testing.assert_close(one, other)
 
@@ -75,7 +79,10 @@ def test_operands_whose_addresses_need_more_than_32_bits(backend, far_apart):
 )
 def test_kl_of_1e_4_and_its_gradient_in_16_bits(backend, dtype):
     """Policy and reference differ by little more than the rounding of the hidden states; errors against float64."""
-    tensors, targets = head_tensors(64, 64, 700, spread=2.0, apart=0.007, dtype=dtype), targets_for(64, 700, False)
+    tensors, targets = (
+        head_tensors(64, 64, 700, spread=2.0, apart=0.007, dtype=dtype),
+        targets_for(64, 700, False),
+    )
     got = run_all(call_linear, tensors, targets, ("kl", "reverse_kl"), ("hidden",))
     wide = {name: None if t is None else t.double() for name, t in tensors.items()}
     with use_backend("reference"):
@@ -97,7 +104,9 @@ def test_kl_apart_from_the_policy_by_one_column_alone(backend):
     with use_backend("reference"):
         exact = logits_logprob(logits.double(), targets, ref_logits=reference.double(), outputs=OUTPUTS)
     for name in OUTPUTS:
-        torch.testing.assert_close(getattr(stats, name).double(), getattr(exact, name).double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            getattr(stats, name).double(), getattr(exact, name).double(), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)

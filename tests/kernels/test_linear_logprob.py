@@ -214,7 +214,9 @@ def test_layouts_and_leading_dimensions(backend):
     reference = hidden + 0.1
     bias, ref_bias = torch.randn(90, 2)[:, 0], torch.randn(1).expand(90)
     options = {"temperature": temperature, "outputs": OUTPUTS}
-    got = linear_logprob(hidden, weight, targets, bias=bias, lora=lora, ref_hidden=reference, ref_bias=ref_bias, **options)
+    got = linear_logprob(
+        hidden, weight, targets, bias=bias, lora=lora, ref_hidden=reference, ref_bias=ref_bias, **options
+    )
     dense = HeadLoRA(lora.a.contiguous(), lora.b.contiguous(), lora.gate.expand(3, 5, 4).contiguous())
     want = linear_logprob(hidden.contiguous(), weight.contiguous(), targets.contiguous(), lora=dense,
                           bias=bias.contiguous(), ref_hidden=reference.contiguous(), ref_bias=ref_bias.contiguous(),

@@ -32,7 +32,9 @@ def along(monkeypatch):
     import clp_kernels.cpu.token_stats as native
 
     calls, original = [], native.linear_backward_along
-    monkeypatch.setattr(native, "linear_backward_along", lambda *args: calls.append(args[4]) or original(*args))
+    monkeypatch.setattr(
+        native, "linear_backward_along", lambda *args: calls.append(args[4]) or original(*args)
+    )
     return calls
 
 
@@ -51,14 +53,19 @@ def gradients(tensors, targets, names, wanted=("hidden",), call=call_linear, row
     """Every output, and gradients where `names` alone are differentiable."""
     generator = torch.Generator().manual_seed(1)
     incoming = {n: torch.randn(targets.shape, dtype=torch.float64, generator=generator) for n in names}
-    part = {n: t if t is None or n not in ("hidden", "ref_hidden", "gate") else t[rows] for n, t in tensors.items()}
+    part = {
+        n: t if t is None or n not in ("hidden", "ref_hidden", "gate") else t[rows]
+        for n, t in tensors.items()
+    }
     incoming = {n: g[rows] for n, g in incoming.items()}
     return run(call, part, targets[rows], OUTPUTS, wanted, incoming, **options)
 
 
 def assert_right_alone(tensors, targets, names, wanted=("hidden",), **options):
     """The gradients where `names` alone are differentiable are as accurate as plain torch's; the outputs do not change."""
-    got = gradients(tensors, targets, names, wanted, functools.partial(call_linear, differentiable=names), **options)
+    got = gradients(
+        tensors, targets, names, wanted, functools.partial(call_linear, differentiable=names), **options
+    )
     with use_backend("reference"):
         plain = gradients(tensors, targets, names, wanted, **options)
         wide = {name: None if t is None else t.double() for name, t in tensors.items()}
@@ -109,7 +116,9 @@ def test_masked_columns_have_no_part_in_directions(backend, directions):
     tensors, targets = head_tensors(6, 8, 1200, bias=True), torch.randint(1000, 1200, (6,))
     masked = torch.arange(1200) < 1000
     tensors["bias"][masked] = -torch.inf
-    got = gradients(tensors, targets, WITH_DIRECTIONS, call=functools.partial(call_linear, differentiable=WITH_DIRECTIONS))
+    got = gradients(
+        tensors, targets, WITH_DIRECTIONS, call=functools.partial(call_linear, differentiable=WITH_DIRECTIONS)
+    )
     small = {n: t if n in ("hidden", "ref_hidden") or t is None else t[~masked] for n, t in tensors.items()}
     with use_backend("reference"):
         want = gradients(small, targets - 1000, WITH_DIRECTIONS)
@@ -119,7 +128,9 @@ def test_masked_columns_have_no_part_in_directions(backend, directions):
 
 @NATIVE
 @pytest.mark.parametrize("masked", [0, 1500])
-def test_a_constant_between_policy_and_reference_costs_no_more_than_it_does_recomputing(backend, masked, monkeypatch):
+def test_a_constant_between_policy_and_reference_costs_no_more_than_it_does_recomputing(
+    backend, masked, monkeypatch
+):
     """z - z' is about 100 everywhere, and what it is beside that is the gradient of KL."""
     tensors, targets, errors = head_tensors(30, 16, 2900, bias=True), targets_for(30, 2900), []
     ref_bias = tensors["bias"] - 100
@@ -128,7 +139,9 @@ def test_a_constant_between_policy_and_reference_costs_no_more_than_it_does_reco
         wide = {name: None if t is None else t.double() for name, t in tensors.items()}
         exact = gradients(wide, targets, ("kl",), ref_bias=ref_bias.double())["d_hidden"]
     for keep in (token_stats.Keep(directions=("kl",)), token_stats.Keep()):
-        monkeypatch.setattr(sys.modules["clp_kernels.linear_logprob"], "what_to_keep", lambda *_, keep=keep, **__: keep)
+        monkeypatch.setattr(
+            sys.modules["clp_kernels.linear_logprob"], "what_to_keep", lambda *_, keep=keep, **__: keep
+        )
         call = functools.partial(call_linear, differentiable=("kl",))
         got = gradients(tensors, targets, ("kl",), call=call, ref_bias=ref_bias)["d_hidden"]
         errors.append((got - exact).norm())
@@ -159,7 +172,9 @@ def test_the_head_of_the_reference_may_differ_and_ignored_rows_may_hold_nan(back
     tensors["ref_hidden"], tensors["ref_weight"] = torch.randn(10, 12), torch.randn(70, 12)
     assert_right_alone(tensors, targets, ("kl", "lse"), ref_bias=None)
     tensors["hidden"][1] = torch.nan
-    got = gradients(tensors, targets, WITH_DIRECTIONS, call=functools.partial(call_linear, differentiable=WITH_DIRECTIONS))
+    got = gradients(
+        tensors, targets, WITH_DIRECTIONS, call=functools.partial(call_linear, differentiable=WITH_DIRECTIONS)
+    )
     assert not got["d_hidden"][1].any() and got["d_hidden"].isfinite().all() and len(directions) == 2
 
 
@@ -239,7 +254,8 @@ def test_directions_respect_the_memory_bound_and_need_a_frozen_head():
     cpu, tensors = "clp_kernels.cpu.token_stats", head_tensors(100, 128, 4000, lora=4)
     lora = HeadLoRA(tensors["a"], tensors["b"], tensors["gate"])
     plain, with_lora = (
-        token_stats.Head(tensors["hidden"], tensors["weight"], None, None, None, None, each) for each in (None, lora)
+        token_stats.Head(tensors["hidden"], tensors["weight"], None, None, None, None, each)
+        for each in (None, lora)
     )
 
     def keep(names=("logprob",), needs=("hidden",), keep_bytes=None, head=plain, module=cpu):
@@ -274,7 +290,9 @@ def test_only_the_differentiable_outputs_carry_gradients(backend, op):
     def call(names):
         options = {"outputs": OUTPUTS, "differentiable": names}
         if op == "linear":
-            return linear_logprob(leaf, tensors["weight"], targets, ref_hidden=tensors["ref_hidden"], **options)
+            return linear_logprob(
+                leaf, tensors["weight"], targets, ref_hidden=tensors["ref_hidden"], **options
+            )
         return logits_logprob(leaf, targets, ref_logits=torch.zeros(5, 90), **options)
 
     def gradient(stats, name):
@@ -287,7 +305,9 @@ def test_only_the_differentiable_outputs_carry_gradients(backend, op):
         for name in OUTPUTS:
             torch.testing.assert_close(getattr(stats, name), getattr(everything, name))
         for name in names:
-            torch.testing.assert_close(gradient(stats, name), gradient(everything, name), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                gradient(stats, name), gradient(everything, name), rtol=1e-4, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize(
@@ -306,7 +326,12 @@ def test_differentiable_must_be_among_the_outputs(differentiable, message):
 
 def _compiled_call(hidden, weight, targets):
     stats = linear_logprob(
-        hidden * 2, weight, targets, ref_hidden=hidden.detach(), outputs=("logprob", "kl"), differentiable=("logprob",)
+        hidden * 2,
+        weight,
+        targets,
+        ref_hidden=hidden.detach(),
+        outputs=("logprob", "kl"),
+        differentiable=("logprob",),
     )
     return stats.logprob.mean(), stats.kl
 

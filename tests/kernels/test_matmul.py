@@ -17,7 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def operand(rows, columns, dtype, transposed):
-    return torch.randn(columns, rows, dtype=dtype).t() if transposed else torch.randn(rows, columns, dtype=dtype)
+    return (
+        torch.randn(columns, rows, dtype=dtype).t() if transposed else torch.randn(rows, columns, dtype=dtype)
+    )
 
 
 def exactly(a, b, more, bias, start):
@@ -47,7 +49,11 @@ def test_product_is_as_accurate_as_torchs(instruction_sets, m, k, n):
                 plain = plain + more[0].float() @ more[1].float() + bias
             exact = exactly(a, b, more, bias, start)
             size = exactly(
-                a.abs(), b.abs(), more and [x.abs() for x in more], bias if bias is None else bias.abs(), start.abs()
+                a.abs(),
+                b.abs(),
+                more and [x.abs() for x in more],
+                bias if bias is None else bias.abs(),
+                start.abs(),
             )
             error, torchs = ((x.double() - exact).norm().item() for x in (out, plain))
             allowed = 1.5 * torchs + torch.finfo(torch.float32).eps * size.norm().item()  # and one rounding
@@ -89,7 +95,9 @@ def test_batch_invariant_rows_do_not_depend_on_their_batch(instruction_sets, bac
     """Bits of scoring and of the layer: alone, among 300, elsewhere in the batch, with one thread and with two."""
     rows, width, vocabulary, rank = 300, 257, 4099, 6
     x = torch.randn(rows, width).to(dtype)
-    weight, a, b = (torch.randn(s).to(dtype) for s in ((vocabulary, width), (rank, width), (vocabulary, rank)))
+    weight, a, b = (
+        torch.randn(s).to(dtype) for s in ((vocabulary, width), (rank, width), (vocabulary, rank))
+    )
     bias = torch.randn(vocabulary).to(dtype)
     gate, targets = torch.rand(rows, rank), torch.randint(vocabulary, (rows,))
     names = ("logprob", "entropy", "kl", "reverse_kl", "lse", "ref_logprob", "top1")
@@ -125,5 +133,7 @@ def test_other_users_of_the_tiles_find_them_as_they_left_them(instruction_sets):
     for _ in range(3):
         assert torch.equal(products.matmul(a, b, torch.empty(256, 384)), ours)
         assert torch.equal(half[0] @ half[1], theirs)
-        assert torch.equal(products.matmul(*half, torch.empty(256, 384)), products.matmul(*half, torch.empty(256, 384)))
+        assert torch.equal(
+            products.matmul(*half, torch.empty(256, 384)), products.matmul(*half, torch.empty(256, 384))
+        )
         assert torch.equal(half[0][:5] @ half[1], small)

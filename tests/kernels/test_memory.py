@@ -57,7 +57,9 @@ def assert_passed(process, calls):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="preloads the sanitiser's library as Linux does")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="preloads the sanitiser's library as Linux does"
+)
 def test_sanitizers_find_nothing(request):
     library = run(os.environ.get("CXX", "c++"), "-print-file-name=libasan.so").stdout.strip()
     if not os.path.isabs(library):

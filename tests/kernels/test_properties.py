@@ -38,7 +38,9 @@ CONSTANT = ("ref_logprob", "top1")
 
 
 def dtypes_of(target):
-    halves = {"reference": (torch.bfloat16, torch.float16), "triton": (torch.float16,)}.get(target, (torch.bfloat16,))
+    halves = {"reference": (torch.bfloat16, torch.float16), "triton": (torch.float16,)}.get(
+        target, (torch.bfloat16,)
+    )
     return st.sampled_from((torch.float32, *halves))
 
 
@@ -141,7 +143,9 @@ class LoRACase:
 @st.composite
 def lora_cases(draw, target, needs=None, most=67):
     size = SIZES.map(lambda n: min(n, most))
-    width = size.map(lambda n: max(n, 1)) if target == "triton" else size  # no layer without inputs or outputs there
+    width = (
+        size.map(lambda n: max(n, 1)) if target == "triton" else size
+    )  # no layer without inputs or outputs there
     lead = draw(st.one_of(st.tuples(size), st.tuples(st.sampled_from((0, 1, 2, 3, 5)), size), st.just(())))
     rows, indexed = math.prod(lead), draw(st.sampled_from((None, None, torch.int64, torch.int32)))
     if indexed:
@@ -203,10 +207,14 @@ def test_rows_permuted_give_the_result_permuted(target):
         if index is None and case.groups > 1:
             moved["gate"] = tensors["gate"][order]
         y = multi_lora_linear(*tensors.values(), bias=bias, gate_index=index)
-        got = multi_lora_linear(*moved.values(), bias=bias, gate_index=None if index is None else index[order])
+        got = multi_lora_linear(
+            *moved.values(), bias=bias, gate_index=None if index is None else index[order]
+        )
         # BLAS may take other kernels for rows at the edge of a block: to rounding, not to the bit.
         eps = torch.finfo(case.dtype).eps
-        torch.testing.assert_close(got, y[order], rtol=4 * eps, atol=16 * eps * (1 + y.abs().max().item() if y.numel() else 1))
+        torch.testing.assert_close(
+            got, y[order], rtol=4 * eps, atol=16 * eps * (1 + y.abs().max().item() if y.numel() else 1)
+        )
 
     holds(target, lora_cases(target, needs=(False,) * 6, most=33), claim)
 
@@ -262,7 +270,12 @@ class StatsCase:
 
     def options(self):
         temperature = 0.5 + torch.rand(self.lead, generator=self.generator()) if self.per_row else 0.8
-        return {"softcap": self.softcap, "logit_scale": self.logit_scale, "temperature": temperature, "outputs": self.outputs}
+        return {
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "temperature": temperature,
+            "outputs": self.outputs,
+        }
 
     def targets(self):
         targets = torch.randint(0, self.vocabulary, self.lead, generator=self.generator())
@@ -303,7 +316,9 @@ class StatsCase:
 def stats_cases(draw, target, outputs=None):
     small = target == "triton"
     rows = st.sampled_from((0, 1, 2, 3, 5, 7, 13) if small else (0, 1, 2, 3, 7, 31, 67))
-    vocabulary = st.sampled_from((1, 2, 3, 17, 64, 67, 257) if small else (1, 2, 3, 17, 67, 1021, 1024, 1025, 2053))
+    vocabulary = st.sampled_from(
+        (1, 2, 3, 17, 64, 67, 257) if small else (1, 2, 3, 17, 67, 1021, 1024, 1025, 2053)
+    )
     reference = draw(st.sampled_from((None, "shared", "apart") if outputs is None else ("shared", "apart")))
     allowed = [name for name in OUTPUTS if reference or name not in ("ref_logprob", "kl", "reverse_kl")]
     return StatsCase(
@@ -341,7 +356,10 @@ def collected(case, stats, leaves):
         grads = torch.autograd.grad([results[name] for name in differentiated], list(asking.values()),
                                     [incoming[name].to(results[name].dtype) for name in differentiated],
                                     allow_unused=True)  # fmt: skip
-        results |= {f"d_{name}": torch.zeros_like(t) if g is None else g for (name, t), g in zip(asking.items(), grads)}
+        results |= {
+            f"d_{name}": torch.zeros_like(t) if g is None else g
+            for (name, t), g in zip(asking.items(), grads)
+        }
     return {name: value.detach() for name, value in results.items()}
 
 
@@ -374,7 +392,11 @@ def test_linear_logprob_and_its_gradients_equal_the_specification(target):
         with use_backend("reference"):
             plain, exact = linear_results(case, tensors), linear_results(case, wide(tensors))
         t = wide(tensors)
-        logits = (t["hidden"].abs() @ t["weight"].abs().t()).max().item() if case.width and math.prod(case.lead) else 0.0
+        logits = (
+            (t["hidden"].abs() @ t["weight"].abs().t()).max().item()
+            if case.width and math.prod(case.lead)
+            else 0.0
+        )
         low = largest(t["a"]) * case.width * largest(t["hidden"])  # of hidden a^T
         logits += largest(t["bias"]) + (case.rank or 0) * largest(t["b"]) * largest(t["gate"]) * low
         if t["ref_hidden"] is not None and t["ref_hidden"].numel():
@@ -385,7 +407,9 @@ def test_linear_logprob_and_its_gradients_equal_the_specification(target):
                  "weight": rows * largest(t["hidden"]), "bias": rows, "gate": largest(t["b"]) * low,
                  "a": rows * largest(t["b"]) * largest(t["gate"]) * largest(t["hidden"]),
                  "b": rows * low * largest(t["gate"])}  # fmt: skip
-        assert_statistics_right(case, got, plain, exact, logits, {name: size * incoming for name, size in sizes.items()})
+        assert_statistics_right(
+            case, got, plain, exact, logits, {name: size * incoming for name, size in sizes.items()}
+        )
 
     holds(target, stats_cases(target), claim, 60)
 
@@ -395,7 +419,9 @@ def test_logits_logprob_and_its_gradient_equal_the_specification(target):
     def claim(case):
         generator = case.generator()
         shape = (*case.lead, case.vocabulary)
-        logits = laid_out((torch.randn(shape, generator=generator) * case.spread).to(case.dtype), case.layouts[0])
+        logits = laid_out(
+            (torch.randn(shape, generator=generator) * case.spread).to(case.dtype), case.layouts[0]
+        )
         reference = None
         if case.reference:
             noise = torch.randn(shape, generator=generator) * (1.0 if case.reference == "apart" else 0.05)
@@ -423,10 +449,14 @@ def test_statistics_stay_in_their_bounds(target):
     def claim(case):
         generator = case.generator()
         logits = torch.randn((*case.lead, case.vocabulary), generator=generator) * case.spread
-        other = logits + torch.randn(logits.shape, generator=generator) * (3.0 if case.reference == "apart" else 1e-3)
+        other = logits + torch.randn(logits.shape, generator=generator) * (
+            3.0 if case.reference == "apart" else 1e-3
+        )
         stats = logits_logprob(logits, case.targets(), ref_logits=other, **case.options())
         rounding = 4e-6 * case.spread
-        assert (stats.entropy >= -rounding).all() and (stats.entropy <= math.log(case.vocabulary) + rounding).all()
+        assert (stats.entropy >= -rounding).all() and (
+            stats.entropy <= math.log(case.vocabulary) + rounding
+        ).all()
         for name in ("logprob", "ref_logprob"):
             assert (getattr(stats, name) <= rounding).all()
         assert (stats.kl >= -rounding).all() and (stats.reverse_kl >= -rounding).all()
@@ -466,7 +496,12 @@ def merged(one, two):
 def pieces(draw):
     count = draw(st.integers(1, 6))
     widths = draw(st.lists(st.sampled_from((1, 2, 7, 40)), min_size=count, max_size=count))
-    return draw(st.integers(0, 999)), widths, draw(st.permutations(range(count))), draw(st.sampled_from((1.0, 30.0)))
+    return (
+        draw(st.integers(0, 999)),
+        widths,
+        draw(st.permutations(range(count))),
+        draw(st.sampled_from((1.0, 30.0))),
+    )
 
 
 def test_sums_of_pieces_merge_in_any_order_and_any_grouping_to_the_statistics_of_the_whole():
@@ -509,14 +544,18 @@ class DrawCase:
     dtype: torch.dtype
 
     def logits(self):
-        logits = torch.randn(self.rows, self.vocabulary, generator=torch.Generator().manual_seed(self.seed)) * 3
+        logits = (
+            torch.randn(self.rows, self.vocabulary, generator=torch.Generator().manual_seed(self.seed)) * 3
+        )
         return laid_out((logits.round() if self.ties else logits).to(self.dtype), self.layout)
 
     def options(self):
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
     def seeds(self):
-        return torch.randint(-(2**62), 2**62, (self.rows,), generator=torch.Generator().manual_seed(self.seed + 1))
+        return torch.randint(
+            -(2**62), 2**62, (self.rows,), generator=torch.Generator().manual_seed(self.seed + 1)
+        )
 
 
 @st.composite
@@ -542,7 +581,9 @@ def test_sampled_tokens_lie_in_the_support_and_have_their_log_prob(target):
         z = logits.double()
         log_p = (z / temperature).log_softmax(-1)
         size = 1 + largest(z) / temperature
-        torch.testing.assert_close(logprob.double(), log_p.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-6 * size)
+        torch.testing.assert_close(
+            logprob.double(), log_p.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-6 * size
+        )
         with use_backend("reference"):
             scored = logits_logprob(logits.float(), tokens, temperature=temperature).logprob
         torch.testing.assert_close(logprob, scored, rtol=1e-5, atol=1e-6 * size)
@@ -558,7 +599,12 @@ def test_sampled_tokens_lie_in_the_support_and_have_their_log_prob(target):
             assert (chosen >= top + temperature * math.log(case.min_p) - 1e-6 * (1 + top.abs())).all()
         if case.temperature and case.top_p:
             # What is strictly more likely weighs less than top_p of what top_k keeps.
-            kept = z >= z.sort(-1, descending=True).values[:, [min(case.top_k or case.vocabulary, case.vocabulary) - 1]]
+            kept = (
+                z
+                >= z.sort(-1, descending=True).values[
+                    :, [min(case.top_k or case.vocabulary, case.vocabulary) - 1]
+                ]
+            )
             mass = (log_p.exp() * kept).sum(-1)
             above = (log_p.exp() * (kept & (z > chosen[:, None]))).sum(-1)
             assert (above < case.top_p * mass + 1e-6).all()
