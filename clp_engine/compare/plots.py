@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, distinguishable for colour-blind readers, without the yellow; markers tell them apart as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7B4FA3", "#8C6D31")
-_MARKERS = ("o", "s", "^", "D", "v", "p", "h", "<")
+_COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7B4FA3", "#8C6D31", "#E41A6B", "#5C6B73",
+)  # fmt: skip
+_MARKERS = ("o", "s", "^", "D", "v", "p", "h", "<", ">", "X")
 _SPECIALIST = "#222222"
 _BASELINES = ("soup", "logit_mixing")
 
@@ -75,7 +77,7 @@ def draw_fronts(comparison: Comparison) -> Figure:
             _reward_panel(figure.add_subplot(grid[i // columns, i % columns]), comparison, *pair)
         _utility_panel(figure.add_subplot(grid[rows, :]), comparison)
     _legend(figure, comparison)
-    figure.suptitle(_title(comparison), fontsize=11)
+    figure.suptitle(_title(comparison), fontsize=11, x=0.01, ha="left")
     return figure
 
 
