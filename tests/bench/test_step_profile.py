@@ -42,7 +42,7 @@ def test_a_clock_sees_model_kernels_rewards_and_the_rest_of_a_step(case):
         assert {"forward", "backward", "kernels", "optimiser", REWARDS, ENGINE} == found.keys()
         rewarded = sum(s.seconds for s in segments if s.scope == REWARDS)
         assert rewarded >= 0.3 and found[ENGINE] < 1 - found[REWARDS]
-        assert {"rollout", "reward", "update", "optimizer", "rest"} == {s.phase for s in segments}
+        assert {"rollout", "reference", "update", "optimizer", "rest"} == {s.phase for s in segments}
 
 
 def test_a_profile_says_what_every_part_of_a_step_computes(case, tmp_path, capsys):
