@@ -352,13 +352,13 @@ def what_to_keep(
     Counted are the products of T V H multiplications that are still to come once the logits are there, as they cost what they
     cost in any case:
 
-        kept logits   1   d(loss)/d(logits) times W
+        kept logits   1   d(loss)/d(logits) times W; and a kept logit's traffic, that of a product _WORTH_KEEPING wide
         recomputed    2   the policy's logits again, and that product; 3 with kl or reverse_kl, which take the reference's too
         directions    1   sum e^(z - m) W beside the running sums of the forward pass, rescaled as the maximum moves (as
                           flash attention does); 2 with kl, for sum e (z - z') W
 
     logprob alone thus takes 2 products in all without a reference and 3 with one; with kl as well, 4 (5 recomputed). The fewest
-    win; directions over kept logits where both have 1, as they are smaller and take no second exponential. entropy has no
+    win; with logprob and kl and room for both heads' logits, that is directions up to H = 256. entropy has no
     direction: its sum e (z - m) W would be one product more, and 2 are what recomputing takes. Nor has reverse_kl: near the
     reference the difference of sum p W and sum q W would lose what sum (p - q) W keeps.
 
@@ -385,8 +385,9 @@ def what_to_keep(
         or size > bound
     ):
         return kept
-    others = count * (1 + copies) - kept.rows * copies
-    return Keep(directions=tuple(names)) if terms * count < others or terms == 1 else kept
+    traffic = copies * _WORTH_KEEPING["cpu"] / max(head.hidden.shape[1], 1)
+    others = kept.rows * (1 + traffic) + (count - kept.rows) * (1 + copies)
+    return Keep(directions=tuple(names)) if terms * count <= others else kept
 
 
 def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:

@@ -265,7 +265,11 @@ def test_directions_respect_the_memory_bound_and_need_a_frozen_head():
     assert keep() == token_stats.Keep(directions=("logprob",))
     assert keep(keep_bytes=size).directions and not keep(keep_bytes=size - 1).directions
     assert keep(keep_bytes=0) == token_stats.Keep(0, 1)
-    assert keep(("logprob", "kl")) == token_stats.Keep(100, 2)  # room for all logits, and one product left
+    wide = head_tensors(100, 512, 4000)
+    wide = token_stats.Head(wide["hidden"], wide["weight"], None, None, None, None, None)
+    assert keep(("logprob", "kl"), head=wide) == token_stats.Keep(100, 2)  # room for all logits, and one product left
+    assert keep(("logprob", "kl")).directions  # whose width is less than that of the traffic
+    assert keep(("logprob", "kl"), head=wide, keep_bytes=0) == token_stats.Keep(0, 2)
     assert keep(("logprob", "kl"), keep_bytes=2 * size).directions == ("logprob", "kl")
     assert not keep(needs=("hidden", "weight")).directions and not keep(needs=("lora_a",)).directions
     assert not keep(module="clp_kernels.triton_kernels.token_stats").directions
