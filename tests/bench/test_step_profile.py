@@ -41,7 +41,8 @@ def test_a_clock_sees_model_kernels_rewards_and_the_rest_of_a_step(case):
         found = shares(segments)
         assert {"forward", "backward", "kernels", "optimiser", REWARDS, ENGINE} == found.keys()
         rewarded = sum(s.seconds for s in segments if s.scope == REWARDS)
-        assert rewarded >= 0.3 and found[ENGINE] < 1 - found[REWARDS]
+        # Not all of the 0.3 s: the worker may begin to sleep before the step gets round to waiting for it.
+        assert rewarded >= 0.25 and found[ENGINE] < 1 - found[REWARDS]
         assert {"rollout", "reference", "update", "optimizer", "rest"} == {s.phase for s in segments}
 
 
