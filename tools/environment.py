@@ -1,9 +1,10 @@
 """Makes the checkout's virtual environment and installs clp-engine into it, once; says in plain words what is missing.
 
-    python3 tools/environment.py [--venv .venv] [--own-torch] [--extras plot,test]
+    python3 tools/environment.py [--venv .venv] [--own-torch] [--extras plot,test] [--peers]
 
 Only the standard library, and syntax that old interpreters can read far enough to be told that they are too old.
 --own-torch: use the packages this interpreter already has (a GPU build of torch, say) instead of the pinned CPU ones.
+--peers: also the libraries that tests/peers compares with.
 """
 
 import argparse
@@ -17,6 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OLDEST = (3, 10)
 # What the installed package depends on: a change of any of these installs again. Python sources are used in place.
 INPUTS = ("pyproject.toml", "CMakeLists.txt", "constraints.txt", "csrc")
+PEERS, PEERS_ALONE = "tests/peers/requirements.txt", "tests/peers/requirements-alone.txt"
 
 
 def fail(message):
@@ -50,9 +52,9 @@ def check_compiler():
         )
 
 
-def fingerprint(options):
+def fingerprint(options, inputs):
     digest = hashlib.sha256(repr((options, sys.version_info[:3], ROOT)).encode())
-    for name in INPUTS:
+    for name in inputs:
         path = os.path.join(ROOT, name)
         files = (
             [path]
@@ -123,31 +125,53 @@ def explain(output):
     fail("installing failed; the reason is in the lines above.")
 
 
+def once(folder, stamp, expected, install):
+    # `install`, unless the environment says that this very thing was installed before.
+    stamp = os.path.join(folder, stamp)
+    if os.path.exists(stamp):
+        with open(stamp) as stream:
+            if stream.read() == expected:
+                return
+    install()
+    with open(stamp, "w") as stream:
+        stream.write(expected)
+
+
 def main():
     check_python()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", default=".venv")
     parser.add_argument("--extras", default="plot,test")
     parser.add_argument("--own-torch", action="store_true")
+    parser.add_argument("--peers", action="store_true")
     options = parser.parse_args()
     folder = os.path.join(ROOT, options.venv)
     python = os.path.join(folder, "bin", "python")
-    stamp, expected = os.path.join(folder, "clp-engine.installed"), fingerprint(sorted(vars(options).items()))
-    if os.path.exists(python) and os.path.exists(stamp):
-        with open(stamp) as stream:
-            if stream.read() == expected:
-                return
-    check_compiler()
-    if not os.path.exists(python):
-        print("making a virtual environment in %s" % options.venv)
-        flags = ["--system-site-packages"] if options.own_torch else []
-        if subprocess.call([sys.executable, "-m", "venv"] + flags + [folder]):
-            fail("making the virtual environment failed; the reason is in the lines above.")
-    print("installing clp-engine and what it needs (a few minutes the first time)")
     constraints = [] if options.own_torch else ["-c", "constraints.txt"]
-    pip(python, constraints + ["-e", ".[%s]" % options.extras])
-    with open(stamp, "w") as stream:
-        stream.write(expected)
+
+    def install():
+        check_compiler()
+        if not os.path.exists(python):
+            print("making a virtual environment in %s" % options.venv)
+            flags = ["--system-site-packages"] if options.own_torch else []
+            if subprocess.call([sys.executable, "-m", "venv"] + flags + [folder]):
+                fail("making the virtual environment failed; the reason is in the lines above.")
+        print("installing clp-engine and what it needs (a few minutes the first time)")
+        pip(python, constraints + ["-e", ".[%s]" % options.extras])
+
+    def install_peers():
+        print("installing the libraries that clp-engine is compared with")
+        pip(python, constraints + ["-r", PEERS])
+        pip(python, ["--no-deps", "-r", PEERS_ALONE])
+
+    chosen = [options.extras, options.own_torch, options.venv]
+    if not os.path.exists(python):
+        for stamp in ("clp-engine.installed", "clp-engine.peers"):
+            if os.path.exists(os.path.join(folder, stamp)):
+                os.remove(os.path.join(folder, stamp))
+    once(folder, "clp-engine.installed", fingerprint(chosen, INPUTS), install)
+    if options.peers:
+        once(folder, "clp-engine.peers", fingerprint(chosen, (PEERS, PEERS_ALONE)), install_peers)
 
 
 if __name__ == "__main__":
