@@ -2,8 +2,8 @@
 
 The engine's own time is what is left of a step (all that the trainer does for it, logging and callbacks included) after
 
-    the model            calls of the decoder (its conditioned layers with their Python included) and of the output
-                         projection, and autograd's backward pass
+    the model            calls of the decoder (its conditioned layers with their Python included, or in C++ while completions
+                         are written) and of the output projection, and autograd's backward pass
     kernels              calls of a back-end of clp_kernels outside of those: token statistics, sampling, their products
     the optimiser        torch's operators of gradient clipping and AdamW (not the Python around them)
     reward functions     the user's, and, where they run on another thread, the time the engine does nothing but wait for them
@@ -38,6 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from clp_kernels.decoder import Decoding
 
 from bench import environment, timeline
 from bench.cases import e2e
@@ -99,6 +100,7 @@ def marked(function: Callable, mark: Mark, layer: str, name: str) -> Callable:
         with mark(layer, name):
             return function(*arguments, **options)
 
+    call.changes_no_numbers = True  # so that the decoder in C++ still stands in for a model whose forward is this
     return call
 
 
@@ -129,6 +131,7 @@ def instrumented(trainer, mark: Mark, after_step: Callable[[], None] = lambda: N
         backbone = trainer.policy.backbone
         for module in {id(m): m for m in (_stack(backbone), backbone.head.module)}.values():
             wrap(module, "forward", "scope", "forward")
+        wrap(Decoding, "step", "scope", "forward")  # the model of a rollout, where it is in C++
         for name in ("backward", "grad"):
             wrap(torch.autograd, name, "scope", "backward")
         for name in _OPTIMISER:

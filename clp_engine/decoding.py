@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 
 class Decoding(Protocol):
-    """A source of the logits that rows draw their tokens from, one token at a time: `rollout` needs no more of a model."""
+    """A source of the logits that rows draw their tokens from, one token at a time: `rollout` needs no more of a model.
+
+    drop_share: of the rows, how many must have ended before leaving them out is worth what it costs; 0 where it costs nothing.
+    """
+
+    drop_share: float
 
     @property
     def places(self) -> int:
@@ -33,6 +38,8 @@ class BlendDecoding:
     prompt_ids, prompt_mask: (P, S), left-padded; blend: (P, D), or None for the base model; group: rows per prompt; room: most
     tokens of a row; at_once: most groups of rows together.
     """
+
+    drop_share = 0.25  # the cache is copied
 
     def __init__(
         self,

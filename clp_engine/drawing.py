@@ -34,12 +34,7 @@ class Drawing:
         begun: Sequence[Sequence[int]] | None = None,
     ):
         rows, device = len(row_seeds), row_seeds.device
-        self.limit, self._sampling, self._seeds, self._pad = (
-            sampling.max_new_tokens,
-            sampling,
-            row_seeds,
-            policy.pad_token_id,
-        )
+        self.limit, self._sampling, self._pad = sampling.max_new_tokens, sampling, policy.pad_token_id
         self.tokens = torch.full((rows, self.limit), self._pad, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, self.limit, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
@@ -59,38 +54,53 @@ class Drawing:
                     "use end tokens instead"
                 ) from error
         begun = [()] * rows if begun is None else begun
-        self._offset = torch.tensor([len(tokens) for tokens in begun], device=device)
+        offset = torch.tensor([len(tokens) for tokens in begun], device=device).unsqueeze(1)
+        # Of all tokens at once: some thirty small operations, which a token of its own would take as well.
+        steps = torch.arange(self.limit, device=device)
+        self._seeds = derive(row_seeds.unsqueeze(1), offset + steps).flatten()
         if self._stop_strings is not None:
             window = self._stop_strings.maximum_token_len
             before = [[*[self._pad] * window, *tokens][-window:] for tokens in begun]
             self._before = torch.tensor(before, dtype=torch.long, device=device)
 
-    def draw(self, logits: torch.Tensor, rows: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-        """Draw the next token of `rows` (n,) from logits (n, V), where live (n,) -> tokens (n,), padding elsewhere."""
-        at, sampling = self.lengths[rows], self._sampling
+    def draw(
+        self, logits: torch.Tensor, rows: torch.Tensor, live: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Draw the next token of `rows` (n,) from logits (n, V) -> tokens (n,).
+
+        live: (n,) bool, which rows go on; the others are left as they are and get padding. None where none has finished.
+        """
+        at, sampling = self.lengths.index_select(0, rows), self._sampling
+        # A row that has finished may be full: its last place is written back as it was.
+        place = rows * self.limit + (at if live is None else at.clamp_max(self.limit - 1))
         drawn, logprob = sample_tokens(
             logits,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            seeds=derive(self._seeds[rows], self._offset[rows] + at),
+            seeds=self._seeds.index_select(0, place),
         )
+        tokens, logprobs = self.tokens.view(-1), self.logprobs.view(-1)
+        if live is None:
+            tokens.index_copy_(0, place, drawn)
+            logprobs.index_copy_(0, place, logprob)
+            self.lengths.index_copy_(0, rows, at + 1)
+            self.terminated.index_copy_(0, rows, self._ends(drawn, rows))
+            return drawn
         drawn = torch.where(live, drawn, self._pad)
-        # A row that is not live may be full: its last place is written back as it was.
-        place = at.clamp_max(self.limit - 1)
-        self.tokens[rows, place] = torch.where(live, drawn, self.tokens[rows, place])
-        self.logprobs[rows, place] = torch.where(live, logprob, self.logprobs[rows, place])
-        self.lengths[rows] = at + live
+        tokens.index_copy_(0, place, torch.where(live, drawn, tokens[place]))
+        logprobs.index_copy_(0, place, torch.where(live, logprob, logprobs[place]))
+        self.lengths.index_copy_(0, rows, at + live)
         self.terminated[rows] |= live & self._ends(drawn, rows)
         return drawn
 
     def finished(self, rows: torch.Tensor) -> torch.Tensor:
         """(n,) bool: nothing more is drawn for these rows."""
-        return self.terminated[rows] | (self.lengths[rows] >= self.limit)
+        return self.terminated.index_select(0, rows) | (self.lengths.index_select(0, rows) >= self.limit)
 
     def _ends(self, drawn: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ended = torch.isin(drawn, self._stop_ids)
+        ended = (drawn.unsqueeze(1) == self._stop_ids).any(1)
         if self._stop_strings is None:
             return ended
         # The criteria read the end of each row; before its first token there is padding, which spells no text.

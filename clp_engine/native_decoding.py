@@ -363,6 +363,8 @@ def choose(policy: ConditionedPolicy) -> Plan | None:
 class NativeDecoding:
     """`decoding.Decoding` by the native decoder; arguments as of `BlendDecoding`."""
 
+    drop_share = 0.0
+
     def __init__(
         self,
         policy: ConditionedPolicy,

@@ -23,8 +23,6 @@ from clp_engine.seeds import derive
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
 
-# Dropping rows copies the cache, and joining them does: worth it once this share of the running rows has finished.
-_DROP_SHARE = 0.25
 # Steps between looks at who has ended, where looking makes the host wait for the device.
 _LOOK_EVERY = 8
 
@@ -217,9 +215,8 @@ def _decode(drawing: Drawing, decoding: Decoding, prompts: int, group: int) -> N
     """Every completion of every prompt, as places come free."""
     device = drawing.tokens.device
     every = 1 if device.type == "cpu" else _LOOK_EVERY
-    running = torch.empty(
-        0, dtype=torch.long, device=device
-    )  # rows in the batch, some of which may have ended
+    running = torch.empty(0, dtype=torch.long, device=device)  # rows in the batch
+    live = None  # which of them have not finished; None where none has
     logits, waiting = None, 0  # the first prompt that has not joined
     left = 0  # steps after which whoever is in the batch has ended, whatever it says
     while True:
@@ -229,17 +226,21 @@ def _decode(drawing: Drawing, decoding: Decoding, prompts: int, group: int) -> N
             logits = first if logits is None else torch.cat([logits, first])
             running = torch.cat([running, torch.arange(waiting * group, stop * group, device=device)])
             waiting, left = stop, drawing.limit
-        drawn = drawing.draw(logits, running, ~drawing.finished(running))
+            live = None if live is None else torch.cat([live, live.new_ones(len(first))])
+        drawn = drawing.draw(logits, running, live)
         left -= 1
+        done = drawing.finished(running)
+        live = ~done
         if left % every == 0:
-            done = drawing.finished(running)
             finished = int(done.sum())  # the host waits for the device here
             if finished == len(running) and waiting == prompts:
                 return
-            if finished >= _DROP_SHARE * len(running):
-                keep = (~done).nonzero().squeeze(-1)
+            if finished and finished >= decoding.drop_share * len(running):
+                keep = live.nonzero().squeeze(-1)
                 decoding.keep(keep)
-                running, drawn = running[keep], drawn[keep]
+                running, drawn, finished = running[keep], drawn[keep], 0
+            if finished == 0:
+                live = None
         logits = decoding.step(drawn) if len(running) else None
 
 

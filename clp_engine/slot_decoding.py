@@ -207,6 +207,8 @@ class SlotDecoding:
     A prompt's slot is free when the last of its rows has left.
     """
 
+    drop_share = 0.25  # groups move, and another graph may have to be captured
+
     def __init__(
         self,
         policy: ConditionedPolicy,

@@ -297,6 +297,7 @@ class Decoding:
         self._prompts: list[tuple[Tensor, Tensor]] = []
         self._lengths = self._prompt_keys = self._prompt_values = torch.empty(0, dtype=torch.long)
         self._rows = _Rows()
+        self._slots: list[int] = []  # of the rows, as in `_rows`: what is free is counted on the host
         self._logits = torch.empty(_rounded(slots), _rounded(w.embedding.shape[0]))
         self._alive: list[Tensor] = []
         self._pack_low_rank(low_rank or {})
@@ -423,15 +424,16 @@ class Decoding:
             ]
             if few:
                 raise ValueError(f"Decoding: the gate of {few[0]} has no row for prompt {int(prompts.max())}")
-        slots = torch.tensor([self._free.pop(0) for _ in range(len(prompts))], dtype=torch.long)
-        self._rows = self._rows.join(_Rows(prompts, slots, torch.zeros(len(prompts), dtype=torch.long)))
+        slots, self._free = self._free[: len(prompts)], self._free[len(prompts) :]
+        self._slots = self._slots + slots
+        own = torch.tensor(slots, dtype=torch.long)
+        self._rows = self._rows.join(_Rows(prompts, own, torch.zeros(len(prompts), dtype=torch.long)))
 
     def keep(self, rows: Tensor) -> None:
         """Only these of the present rows (indices) go on, in this order; nothing is copied. The others' slots are free."""
-        kept = self._rows.select(rows)
-        gone = set(self._rows.slot.tolist()) - set(kept.slot.tolist())
-        self._free += sorted(gone)
-        self._rows = kept
+        slots = [self._slots[row] for row in rows.tolist()]
+        self._free += sorted(set(self._slots) - set(slots))
+        self._rows, self._slots = self._rows.select(rows), slots
 
     def step(self, tokens: Tensor) -> Tensor:
         """(rows, V) float32, the logits after tokens (rows,), int64. The next step writes to the same memory."""

@@ -44,6 +44,9 @@ def test_a_clock_sees_model_kernels_rewards_and_the_rest_of_a_step(case):
         # Not all of the 0.3 s: the worker may begin to sleep before the step gets round to waiting for it.
         assert rewarded >= 0.25 and found[ENGINE] < 1 - found[REWARDS]
         assert {"rollout", "reference", "update", "optimizer", "rest"} == {s.phase for s in segments}
+        # The step is looked at as it is: its rollout is still the C++ decoder's, and that is the model.
+        decoding = {(s.phase, s.scope) for s in segments if s.kind == "native decoding"}
+        assert ("rollout", "forward") in decoding
 
 
 def test_a_profile_says_what_every_part_of_a_step_computes(case, tmp_path, capsys):
