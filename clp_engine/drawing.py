@@ -1,4 +1,8 @@
-"""The rows of a rollout: what each has said so far, how its next token is drawn, and when it ends."""
+"""The rows of a rollout: what each has said so far, how its next token is drawn, and when it ends.
+
+A token of a small model takes a millisecond and an operation on a tensor ten microseconds, so a draw does few of them: random
+numbers are derived for all tokens at once, and what was drawn is put in its place at the end.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Drawing:
-    """Completions of B rows, at most `sampling.max_new_tokens` tokens each.
+    """Completions of B rows, at most `sampling.max_new_tokens` = T tokens each; rows join, draw together, and leave.
 
-    tokens (B, T) int64, logprobs (B, T) float32 and lengths (B,) int64 grow with every draw; terminated (B,) bool: ended by an
-    end token or a stop string, which are part of the completion. row_seeds (B,) int64: token t of a row is drawn from
-    derive(row_seed, t), whatever else is drawn beside it. begun: tokens that rows said before, which are counted in t and read
-    for stop strings, and not part of `tokens`.
+    running, done: (n,), the rows that draw, and which of them have finished: by an end token or a stop string, which are part
+        of the completion, or by their length.
+    row_seeds: (B,) int64; token t of a row is drawn from derive(row_seed, t), whatever else is drawn beside it.
+    begun: tokens that rows said before, which are counted in t and read for stop strings, and are not part of the completion.
     """
 
     def __init__(
@@ -33,47 +37,59 @@ class Drawing:
         row_seeds: torch.Tensor,
         begun: Sequence[Sequence[int]] | None = None,
     ):
-        rows, device = len(row_seeds), row_seeds.device
+        self._rows, device = len(row_seeds), row_seeds.device
         self.limit, self._sampling, self._pad = sampling.max_new_tokens, sampling, policy.pad_token_id
-        self.tokens = torch.full((rows, self.limit), self._pad, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(rows, self.limit, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.terminated = torch.zeros(rows, dtype=torch.bool, device=device)
         self._stop_ids = torch.tensor(policy.stop_token_ids, dtype=torch.long, device=device)
-        self._stop_strings = None
-        if sampling.stop_strings:
-            if policy.tokenizer is None:
-                raise ConfigError(
-                    "stop_strings needs a tokenizer; give one to from_pretrained(tokenizer=...)"
-                )
-            try:
-                self._stop_strings = StopStringCriteria(policy.tokenizer, list(sampling.stop_strings))
-            except ValueError as error:
-                raise ConfigError(
-                    f"stop_strings: what the tokens of {type(policy.tokenizer).__name__} spell cannot be told ({error}); "
-                    "use end tokens instead"
-                ) from error
-        begun = [()] * rows if begun is None else begun
+        begun = [()] * self._rows if begun is None else begun
         offset = torch.tensor([len(tokens) for tokens in begun], device=device).unsqueeze(1)
-        # Of all tokens at once: some thirty small operations, which a token of its own would take as well.
         steps = torch.arange(self.limit, device=device)
-        self._seeds = derive(row_seeds.unsqueeze(1), offset + steps).flatten()
+        seeds = derive(row_seeds.unsqueeze(1), offset + steps).flatten()
+        # Token t of row b belongs at b * T + t; what a row draws after its end goes to one place more, which nobody reads.
+        self._nowhere = len(seeds)
+        self._seeds = torch.cat([seeds, seeds.new_zeros(1)])
+        self.running = torch.empty(0, dtype=torch.long, device=device)
+        self.done = torch.empty(0, dtype=torch.bool, device=device)
+        self._place, self._last = self.running, self.running
+        self._drawn: list[tuple[torch.Tensor, ...]] = []
+        self._tokens = torch.full((self._nowhere + 1,), self._pad, dtype=torch.long, device=device)
+        self._logprobs = torch.zeros(self._nowhere + 1, device=device)
+        self._valid = torch.zeros(self._nowhere + 1, dtype=torch.bool, device=device)
+        self._ended = self._valid.clone()
+        self._stop_strings = self._stop_criteria(policy) if sampling.stop_strings else None
         if self._stop_strings is not None:
             window = self._stop_strings.maximum_token_len
             before = [[*[self._pad] * window, *tokens][-window:] for tokens in begun]
             self._before = torch.tensor(before, dtype=torch.long, device=device)
 
-    def draw(
-        self, logits: torch.Tensor, rows: torch.Tensor, live: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Draw the next token of `rows` (n,) from logits (n, V) -> tokens (n,).
+    def _stop_criteria(self, policy: ConditionedPolicy) -> StopStringCriteria:
+        if policy.tokenizer is None:
+            raise ConfigError("stop_strings needs a tokenizer; give one to from_pretrained(tokenizer=...)")
+        try:
+            return StopStringCriteria(policy.tokenizer, list(self._sampling.stop_strings))
+        except ValueError as error:
+            raise ConfigError(
+                f"stop_strings: what the tokens of {type(policy.tokenizer).__name__} spell cannot be told ({error}); "
+                "use end tokens instead"
+            ) from error
 
-        live: (n,) bool, which rows go on; the others are left as they are and get padding. None where none has finished.
-        """
-        at, sampling = self.lengths.index_select(0, rows), self._sampling
-        # A row that has finished may be full: its last place is written back as it was.
-        place = rows * self.limit + (at if live is None else at.clamp_max(self.limit - 1))
-        drawn, logprob = sample_tokens(
+    def join(self, rows: torch.Tensor) -> None:
+        """These rows begin, behind those that run."""
+        first = rows * self.limit
+        self.running = torch.cat([self.running, rows])
+        self.done = torch.cat([self.done, self.done.new_zeros(len(rows))])
+        self._place = torch.cat([self._place, first])
+        self._last = torch.cat([self._last, first + self.limit - 1])
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Only these of the running rows, in this order, go on."""
+        self.running, self.done, self._place, self._last = (
+            t.index_select(0, index) for t in (self.running, self.done, self._place, self._last)
+        )
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Draw the next token of each running row from logits (n, V) -> tokens (n,); what finished rows get means nothing."""
+        sampling, place = self._sampling, self._place
+        tokens, logprob = sample_tokens(
             logits,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -81,30 +97,43 @@ class Drawing:
             min_p=sampling.min_p,
             seeds=self._seeds.index_select(0, place),
         )
-        tokens, logprobs = self.tokens.view(-1), self.logprobs.view(-1)
-        if live is None:
-            tokens.index_copy_(0, place, drawn)
-            logprobs.index_copy_(0, place, logprob)
-            self.lengths.index_copy_(0, rows, at + 1)
-            self.terminated.index_copy_(0, rows, self._ends(drawn, rows))
-            return drawn
-        drawn = torch.where(live, drawn, self._pad)
-        tokens.index_copy_(0, place, torch.where(live, drawn, tokens[place]))
-        logprobs.index_copy_(0, place, torch.where(live, logprob, logprobs[place]))
-        self.lengths.index_copy_(0, rows, at + live)
-        self.terminated[rows] |= live & self._ends(drawn, rows)
-        return drawn
+        ended = (tokens.unsqueeze(1) == self._stop_ids).any(1)
+        if self._stop_strings is not None:
+            ended |= self._ends_in_text(tokens)
+        self._drawn.append((place, tokens, logprob, ended))
+        self.done = (place == self._last).logical_or_(ended).logical_or_(self.done)
+        self._place = (place + 1).masked_fill_(self.done, self._nowhere)
+        return tokens
 
-    def finished(self, rows: torch.Tensor) -> torch.Tensor:
-        """(n,) bool: nothing more is drawn for these rows."""
-        return self.terminated.index_select(0, rows) | (self.lengths.index_select(0, rows) >= self.limit)
-
-    def _ends(self, drawn: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ended = (drawn.unsqueeze(1) == self._stop_ids).any(1)
-        if self._stop_strings is None:
-            return ended
+    def _ends_in_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n,) bool: the text of the running rows with these tokens ends in a stop string."""
+        self._write()
+        self._tokens.index_copy_(0, self._place, tokens)
+        rows, window = self.running, self._before.shape[1]
+        whole = torch.cat([self._before[rows], self._tokens[:-1].view(-1, self.limit)[rows]], 1)
+        said = (self._place - rows * self.limit + 1).clamp_max(self.limit)
         # The criteria read the end of each row; before its first token there is padding, which spells no text.
-        whole = torch.cat([self._before[rows], self.tokens[rows]], 1)
-        window = self._before.shape[1]
-        places = self.lengths[rows].unsqueeze(1) + torch.arange(window, device=rows.device)
-        return ended | self._stop_strings(whole.gather(1, places), None)
+        places = said.unsqueeze(1) + torch.arange(window, device=rows.device)
+        return self._stop_strings(whole.gather(1, places), None)
+
+    def _write(self) -> None:
+        """Put what was drawn in its place."""
+        if not self._drawn:
+            return
+        place, tokens, logprob, ended = (torch.cat(parts) for parts in zip(*self._drawn))
+        self._drawn.clear()
+        self._tokens.index_copy_(0, place, tokens)
+        self._logprobs.index_copy_(0, place, logprob)
+        self._ended.index_copy_(0, place, ended)
+        self._valid.index_fill_(0, place, True)
+
+    def completions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens, mask, logprobs, terminated): (B, T') int64, bool, float32 and (B,) bool, T' the longest completion's length,
+        padded on the right; terminated: by an end token or a stop string."""
+        self._write()
+        tokens, mask, logprobs, ended = (
+            t[:-1].view(self._rows, self.limit)
+            for t in (self._tokens, self._valid, self._logprobs, self._ended)
+        )
+        longest = int(mask.sum(-1).amax())
+        return tokens[:, :longest], mask[:, :longest], logprobs[:, :longest], ended.any(-1)

@@ -198,25 +198,16 @@ def rollout(
     else:
         _generate(drawing, policy, read_ids, read_mask, conditions, num_generations)
 
-    longest = int(drawing.lengths.max())
-    mask = torch.arange(longest, device=device) < drawing.lengths.unsqueeze(-1)
+    tokens, mask, logprobs, terminated = drawing.completions()
     return Rollout(
-        read_ids,
-        read_mask,
-        drawing.tokens[:, :longest],
-        mask,
-        drawing.logprobs[:, :longest],
-        drawing.terminated,
-        *((None, None) if shown is None else plain),
+        read_ids, read_mask, tokens, mask, logprobs, terminated, *((None, None) if shown is None else plain)
     )
 
 
 def _decode(drawing: Drawing, decoding: Decoding, prompts: int, group: int) -> None:
     """Every completion of every prompt, as places come free."""
-    device = drawing.tokens.device
+    device = drawing.running.device
     every = 1 if device.type == "cpu" else _LOOK_EVERY
-    running = torch.empty(0, dtype=torch.long, device=device)  # rows in the batch
-    live = None  # which of them have not finished; None where none has
     logits, waiting = None, 0  # the first prompt that has not joined
     left = 0  # steps after which whoever is in the batch has ended, whatever it says
     while True:
@@ -224,24 +215,20 @@ def _decode(drawing: Drawing, decoding: Decoding, prompts: int, group: int) -> N
             stop = min(prompts, waiting + places)
             first = decoding.add(slice(waiting, stop))
             logits = first if logits is None else torch.cat([logits, first])
-            running = torch.cat([running, torch.arange(waiting * group, stop * group, device=device)])
+            drawing.join(torch.arange(waiting * group, stop * group, device=device))
             waiting, left = stop, drawing.limit
-            live = None if live is None else torch.cat([live, live.new_ones(len(first))])
-        drawn = drawing.draw(logits, running, live)
+        drawn = drawing.draw(logits)
         left -= 1
-        done = drawing.finished(running)
-        live = ~done
         if left % every == 0:
-            finished = int(done.sum())  # the host waits for the device here
-            if finished == len(running) and waiting == prompts:
+            finished = int(drawing.done.sum())  # the host waits for the device here
+            if finished == len(drawn) and waiting == prompts:
                 return
-            if finished and finished >= decoding.drop_share * len(running):
-                keep = live.nonzero().squeeze(-1)
+            if finished and finished >= decoding.drop_share * len(drawn):
+                keep = (~drawing.done).nonzero().squeeze(-1)
                 decoding.keep(keep)
-                running, drawn, finished = running[keep], drawn[keep], 0
-            if finished == 0:
-                live = None
-        logits = decoding.step(drawn) if len(running) else None
+                drawing.keep(keep)
+                drawn = drawn[keep]
+        logits = decoding.step(drawn) if len(drawn) else None
 
 
 def _generate(
@@ -256,10 +243,12 @@ def _generate(
     blend = policy.coefficients(conditions)
     for p in range(len(prompt_ids)):
         rows = torch.arange(p * group, (p + 1) * group, device=prompt_ids.device)
+        drawing.keep(rows[:0])
+        drawing.join(rows)
 
-        def draw(logits: torch.Tensor, rows: torch.Tensor = rows) -> tuple[torch.Tensor, bool]:
-            drawn = drawing.draw(logits, rows, ~drawing.finished(rows))
-            return drawn, bool(drawing.finished(rows).all())
+        def draw(logits: torch.Tensor) -> tuple[torch.Tensor, bool]:
+            drawn = drawing.draw(logits)
+            return drawn, bool(drawing.done.all())
 
         with policy.blend.use(None if blend is None else blend[p : p + 1].expand(group, -1)):
             policy.backbone.generate(prompt_ids[p : p + 1, prompt_mask[p]], group, drawing.limit, draw)
