@@ -131,7 +131,8 @@ def instrumented(trainer, mark: Mark, after_step: Callable[[], None] = lambda: N
         backbone = trainer.policy.backbone
         for module in {id(m): m for m in (_stack(backbone), backbone.head.module)}.values():
             wrap(module, "forward", "scope", "forward")
-        wrap(Decoding, "step", "scope", "forward")  # the model of a rollout, where it is in C++
+        for name in ("step", "write"):  # the model of a rollout, where it is in C++; `write` draws the tokens, too
+            wrap(Decoding, name, "scope", "forward")
         for name in ("backward", "grad"):
             wrap(torch.autograd, name, "scope", "backward")
         for name in _OPTIMISER:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from clp_kernels import sample_tokens
+from clp_kernels.decoder import Draws
 from transformers import StopStringCriteria
 
 from clp_engine.errors import ConfigError
 from clp_engine.seeds import derive
 
 if TYPE_CHECKING:
+    from clp_engine.native_decoding import NativeDecoding
     from clp_engine.policy import ConditionedPolicy
     from clp_engine.rollout import SamplingParams
 
@@ -104,6 +106,36 @@ class Drawing:
         self.done = (place == self._last).logical_or_(ended).logical_or_(self.done)
         self._place = (place + 1).masked_fill_(self.done, self._nowhere)
         return tokens
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether rows end by what they say: after every token somebody has to look."""
+        return self._stop_strings is not None
+
+    def hand_to(self, decoding: NativeDecoding, logits: torch.Tensor, others_wait: bool) -> torch.Tensor:
+        """Have `decoding` draw and step by itself, from logits (n, V), until all rows have finished, or, if `others_wait`, there
+        is a place for a prompt; those that finished have left then. Returns the logits of the others (n', V)."""
+        self._write()
+        options = {
+            name: getattr(self._sampling, name)
+            for name in ("temperature", "top_k", "top_p", "min_p")
+            if getattr(self._sampling, name) is not None
+        }
+        draws = Draws(
+            self._place,
+            self._last,
+            self._seeds,
+            self._tokens,
+            self._logprobs,
+            self._valid,
+            self._ended,
+            self._stop_ids,
+            **options,
+        )
+        left, logits = decoding.write(logits, draws, others_wait)
+        self.keep(left)
+        self._place, self._last = draws.place, draws.last
+        return logits
 
     def _ends_in_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) bool: the text of the running rows with these tokens ends in a stop string."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from clp_kernels.backends import backends
-from clp_kernels.decoder import DecoderLayer, DecoderWeights, Decoding, Linear, LowRank, PackedDecoder
+from clp_kernels.decoder import DecoderLayer, DecoderWeights, Decoding, Draws, Linear, LowRank, PackedDecoder
 from torch import nn
 
 from clp_engine.adapters import ConditionedLayer, ConditionedLinear
@@ -429,3 +429,8 @@ class NativeDecoding:
 
     def keep(self, rows: torch.Tensor) -> None:
         self._decoding.keep(rows)
+
+    def write(self, logits: torch.Tensor, draws: Draws, others_wait: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """`clp_kernels.decoder.Decoding.write`, until there is a place for a prompt if others wait for one."""
+        missing = self._group - (self._slots - len(self._decoding))
+        return self._decoding.write(logits, draws, missing if others_wait else 0)

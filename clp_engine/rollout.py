@@ -18,6 +18,7 @@ from clp_engine.conditions import Conditions
 from clp_engine.decoding import Decoding
 from clp_engine.drawing import Drawing
 from clp_engine.errors import ConfigError
+from clp_engine.native_decoding import NativeDecoding
 from clp_engine.seeds import derive
 
 if TYPE_CHECKING:
@@ -217,6 +218,11 @@ def _decode(drawing: Drawing, decoding: Decoding, prompts: int, group: int) -> N
             logits = first if logits is None else torch.cat([logits, first])
             drawing.join(torch.arange(waiting * group, stop * group, device=device))
             waiting, left = stop, drawing.limit
+        if isinstance(decoding, NativeDecoding) and not drawing.reads_text:
+            logits = drawing.hand_to(decoding, logits, waiting < prompts)
+            if len(logits) == 0 and waiting == prompts:
+                return
+            continue
         drawn = drawing.draw(logits)
         left -= 1
         if left % every == 0:

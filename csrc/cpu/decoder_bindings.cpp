@@ -73,26 +73,94 @@ class Decoder {
     b.prompt_keys = at<int64_t>(prompt_keys), b.prompt_values = at<int64_t>(prompt_values);
     b.keys = at<float>(keys), b.values = at<float>(values);
     b.logits = at<float>(logits), b.logit_stride = logit_stride;
-    for (int64_t i = 0; i < rows; ++i) {
-      if (b.tokens[i] < 0 || b.tokens[i] >= model_.vocab)
-        throw py::index_error("tokens[" + std::to_string(i) + "] is " + std::to_string(b.tokens[i]) + "; expected 0 <= token < " +
-                              std::to_string(model_.vocab));
-      if (b.filled[i] >= room)
-        throw py::index_error("row " + std::to_string(i) + " has " + std::to_string(b.filled[i]) +
-                              " tokens, and there is room for no more");
-    }
-    const int64_t bytes = kernels_.scratch_bytes(model_, b, threads);
-    if (bytes > scratch_bytes_) {
-      std::free(scratch_);
-      scratch_bytes_ = 0;
-      if (!(scratch_ = static_cast<char*>(std::aligned_alloc(64, bytes)))) throw std::bad_alloc();
-      scratch_bytes_ = bytes;
-    }
+    check(b);
+    reserve(b, threads);
     py::gil_scoped_release release;
     kernels_.step(model_, b, scratch_, threads);
   }
 
+  // Draws from the logits that are there and goes on, token by token, until `leave` rows have ended, or all; returns how many rows
+  // are left. Their arrays (prompt, slot, filled, place, last) then hold the rows that are left, in order, and `logits` theirs.
+  int64_t write(const py::dict& g, int64_t rows, int64_t leave, int threads) {
+    DecoderBatch b;
+    std::vector<int64_t> tokens(rows), seeds(rows);
+    std::vector<float> logprob(rows);
+    auto* prompt = at<int64_t>(g["prompt"]);
+    auto *slot = at<int64_t>(g["slot"]), *filled = at<int64_t>(g["filled"]);
+    auto *place = at<int64_t>(g["place"]), *last = at<int64_t>(g["last"]);
+    const auto* all_seeds = at<int64_t>(g["seeds"]);
+    auto* all_tokens = at<int64_t>(g["tokens"]);
+    auto* all_logprobs = at<float>(g["logprobs"]);
+    auto *valid = at<bool>(g["valid"]), *ended = at<bool>(g["ended"]);
+    const auto* stops = at<int64_t>(g["stop_ids"]);
+    const auto stop_count = g["stop_count"].cast<int64_t>();
+    b.room = g["room"].cast<int64_t>(), b.tokens = tokens.data(), b.prompt = prompt, b.slot = slot, b.filled = filled;
+    b.length = at<int64_t>(g["length"]);
+    b.prompt_keys = at<int64_t>(g["prompt_keys"]), b.prompt_values = at<int64_t>(g["prompt_values"]);
+    b.keys = at<float>(g["keys"]), b.values = at<float>(g["values"]);
+    b.logits = at<float>(g["logits"]), b.logit_stride = g["logit_stride"].cast<int64_t>();
+    SampleCall draw{b.logits, DType::f32, rows, model_.vocab, b.logit_stride, nullptr, seeds.data(),
+                    {nullptr, g["temperature"].cast<float>()}, {nullptr, g["top_k"].cast<int64_t>()},
+                    {nullptr, g["top_p"].cast<float>()}, {nullptr, g["min_p"].cast<float>()}, tokens.data(), logprob.data()};
+    const auto sample = table().sampling.sample;
+    py::gil_scoped_release release;
+    for (int64_t gone = 0; rows > 0;) {
+      for (int64_t i = 0; i < rows; ++i) seeds[i] = all_seeds[place[i]];
+      draw.rows = rows;
+      const int64_t bad = sample(draw, rows > 1 && rows * model_.vocab > kSerialLogits ? threads : 1);
+      if (bad >= 0) {
+        py::gil_scoped_acquire acquire;
+        throw py::value_error("sampling: the largest logit of row " + std::to_string(bad) +
+                              " is not finite; the weights or a blend are NaN or too large");
+      }
+      int64_t kept = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = place[i];
+        all_tokens[at] = tokens[i], all_logprobs[at] = logprob[i], valid[at] = true;
+        for (int64_t s = 0; s < stop_count; ++s) ended[at] = ended[at] || tokens[i] == stops[s];
+        if (ended[at] || at == last[i]) continue;
+        tokens[kept] = tokens[i], prompt[kept] = prompt[i], slot[kept] = slot[i], filled[kept] = filled[i];
+        place[kept] = at + 1, last[kept] = last[i], ++kept;
+      }
+      gone += rows - kept, rows = kept;
+      if (rows == 0) break;
+      b.rows = rows;
+      {
+        py::gil_scoped_acquire acquire;  // for an interrupt, too
+        if (PyErr_CheckSignals()) throw py::error_already_set();
+        check(b);
+        reserve(b, threads);
+      }
+      kernels_.step(model_, b, scratch_, threads);
+      for (int64_t i = 0; i < rows; ++i) ++filled[i];
+      if (leave && gone >= leave) break;
+    }
+    return rows;
+  }
+
  private:
+  static constexpr int64_t kSerialLogits = 1 << 14;  // that one thread draws from sooner than two would start
+
+  void check(const DecoderBatch& b) const {
+    for (int64_t i = 0; i < b.rows; ++i) {
+      if (b.tokens[i] < 0 || b.tokens[i] >= model_.vocab)
+        throw py::index_error("tokens[" + std::to_string(i) + "] is " + std::to_string(b.tokens[i]) + "; expected 0 <= token < " +
+                              std::to_string(model_.vocab));
+      if (b.filled[i] >= b.room)
+        throw py::index_error("row " + std::to_string(i) + " has " + std::to_string(b.filled[i]) +
+                              " tokens, and there is room for no more");
+    }
+  }
+
+  void reserve(const DecoderBatch& b, int threads) {
+    const int64_t bytes = kernels_.scratch_bytes(model_, b, threads);
+    if (bytes <= scratch_bytes_) return;
+    std::free(scratch_);
+    scratch_bytes_ = 0;
+    if (!(scratch_ = static_cast<char*>(std::aligned_alloc(64, bytes)))) throw std::bad_alloc();
+    scratch_bytes_ = bytes;
+  }
+
   char* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
   const DecoderKernels kernels_;
@@ -115,7 +183,10 @@ void product(uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t weight, int6
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-  py::class_<Decoder>(m, "Decoder").def(py::init<const py::dict&>()).def("step", &Decoder::step);
+  py::class_<Decoder>(m, "Decoder")
+      .def(py::init<const py::dict&>())
+      .def("step", &Decoder::step)
+      .def("write", &Decoder::write);
   m.def("packs_parts", [] { return table().decoder.has_parts; }, "whether packed weights are bfloat16 parts");
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_weight", &pack, py::call_guard<py::gil_scoped_release>());

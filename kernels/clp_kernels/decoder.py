@@ -264,6 +264,31 @@ class _Rows:
         return _Rows(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
 
+@dataclass
+class Draws:
+    """What `Decoding.write` draws, and where it writes it.
+
+    place, last (n,) int64, one for each row of the batch: where its next token goes, and where its last may.
+    seeds (S,) int64, tokens (S,) int64, logprobs (S,) float32, valid (S,) bool, ended (S,) bool, by place: the seed that a token
+        is drawn with (`sample_tokens`), the token, its log-prob, that it is there, and that it ended its row.
+    stop_ids (k,) int64: tokens that end a row. temperature, top_k, top_p, min_p: as of `sample_tokens`.
+    All contiguous, on the CPU.
+    """
+
+    place: Tensor
+    last: Tensor
+    seeds: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    valid: Tensor
+    ended: Tensor
+    stop_ids: Tensor
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
 class Decoding:
     """The rows of a rollout: `add` prompts and rows, `step` through their tokens, `keep` those that go on.
 
@@ -462,3 +487,39 @@ class Decoding:
         )
         rows.filled += 1
         return self._logits[:count, : self._packed.weights.embedding.shape[0]]
+
+    def write(self, logits: Tensor, draws: Draws, leave: int = 0) -> tuple[Tensor, Tensor]:
+        """Draw and step, again and again, without Python between two tokens, until `leave` rows have ended (0: until all have).
+
+        logits (n, V) float32, from which each row's next token is drawn. Returns which rows are left, indices (n',) into those
+        that were there, and their logits (n', V), which lie in this object's memory; `draws.place` and `draws.last` are cut to
+        them. The tokens are those that `sample_tokens` and `step` would give, bit by bit.
+        Raises ValueError where no logit of a row is finite; an interrupt is raised between two tokens.
+        """
+        count, vocab = len(self), self._packed.weights.embedding.shape[0]
+        _refuse("logits", logits, (count, vocab))
+        for name in ("place", "last"):
+            given = getattr(draws, name)
+            if tuple(given.shape) != (count,):
+                raise ValueError(f"Decoding: {name} is {tuple(given.shape)}; expected ({count},), one for each row")
+        here = self._logits[:count, :vocab]
+        if logits.data_ptr() != here.data_ptr():
+            here.copy_(logits)
+        rows, slots = self._rows, self._slots
+        state = {"prompt": rows.prompt, "slot": rows.slot, "filled": rows.filled, "place": draws.place, "last": draws.last}
+        state = {name: t.clone() for name, t in state.items()}
+        given = state | {n: getattr(draws, n) for n in ("seeds", "tokens", "logprobs", "valid", "ended", "stop_ids")}
+        given |= {"length": self._lengths, "prompt_keys": self._prompt_keys, "prompt_values": self._prompt_values}
+        given |= {"keys": self._keys, "values": self._values, "logits": self._logits}
+        numbers = {"room": self._room, "logit_stride": self._logits.stride(0), "stop_count": len(draws.stop_ids)}
+        numbers |= {n: getattr(draws, n) for n in ("temperature", "top_k", "top_p", "min_p")}
+        left = self._native_decoder.write(
+            {name: t.data_ptr() for name, t in given.items()} | numbers, count, leave, torch.get_num_threads()
+        )
+        kept = {name: t[:left] for name, t in state.items()}
+        self._rows = _Rows(kept["prompt"], kept["slot"], kept["filled"])
+        self._slots = kept["slot"].tolist()
+        self._free += sorted(set(slots) - set(self._slots))
+        draws.place, draws.last = kept["place"], kept["last"]
+        at = {slot: row for row, slot in enumerate(slots)}
+        return torch.tensor([at[slot] for slot in self._slots], dtype=torch.long), self._logits[:left, :vocab]

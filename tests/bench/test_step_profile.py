@@ -80,7 +80,7 @@ def test_a_profile_says_what_every_part_of_a_step_computes(case, tmp_path, capsy
         ("forward", "attention"),
         ("backward", "products"),
         ("kernels", "token statistics"),
-        ("kernels", "sampling"),
+        ("forward", "native decoding"),
         ("optimiser", "optimiser"),
         (ENGINE, "python"),
     } <= kinds

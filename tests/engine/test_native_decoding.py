@@ -1,6 +1,7 @@
 """The native decoder says what transformers' modules say, for every family built like Llama, and says why where it cannot."""
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from clp_engine import native_decoding
 from clp_engine.conditions import Conditions
 from clp_engine.decoding import BlendDecoding
+from clp_engine.drawing import Drawing
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import SamplingParams, pad_left, rollout
@@ -160,6 +162,44 @@ def test_the_same_seeds_give_the_same_tokens_either_way(monkeypatch):
         monkeypatch.setenv(native_decoding.SWITCH, way)
         drawn[way] = rollout(policy, PROMPTS, MIXED, num_generations=8, sampling=SamplingParams(20), seed=3)
     assert drawn["native"].token_lists() == drawn["torch"].token_lists()
+
+
+@pytest.mark.parametrize("max_rows", [None, 16])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}])
+def test_what_is_written_without_python_is_what_is_drawn_token_by_token(monkeypatch, max_rows, cut):
+    policy, drawn = policy_of(FAMILIES["llama"]()), {}
+    for watched in (False, True):
+        monkeypatch.setattr(Drawing, "reads_text", watched)
+        sampling = SamplingParams(16, **{"temperature": 1.3, **cut})
+        drawn[watched] = rollout(
+            policy, PROMPTS, MIXED, num_generations=8, sampling=sampling, seed=3, max_rows=max_rows
+        )
+    alone, watched = drawn.values()
+    assert cut or alone.lengths.min() < alone.lengths.max() == 16  # some end, at different places
+    for name in ("completion_ids", "completion_mask", "logprobs", "terminated"):
+        assert torch.equal(getattr(alone, name), getattr(watched, name)), name
+
+
+def test_logits_that_are_not_finite_are_said_to_be_so():
+    policy = policy_of(FAMILIES["llama"]())
+    assert native_decoding.plan(policy).reason is None
+    with torch.no_grad():
+        next(p for n, p in policy.adapter_parameters().items() if n.endswith("lora_b")).fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        rollout(policy, PROMPTS, MIXED, num_generations=2, sampling=SamplingParams(16))
+
+
+def test_an_interrupt_ends_a_rollout_between_two_tokens():
+    policy = policy_of(LlamaConfig(**_SMALL | {"max_position_embeddings": 4096}))
+    policy.model.generation_config.eos_token_id = policy.model.config.eos_token_id = None
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rollout(policy, PROMPTS, MIXED, num_generations=64, sampling=SamplingParams(4000))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch_and_on_any_number_of_threads():
