@@ -146,20 +146,37 @@ def _embedding(decoder: nn.Module) -> tuple[torch.Tensor, float]:
     return weight, scale * float(getattr(decoder, "embedding_multiplier", 1.0))
 
 
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Every module, in no order. `nn.Module.modules` takes a millisecond for a small model, and each rollout asks."""
+    found, waiting = [], [model]
+    while waiting:
+        module = waiting.pop()
+        found.append(module)
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
+
+
 def _check_modules(policy: ConditionedPolicy) -> None:
-    """Nothing that would run beside the layers' own computation."""
-    for name, module in policy.model.named_modules():
+    """Nothing that would run beside the layers' own computation. Raises Unsupported."""
+
+    def name(module: nn.Module, part: str = "") -> str:
+        found = next((n for n, m in policy.model.named_modules() if m is module), "")
+        return ".".join(filter(None, (found, part))) or "the model"
+
+    for module in _modules(policy.model):
         if module._forward_hooks or module._forward_pre_hooks:
-            raise Unsupported(f"{name or 'the model'} has forward hooks")
+            raise Unsupported(f"{name(module)} has forward hooks")
         if "forward" in vars(module) and not getattr(module.forward, "changes_no_numbers", False):
-            raise Unsupported(f"the forward of {name or 'the model'} was replaced")
+            raise Unsupported(f"the forward of {name(module)} was replaced")
         if module.training and isinstance(module, nn.Dropout) and module.p > 0:
-            raise Unsupported(f"{name} drops out activations")
-    for name, parameter in policy.model.named_parameters():
-        if parameter.dtype is not torch.float32 or parameter.device.type != "cpu":
-            raise Unsupported(
-                f"{name} is {parameter.dtype} on {parameter.device}, not torch.float32 on a CPU"
-            )
+            raise Unsupported(f"{name(module)} drops out activations")
+        for part, parameter in module._parameters.items():
+            if parameter is not None and (
+                parameter.dtype is not torch.float32 or parameter.device.type != "cpu"
+            ):
+                raise Unsupported(
+                    f"{name(module, part)} is {parameter.dtype} on {parameter.device}, not torch.float32 on a CPU"
+                )
 
 
 def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, str], nn.Module]]:
@@ -282,7 +299,12 @@ def _rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.
 
 def _identity(policy: ConditionedPolicy) -> tuple:
     """Changes when the base weights are others, or were changed in place, or other kernels are in force."""
-    weights = ((p.data_ptr(), p._version) for p in policy.model.parameters() if not p.requires_grad)
+    weights = (
+        (p.data_ptr(), p._version)
+        for module in _modules(policy.model)
+        for p in module._parameters.values()
+        if p is not None and not p.requires_grad
+    )
     return _isa(), *weights
 
 
