@@ -353,3 +353,65 @@ def test_a_batch_without_any_label_is_a_differentiable_zero(model):
         output = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
     output.loss.backward()
     assert output.loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def train_with_trl(folder, beta):
+    """Three steps of TRL's GRPOTrainer with a LoRA -> the log of each step, the adapter, and the rows that were scored."""
+    peft, datasets, trl = (pytest.importorskip(name) for name in ("peft", "datasets", "trl"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from clp_engine.tasks.docsum import checkpoint_path
+
+    model, tokenizer = (
+        kind.from_pretrained(checkpoint_path()) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    config = trl.GRPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_steps=3, max_completion_length=12,
+        beta=beta, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        bf16=False, seed=1, top_entropy_quantile=0.8)  # fmt: skip
+    prompts = [
+        {"prompt": text}
+        for text in ("Return the sum of two numbers.", "A long description of a file object, " * 4)
+    ]
+    trainer = trl.GRPOTrainer(
+        model=model, reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions], args=config,
+        train_dataset=datasets.Dataset.from_list(prompts * 8), processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))  # fmt: skip
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return steps, {
+        name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_grpo_training_has_the_same_losses_and_scores_fewer_rows(beta, tmp_path, monkeypatch):
+    """Sampling is TRL's own in both; what differs is rounding, 1e-6 of a log-prob, through three steps of Adam."""
+    scored = {"trl": 0, "ours": 0}
+
+    def counting(who, function):
+        def run(hidden, *arguments, **options):
+            scored[who] += hidden.shape[0]
+            return function(hidden, *arguments, **options)
+
+        return run
+
+    linear_logprob, forward = ours.linear_logprob, ChunkedLogProbFunction.apply
+    monkeypatch.setattr(ours, "linear_logprob", counting("ours", linear_logprob))
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", counting("trl", forward))
+    theirs, their_adapter = train_with_trl(tmp_path / "trl", beta)
+    assert scored["trl"] > 0 and scored["ours"] == 0
+    unpatched, scored["trl"] = scored["trl"], 0
+    with patch_trl():
+        mine, my_adapter = train_with_trl(tmp_path / "patched", beta)
+    assert scored["trl"] == 0 and 0 < scored["ours"] < 0.6 * unpatched  # no prompts, no padding
+    assert len(mine) == len(theirs) == 3
+    for step, (a, b) in enumerate(zip(mine, theirs)):
+        names = ["loss", "reward", "entropy", "completions/mean_length", "grad_norm"] + ["kl"] * (beta > 0)
+        for name in names:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), f"{name} at step {step}"
+    assert any(entry["loss"] != 0 for entry in theirs)
+    change = max(adapter.abs().max() for name, adapter in their_adapter.items() if "lora_B" in name)
+    assert change > 1e-4  # it trained
+    for name, adapter in their_adapter.items():
+        torch.testing.assert_close(my_adapter[name], adapter, rtol=0, atol=0.05 * change.item(), msg=name)
