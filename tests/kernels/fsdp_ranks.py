@@ -20,6 +20,7 @@ from clp_kernels import (
     sparsify,
     vocab_parallel_linear_logprob,
 )
+from clp_kernels.integrations.verl import linear_cross_entropy
 from clp_kernels.prefix_layout import PrefixLayout
 
 WIDTH, VOCABULARY, RANK = 16, 30, 4
@@ -111,6 +112,24 @@ def refusals(head, x, targets):
     return messages
 
 
+def split_head(ranks, rank):
+    """verl's linear_cross_entropy of an output projection that is split over the ranks -> its results on this one."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, whole = (torch.randn(rows, WIDTH, generator=generator) for rows in (7, VOCABULARY))
+    targets, incoming = torch.arange(7) * 4, torch.linspace(-1, 2, 7)
+    shard = whole.chunk(ranks)[rank].clone().requires_grad_()
+    hidden.requires_grad_()
+    group = dist.group.WORLD if dist.is_initialized() else None
+    logprob, entropy = linear_cross_entropy(hidden, shard, targets, 0.8, "none", group)
+    gradients = torch.autograd.grad(((logprob - 0.3 * entropy) * incoming).sum(), (hidden, shard))
+    return {
+        "logprob": logprob.detach(),
+        "entropy": entropy.detach(),
+        "d_hidden": gradients[0],
+        "d_weight": gradients[1],
+    }
+
+
 def main(folder, ranks, rank):
     from torch.distributed.fsdp import fully_shard
 
@@ -128,6 +147,7 @@ def main(folder, ranks, rank):
     average = torch.zeros_like(head.to_local())
     ema_(average, head.to_local(), 0.9)
     found["averaged"], found["expected_average"] = average, 0.1 * head.to_local().detach()
+    found["split"] = split_head(ranks, rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -171,3 +171,15 @@ def test_a_sharded_parameter_outside_is_refused_and_its_full_tensor_taken(ranks)
 def test_elementwise_ops_take_each_ranks_shard(ranks):
     for got in ranks:
         torch.testing.assert_close(got["averaged"], got["expected_average"], rtol=1e-6, atol=1e-7)
+
+
+def test_verls_linear_cross_entropy_of_a_split_head_sums_to_that_of_the_whole(ranks):
+    """Log-prob and entropy are whole on every rank, d_weight is the shard's, and d_hidden a term that the caller sums."""
+    whole, got = fsdp_ranks.split_head(1, 0), [each["split"] for each in ranks]
+    for each in got:
+        for name in ("logprob", "entropy"):
+            torch.testing.assert_close(each[name], whole[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum(each["d_hidden"] for each in got), whole["d_hidden"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cat([each["d_weight"] for each in got]), whole["d_weight"], rtol=1e-4, atol=1e-6
+    )

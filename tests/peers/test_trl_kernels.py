@@ -362,9 +362,10 @@ def train_with_trl(folder, beta):
 
     from clp_engine.tasks.docsum import checkpoint_path
 
-    model, tokenizer = (
-        kind.from_pretrained(checkpoint_path()) for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    torch.manual_seed(1)  # the adapter's first factors
+    # In float32: TRL's products of bfloat16 weights are rounded before the softmax, which changes what is sampled by step 1.
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_path(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
     config = trl.GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_steps=3, max_completion_length=12,
         beta=beta, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,

@@ -85,8 +85,21 @@ def interpreted(verl, monkeypatch):
          kernels.__dict__)  # fmt: skip
     monkeypatch.setitem(importlib.sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr(importlib.import_module("verl.utils.kernel"), "kernels", kernels, raising=False)
+    # The interpreter takes masks of bool alone, and the kernels make some of int32 (a comparison and a number).
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        monkeypatch.setattr(builder, name, _with_bool_mask(getattr(builder, name), place))
     monkeypatch.setattr(torch.cuda.nvtx, "range", lambda *_: contextlib.nullcontext())
     return verl.fused.linear_cross_entropy
+
+
+def _with_bool_mask(method, place):
+    def call(self, *arguments):
+        mask = arguments[place]
+        mask.data = mask.data.astype(bool)
+        return method(self, *arguments)
+
+    return call
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
