@@ -104,7 +104,7 @@ def _liger(peer: type, hidden: Tensor, weight: Tensor, targets: Tensor) -> Pair:
     ids, mask = targets.view(batch, length), torch.zeros(batch, length)
     mask[:, : length // 2] = 1
     positional = (ids, mask, torch.linspace(-1, 1, batch), None, None, None, None, None, None, 0.0, 0.2, 0.2, "dapo", None,
-                  "token", 1.0, 1.05, 0.9, False)  # fmt: skip
+                  "token", 1.0, 1.05, 0.9, False, False)  # fmt: skip
 
     def call(function):
         return lambda x: function.apply(x.view(batch, length, -1), weight, *positional)[:1]

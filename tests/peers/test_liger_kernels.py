@@ -68,7 +68,7 @@ class KeywordPeer:
     "options",
     [
         {},
-        {"beta": 0.0, "epsilon_high": 0.3},
+        {"beta": 0.0, "epsilon_high": 1.1},  # of cispo, the bound itself
         {"delta": 1.1, "use_bias_correction_kl": True, "chunk_size": 3},
     ],
     ids=["defaults", "no KL", "delta, corrected KL"],

@@ -93,7 +93,7 @@ class _Model(torch.nn.Module):
         return Output(logits=self.head(self.embed(sequences)))
 
 
-def test_the_actors_forward_is_the_same_patched(openrlhf):
+def test_the_actors_forward_is_the_same_patched(openrlhf, monkeypatch):
     actor = openrlhf.actor.Actor.__new__(openrlhf.actor.Actor)
     torch.nn.Module.__init__(actor)
     actor.model, actor.packing_samples, actor.temperature = _Model(), False, 0.8
@@ -108,8 +108,9 @@ def test_the_actors_forward_is_the_same_patched(openrlhf):
         (log_probs.sum() - 0.1 * output.entropy.mean()).backward()
         return log_probs.detach(), output.entropy.detach(), *(p.grad.clone() for p in actor.parameters())
 
-    openrlhf.actor.compute_entropy = plain = openrlhf.utils.compute_entropy._torchdynamo_orig_callable
-    openrlhf.utils.compute_entropy = plain
+    plain = openrlhf.utils.compute_entropy._torchdynamo_orig_callable  # the formula without the compilation
+    for module in (openrlhf.utils, openrlhf.actor):
+        monkeypatch.setattr(module, "compute_entropy", plain)
     theirs = step()
     with patch_openrlhf():
         mine = step()
