@@ -64,3 +64,32 @@ def assert_as_good_as_peer(ours, peer, exact, tensors, *, frozen=(), slack=0.0):
     for name, gradient in got[1].items():
         assert gradient.dtype is tensors[name].dtype
         assert_as_accurate(gradient, found[1][name], right[1][name], f"gradient of {name}", slack=slack)
+
+
+def assert_as_good_as_peer_in_the_median(ours, peer, exact, draw, *, count=7, frozen=()):
+    """As above with the median over `count` draws of the tensors: the largest error of a draw is one token's, and chance.
+
+    draw() makes the tensors; ours, peer and exact must not depend on anything else that is random.
+    """
+    found = {}
+    for _ in range(count):
+        tensors = draw()
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        with torch.no_grad():
+            incoming = [torch.randn_like(output) for output in exact(**wide)]
+        got, theirs, right = (
+            _run(call, t, frozen, incoming) for call, t in ((ours, tensors), (peer, tensors), (exact, wide))
+        )
+        for kind in (0, 1):
+            names = got[kind] if kind else range(len(got[kind]))
+            for name in names:
+                a, b, c = got[kind][name], theirs[kind][name], right[kind][name]
+                assert torch.isfinite(a).all() and a.shape == c.shape
+                rounding = torch.finfo(a.dtype).eps * c.abs().max()
+                errors = [(a.double() - c).abs().max(), (b.double() - c).abs().max(), rounding]
+                found.setdefault(f"gradient of {name}" if kind else f"output {name}", []).append(
+                    torch.stack(errors).double()
+                )
+    for what, errors in found.items():
+        mine, theirs, rounding = torch.stack(errors).median(0).values.tolist()
+        assert mine <= 1.5 * theirs + rounding, f"{what}: error {mine:.3g}, the peer's {theirs:.3g}"
