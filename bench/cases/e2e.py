@@ -186,9 +186,9 @@ class StepCase:
     def _variants(self, modules: Mapping[str, ModuleType]) -> dict[str, Callable[[int], Steps]]:
         found = {}
         if "trl" in modules:
-            found["trl + peft"] = functools.partial(_trl, self, liger=False)
+            found["trl + peft"] = functools.partial(trl_steps, self, liger=False)
             if "liger" in modules:
-                found["trl + peft + liger"] = functools.partial(_trl, self, liger=True)
+                found["trl + peft + liger"] = functools.partial(trl_steps, self, liger=True)
         for name, rewards in OUR_REWARDS.items():
             found[name] = functools.partial(_ours, self, rewards=rewards)
         return found
@@ -385,7 +385,7 @@ _TRL_PHASES = {
 }
 
 
-def _trl(case: StepCase, steps: int, liger: bool) -> Steps:
+def trl_steps(case: StepCase, steps: int, liger: bool) -> Steps:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer

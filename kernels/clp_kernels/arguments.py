@@ -1,11 +1,44 @@
-"""What the ops with a row of coefficients per row of x check alike, and how they describe what does not fit."""
+"""What the ops check alike, and how they describe what does not fit."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def refuse_wrapped(op: str, **arguments: Tensor | Sequence | object | None) -> None:
+    """Raise for a call whose tensors are stand-ins: inside a torch.func transform, or with DTensors among the arguments.
+
+    Raises NotImplementedError (transforms), TypeError (DTensor). Nested sequences are looked into, other objects passed over.
+    Under torch.compile nothing is looked at: the tensors are stand-ins by intention.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{op}: called inside a torch.func transform (vmap, grad, vjp, jvp or another), for which it has no rule; expected "
+            "a call outside: pass a batch as leading dimensions instead of vmap, and take gradients with torch.autograd"
+        )
+    distributed = sys.modules.get("torch.distributed.tensor")  # where nobody has imported it there is no DTensor
+    if distributed is None:
+        return
+    for name, argument in arguments.items():
+        for tensor in _tensors_in(argument):
+            if isinstance(tensor, distributed.DTensor):
+                raise TypeError(
+                    f"{op}: {name} is a DTensor {tuple(tensor.shape)} placed {tensor.placements}; expected a plain tensor: "
+                    f"make the call in the forward of the FSDP2 module that owns it, where parameters are gathered; or pass "
+                    "its full_tensor() (gradients flow through it), or, where the op is elementwise, each rank's to_local()"
+                )
+
+
+def _tensors_in(argument: object) -> list[Tensor]:
+    if isinstance(argument, Tensor):
+        return [argument]
+    return [t for each in argument for t in _tensors_in(each)] if isinstance(argument, (list, tuple)) else []
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels.arguments import cast, describe, explain_gate, gate_fits, not_a_view
+from clp_kernels.arguments import cast, describe, explain_gate, gate_fits, not_a_view, refuse_wrapped
 from clp_kernels.backends import plain_eager, select
 
 _TABLE = {
@@ -75,6 +75,7 @@ def interpolated_linear(
     _check(x, stack, blend, base, bias, gate_index)
     given = (stack, blend) if base is None else (stack, blend, base)
     if not plain_eager(x, *given):
+        refuse_wrapped(_OP, x=x, stack=stack, blend=blend, base=base, bias=bias)
         return torch.ops.clp_kernels.interpolated_linear(x, stack, blend, base, bias, gate_index)
     if torch.is_grad_enabled() and (
         x.requires_grad

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clp_kernels.arguments import describe
+from clp_kernels.arguments import describe, refuse_wrapped
 from clp_kernels.backends import plain_eager, select
 from clp_kernels.tensor_lists import Blends, Pairs, Sparse, models_of
 
@@ -144,6 +144,7 @@ def slerp(
 
     Raises as interpolate does; ValueError where the lists differ in length.
     """
+    refuse_wrapped("slerp", a=a, b=b, t=t, base=base, out=out)
     single = isinstance(a, Tensor)
     if single is not isinstance(b, Tensor):
         raise ValueError(
@@ -192,6 +193,7 @@ def ema_(
 
     Raises ValueError (shapes, lengths, devices, decay, a tensor given twice: keep tied weights once) and TypeError (dtypes).
     """
+    refuse_wrapped("ema_", average=average, params=params)
     if not 0 <= decay <= 1:
         raise ValueError(f"ema_: decay is {decay}; expected 0 <= decay <= 1")
     single = isinstance(average, Tensor)
@@ -252,6 +254,7 @@ def sparsify(
     Raises ValueError (density, method, a seed missing or not used, shapes, devices), TypeError (dtypes), RuntimeError where a
     gradient is asked for.
     """
+    refuse_wrapped("sparsify", delta=delta, out=out)
     if not 0 < density <= 1:
         raise ValueError(f"sparsify: density is {density}; expected 0 < density <= 1")
     if method not in ("random", "magnitude"):
@@ -405,6 +408,7 @@ def _stacks(op: str, stack) -> _Stacks:
 
 
 def _blend_call(op, stack, weights, base, out) -> _BlendCall:
+    refuse_wrapped(op, stack=stack, weights=weights, base=base, out=out)
     stacks = _stacks(op, stack)
     count = len(stacks.items)
     parts = [part for item in stacks.items for part in item]

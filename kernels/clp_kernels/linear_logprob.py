@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from clp_kernels.arguments import refuse_wrapped
 from clp_kernels.reference import token_stats as reference
 from clp_kernels.token_stats import (
     DIFFERENTIABLE,
@@ -182,6 +183,9 @@ def checked_call(
     ignore_index: int,
 ) -> tuple[tuple[str, ...], torch.Size, Head, Rows]:
     """A call's arguments checked, cast as autocast asks, rows flattened -> outputs, the rows' shape, head, rows."""
+    refuse_wrapped(
+        op, hidden=hidden, weight=weight, targets=targets, bias=bias, temperature=temperature, ref_hidden=ref_hidden,
+        ref_weight=ref_weight, ref_bias=ref_bias, lora=lora)  # fmt: skip
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = (

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from clp_kernels.arguments import refuse_wrapped
 from clp_kernels.reference import token_stats as reference
 from clp_kernels.token_stats import (
     DIFFERENTIABLE,
@@ -82,6 +83,7 @@ def logits_logprob(
     (on a GPU, where finding out would stall the stream, its log-prob is NaN).
     """
     op = "logits_logprob"
+    refuse_wrapped(op, logits=logits, targets=targets, temperature=temperature, ref_logits=ref_logits)
     names = check_outputs(op, outputs, targets, ref_logits, "ref_logits")
     differentiable = check_differentiable(op, differentiable, names)
     if logits.dim() < 1 or logits.shape[-1] == 0:

@@ -25,7 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clp_kernels.arguments import cast, count_rows, describe, explain_gate, gate_fits, not_a_view
+from clp_kernels.arguments import (
+    cast,
+    count_rows,
+    describe,
+    explain_gate,
+    gate_fits,
+    not_a_view,
+    refuse_wrapped,
+)
 from clp_kernels.backends import is_batch_invariant, plain_eager, select
 
 _TABLE = {
@@ -108,6 +116,8 @@ def multi_lora_linear(
             f"{dtype} on {x.device}"
         )
     if not plain_eager(x, weight, lora_a, lora_b, gate):
+        refuse_wrapped(
+            "multi_lora_linear", x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, gate=gate, bias=bias)  # fmt: skip
         return torch.ops.clp_kernels.multi_lora_linear(x, weight, bias, lora_a, lora_b, gate, gate_index)[0]
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -138,6 +148,7 @@ def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate_row: Tens
     the CPU back-end, which rounds y twice; a kernel that rounds y once has 1.4 times less. Temporary memory: 8 million
     elements in float32.
     """
+    refuse_wrapped("merged_weight", weight=weight, lora_a=lora_a, lora_b=lora_b, gate_row=gate_row)
     out_features, in_features = weight.shape
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.empty((out_features, in_features), dtype=weight.dtype, device=weight.device)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels.arguments import cast, describe
+from clp_kernels.arguments import cast, describe, refuse_wrapped
 from clp_kernels.backends import plain_eager, select
 from clp_kernels.prefix_layout import PrefixLayout
 
@@ -70,6 +70,7 @@ def prefix_attention(
 
     Raises ValueError (shapes, devices, options), TypeError (dtypes).
     """
+    refuse_wrapped(_OP, q=q, k=k, v=v)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clp_kernels.arguments import refuse_wrapped
 from clp_kernels.backends import plain_eager, select
 
 _TABLE = {
@@ -99,6 +100,7 @@ def sample_tokens(
         draws = seeds.contiguous()
     logits = logits.detach()
     if not plain_eager(logits, draws):
+        refuse_wrapped("sample_tokens", logits=logits, seeds=seeds)
         options = []
         for value, unused in ((temperature, 1.0), (top_k, 0), (top_p, 1.0), (min_p, 0.0)):
             options += (unused, value) if isinstance(value, Tensor) else (value, None)
