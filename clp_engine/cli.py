@@ -493,6 +493,8 @@ def _read_flag(text: str, config: type, name: str) -> Any:
     import yaml
 
     hint = str(config.__annotations__[name])
+    if hint.startswith("dict"):
+        return yaml.safe_load(text)
     if "list" in hint and "," in text or hint.startswith("list"):
         element = (lambda part: part) if "list[str]" in hint else yaml.safe_load
         return [element(part.strip()) for part in text.split(",")]

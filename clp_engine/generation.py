@@ -33,7 +33,8 @@ _CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
 class Generation:
     """Completions, rewarded, and what the passes over them keep.
 
-    rewards: (B, M); scalar: (B,) w.R; metrics: of everything that was drawn.
+    rewards: (B, M); scalar: (B,) w.R, times the sum of reward_weights where they are given; metrics: of everything that was
+        drawn.
     new_tokens: completion tokens drawn for it; others than its own where partial rollouts go on (`partial`).
     reference: of each completion (n_b, H) or None, the reference's hidden states where they are there already (`ahead`).
     advantage: (B,), taken from whole groups where `rollout` has a part of them alone (`selection`), or None.
@@ -165,8 +166,9 @@ class Collector:
     ) -> Generation:
         """Rows [start, stop) of an evaluation set, the same conditions and random numbers every time."""
         a, rows = self.args, stop - start
+        group = a.num_generations_eval or a.num_generations
         conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
-        row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * a.num_generations))
+        row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * group))
         batch = dataset.batch(range(start, stop))
         return self._rewarded(batch, conditions, self.draw(batch, conditions, row_seeds), state)
 
@@ -177,7 +179,7 @@ class Collector:
                 self.policy,
                 batch.token_ids,
                 conditions,
-                num_generations=self.args.num_generations,
+                num_generations=len(row_seeds) // len(batch.prompts),
                 sampling=self.sampling,
                 row_seeds=row_seeds,
                 prompts=batch.prompts,
@@ -207,7 +209,7 @@ class Collector:
         for name, spent in pending.seconds.items():
             seconds[f"reward/{name}"] += spent
         each = conditions.repeat(drawn.group)
-        scalar = scalarise(rewards, each.weights)
+        scalar = scalarise(rewards, each.weights) * self.args.reward_scale
         metrics = completion_metrics(drawn) | reward_metrics(
             self.rewards.names, rewards, scalar, each, drawn.group
         )

@@ -23,14 +23,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from clp_engine import checkpoint
+from clp_engine import chat_template, checkpoint, init_kwargs, lora_config
 from clp_engine.conditioning import Conditioning
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.data import PromptDataset
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
 from clp_engine.generation import Collector, Generation
-from clp_engine.metrics import MetricLog, PhaseTimer, read_scalars
+from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
 from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
 from clp_engine.policy import ConditionedPolicy
@@ -60,7 +60,7 @@ class CLPTrainer:
     """Trains a conditioned policy; order and names of the arguments are GRPOTrainer's.
 
     model: a ConditionedPolicy, a model name or path, or a loaded causal or encoder-decoder language model; the latter become
-        a policy with one objective per reward, as `args` and `peft_config` (r, lora_alpha, target_modules) say.
+        a policy with one objective per reward, as `args` and `peft_config` (see `lora_config`) say.
     reward_funcs: see `rewards.RewardSet`; their names are the objectives. args: a CLPConfig.
     train_dataset, eval_dataset: rows with a `prompt` (text or chat messages); other columns go to the reward functions.
     processing_class: the tokenizer, if it is not the model's own. callbacks: transformers.TrainerCallback classes or objects.
@@ -92,13 +92,23 @@ class CLPTrainer:
             )
         self.args = args or CLPConfig()
         self.rewards = RewardSet(reward_funcs, reward_processing_classes, self.args.reward_workers)
+        if condition_sampler is not None and self.args.reward_weights is not None:
+            raise ConfigError(
+                "reward_weights fix the objective, and condition_sampler draws it; give one of the two"
+            )
         self.sampler = condition_sampler or self._build_sampler()
         self.policy = self._build_policy(model, processing_class, peft_config)
         self.tokenizer = processing_class or self.policy.tokenizer
         if self.tokenizer is None:
             raise ConfigError("no tokenizer: give processing_class=")
+        self.tokenizer = chat_template.with_values(self.tokenizer, self.args.chat_template_kwargs)
         self.policy.tokenizer = self.tokenizer
         self.train_dataset, self.eval_dataset = self._dataset(train_dataset), self._dataset(eval_dataset)
+        if self.eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
+            raise ConfigError(
+                f"eval_strategy={self.args.eval_strategy!r}, eval_on_start={self.args.eval_on_start}: there is no "
+                "eval_dataset; give one, or eval_strategy='no'"
+            )
         if self.args.gradient_checkpointing:
             self.policy.checkpoint_layers()
         for detour in self.policy.detours():
@@ -132,20 +142,39 @@ class CLPTrainer:
 
     def _build_sampler(self) -> ConditionSampler:
         a = self.args
-        many = len(self.rewards) > 1 and a.weight_sampler != "fixed"
+        kind, fixed = a.weight_sampler, a.fixed_weights
+        if a.reward_weights is not None:
+            kind, fixed = "fixed", self._shares(a.reward_weights)
+        many = len(self.rewards) > 1 and kind != "fixed"
         try:
             return build_sampler(
                 len(self.rewards),
-                a.weight_sampler,
+                kind,
                 a.concentration,
                 a.corner_probability if many else 0.0,
                 a.grid_resolution,
-                a.fixed_weights,
+                fixed,
                 a.kl,
                 a.stratified_weights,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def _shares(self, reward_weights: list[float]) -> list[float]:
+        """w, whose entries sum to 1; `reward_scale` has the rest."""
+        if len(reward_weights) != len(self.rewards):
+            raise ConfigError(
+                f"reward_weights has {len(reward_weights)} entries for {len(self.rewards)} rewards "
+                f"({', '.join(self.rewards.names)}); expected one each"
+            )
+        if len(reward_weights) > 1:
+            logger.info(
+                "reward_weights=%s: one objective for the whole run, as in TRL. Without them one run trains a model that is "
+                "steerable between %s",
+                reward_weights,
+                ", ".join(self.rewards.names),
+            )
+        return [weight / self.args.reward_scale for weight in reward_weights]
 
     def _build_policy(self, model, tokenizer, peft_config) -> ConditionedPolicy:
         a = self.args
@@ -154,6 +183,7 @@ class CLPTrainer:
             "kl_is_beta": a.kl_is_beta,
             "default_kl": a.default_kl,
         }
+        self._check_loaded(model)
         if isinstance(model, ConditionedPolicy):
             if peft_config is not None:
                 raise ConfigError(
@@ -174,12 +204,7 @@ class CLPTrainer:
             )
         adapter = {"rank": a.rank, "lora_alpha": a.lora_alpha, "target_modules": a.target_modules}
         if peft_config is not None:
-            targets = peft_config.target_modules
-            adapter = {
-                "rank": peft_config.r,
-                "lora_alpha": peft_config.lora_alpha,
-                "target_modules": sorted(targets) if isinstance(targets, set) else targets,
-            }
+            adapter = self._described_adapter(peft_config, adapter)
         return ConditionedPolicy.from_pretrained(
             model,
             self.rewards.names,
@@ -189,9 +214,50 @@ class CLPTrainer:
             tokenizer=tokenizer,
             kl_conditioning=a.kl_conditioning,
             seed=a.seed,
+            dtype=a.base_dtype,
+            device="cpu" if a.use_cpu else None,
+            attention=init_kwargs.attention(a.model_init_kwargs),
             **adapter,
             **kl,
         )
+
+    def _described_adapter(self, peft_config, own: dict) -> dict:
+        """The adapters that `peft_config` describes; own: what the settings say of them, which must be nothing."""
+        a = self.args
+        defaults = {option.name: option.default for option in dataclasses.fields(a)}
+        given = [name for name, value in own.items() if value != defaults[name]]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} in args and peft_config both describe the adapters; give one of the two"
+            )
+        adapter = lora_config.described(peft_config)
+        carriers = Conditioning.parse(a.conditioning, a.carrier).carriers
+        if "lora" not in carriers:
+            if peft_config.target_modules is not None:
+                raise ConfigError(
+                    f"peft_config: target_modules is for 'lora'; conditioning={a.conditioning!r} has none"
+                )
+            adapter["target_modules"] = None
+        return adapter
+
+    def _check_loaded(self, model) -> None:
+        """Settings of how a base model is loaded cannot change one that is there already: say so where they ask for another."""
+        a = self.args
+        if isinstance(model, str | Path):
+            return
+        if any((a.model_init_kwargs or {}).values()):
+            raise ConfigError(
+                "model_init_kwargs say how a model is loaded, and this one is loaded already; leave them out, or give its "
+                "name"
+            )
+        base = model.model if isinstance(model, ConditionedPolicy) else model
+        if a.bf16 and base.dtype != torch.bfloat16:
+            raise ConfigError(
+                f"bf16=True, and the model is loaded already, in {base.dtype}; load it with dtype=torch.bfloat16, or give "
+                "its name"
+            )
+        if a.use_cpu and isinstance(model, ConditionedPolicy) and model.device.type != "cpu":
+            raise ConfigError(f"use_cpu=True, and the policy is on {model.device}; move it: policy.to('cpu')")
 
     def _check_policy(self, policy: ConditionedPolicy) -> None:
         """A policy that is there already is not changed by settings that build one: say so where they ask for another."""
@@ -256,7 +322,9 @@ class CLPTrainer:
         if self.lr_scheduler is None:
             whole = self.budget.tokens or self.budget.steps
             warmup = a.warmup_steps or math.ceil(a.warmup_ratio * whole)
-            self.lr_scheduler = get_scheduler(a.lr_scheduler_type, self.optimizer, warmup, whole)
+            self.lr_scheduler = get_scheduler(
+                a.lr_scheduler_type, self.optimizer, warmup, whole, a.lr_scheduler_kwargs
+            )
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
             self.optimizer,
             self.lr_scheduler,
@@ -351,6 +419,8 @@ class CLPTrainer:
             kl = sum(r.kl.sum(dtype=torch.float64) for _, r in results)
             found |= {"kl": kl / tokens, "kl_sequence": kl / max(rows, 1)}
         if on_policy:
+            # The ratio is one by construction: TRL logs as much.
+            found |= dict.fromkeys(CLIP_RATIOS, 0.0)
             gaps = [torch.where(p.completion_mask, (r.logprob - p.logprobs).abs(), 0.0) for p, r in results]
             found |= {
                 "sampling/sampling_logp_difference/mean": sum(gap.sum(dtype=torch.float64) for gap in gaps)
@@ -358,15 +428,7 @@ class CLPTrainer:
                 "sampling/sampling_logp_difference/max": torch.stack([gap.amax() for gap in gaps]).amax(),
             }
         else:
-            low, high = (
-                torch.stack([getattr(r.coefficients, f"clip_{end}") for _, r in results]).mean()
-                for end in ("low", "high")
-            )
-            found |= {
-                "clip_ratio/low_mean": low,
-                "clip_ratio/high_mean": high,
-                "clip_ratio/region_mean": low + high,
-            }
+            found |= clip_ratios([r.coefficients for _, r in results])
         if self.value_head is not None:
             targets, predictions = (
                 torch.cat([getattr(r, name) for _, r in results]) for name in ("targets", "predictions")
@@ -414,6 +476,8 @@ class CLPTrainer:
         state = self.state
         self.control = self.callback_handler.on_train_begin(a, state, self.control)
         started, first_step, losses = time.perf_counter(), state.global_step, []
+        if a.eval_on_start and state.global_step == 0:
+            self.evaluate()
         by_tokens = a.max_generated_tokens is not None
         bar = tqdm(
             total=a.max_generated_tokens if by_tokens else state.max_steps,
@@ -430,6 +494,8 @@ class CLPTrainer:
                 if interrupted.is_set():
                     self._save_when_whole()
                     raise KeyboardInterrupt
+        if not self._ends_epoch(state.global_step):
+            self._end_epoch()
         seconds = time.perf_counter() - started
         self.save_model()
         self.control = self.callback_handler.on_train_end(a, state, self.control)
@@ -452,7 +518,8 @@ class CLPTrainer:
     def _prepare(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         """Optimiser, state and log, from the start or from a checkpoint."""
         a, state = self.args, self.state
-        state.logging_steps, state.eval_steps, state.save_steps = a.logging_steps, a.eval_steps, a.save_steps
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(state, name, a.steps_of(name, self.max_steps))
         state.train_batch_size, state.num_train_epochs = (
             a.per_device_train_batch_size,
             math.ceil(a.num_train_epochs),
@@ -495,20 +562,26 @@ class CLPTrainer:
             shown["kl"] = f"{metrics['kl_sequence']:.2f}"
         bar.set_postfix(**shown, refresh=False)
         self.control = self.callback_handler.on_step_end(a, state, self.control)
+        self._follow_control()
+        if self._ends_epoch(state.global_step):
+            self._end_epoch()
+        return metrics["loss"]
+
+    def _follow_control(self) -> None:
+        """Log, evaluate and save where a callback asks for it; the events that follow take the request back."""
         if self.control.should_log:
             self.log(
                 {
                     **self.metric_log.drain(),
-                    "num_tokens": state.num_input_tokens_seen,
+                    "num_tokens": self.state.num_input_tokens_seen,
                     "num_generated_tokens": self.num_generated_tokens,
                 }
             )
         if self.control.should_evaluate:
             self.evaluate()
-        # DefaultFlowCallback asks for a save at the last step whatever the strategy; save_model covers that.
-        if self.control.should_save and a.save_strategy != "no" or self._save_pending:
+        # Some versions of DefaultFlowCallback ask for a save at the last step whatever the strategy; save_model covers that.
+        if self.control.should_save and self.args.save_strategy != "no" or self._save_pending:
             self._save_when_whole()
-        return metrics["loss"]
 
     def _collect(self) -> int:
         """The completions of the steps up to the next rollout; returns how many tokens were drawn."""
@@ -528,17 +601,18 @@ class CLPTrainer:
         a = self.args
         return step // a.steps_per_rollout * (a.rollout_size // a.num_generations) / len(self.train_dataset)
 
+    def _ends_epoch(self, step: int) -> bool:
+        """Whether the prompts up to this step reach the end of an epoch, and those up to the step before do not."""
+        return step > 0 and int(self._epoch(step)) > int(self._epoch(step - 1))
+
     def _begin_epoch_if_new(self) -> None:
-        epoch = int(self._epoch(self.state.global_step))
-        before = (
-            int(self._epoch(self.state.global_step - self.args.steps_per_rollout))
-            if self.state.global_step
-            else -1
-        )
-        if epoch != before:
-            if before >= 0:
-                self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        step = self.state.global_step
+        if step == 0 or self._ends_epoch(step):
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
+
+    def _end_epoch(self) -> None:
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self._follow_control()
 
     def evaluate(self, eval_dataset=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean metrics over an evaluation set, conditions drawn by the sampler from a fixed seed; logged under `eval_`."""
@@ -546,7 +620,7 @@ class CLPTrainer:
         if dataset is None:
             raise ConfigError("evaluate() needs an eval_dataset")
         a, log = self.args, MetricLog()
-        per_batch = max(1, a.per_device_eval_batch_size // a.num_generations)
+        per_batch = max(1, a.per_device_eval_batch_size // (a.num_generations_eval or a.num_generations))
         for start in range(0, len(dataset), per_batch):
             stop = min(start + per_batch, len(dataset))
             generation = self.collector.evaluation_batch(dataset, start, stop, self.state)

@@ -63,6 +63,8 @@ def build_trainer(tmp_path, *, family="qwen2", rewards=None, model=None, **chang
         if k in changes
     }
     extra.setdefault("processing_class", build_tokenizer(family))
+    if "peft_config" in extra:
+        changes.setdefault("rank", CLPConfig.rank)  # the config has one of its own
     return CLPTrainer(
         model or build_model(family),
         {"low": low_words, "high": high_words} if rewards is None else rewards,
