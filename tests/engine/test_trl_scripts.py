@@ -11,6 +11,8 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
 
 from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, ConfigError
+from clp_engine.info import describe
+from clp_engine.runs import RunSpec
 
 
 def adapters(trainer):
@@ -91,6 +93,12 @@ def test_model_init_kwargs_reach_the_loading_of_the_base(tmp_path, checkpoint):
         build_trainer(tmp_path, model_init_kwargs={"dtype": "float64"})
     with pytest.raises(ConfigError, match="loaded already, in torch.float32"):
         build_trainer(tmp_path, bf16=True)
+
+
+def test_info_counts_the_base_in_the_dtype_that_is_asked_for(checkpoint):
+    spec = RunSpec(checkpoint, ("low",))
+    whole, half = (describe(spec, CLPConfig(bf16=bf16))["memory"]["base_bytes"] for bf16 in (False, True))
+    assert whole == 2 * half > 0
 
 
 def test_values_for_the_chat_template_are_used_and_saved_with_the_policy(tmp_path, checkpoint):

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from engine.conftest import build_model, build_tokenizer  # noqa: E402
+from engine.conftest import build_model, build_tokenizer
 
-from clp_engine.tasks import docsum  # noqa: E402
+from clp_engine.tasks import docsum
 
 IMPORTS = {
     "trl": "from trl import GRPOConfig, GRPOTrainer",
@@ -60,8 +60,8 @@ def share_of_low_words(completions, **kwargs):
     return [sum(int(word[1:]) < 30 for word in text.split()) / 6 for text in completions]
 
 
-def has_wanted(completions, wanted, **kwargs):
-    return [float(word in text.split()) for text, word in zip(completions, wanted)]
+def has_wanted_digit(completions, wanted, **kwargs):
+    return [float(word[-1] in text) for text, word in zip(completions, wanted)]
 
 
 training_args = GRPOConfig(
@@ -99,7 +99,7 @@ training_args = GRPOConfig(
 )
 trainer = GRPOTrainer(
     model=MODEL,
-    reward_funcs=[share_of_low_words, has_wanted],
+    reward_funcs=[share_of_low_words, has_wanted_digit],
     args=training_args,
     train_dataset=dataset,
     eval_dataset=dataset.select(range(4)),
@@ -108,7 +108,7 @@ trainer = GRPOTrainer(
 trainer.train()
 """
 
-# What TRL logs and this project does not, and why: tests/peers holds the list, docs/migrating-from-trl.md says it.
+# What TRL logs and this project does not, and why; docs/migrating-from-trl.md says so.
 LEFT_OUT = {
     # The last entry of a run: train() returns them, except FLOPs and samples, which are not counted.
     "total_flos",
@@ -135,7 +135,11 @@ SAME_NUMBERS = (
     *(f"completions/{kind}_length" for kind in ("mean", "min", "max")),
     *(f"completions/{kind}_terminated_length" for kind in ("mean", "min", "max")),
     "completions/clipped_ratio",
-    *(f"rewards/{name}/{kind}" for name in ("share_of_low_words", "has_wanted") for kind in ("mean", "std")),
+    *(
+        f"rewards/{name}/{kind}"
+        for name in ("share_of_low_words", "has_wanted_digit")
+        for kind in ("mean", "std")
+    ),
     "entropy",
     "learning_rate",
     "epoch",
@@ -210,7 +214,8 @@ def test_the_same_completions_have_the_same_numbers(several_rewards, part):
         for library in ("clp_engine", "trl")
     )
     assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs]
-    assert any(entry[f"{prefix}reward"] > 0.1 for entry in theirs)
+    rewards = ("reward", "rewards/share_of_low_words/mean", "rewards/has_wanted_digit/mean")
+    assert all(any(entry[prefix + name] > 0.1 for entry in theirs) for name in rewards)
     compared = 0
     for one, other in zip(ours, theirs):
         for name in SAME_NUMBERS:
