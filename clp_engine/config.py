@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clp_engine import init_kwargs, trl_settings
-from clp_engine.conditioning import Conditioning
+from clp_engine.conditioning import CARRIERS, Conditioning
 from clp_engine.conditions import KL_CONDITIONING
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
@@ -23,7 +23,10 @@ WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
 DEFAULT_ALPHA = 0.1
 INTERVALS = ("no", "steps", "epoch")
-STEPS = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")
+STEPS = ("logging_steps", "eval_steps", "save_steps")
+# A whole number is a count in these, one with a point a share. (A union of types would be no flag of transformers'
+# HfArgumentParser, which TRL's scripts use.)
+COUNT_OR_SHARE = (*STEPS, "selected_rollouts")
 # Settings that do not touch what is computed: a resumed run may change them, and runs that differ in them alone are the same.
 WITHOUT_EFFECT = frozenset(
     """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
@@ -77,11 +80,11 @@ class CLPConfig:
         None,
         "load the base model in bfloat16, or with false in float32; default float32 on a CPU, else as it is",
     )
-    model_init_kwargs: dict[str, Any] | None = _option(
+    model_init_kwargs: dict[str, Any] | str | None = _option(
         None, "how transformers loads the base model: dtype, attn_implementation (eager or sdpa)"
     )
     use_cpu: bool = _option(False, "use the CPU although there is a GPU")
-    chat_template_kwargs: dict[str, Any] | None = _option(
+    chat_template_kwargs: dict[str, Any] | str | None = _option(
         None, "values for the tokenizer's chat template, such as enable_thinking; saved with the policy"
     )
 
@@ -121,7 +124,7 @@ class CLPConfig:
     reward_weights: list[float] | None = _option(
         None,
         "one fixed objective, sum_i weight_i R_i as in TRL, instead of a policy steerable between the rewards; "
-        "conditioning is none then unless given",
+        "one delta then carries it, on what conditioning names",
     )
     alpha: float | None = _option(
         None, f"KL coefficient in (1 - alpha) w.R - alpha KL; default {DEFAULT_ALPHA}"
@@ -171,7 +174,7 @@ class CLPConfig:
         "none",
         "which completions of a group are trained on: none (all) or max_variance (of the advantages; biased)",
     )
-    selected_rollouts: int | float | None = _option(
+    selected_rollouts: float | None = _option(
         None,
         "how many completions of each group, or which share (a number with a point), rollout_selection keeps",
     )
@@ -232,7 +235,7 @@ class CLPConfig:
     lr_scheduler_type: str = _option(
         "linear", "a schedule of transformers.get_scheduler: linear, cosine, constant, ..."
     )
-    lr_scheduler_kwargs: dict[str, Any] | None = _option(
+    lr_scheduler_kwargs: dict[str, Any] | str | None = _option(
         None, "settings of that schedule, such as num_cycles or min_lr"
     )
     warmup_steps: int = _option(0, "steps of linear warm-up; below 1 a share of all steps")
@@ -252,16 +255,14 @@ class CLPConfig:
 
     # keeping track
     logging_strategy: str = _option("steps", "when to log: no, steps or epoch")
-    logging_steps: int | float = _option(
-        10, "log the mean metrics of so many steps; below 1 a share of all steps"
-    )
+    logging_steps: float = _option(10, "log the mean metrics of so many steps; below 1 a share of all steps")
     logging_first_step: bool = _option(False, "log the first step, too")
     eval_strategy: str = _option("no", "when to run evaluate(): no, steps or epoch")
-    eval_steps: int | float = _option(100, "steps between evaluations; below 1 a share of all steps")
+    eval_steps: float = _option(100, "steps between evaluations; below 1 a share of all steps")
     eval_delay: float = _option(0, "steps (or epochs, with eval_strategy epoch) before the first evaluation")
     eval_on_start: bool = _option(False, "run evaluate() before the first step, too")
     save_strategy: str = _option("steps", "when to write a checkpoint: no, steps or epoch")
-    save_steps: int | float = _option(500, "steps between checkpoints; below 1 a share of all steps")
+    save_steps: float = _option(500, "steps between checkpoints; below 1 a share of all steps")
     save_total_limit: int | None = _option(None, "keep the newest so many checkpoints")
     log_completions: bool = _option(False, "write every step's completions to completions.jsonl")
     report_to: str | list[str] = _option("none", "transformers' reporting callbacks: tensorboard, wandb, ...")
@@ -274,10 +275,16 @@ class CLPConfig:
             value = getattr(self, option.name)
             if option.name == "report_to" and value is None:
                 value = "none"
-            if option.name in STEPS and isinstance(value, float) and value >= 1 and value.is_integer():
+            if (
+                option.name in (*STEPS, "warmup_steps")
+                and isinstance(value, float)
+                and value >= 1
+                and value.is_integer()
+            ):
                 value = int(value)
             # One form of every value: a tuple and a list, 1 and 1.0 must not look like different settings to a resumed run.
             setattr(self, option.name, _coerce(option.name, value, types[option.name]))
+        self._fix_conditioning()
         self._check_choices()
         self._check_ranges()
         self._check_kl()
@@ -299,6 +306,20 @@ class CLPConfig:
             raise ConfigError(
                 "scale_rewards='group' needs the spread within a group; num_generations must be at least 2"
             )
+
+    def _fix_conditioning(self) -> None:
+        """With reward_weights the objective is one for the whole run, and one delta says it all: what conditioning names is its
+        carrier then."""
+        if self.reward_weights is None or self.conditioning == "none":
+            return
+        if self.conditioning not in CARRIERS:
+            raise ConfigError(
+                f"reward_weights fix the objective, and conditioning={self.conditioning!r} is for several; give "
+                "conditioning='none' and a carrier"
+            )
+        if self.conditioning != "lora":
+            self.carrier = self.conditioning
+        self.conditioning = "none"
 
     def _check_choices(self) -> None:
         choices = {
@@ -383,7 +404,7 @@ class CLPConfig:
                 raise ConfigError(
                     f"{name}={value}: expected {'at least 0' if name in not_negative else 'a positive number'}"
                 )
-        for name in STEPS[:-1]:
+        for name in STEPS:
             value = getattr(self, name)
             if value > 1 and isinstance(value, float):
                 raise ConfigError(f"{name}={value}: expected whole steps, or a share of all steps below 1")
@@ -615,6 +636,8 @@ class CLPConfig:
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type, or ConfigError; integers pass for floats and YAML's '1e-4' is a number."""
     options = typing.get_args(hint) if typing.get_origin(hint) not in (list, None) else (hint,)
+    if any(typing.get_origin(option) is dict for option in options):
+        options = tuple(o for o in options if o is not str)  # a text is a mapping as JSON
     for option in options:
         if option is type(None) and value is None:
             return None
@@ -626,6 +649,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         if option is bool and isinstance(value, bool) or option is str and isinstance(value, str):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and name in COUNT_OR_SHARE and type(value) is int:
             return value
         if option is float and not isinstance(value, bool):
             try:

@@ -87,7 +87,8 @@ def completion_metrics(rollout: Rollout) -> dict[str, float]:
     not."""
     lengths, terminated = rollout.counts[1].float(), rollout.terminated.cpu()
     result = {f"completions/{kind}_length": value for kind, value in _spread(lengths).items()}
-    ended = lengths[terminated] if bool(terminated.any()) else torch.zeros(1)
+    ended = lengths[terminated]
+    ended = ended if len(ended) else torch.zeros(1)
     result |= {f"completions/{kind}_terminated_length": value for kind, value in _spread(ended).items()}
     return result | {"completions/clipped_ratio": 1 - terminated.float().mean().item()}
 
@@ -107,8 +108,9 @@ def reward_metrics(
     result = {}
     for i, name in enumerate(names):
         values, present = rewards[:, i], ~rewards[:, i].isnan()
-        result[f"rewards/{name}/mean"] = values[present].mean().item()
-        result[f"rewards/{name}/std"] = _std(values[present])
+        given = values[present]
+        result[f"rewards/{name}/mean"] = given.mean().item()
+        result[f"rewards/{name}/std"] = _std(given)
         for low, high in WEIGHT_BINS:
             weight = conditions.weights[:, i]
             inside = present & (weight >= low) & ((weight <= high) if high == 1 else (weight < high))

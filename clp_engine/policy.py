@@ -560,8 +560,9 @@ class ConditionedPolicy(nn.Module):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the adapters and what is needed to build the policy again from its base model; atomic."""
-        with write_directory(directory) as temporary:
+        """Write the adapters and what is needed to build the policy again from its base model; atomic, except in a folder that
+        holds other things, which stay."""
+        with write_directory(directory, keep=True) as temporary:
             spec = json.dumps(asdict(self.spec), indent=2) + "\n"
             (temporary / _SPEC_FILE).write_text(spec, encoding="utf-8")
             save_file(

@@ -262,8 +262,13 @@ class CLPTrainer:
     def _check_policy(self, policy: ConditionedPolicy) -> None:
         """A policy that is there already is not changed by settings that build one: say so where they ask for another."""
         a, spec = self.args, policy.spec
+        fixed = ("conditioning", "carrier") if a.reward_weights is not None else ()
         for option in dataclasses.fields(a):
-            if option.name not in _BUILDING or getattr(a, option.name) == option.default:
+            if (
+                option.name not in _BUILDING
+                or getattr(a, option.name) == option.default
+                or option.name in fixed
+            ):
                 continue
             asked = getattr(a, option.name)
             has = {
@@ -494,7 +499,7 @@ class CLPTrainer:
                 if interrupted.is_set():
                     self._save_when_whole()
                     raise KeyboardInterrupt
-        if not self._ends_epoch(state.global_step):
+        if state.global_step > first_step and not self._ends_epoch(state.global_step):
             self._end_epoch()
         seconds = time.perf_counter() - started
         self.save_model()

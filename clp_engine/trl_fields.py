@@ -227,7 +227,9 @@ FIELDS: dict[str, Field] = {
         0.0, "without a coefficient alpha=0.1 holds, (1 - alpha) w.R - alpha KL; beta=0.0 is TRL's default"
     ),
     "use_bias_correction_kl": _translated(
-        True, "the KL gradient is unbiased by default (kl_estimator); False is kl_estimator='k3'"
+        True,
+        "True corrects each token's KL and leaves out its effect on the tokens after it, as kl_estimator='k2' does; the "
+        "default, 'return', leaves nothing out. False is 'k3'",
     ),
     "scale_rewards": _other(
         "group",

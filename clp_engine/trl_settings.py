@@ -25,7 +25,7 @@ FORMER = {
 _READ: dict[str, Callable[[Any], Any]] = {
     "activation_checkpointing": lambda config: config.gradient_checkpointing,
     "generation_batch_size": lambda config: config.rollout_size,
-    "use_bias_correction_kl": lambda config: config.kl_estimator not in ("k2", "k3"),
+    "use_bias_correction_kl": lambda config: config.kl_estimator != "k3",
 }
 
 
@@ -125,9 +125,6 @@ def _translate(settings: dict[str, Any], trl: Mapping[str, Any], defaults: Mappi
         _translate_generation_batch(size, settings, defaults)
     if "use_bias_correction_kl" in trl:
         _translate_kl(trl["use_bias_correction_kl"], settings, defaults)
-    if settings.get("reward_weights") is not None:
-        # The objective is one for the whole run, so one delta says it all: what TRL trains.
-        settings.setdefault("conditioning", "none")
 
 
 def _translate_generation_batch(size: Any, settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -144,12 +141,11 @@ def _translate_generation_batch(size: Any, settings: dict[str, Any], defaults: M
 
 
 def _translate_kl(corrected: Any, settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    biased = ("k2", "k3")
     estimator = settings.get("kl_estimator")
     if estimator is None:
         settings["kl_estimator"] = defaults["kl_estimator"] if corrected else "k3"
-    elif corrected == (estimator in biased):
+    elif corrected == (estimator == "k3"):
         raise ConfigError(
-            f"use_bias_correction_kl={corrected!r} contradicts kl_estimator={estimator!r}: k2 and k3 are biased, the others "
-            "are not; give kl_estimator alone"
+            f"use_bias_correction_kl={corrected!r} contradicts kl_estimator={estimator!r}: k3 is the uncorrected one; give "
+            "kl_estimator alone"
         )

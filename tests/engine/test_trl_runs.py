@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from engine.conftest import build_model, build_tokenizer
+from engine.conftest import build_model, build_policy, build_tokenizer
 from engine.test_trainer import ROWS, build_trainer, high_words, log_of, low_words
 from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
@@ -48,6 +48,15 @@ def test_a_run_with_reward_weights_says_once_what_it_gives_up(tmp_path, caplog):
         build_trainer(tmp_path, reward_weights=[1.0, 2.0])
     said = [record.message for record in caplog.records if "reward_weights" in record.message]
     assert len(said) == 1 and "steerable between low, high" in said[0]
+
+
+def test_a_policy_with_a_delta_per_objective_can_be_trained_on_with_reward_weights(tmp_path):
+    trainer = build_trainer(
+        tmp_path, model=build_policy(objectives=("low", "high")), reward_weights=[3, 1], max_steps=1
+    )
+    trainer.train()
+    assert trainer.policy.spec.conditioning == "lora"
+    assert torch.equal(trainer.sampler.sample(2, torch.Generator()).weights, torch.tensor([[0.75, 0.25]] * 2))
 
 
 def test_reward_weights_must_fit_the_rewards(tmp_path):
@@ -149,6 +158,14 @@ def test_an_epoch_ends_with_the_step_that_reaches_its_end_and_the_last_one_with_
     assert steps_of(recorder, "on_epoch_end") == [3, 6, 8]
 
 
+def test_a_finished_run_that_is_resumed_ends_no_epoch_again(tmp_path):
+    build_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    recorder = Recorder()
+    trainer = build_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, callbacks=[recorder])
+    trainer.train(resume_from_checkpoint=True)
+    assert steps_of(recorder, "on_epoch_end") == [] and steps_of(recorder, "on_train_end") == [2]
+
+
 def test_epochs_are_logged_evaluated_and_saved(tmp_path):
     recorder = Recorder()
     build_trainer(
@@ -220,6 +237,20 @@ def test_eval_on_start_evaluates_before_the_first_step_with_generations_of_its_o
     assert [e["step"] for e in log_of(tmp_path)] == [0, 1]
     with pytest.raises(ConfigError, match="there is no eval_dataset"):
         build_trainer(tmp_path, eval_on_start=True)
+
+
+def test_saving_into_the_run_s_folder_as_trl_s_scripts_do_leaves_the_run_there(tmp_path):
+    trainer = build_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    before = {path.name for path in tmp_path.iterdir()}
+    assert {"checkpoint-4", "log.jsonl", "policy"} <= before
+    for _ in range(2):
+        trainer.save_model(trainer.args.output_dir)
+    after = {path.name for path in tmp_path.iterdir()}
+    assert after > before and "clp_config.json" in after
+    loaded = ConditionedPolicy.load(tmp_path, base_model=build_model("qwen2"))
+    for name, value in loaded.adapter_parameters().items():
+        assert torch.equal(value, trainer.policy.adapter_parameters()[name])
 
 
 # -- peft_config -------------------------------------------------------------------------------------------------------
