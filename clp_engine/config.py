@@ -263,6 +263,15 @@ class CLPConfig:
     eval_on_start: bool = _option(False, "run evaluate() before the first step, too")
     save_strategy: str = _option("steps", "when to write a checkpoint: no, steps or epoch")
     save_steps: float = _option(500, "steps between checkpoints; below 1 a share of all steps")
+    metric_for_best_model: str | None = _option(
+        None, "metric of evaluate() by which the best policy is told, with or without eval_ in front"
+    )
+    greater_is_better: bool | None = _option(
+        None, "whether more of metric_for_best_model is better; default yes, unless its name ends with loss"
+    )
+    load_best_model_at_end: bool = _option(
+        False, "end with the policy of the best evaluation, which is kept in <output_dir>/best"
+    )
     save_total_limit: int | None = _option(None, "keep the newest so many checkpoints")
     log_completions: bool = _option(False, "write every step's completions to completions.jsonl")
     report_to: str | list[str] = _option("none", "transformers' reporting callbacks: tensorboard, wandb, ...")
@@ -285,6 +294,7 @@ class CLPConfig:
             # One form of every value: a tuple and a list, 1 and 1.0 must not look like different settings to a resumed run.
             setattr(self, option.name, _coerce(option.name, value, types[option.name]))
         self._fix_conditioning()
+        self._check_best_model()
         self._check_choices()
         self._check_ranges()
         self._check_kl()
@@ -320,6 +330,16 @@ class CLPConfig:
         if self.conditioning != "lora":
             self.carrier = self.conditioning
         self.conditioning = "none"
+
+    def _check_best_model(self) -> None:
+        name = self.metric_for_best_model
+        if self.load_best_model_at_end and (name is None or self.eval_strategy == "no"):
+            raise ConfigError(
+                f"load_best_model_at_end with metric_for_best_model={name!r} and eval_strategy={self.eval_strategy!r}: give a "
+                "metric of evaluate(), such as 'eval_reward', and eval_strategy='steps'"
+            )
+        if self.greater_is_better is None and name is not None:
+            self.greater_is_better = not name.endswith("loss")
 
     def _check_choices(self) -> None:
         choices = {

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from clp_engine import ahead, seeds
 from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
-from clp_engine.data import PromptBatch, PromptDataset, completion_texts
+from clp_engine.data import PromptBatch, Prompts, completion_texts
 from clp_engine.estimators import needs_reference, scalarise
 from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.policy import ConditionedPolicy
@@ -120,7 +120,7 @@ class Collector:
             tuple(args.stop_strings or ()),
         )
 
-    def training_batch(self, dataset: PromptDataset, step: int, state: TrainerState) -> Generation:
+    def training_batch(self, dataset: Prompts, step: int, state: TrainerState) -> Generation:
         """Prompts, conditions, completions and rewards of the rollout that optimiser step `step` starts with."""
         batch, conditions, row_seeds = self.planned(dataset, step)
         order = self.arranged(batch.token_ids)
@@ -128,7 +128,7 @@ class Collector:
         drawn = self.draw(batch, conditions, row_seeds[order].view(-1))
         return self.rewarded_batch(batch, conditions, drawn, step, state)
 
-    def planned(self, dataset: PromptDataset, step: int) -> tuple[PromptBatch, Conditions, torch.Tensor]:
+    def planned(self, dataset: Prompts, step: int) -> tuple[PromptBatch, Conditions, torch.Tensor]:
         """What that rollout is to draw, in the order of the data: P prompts, their conditions, row seeds (P, group)."""
         a = self.args
         prompts = a.rollout_size // a.num_generations
@@ -161,15 +161,12 @@ class Collector:
             self._write_completions(batch, generation, step)
         return generation
 
-    def evaluation_batch(
-        self, dataset: PromptDataset, start: int, stop: int, state: TrainerState
-    ) -> Generation:
-        """Rows [start, stop) of an evaluation set, the same conditions and random numbers every time."""
-        a, rows = self.args, stop - start
-        group = a.num_generations_eval or a.num_generations
+    def evaluation_batch(self, batch: PromptBatch, start: int, state: TrainerState) -> Generation:
+        """Rows of an evaluation set from row `start` on, the same conditions and random numbers every time."""
+        a, rows = self.args, len(batch.prompts)
         conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
+        group = a.num_generations_eval or a.num_generations
         row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * group))
-        batch = dataset.batch(range(start, stop))
         return self._rewarded(batch, conditions, self.draw(batch, conditions, row_seeds), state)
 
     def draw(self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor) -> Rollout:

@@ -66,9 +66,6 @@ _REFERENCE = "the reference is the frozen base model, which the policy shares, a
 _ONE_PROCESS = "training is one process on one device; leave it out"
 _LOADER = "there is no DataLoader: a step reads its few prompts by index; leave it out"
 _COMPILE = "the kernels are compiled already; leave it out"
-_BEST = (
-    "no checkpoint is chosen by a metric; read eval_ metrics in log.jsonl and load that checkpoint-N/policy"
-)
 _EVAL_LOOP = "evaluation keeps means of completions and rewards alone; leave it out"
 _TRACKIO = (
     "read by transformers' trackio callback (report_to); W&B's project is in the environment, WANDB_PROJECT"
@@ -341,14 +338,14 @@ FIELDS: dict[str, Field] = {
     "enable_jit_checkpoint": _accepted(
         False, "an interrupt (Ctrl-C) ends the step and saves; other signals are not caught"
     ),
-    "load_best_model_at_end": _refused(False, _BEST),
-    "metric_for_best_model": _refused(None, _BEST),
-    "greater_is_better": _refused(None, _BEST),
+    "load_best_model_at_end": _same(False, "the policy of the best evaluation is kept in output_dir/best"),
+    "metric_for_best_model": _same(None, "no default: name a metric of evaluate(), such as eval_reward"),
+    "greater_is_better": _same(None),
     "ignore_data_skip": _refused(
         False, "a resumed run goes on with the prompts that come next; leave it out"
     ),
-    "restore_callback_states_from_checkpoint": _refused(
-        False, "callbacks of your own keep their state themselves (on_save, on_train_begin)"
+    "restore_callback_states_from_checkpoint": _accepted(
+        False, "the states that transformers' callbacks can export are always restored; leave it out", (True,)
     ),
     "push_to_hub": _refused(False, _HUB),
     "hub_model_id": _refused(None, _HUB),

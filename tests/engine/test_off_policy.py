@@ -69,7 +69,7 @@ def test_prompts_are_arranged_by_length_within_each_step_only(tmp_path):
     trainer = build_trainer(
         tmp_path, steps_per_generation=2, shuffle_dataset=False, max_steps=2, num_generations=4
     )
-    trainer.train_dataset = trainer._dataset(rows)
+    trainer.train_dataset = trainer._training_prompts(rows)
     seen = watched(trainer)
     trainer.train()
     assert [part.prompt_mask.sum(-1).tolist() for part, _ in seen] == [[2, 4, 7, 9], [1, 3, 6, 8]]

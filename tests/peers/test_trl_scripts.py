@@ -110,20 +110,12 @@ trainer.train()
 
 # What TRL logs and this project does not, and why; docs/migrating-from-trl.md says so.
 LEFT_OUT = {
-    # The last entry of a run: train() returns them, except FLOPs and samples, which are not counted.
+    # Not counted.
     "total_flos",
-    "train_loss",
-    "train_runtime",
-    "train_samples_per_second",
-    "train_steps_per_second",
-    # transformers' evaluation loop: a loss without a meaning, as rewards are what is evaluated, and its speed.
+    # A loss has no meaning where rewards are what is evaluated, and nothing is clipped there.
     "eval_loss",
-    "eval_runtime",
-    "eval_samples_per_second",
-    "eval_steps_per_second",
-    # Clipping and the optimiser's KL do not happen in evaluation.
     *(f"eval_clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")),
-    # TRL adds up all tokens that were ever seen; the training entry has it.
+    # The training entry of the same step has it.
     "eval_num_tokens",
 }
 # Same name, same number for the same completions.
