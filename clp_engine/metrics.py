@@ -86,13 +86,15 @@ def reward_metrics(
 ) -> dict[str, float]:
     """rewards/{name}/{mean,std}, rewards/{name}/weight_{low}_{high}, reward (w.R), reward_std and frac_reward_zero_std.
 
-    rewards: (B, M), NaN = does not apply; scalar: (B,) w.R; conditions: B rows.
+    rewards: (B, M), NaN = does not apply; scalar: (B,) w.R; conditions: B rows. As TRL does, reward and reward_std are those of
+    all rows together, and standard deviations have n - 1 in the denominator.
     """
     result = {}
     for i, name in enumerate(names):
         values, present = rewards[:, i], ~rewards[:, i].isnan()
-        result[f"rewards/{name}/mean"] = values[present].mean().item()
-        result[f"rewards/{name}/std"] = values[present].std(unbiased=False).item()
+        given = values[present]
+        result[f"rewards/{name}/mean"] = given.mean().item()
+        result[f"rewards/{name}/std"] = _std(given)
         for low, high in WEIGHT_BINS:
             weight = conditions.weights[:, i]
             inside = present & (weight >= low) & ((weight <= high) if high == 1 else (weight < high))
@@ -102,6 +104,10 @@ def reward_metrics(
     spread = groups.std(-1, unbiased=False)
     return result | {
         "reward": scalar.nanmean().item(),
-        "reward_std": spread.nanmean().item(),
+        "reward_std": _std(scalar[~scalar.isnan()]),
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
     }
+
+
+def _std(values: torch.Tensor) -> float:
+    return values.std().item() if len(values) > 1 else math.nan
