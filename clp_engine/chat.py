@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ def messages_as_read(messages: list, tokenizer) -> list[dict[str, Any]]:
     """The messages in the form that the tokenizer's chat template reads: parts as they are where it goes through them,
     otherwise their texts joined to one.
 
-    A template that knows texts only prints a list of parts as Python does, leaves it out, or fails.
+    A template that knows texts only prints a list of parts as Python or JSON does, leaves it out, or fails.
     """
     whole = [m["content"] for m in messages if isinstance(m["content"], list | tuple)]
     if not whole:
@@ -54,7 +55,7 @@ def messages_as_read(messages: list, tokenizer) -> list[dict[str, Any]]:
     except (jinja2.TemplateError, TypeError, AttributeError):
         read = False
     else:
-        printed = any(str(content) in text for content in whole)
+        printed = any(form in text for content in whole for form in (str(content), _json(content)))
         read = not printed and all(part["text"].strip() in text for content in whole for part in content)
     if read:
         return list(messages)
@@ -79,6 +80,11 @@ def encode_chat(messages: list, tokenizer) -> list[int]:
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
+
+
+def _json(content: Any) -> str:
+    """As the templates' tojson filter writes it."""
+    return json.dumps(content, ensure_ascii=False, default=str)
 
 
 def _shown(prompt: Any) -> str:

@@ -71,7 +71,7 @@ class Prompts(ABC):
         """All rows once, unshuffled, `size` at a time: the number of the first one and the batch."""
 
     @abstractmethod
-    def epoch(self, position: int, share: float) -> float:
+    def epoch(self, position: float, share: float) -> float:
         """Epochs that lie before `position`; share: how much of the run does, where nobody knows how long an epoch is."""
 
     @abstractmethod
@@ -137,7 +137,7 @@ class PromptDataset(Prompts):
         for start in range(0, len(self), size):
             yield start, self.batch(range(start, min(start + size, len(self))))
 
-    def epoch(self, position: int, share: float) -> float:
+    def epoch(self, position: float, share: float) -> float:
         return position / len(self)
 
     def epoch_number(self, position: int) -> int:

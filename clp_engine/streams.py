@@ -73,7 +73,7 @@ class PromptStream(Prompts):
         if start == 0:
             raise ConfigError("the evaluation set gave no rows")
 
-    def epoch(self, position: int, share: float) -> float:
+    def epoch(self, position: float, share: float) -> float:
         """Within an epoch by the length of the one before; in the first, whose length nobody knows, `share`."""
         number = self._known_epoch(position)
         start = self._starts[number]
@@ -90,7 +90,7 @@ class PromptStream(Prompts):
             self._row(position)  # it may be the first of an epoch, which only reading tells
         return self._known_epoch(position)
 
-    def _known_epoch(self, position: int) -> int:
+    def _known_epoch(self, position: float) -> int:
         return bisect.bisect_right(self._starts, position) - 1
 
     def _row(self, index: int) -> Any:

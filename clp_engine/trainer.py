@@ -146,7 +146,10 @@ class CLPTrainer(ScriptSurface):
         self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
         self.control = TrainerControl()
         self.optimizer, self.lr_scheduler = optimizers
-        reporting = get_reporting_integration_callbacks(self.args.report_to)
+        try:
+            reporting = get_reporting_integration_callbacks(self.args.report_to)
+        except ValueError as error:  # names those there are
+            raise ConfigError(f"report_to={self.args.report_to!r}: {error}") from error
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback, *reporting, *(callbacks or [])],
             self.policy.model,
@@ -393,6 +396,8 @@ class CLPTrainer(ScriptSurface):
             self.optimizer.bind()
         with self.timer("update"):
             for here, part in micro_batches(generation, a):
+                if results:
+                    self.control = self.callback_handler.on_substep_end(a, self.state, self.control)
                 result = backward(
                     self.policy, part, a, self.controller, self.value_head, generation.num_generated_tokens
                 )
@@ -655,16 +660,16 @@ class CLPTrainer(ScriptSurface):
         self._generations = whole.split(a.rollout_steps)
         return whole.new_tokens
 
-    def _position(self, step: int) -> int:
-        """Of the first prompt, in the endless stream of all, that the rollout of optimiser step `step` takes."""
+    def _position(self, step: int) -> float:
+        """How far in the endless stream of prompts optimiser step `step` begins: at a rollout, its first prompt's place."""
         a = self.args
-        return step // a.steps_per_rollout * (a.rollout_size // a.num_generations)
+        return step * (a.rollout_size // a.num_generations) / a.steps_per_rollout
 
     def _epoch(self, step: int) -> float:
         return self.train_dataset.epoch(self._position(step), step / max(self.state.max_steps, 1))
 
     def _begin_epoch_if_new(self) -> None:
-        epoch = self.train_dataset.epoch_number(self._position(self.state.global_step))
+        epoch = self.train_dataset.epoch_number(int(self._position(self.state.global_step)))
         if epoch != self._epoch_begun:
             self._end_epoch()
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)

@@ -301,8 +301,8 @@ def page(result: dict) -> str:
 ![Reward, length and KL by step: mean over seeds with intervals](curves.png)
 
 One reward (brevity on DocSum), {seeds} seeds each, {steps} steps. A seed gives both trainers the same prompts in the same
-order; adapters and completions are drawn by each for itself. From the first {ENDS} to the last {ENDS} steps the reward grows by
-{gains["clp"]} here and by {gains["trl"]} in TRL (95 % intervals over seeds).
+order; adapters and completions are drawn by each for itself. From the first {ENDS} to the last {ENDS} steps the reward
+grows by {gains["clp"]} here and by {gains["trl"]} in TRL (95 % intervals over seeds).
 
 Do the two agree within seed noise (a t-test for pairs over seeds, at 5 %)?
 
@@ -313,8 +313,9 @@ Do the two agree within seed noise (a t-test for pairs over seeds, at 5 %)?
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-What is called "KL per token" is the exact KL here and the mean of k3 over the sampled tokens in TRL, which estimates it without
-bias. That a difference is within seed noise is not that there is none: the intervals say how large it could be.
+"KL per token" is the exact KL here and the mean of k3 over the sampled tokens in TRL, which estimates it without bias. That a
+difference is within seed noise does not say that there is none: the intervals say how large it could be. What can be compared
+without noise is: for the same adapters, completions and rewards both compute the same gradient (`tests/peers`).
 
 ## The problem
 
@@ -323,11 +324,13 @@ Both are given
 {shared}
 
 and LoRA of rank {RANK} with lora_alpha {LORA_ALPHA} on all linear layers but the output projection, the shipped model in
-float32, and {PROMPTS} prompts of at most {PROMPT_TOKENS} tokens. What TRL does without being asked has names here: {ours}.
-`kl_estimator='k3'` is biased (`clp_engine/estimators.py`): it is chosen to have TRL's problem, not to solve it well.
+float32, and {PROMPTS} prompts of at most {PROMPT_TOKENS} tokens. What TRL does without being asked has names here:
+{ours}.
+`k3` in the loss is biased (`clp_engine/estimators.py`): it is chosen to have TRL's problem, not to solve it well.
 
-Made with {software}; commit {", ".join(result["commits"])}. Median step on one thread of a busy machine, for orientation only
-(bench/ measures speed): {seconds["clp"]} here, {seconds["trl"]} TRL. `python docs/results/trl_curves.py` makes this page.
+Made with {software}.
+Commit {", ".join(result["commits"])}. Median step on one thread of a busy machine, for orientation only (bench/ measures
+speed): {seconds["clp"]} here, {seconds["trl"]} TRL. `python docs/results/trl_curves.py` makes this page.
 """
 
 

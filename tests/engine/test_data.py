@@ -267,12 +267,20 @@ def test_parts_of_text_are_read_whatever_the_template_knows(template):
     assert tokenizer.decode(ids[at:]).startswith("w9")  # where prompt conditioning writes
 
 
-def test_a_template_that_leaves_parts_out_gets_their_texts():
-    tokenizer = chat_tokenizer(
-        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }} {% endif %}{% endfor %}w2"
-    )
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{% if m['content'] is string %}{{ m['content'] }}{% endif %}",
+        "{{ m['content'] | tojson }}",
+        "{{ 'w1 ' + m['content'] }}",
+    ],
+    ids=["leaves them out", "writes JSON", "fails"],
+)
+def test_a_template_that_does_not_go_through_parts_gets_their_texts(content):
+    tokenizer = chat_tokenizer("{% for m in messages %}" + content + " {% endfor %}w2")
     parts = [{"role": "user", "content": [{"type": "text", "text": "w9 w8"}]}]
-    assert encode_chat(parts, tokenizer) == tokenizer("w9 w8 w2").input_ids
+    joined = [{"role": "user", "content": "w9 w8"}]
+    assert encode_chat(parts, tokenizer) == encode_chat(joined, tokenizer)
 
 
 def test_chat_prompts_without_a_template_are_refused():
