@@ -236,18 +236,22 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
                     f"target_modules: no linear layer of {type(model).__name__} is called {name!r}; "
                     f"it has {', '.join(kinds)}"
                 )
-        if (
-            head is not None
-            and any(linear[name] is head for name in chosen)
-            and head.weight is model.get_input_embeddings().weight
-        ):
-            raise ConfigError(
-                "target_modules names the output projection, which shares its weight with the input embedding; "
-                "leave it out, or untie the two first"
-            )
+        check_targets(model, chosen)
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no nn.Linear or Conv1D layer to condition")
     return chosen
+
+
+def check_targets(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises ConfigError where one of the layers is an output projection that cannot be changed by itself."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight:
+        return
+    if any(model.get_submodule(name) is head for name in names):
+        raise ConfigError(
+            "target_modules names the output projection, which shares its weight with the input embedding; "
+            "leave it out, or untie the two first"
+        )
 
 
 def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -39,8 +39,10 @@ def auto_class(config: PretrainedConfig) -> type:
     return AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
 
 
-def load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel, object, str]:
-    """(model, tokenizer, name to save)."""
+def load_base(
+    name_or_path, tokenizer, dtype, device, attention: str | None = None
+) -> tuple[PreTrainedModel, object, str]:
+    """(model, tokenizer, name to save). attention: transformers' attn_implementation, None for its choice."""
     if isinstance(name_or_path, PreTrainedModel):
         model = name_or_path
         if device is not None:
@@ -50,7 +52,9 @@ def load_base(name_or_path, tokenizer, dtype, device) -> tuple[PreTrainedModel, 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
-            path, dtype=dtype or (torch.float32 if device.type == "cpu" else "auto")
+            path,
+            dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
+            **({} if attention is None else {"attn_implementation": attention}),
         )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path)

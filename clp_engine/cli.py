@@ -232,10 +232,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         text = option.metadata["help"].replace("%", "%%")
         if option.default is not None:
             text += f" (default: {option.default})"
-        if option.type == "bool":
+        hint = CLPConfig.__annotations__[option.name]  # HfArgumentParser replaces option.type
+        if hint == "bool":
             settings.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            kind = option.type.partition(" |")[0].partition("[")[0].upper()
+            kind = hint.partition(" |")[0].partition("[")[0].upper()
             settings.add_argument(flag, metavar=kind, help=text)
 
 
@@ -493,6 +494,8 @@ def _read_flag(text: str, config: type, name: str) -> Any:
     import yaml
 
     hint = str(config.__annotations__[name])
+    if hint.startswith("dict"):
+        return yaml.safe_load(text)
     if "list" in hint and "," in text or hint.startswith("list"):
         element = (lambda part: part) if "list[str]" in hint else yaml.safe_load
         return [element(part.strip()) for part in text.split(",")]

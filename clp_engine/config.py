@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clp_engine.conditioning import Conditioning
+from clp_engine import init_kwargs, trl_settings
+from clp_engine.conditioning import CARRIERS, Conditioning
 from clp_engine.conditions import KL_CONDITIONING
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
@@ -20,10 +22,16 @@ from clp_engine.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
 DEFAULT_ALPHA = 0.1
+INTERVALS = ("no", "steps", "epoch")
+STEPS = ("logging_steps", "eval_steps", "save_steps")
+# A whole number is a count in these, one with a point a share. (A union of types would be no flag of transformers'
+# HfArgumentParser, which TRL's scripts use.)
+COUNT_OR_SHARE = (*STEPS, "selected_rollouts")
 # Settings that do not touch what is computed: a resumed run may change them, and runs that differ in them alone are the same.
 WITHOUT_EFFECT = frozenset(
     """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
-    save_total_limit log_completions report_to run_name disable_tqdm per_device_eval_batch_size reward_workers""".split()
+    save_total_limit log_completions report_to run_name disable_tqdm per_device_eval_batch_size reward_workers
+    logging_strategy eval_on_start num_generations_eval""".split()
 )
 
 
@@ -31,9 +39,30 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _takes_trl_s_fields(cls: type) -> type:
+    """Have the constructor take the fields of TRL's GRPOConfig beside the class's own, see `trl_settings`."""
+    plain = cls.__init__
+    names = [option.name for option in dataclasses.fields(cls)]
+    defaults = {option.name: option.default for option in dataclasses.fields(cls)}
+
+    @functools.wraps(plain)
+    def __init__(self, *values, **given):
+        by_place = dict(zip(names, values))
+        twice = sorted(by_place.keys() & given.keys())
+        if len(values) > len(names) or twice:
+            plain(self, *values, **given)  # says what is wrong
+        settings, self._trl = trl_settings.understood(by_place | given, defaults)
+        plain(self, **settings)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_takes_trl_s_fields
 @dataclass
 class CLPConfig:
-    """Settings of `CLPTrainer`.
+    """Settings of `CLPTrainer`. The fields of TRL's GRPOConfig are taken as well: each is a setting of the same name, is
+    translated into one, or is refused with the reason and the alternative (`trl_fields`).
 
     One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions, `num_generations` for
     each of its prompts; the batch is cut into micro-batches of whole groups. A rollout serves one step, or `num_iterations`
@@ -45,6 +74,19 @@ class CLPConfig:
     """
 
     output_dir: str = _option("runs/clp", "folder of the run: logs, checkpoints, final policy")
+
+    # the base model, where the trainer loads it
+    bf16: bool | None = _option(
+        None,
+        "load the base model in bfloat16, or with false in float32; default float32 on a CPU, else as it is",
+    )
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "how transformers loads the base model: dtype, attn_implementation (eager or sdpa)"
+    )
+    use_cpu: bool = _option(False, "use the CPU although there is a GPU")
+    chat_template_kwargs: dict[str, Any] | str | None = _option(
+        None, "values for the tokenizer's chat template, such as enable_thinking; saved with the policy"
+    )
 
     # the policy, where the trainer builds it from a model name
     conditioning: str = _option(
@@ -78,6 +120,11 @@ class CLPConfig:
     )
     fixed_weights: list[float] | None = _option(
         None, "the weights for weight_sampler fixed, in the order of the rewards"
+    )
+    reward_weights: list[float] | None = _option(
+        None,
+        "one fixed objective, sum_i weight_i R_i as in TRL, instead of a policy steerable between the rewards; "
+        "one delta then carries it, on what conditioning names",
     )
     alpha: float | None = _option(
         None, f"KL coefficient in (1 - alpha) w.R - alpha KL; default {DEFAULT_ALPHA}"
@@ -114,6 +161,10 @@ class CLPConfig:
     )
     epsilon: float = _option(0.2, "clipping of the ratio from below, and above unless epsilon_high is given")
     epsilon_high: float | None = _option(None, "clipping of the ratio from above")
+    delta: float | None = _option(
+        None,
+        "leave a token out where the ratio is above this, whatever the advantage's sign (two-sided clipping)",
+    )
     mask_truncated_completions: bool = _option(False, "leave completions that never ended out of the loss")
     log_kl: bool = _option(
         False,
@@ -123,7 +174,7 @@ class CLPConfig:
         "none",
         "which completions of a group are trained on: none (all) or max_variance (of the advantages; biased)",
     )
-    selected_rollouts: int | float | None = _option(
+    selected_rollouts: float | None = _option(
         None,
         "how many completions of each group, or which share (a number with a point), rollout_selection keeps",
     )
@@ -138,6 +189,7 @@ class CLPConfig:
 
     # completions
     num_generations: int = _option(8, "completions per prompt")
+    num_generations_eval: int | None = _option(None, "the same in evaluate(); default num_generations")
     max_completion_length: int = _option(512, "most tokens of a completion")
     partial_rollouts: bool = _option(
         False,
@@ -183,7 +235,10 @@ class CLPConfig:
     lr_scheduler_type: str = _option(
         "linear", "a schedule of transformers.get_scheduler: linear, cosine, constant, ..."
     )
-    warmup_steps: int = _option(0, "steps of linear warm-up")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = _option(
+        None, "settings of that schedule, such as num_cycles or min_lr"
+    )
+    warmup_steps: int = _option(0, "steps of linear warm-up; below 1 a share of all steps")
     warmup_ratio: float = _option(0.0, "warm-up as a share of all steps, where warmup_steps is 0")
     weight_decay: float = _option(0.0, "AdamW's decoupled weight decay")
     adam_beta1: float = _option(0.9, "AdamW's beta1")
@@ -199,13 +254,24 @@ class CLPConfig:
     )
 
     # keeping track
-    logging_steps: int = _option(10, "log the mean metrics of so many steps")
+    logging_strategy: str = _option("steps", "when to log: no, steps or epoch")
+    logging_steps: float = _option(10, "log the mean metrics of so many steps; below 1 a share of all steps")
     logging_first_step: bool = _option(False, "log the first step, too")
-    eval_strategy: str = _option("no", "when to run evaluate(): no or steps")
-    eval_steps: int = _option(100, "steps between evaluations")
-    eval_delay: float = _option(0, "steps before the first evaluation")
-    save_strategy: str = _option("steps", "when to write a checkpoint: no or steps")
-    save_steps: int = _option(500, "steps between checkpoints")
+    eval_strategy: str = _option("no", "when to run evaluate(): no, steps or epoch")
+    eval_steps: float = _option(100, "steps between evaluations; below 1 a share of all steps")
+    eval_delay: float = _option(0, "steps (or epochs, with eval_strategy epoch) before the first evaluation")
+    eval_on_start: bool = _option(False, "run evaluate() before the first step, too")
+    save_strategy: str = _option("steps", "when to write a checkpoint: no, steps or epoch")
+    save_steps: float = _option(500, "steps between checkpoints; below 1 a share of all steps")
+    metric_for_best_model: str | None = _option(
+        None, "metric of evaluate() by which the best policy is told, with or without eval_ in front"
+    )
+    greater_is_better: bool | None = _option(
+        None, "whether more of metric_for_best_model is better; default yes, unless its name ends with loss"
+    )
+    load_best_model_at_end: bool = _option(
+        False, "end with the policy of the best evaluation, which is kept in <output_dir>/best"
+    )
     save_total_limit: int | None = _option(None, "keep the newest so many checkpoints")
     log_completions: bool = _option(False, "write every step's completions to completions.jsonl")
     report_to: str | list[str] = _option("none", "transformers' reporting callbacks: tensorboard, wandb, ...")
@@ -218,11 +284,22 @@ class CLPConfig:
             value = getattr(self, option.name)
             if option.name == "report_to" and value is None:
                 value = "none"
+            if (
+                option.name in (*STEPS, "warmup_steps")
+                and isinstance(value, float)
+                and value >= 1
+                and value.is_integer()
+            ):
+                value = int(value)
             # One form of every value: a tuple and a list, 1 and 1.0 must not look like different settings to a resumed run.
             setattr(self, option.name, _coerce(option.name, value, types[option.name]))
+        self._fix_conditioning()
+        self._check_best_model()
         self._check_choices()
         self._check_ranges()
         self._check_kl()
+        self._check_reward_weights()
+        self._check_base_model()
         self._check_rollouts()
         self._check_selection()
         if self.batch_size % self.num_generations:
@@ -240,6 +317,30 @@ class CLPConfig:
                 "scale_rewards='group' needs the spread within a group; num_generations must be at least 2"
             )
 
+    def _fix_conditioning(self) -> None:
+        """With reward_weights the objective is one for the whole run, and one delta says it all: what conditioning names is its
+        carrier then."""
+        if self.reward_weights is None or self.conditioning == "none":
+            return
+        if self.conditioning not in CARRIERS:
+            raise ConfigError(
+                f"reward_weights fix the objective, and conditioning={self.conditioning!r} is for several; give "
+                "conditioning='none' and a carrier"
+            )
+        if self.conditioning != "lora":
+            self.carrier = self.conditioning
+        self.conditioning = "none"
+
+    def _check_best_model(self) -> None:
+        name = self.metric_for_best_model
+        if self.load_best_model_at_end and (name is None or self.eval_strategy == "no"):
+            raise ConfigError(
+                f"load_best_model_at_end with metric_for_best_model={name!r} and eval_strategy={self.eval_strategy!r}: give a "
+                "metric of evaluate(), such as 'eval_reward', and eval_strategy='steps'"
+            )
+        if self.greater_is_better is None and name is not None:
+            self.greater_is_better = not name.endswith("loss")
+
     def _check_choices(self) -> None:
         choices = {
             "kl_conditioning": KL_CONDITIONING,
@@ -248,8 +349,9 @@ class CLPConfig:
             "baseline": BASELINES,
             "scale_rewards": SCALE_REWARDS,
             "loss_type": LOSS_TYPES,
-            "eval_strategy": ("no", "steps"),
-            "save_strategy": ("no", "steps"),
+            "logging_strategy": INTERVALS,
+            "eval_strategy": INTERVALS,
+            "save_strategy": INTERVALS,
             "rollout_selection": ROLLOUT_SELECTIONS,
             "token_selection": TOKEN_SELECTIONS,
             "selection_schedule": SCHEDULES,
@@ -292,6 +394,7 @@ class CLPConfig:
             "logging_steps",
             "gradient_accumulation_steps",
             "per_device_eval_batch_size",
+            "num_generations_eval",
             "max_tokens_per_microbatch",
             "rollout_rows",
             "num_iterations",
@@ -321,6 +424,17 @@ class CLPConfig:
                 raise ConfigError(
                     f"{name}={value}: expected {'at least 0' if name in not_negative else 'a positive number'}"
                 )
+        for name in STEPS:
+            value = getattr(self, name)
+            if value > 1 and isinstance(value, float):
+                raise ConfigError(f"{name}={value}: expected whole steps, or a share of all steps below 1")
+            if isinstance(value, float) and self.max_generated_tokens is not None and self.max_steps <= 0:
+                raise ConfigError(
+                    f"{name}={value} is a share of all steps, which max_generated_tokens leaves open; give steps"
+                )
+        clipped = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        if self.delta is not None and not self.delta > clipped:
+            raise ConfigError(f"delta={self.delta}: expected more than 1 + epsilon_high = {clipped:g}")
         budget = self.max_generated_tokens
         if budget is not None and budget < 1:
             raise ConfigError(f"max_generated_tokens={budget}: expected a positive number")
@@ -383,6 +497,34 @@ class CLPConfig:
                 f"baseline={self.baseline!r} has it only after; use kl_estimator='return' and a baseline of the group"
             )
 
+    def _check_reward_weights(self) -> None:
+        weights = self.reward_weights
+        if weights is None:
+            return
+        if not weights or not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            raise ConfigError(
+                f"reward_weights={weights}: expected weights of 0 or more, one above 0; a reward to be made small is a reward "
+                "function that returns minus it"
+            )
+        drawn = {
+            name: getattr(self, name) for name in ("weight_sampler", "fixed_weights", "stratified_weights")
+        }
+        odd = [name for name, value in drawn.items() if value not in (None, False, "dirichlet")]
+        if odd:
+            raise ConfigError(
+                f"reward_weights fix the objective, and {' and '.join(odd)} draw it: give one. fixed_weights are weights that "
+                "sum to 1; reward_weights are TRL's, whose sum scales the reward"
+            )
+
+    def _check_base_model(self) -> None:
+        init_kwargs.check(self.model_init_kwargs)
+        asked = (self.model_init_kwargs or {}).get("dtype")
+        if self.bf16 and asked not in (None, "auto", "bfloat16"):
+            raise ConfigError(
+                f"bf16=True and model_init_kwargs dtype={asked!r}: the frozen base has one dtype, to be kept and "
+                "computed in; give one of the two"
+            )
+
     def _check_kl(self) -> None:
         given = [name for name in KL_NAMES if getattr(self, name) is not None]
         if len(given) > 1:
@@ -408,6 +550,24 @@ class CLPConfig:
                 raise ConfigError(
                     "kl_conditioning='odds' needs an alpha below 1: at 1 there is only the reference"
                 )
+
+    @property
+    def reward_scale(self) -> float:
+        """What w.R is multiplied by: the sum of reward_weights, whose shares are w; 1 without."""
+        return 1.0 if self.reward_weights is None else sum(self.reward_weights)
+
+    @property
+    def base_dtype(self) -> str | None:
+        """The dtype the base model is loaded in; None where the device decides."""
+        asked = (self.model_init_kwargs or {}).get("dtype")
+        if self.bf16 is None or not self.bf16 and asked is not None:
+            return asked
+        return "bfloat16" if self.bf16 else "float32"
+
+    def steps_of(self, name: str, whole: int | None) -> int:
+        """A setting in steps, of a run of `whole` steps where it is a share of them."""
+        value = getattr(self, name)
+        return value if isinstance(value, int) else math.ceil(value * whole)
 
     @property
     def batch_size(self) -> int:
@@ -475,10 +635,9 @@ class CLPConfig:
             return math.sqrt(kl[0] * kl[1])
         return sorted(kl)[(len(kl) - 1) // 2] if isinstance(kl, list) else kl
 
-    @property
-    def logging_strategy(self) -> str:
-        """What transformers' flow callback reads beside logging_steps."""
-        return "steps"
+    def __getattr__(self, name: str) -> Any:
+        """Fields of GRPOConfig that are no settings: what holds of them here."""
+        return trl_settings.read(self, name, self.__dict__.get("_trl", {}))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -491,34 +650,27 @@ class CLPConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLPConfig:
         """From a mapping, such as a YAML file; raises ConfigError for unknown names and values of the wrong type."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(
-                f"unknown setting{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}{_suggestion(unknown[0], known)}"
-            )
         return cls(**values)
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type, or ConfigError; integers pass for floats and YAML's '1e-4' is a number."""
     options = typing.get_args(hint) if typing.get_origin(hint) not in (list, None) else (hint,)
+    if any(typing.get_origin(option) is dict for option in options):
+        options = tuple(o for o in options if o is not str)  # a text is a mapping as JSON
     for option in options:
         if option is type(None) and value is None:
             return None
+        if typing.get_origin(option) is dict and (mapping := _as_mapping(value)) is not None:
+            return mapping
         if typing.get_origin(option) is list and isinstance(value, list | tuple):
             (element,) = typing.get_args(option)
             return [_coerce(name, v, element) for v in value]
         if option is bool and isinstance(value, bool) or option is str and isinstance(value, str):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and name in COUNT_OR_SHARE and type(value) is int:
             return value
         if option is float and not isinstance(value, bool):
             try:
@@ -534,3 +686,13 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         for o in options
     )
     raise ConfigError(f"{name}={value!r}: expected {expected}")
+
+
+def _as_mapping(value: Any) -> dict | None:
+    """A mapping, or JSON text of one, which is how a mapping is given on a command line; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    return dict(value) if isinstance(value, Mapping) else None

@@ -1,17 +1,22 @@
-"""Training prompts: rows of a dataset, encoded, in an order that a step number alone determines."""
+"""Prompts to train on: rows of a dataset, checked and encoded, in an order that a step number alone determines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from clp_engine import seeds
+from clp_engine.chat import check_prompt, encode_chat
 from clp_engine.errors import ConfigError
 
 _SHUFFLE = 1  # counter that keeps this use of the seed apart from others
+# Columns that no reward function receives (as in TRL), and names under which it receives something else.
+_WITHHELD = ("prompt", "completion", "completion_ids")
+_TAKEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
@@ -40,45 +45,86 @@ class PromptBatch:
 
 def encode_prompt(prompt: str | list, tokenizer) -> list[int]:
     """Tokens of a text, or of chat messages in the tokenizer's chat template, up to where the assistant answers."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else encode_chat(prompt, tokenizer)
 
 
-class PromptDataset:
-    """A sequence of rows with a `prompt` column: text, or a list of chat messages for the tokenizer's chat template."""
+class Prompts(ABC):
+    """Rows with a `prompt` column, text or chat messages, as an endless stream of epochs: `position` counts its rows."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer, max_prompt_length: int | None = None):
-        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-            raise ConfigError(
-                f"a dataset must have a length and rows by index (a list of dicts, datasets.Dataset); "
-                f"got {type(rows).__name__}; list(dataset) makes one of an iterable"
-            )
-        if len(rows) == 0:
-            raise ConfigError("the dataset is empty")
-        if not isinstance(rows[0], Mapping) or "prompt" not in rows[0]:
-            raise ConfigError(
-                f"each row of a dataset needs a 'prompt'; the first one has {_described(rows[0])}"
-            )
-        self.rows, self.tokenizer, self.max_prompt_length = rows, tokenizer, max_prompt_length
-        self._order: tuple[tuple, list[int]] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, tokenizer, max_prompt_length: int | None = None):
+        self.tokenizer, self.max_prompt_length = tokenizer, max_prompt_length
 
     def encode(self, prompt: str | list) -> list[int]:
         ids = encode_prompt(prompt, self.tokenizer)
         return ids[-self.max_prompt_length :] if self.max_prompt_length else ids
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:
-        rows = [self.rows[int(i)] for i in indices]
-        columns = {
-            name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")
-        }
+        """The prompts of these rows. Raises ConfigError for a row that cannot be used."""
+        return self._made([self._row(int(i)) for i in indices], list(map(int, indices)))
+
+    @abstractmethod
+    def indices(self, start: int, count: int, seed: int, shuffle: bool) -> Sequence[int]:
+        """What `batch` takes for the positions `start` to `start + count`."""
+
+    @abstractmethod
+    def in_order(self, size: int) -> Iterator[tuple[int, PromptBatch]]:
+        """All rows once, unshuffled, `size` at a time: the number of the first one and the batch."""
+
+    @abstractmethod
+    def epoch(self, position: float, share: float) -> float:
+        """Epochs that lie before `position`; share: how much of the run does, where nobody knows how long an epoch is."""
+
+    @abstractmethod
+    def epoch_number(self, position: int) -> int:
+        """The epoch that `position` lies in."""
+
+    @abstractmethod
+    def _row(self, index: int) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to know beside its step, as JSON."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        return
+
+    def _made(self, rows: list, numbers: list[int]) -> PromptBatch:
+        for row, number in zip(rows, numbers):
+            check_row(row, f"row {number} of the dataset")
+        names = dict.fromkeys(name for row in rows for name in row if name not in _WITHHELD)
+        columns = {name: [row.get(name) for row in rows] for name in names}
         prompts = [row["prompt"] for row in rows]
         return PromptBatch(prompts, [self.encode(p) for p in prompts], columns)
+
+
+class PromptDataset(Prompts):
+    """Rows by index: a list of dicts, a `datasets.Dataset`, anything with a length and rows that are mappings.
+
+    Raises ConfigError where it is none, or empty, or its first row cannot be used.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer, max_prompt_length: int | None = None):
+        super().__init__(tokenizer, max_prompt_length)
+        if not has_rows(rows):
+            raise ConfigError(
+                f"a dataset here must have a length and rows by index (a list of dicts, datasets.Dataset); "
+                f"got {type(rows).__name__}; list(dataset) makes one of an iterable"
+            )
+        if len(rows) == 0:
+            raise ConfigError("the dataset is empty")
+        check_row(rows[0], "row 0 of the dataset")
+        self.rows = rows
+        self._order: tuple[tuple, list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def _row(self, index: int) -> Mapping[str, Any]:
+        return self.rows[index]
 
     def indices(self, start: int, count: int, seed: int, shuffle: bool) -> list[int]:
         """Rows `start` to `start + count` of the endless stream of epochs, each epoch in an order of its own."""
@@ -86,6 +132,16 @@ class PromptDataset:
             self._epoch(position // len(self), seed, shuffle)[position % len(self)]
             for position in range(start, start + count)
         ]
+
+    def in_order(self, size: int) -> Iterator[tuple[int, PromptBatch]]:
+        for start in range(0, len(self), size):
+            yield start, self.batch(range(start, min(start + size, len(self))))
+
+    def epoch(self, position: float, share: float) -> float:
+        return position / len(self)
+
+    def epoch_number(self, position: int) -> int:
+        return position // len(self)
 
     def _epoch(self, epoch: int, seed: int, shuffle: bool) -> Sequence[int]:
         if not shuffle:
@@ -99,12 +155,35 @@ class PromptDataset:
         return self._order[1]
 
 
-def _described(row: Any) -> str:
+def has_rows(rows: Any) -> bool:
+    """Whether there are rows by index: a sequence, not a mapping or a text."""
     return (
-        f"the columns {', '.join(map(str, row))}"
-        if isinstance(row, Mapping)
-        else f"type {type(row).__name__}"
+        hasattr(rows, "__len__")
+        and hasattr(rows, "__getitem__")
+        and not isinstance(rows, Mapping | str | bytes)
     )
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raises ConfigError, naming `where` it was found, for a row that training cannot use."""
+    if not isinstance(row, Mapping) or "prompt" not in row:
+        shown = (
+            f"the columns {', '.join(map(str, row))}"
+            if isinstance(row, Mapping)
+            else f"type {type(row).__name__}"
+        )
+        raise ConfigError(f"each row of a dataset needs a 'prompt'; {where} has {shown}")
+    for name in _TAKEN:
+        if name in row:
+            raise ConfigError(
+                f"{where} has a column {name!r}, under which a reward function receives something else; rename it"
+            )
+    for name in ("image", "images"):
+        if row.get(name) is not None:
+            raise ConfigError(
+                f"{where} has a column {name!r}; prompts are text here (train a model for images with TRL, or remove it)"
+            )
+    check_prompt(row["prompt"], where)
 
 
 def completion_texts(tokenizer, token_lists: list[list[int]], prompts: list) -> list:

@@ -108,7 +108,8 @@ class Coefficients:
     advantage: (B,), the baselined return; zero for rows that have none. With baseline "value" (B, T), by
         token, zero outside the mask.
     clip_low, clip_high: scalars, the fraction of the counted tokens whose ratio was clipped from below and
-        from above; None without old_logprob.
+        from above; None without old_logprob. clip_low_min, clip_high_max: the least and the largest such
+        fraction of any row.
     """
 
     logprob: torch.Tensor
@@ -116,6 +117,8 @@ class Coefficients:
     advantage: torch.Tensor
     clip_low: torch.Tensor | None = None
     clip_high: torch.Tensor | None = None
+    clip_low_min: torch.Tensor | None = None
+    clip_high_max: torch.Tensor | None = None
 
 
 def objective_scales(kl: torch.Tensor, kl_is_beta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,6 +213,7 @@ def coefficients(
     old_logprob: torch.Tensor | None = None,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
+    delta: float | None = None,
     advantage: torch.Tensor | None = None,
 ) -> Coefficients:
     """The coefficients that estimate the gradient of J (formulas at the top of the module).
@@ -226,7 +230,9 @@ def coefficients(
     old_logprob: (B, T), the log-probs the completions were sampled with, where the policy has moved since.
         The term in A becomes the clipped surrogate min(ratio * A, clip(ratio, 1 - epsilon, 1 +
         epsilon_high) * A) with ratio = exp(logprob - old_logprob), hence c_logprob = A * ratio, or 0 where
-        it is clipped. epsilon_high defaults to epsilon. The KL terms use the current log-probs; the loss
+        it is clipped. epsilon_high defaults to epsilon. delta (above 1 + epsilon_high) caps the ratio in the
+        unclipped term as well, min(min(ratio, delta) * A, ...): beyond it c_logprob is 0 whatever the sign
+        of A. The KL terms use the current log-probs; the loss
         terms (exact's kl, k2, k3) carry no ratio, as in TRL. Ratio by token and clipping are biased both,
         towards the policy that sampled.
     advantage: (B,), see `advantages`, where the rows are a part of their groups: rewards, group_size,
@@ -261,16 +267,16 @@ def coefficients(
         penalty = _penalty(tokens, log_ratio, estimator, exact).sum(-1)
         advantage, counts = _advantage(reward_scale * rewards - kl_coef * penalty, group_size, baseline)
         score = advantage.unsqueeze(-1) * tokens.mask
-    clip_low = clip_high = None
+    clipped: tuple = ()
     if old_logprob is not None:
-        score, clip_low, clip_high = _clipped(score, tokens, old_logprob, epsilon, epsilon_high)
+        score, *clipped = _clipped(score, tokens, old_logprob, epsilon, epsilon_high, delta)
 
     loss_coef = (kl_coef * counts).unsqueeze(-1) * mask
     if estimator == "k2":
         score = score - loss_coef * log_ratio
     elif estimator == "k3":
         score = score + loss_coef * torch.expm1(-log_ratio)
-    return Coefficients(score, -exact * loss_coef if exact else None, advantage, clip_low, clip_high)
+    return Coefficients(score, -exact * loss_coef if exact else None, advantage, *clipped)
 
 
 @torch.no_grad()
@@ -461,9 +467,15 @@ def _advantage(returns: torch.Tensor, group_size: int, baseline: str) -> tuple[t
 
 
 def _clipped(
-    score: torch.Tensor, tokens: Tokens, old_logprob: torch.Tensor, epsilon: float, epsilon_high: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradient of the clipped surrogate with respect to logprob, and the fractions clipped low and high."""
+    score: torch.Tensor,
+    tokens: Tokens,
+    old_logprob: torch.Tensor,
+    epsilon: float,
+    epsilon_high: float | None,
+    delta: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of the clipped surrogate with respect to logprob; the fractions clipped low and high, of all tokens; the least
+    fraction clipped low and the largest clipped high of a row that has tokens."""
     if old_logprob.shape != tokens.logprob.shape:
         raise ValueError(
             f"old_logprob must have the shape of logprob, {tuple(tokens.logprob.shape)}; "
@@ -473,8 +485,19 @@ def _clipped(
     ratio = torch.where(tokens.mask, tokens.logprob - old_logprob, 0.0).exp()
     low = (ratio < 1 - epsilon) & (score < 0)
     high = (ratio > 1 + epsilon_high) & (score > 0)
-    counted = tokens.mask.sum().clamp_min(1)
-    return torch.where(low | high, 0.0, score * ratio), low.sum() / counted, high.sum() / counted
+    left_out = low | high
+    if delta is not None:
+        left_out = left_out | (ratio > delta)
+    lengths = tokens.mask.sum(-1)
+    counted = lengths.sum().clamp_min(1)
+    low_shares, high_shares = (clipped.sum(-1) / lengths.clamp_min(1) for clipped in (low, high))
+    return (
+        torch.where(left_out, 0.0, score * ratio),
+        low.sum() / counted,
+        high.sum() / counted,
+        torch.where(lengths > 0, low_shares, math.inf).amin().nan_to_num(posinf=0.0),
+        high_shares.amax(),
+    )
 
 
 def _centred(values: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,10 +18,11 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_directory(path: str | Path) -> Iterator[Path]:
+def write_directory(path: str | Path, keep: bool = False) -> Iterator[Path]:
     """A temporary directory that takes the place of `path` when the block ends without an error.
 
-    An older directory at `path` is moved aside first and removed last, so that one of the two is always whole.
+    An older directory at `path` is moved aside first and removed last, so that one of the two is always whole. keep: where
+    that one holds anything else (a run's folder, somebody's home), it stays, and the new files are moved into it one by one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,9 +35,17 @@ def write_directory(path: str | Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _flush(file)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
+        new = {entry.name for entry in temporary.iterdir()}
+        if keep and path.is_dir() and any(entry.name not in new for entry in path.iterdir()):
+            for name in sorted(new):
+                if (temporary / name).is_dir():
+                    shutil.copytree(temporary / name, path / name, dirs_exist_ok=True)
+                else:
+                    (temporary / name).replace(path / name)
+        else:
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 from clp_engine import ahead, seeds
 from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
-from clp_engine.data import PromptBatch, PromptDataset, completion_texts
+from clp_engine.data import PromptBatch, Prompts, completion_texts
 from clp_engine.estimators import needs_reference, scalarise
 from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.policy import ConditionedPolicy
@@ -33,7 +33,8 @@ _CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
 class Generation:
     """Completions, rewarded, and what the passes over them keep.
 
-    rewards: (B, M); scalar: (B,) w.R; metrics: of everything that was drawn.
+    rewards: (B, M); scalar: (B,) w.R, times the sum of reward_weights where they are given; metrics: of everything that was
+        drawn.
     new_tokens: completion tokens drawn for it; others than its own where partial rollouts go on (`partial`).
     reference: of each completion (n_b, H) or None, the reference's hidden states where they are there already (`ahead`).
     advantage: (B,), taken from whole groups where `rollout` has a part of them alone (`selection`), or None.
@@ -119,7 +120,7 @@ class Collector:
             tuple(args.stop_strings or ()),
         )
 
-    def training_batch(self, dataset: PromptDataset, step: int, state: TrainerState) -> Generation:
+    def training_batch(self, dataset: Prompts, step: int, state: TrainerState) -> Generation:
         """Prompts, conditions, completions and rewards of the rollout that optimiser step `step` starts with."""
         batch, conditions, row_seeds = self.planned(dataset, step)
         order = self.arranged(batch.token_ids)
@@ -127,7 +128,7 @@ class Collector:
         drawn = self.draw(batch, conditions, row_seeds[order].view(-1))
         return self.rewarded_batch(batch, conditions, drawn, step, state)
 
-    def planned(self, dataset: PromptDataset, step: int) -> tuple[PromptBatch, Conditions, torch.Tensor]:
+    def planned(self, dataset: Prompts, step: int) -> tuple[PromptBatch, Conditions, torch.Tensor]:
         """What that rollout is to draw, in the order of the data: P prompts, their conditions, row seeds (P, group)."""
         a = self.args
         prompts = a.rollout_size // a.num_generations
@@ -160,14 +161,12 @@ class Collector:
             self._write_completions(batch, generation, step)
         return generation
 
-    def evaluation_batch(
-        self, dataset: PromptDataset, start: int, stop: int, state: TrainerState
-    ) -> Generation:
-        """Rows [start, stop) of an evaluation set, the same conditions and random numbers every time."""
-        a, rows = self.args, stop - start
+    def evaluation_batch(self, batch: PromptBatch, start: int, state: TrainerState) -> Generation:
+        """Rows of an evaluation set from row `start` on, the same conditions and random numbers every time."""
+        a, rows = self.args, len(batch.prompts)
         conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
-        row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * a.num_generations))
-        batch = dataset.batch(range(start, stop))
+        group = a.num_generations_eval or a.num_generations
+        row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * group))
         return self._rewarded(batch, conditions, self.draw(batch, conditions, row_seeds), state)
 
     def draw(self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor) -> Rollout:
@@ -177,7 +176,7 @@ class Collector:
                 self.policy,
                 batch.token_ids,
                 conditions,
-                num_generations=self.args.num_generations,
+                num_generations=len(row_seeds) // len(batch.prompts),
                 sampling=self.sampling,
                 row_seeds=row_seeds,
                 prompts=batch.prompts,
@@ -207,7 +206,7 @@ class Collector:
         for name, spent in pending.seconds.items():
             seconds[f"reward/{name}"] += spent
         each = conditions.repeat(drawn.group)
-        scalar = scalarise(rewards, each.weights)
+        scalar = scalarise(rewards, each.weights) * self.args.reward_scale
         metrics = completion_metrics(drawn) | reward_metrics(
             self.rewards.names, rewards, scalar, each, drawn.group
         )

@@ -65,7 +65,8 @@ def describe(spec: RunSpec, config: CLPConfig) -> dict[str, Any]:
 
     model = memory.skeleton(model_location(spec.model))
     # As the policy will load it: see ConditionedPolicy.from_pretrained's dtype.
-    itemsize = None if torch.cuda.is_available() else 4
+    dtype = config.base_dtype or ("auto" if torch.cuda.is_available() and not config.use_cpu else "float32")
+    itemsize = None if dtype == "auto" else getattr(torch, dtype).itemsize
     count = len(spec.objectives)
 
     def plain(cost: memory.Memory) -> dict[str, Any]:

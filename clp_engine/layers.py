@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -16,15 +16,19 @@ from clp_engine.full_weight import InterpolatedAffine, InterpolatedEmbedding, In
 
 
 def lora_targets(
-    model: PreTrainedModel, conditioning: Conditioning, target_modules: str | Sequence[str] | None
+    model: PreTrainedModel,
+    conditioning: Conditioning,
+    target_modules: str | Sequence[str] | Callable[[PreTrainedModel], list[str]] | None,
 ) -> list[str]:
-    """Names of the layers that get low-rank factors; see `adapters.find_targets`. The output projection is among them with
-    the carrier "logit"."""
+    """Names of the layers that get low-rank factors; see `adapters.find_targets`, or a function of the model that chooses them.
+    The output projection is among them with the carrier "logit"."""
     if target_modules is not None and "lora" not in conditioning.carriers:
         raise ConfigError(
             f"target_modules={target_modules!r} is for 'lora', which is not among {', '.join(conditioning.carriers)}"
         )
-    names = find_targets(model, target_modules) if "lora" in conditioning.carriers else []
+    names: list[str] = []
+    if "lora" in conditioning.carriers:
+        names = target_modules(model) if callable(target_modules) else find_targets(model, target_modules)
     if "attention" in conditioning.carriers:
         taken = set(attention_layers(model))
         names = [name for name in names if name not in taken]

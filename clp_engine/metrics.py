@@ -11,10 +11,25 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from clp_engine.conditions import Conditions
+from clp_engine.estimators import Coefficients
 from clp_engine.rollout import Rollout
 
 # Bins of w_i in which an objective's mean reward is logged: a policy that heeds w has more of it in the higher bins.
 WEIGHT_BINS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
+
+
+CLIP_RATIOS = tuple(
+    f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")
+)
+
+
+def clip_ratios(parts: Sequence[Coefficients]) -> dict[str, torch.Tensor]:
+    """Shares of tokens whose ratio was clipped, of a step's micro-batches: from below, from above, either; and the least share
+    from below and the largest from above of any completion."""
+    low, high = (torch.stack([getattr(c, f"clip_{end}") for c in parts]).mean() for end in ("low", "high"))
+    least = torch.stack([c.clip_low_min for c in parts]).amin()
+    largest = torch.stack([c.clip_high_max for c in parts]).amax()
+    return dict(zip(CLIP_RATIOS, (low, least, high, largest, low + high)))
 
 
 class PhaseTimer:
@@ -68,12 +83,13 @@ class MetricLog:
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:
-    """completions/{mean,min,max}_length the same of those that ended; clipped_ratio: the share that did not."""
+    """completions/{mean,min,max}_length, the same of those that ended, 0 where none did; clipped_ratio: the share that did
+    not."""
     lengths, terminated = rollout.counts[1].float(), rollout.terminated.cpu()
     result = {f"completions/{kind}_length": value for kind, value in _spread(lengths).items()}
     ended = lengths[terminated]
-    if ended.numel():
-        result |= {f"completions/{kind}_terminated_length": value for kind, value in _spread(ended).items()}
+    ended = ended if len(ended) else torch.zeros(1)
+    result |= {f"completions/{kind}_terminated_length": value for kind, value in _spread(ended).items()}
     return result | {"completions/clipped_ratio": 1 - terminated.float().mean().item()}
 
 
@@ -86,13 +102,15 @@ def reward_metrics(
 ) -> dict[str, float]:
     """rewards/{name}/{mean,std}, rewards/{name}/weight_{low}_{high}, reward (w.R), reward_std and frac_reward_zero_std.
 
-    rewards: (B, M), NaN = does not apply; scalar: (B,) w.R; conditions: B rows.
+    rewards: (B, M), NaN = does not apply; scalar: (B,) w.R; conditions: B rows. As TRL does, reward and reward_std are those of
+    all rows together, and standard deviations have n - 1 in the denominator.
     """
     result = {}
     for i, name in enumerate(names):
         values, present = rewards[:, i], ~rewards[:, i].isnan()
-        result[f"rewards/{name}/mean"] = values[present].mean().item()
-        result[f"rewards/{name}/std"] = values[present].std(unbiased=False).item()
+        given = values[present]
+        result[f"rewards/{name}/mean"] = given.mean().item()
+        result[f"rewards/{name}/std"] = _std(given)
         for low, high in WEIGHT_BINS:
             weight = conditions.weights[:, i]
             inside = present & (weight >= low) & ((weight <= high) if high == 1 else (weight < high))
@@ -102,6 +120,10 @@ def reward_metrics(
     spread = groups.std(-1, unbiased=False)
     return result | {
         "reward": scalar.nanmean().item(),
-        "reward_std": spread.nanmean().item(),
+        "reward_std": _std(scalar[~scalar.isnan()]),
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
     }
+
+
+def _std(values: torch.Tensor) -> float:
+    return values.std().item() if len(values) > 1 else math.nan

@@ -30,7 +30,7 @@ import torch
 from transformers.trainer_callback import TrainerState
 
 from clp_engine.conditions import Conditions
-from clp_engine.data import PromptBatch, PromptDataset
+from clp_engine.data import PromptBatch, Prompts
 from clp_engine.errors import ConfigError
 from clp_engine.generation import Collector, Generation
 from clp_engine.rollout import Rollout, pad_left, rollout
@@ -83,7 +83,7 @@ class PartialRollouts:
     def _batch_groups(self) -> int:
         return self._args.rollout_size // self._args.num_generations
 
-    def training_batch(self, dataset: PromptDataset, step: int, state: TrainerState) -> Generation:
+    def training_batch(self, dataset: Prompts, step: int, state: TrainerState) -> Generation:
         """The first P groups that have ended, rewarded, with the log-probs of the policies that drew them."""
         count, before = self._batch_groups, {g.number: g.tokens for g in self._groups}
         phases = 0
@@ -117,7 +117,7 @@ class PartialRollouts:
     def _goes_on(self, completion: Completion) -> bool:
         return not completion.terminated and len(completion.tokens) < self._args.max_completion_length
 
-    def _run_phase(self, dataset: PromptDataset) -> None:
+    def _run_phase(self, dataset: Prompts) -> None:
         """At most L more tokens for each completion of the first P groups that have not ended."""
         count = self._batch_groups
         while len(unfinished := [g for g in self._groups if not self._is_done(g)]) < count:
@@ -157,7 +157,7 @@ class PartialRollouts:
             c.logprobs.extend(values[: len(tokens)])
             c.terminated = ended
 
-    def _plan(self, dataset: PromptDataset) -> None:
+    def _plan(self, dataset: Prompts) -> None:
         """Put the next P prompts of the stream behind the others: those of an ordinary run's next rollout."""
         step = self._planned // self._batch_groups * self._args.steps_per_rollout
         batch, conditions, row_seeds = self._collector.planned(dataset, step)
@@ -210,7 +210,7 @@ class PartialRollouts:
             "logprobs": torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float32),
         }
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor], dataset: PromptDataset) -> None:
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], dataset: Prompts) -> None:
         """Raises ConfigError where the dataset has other prompts than it had."""
         group = self._args.num_generations
         prompts = state["prompts"].split(state["prompt_lengths"].tolist())

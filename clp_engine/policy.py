@@ -114,7 +114,7 @@ class ConditionedPolicy(nn.Module):
         conditioning: str = "lora",
         rank: int | Sequence[int] = 16,
         lora_alpha: float | Sequence[float] | None = None,
-        target_modules: str | Sequence[str] | None = None,
+        target_modules: str | Sequence[str] | Callable[[PreTrainedModel], list[str]] | None = None,
         kl_conditioning: str = "none",
         min_kl: float | None = None,
         default_kl: float = 0.1,
@@ -124,6 +124,7 @@ class ConditionedPolicy(nn.Module):
         tokenizer=None,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
+        attention: str | None = None,
         seed: int = 0,
     ) -> ConditionedPolicy:
         """A policy that starts as `name_or_path` for every weighting.
@@ -135,10 +136,12 @@ class ConditionedPolicy(nn.Module):
         carrier: which parameters are trained where conditioning is "prompt" or "none".
         rank, lora_alpha: of "lora" and "logit", one for all or one per objective; the update is scaled by lora_alpha / rank
             (lora_alpha: 2 * rank). An output projection with a rank of the hidden size or more is trained whole, unscaled.
-        target_modules: of "lora", as in PEFT; None is every linear layer but the output projection.
+        target_modules: of "lora", as in PEFT, or a function of the model that gives names; None is every linear layer but the
+            output projection.
         prompt_template: of "prompt", text with {weights} and, where the KL coefficient varies, {kl}; see `prompting`.
         kl_conditioning, min_kl: see `conditions.blend_coefficients`. kl_is_beta, default_kl: see `PolicySpec`.
-        dtype: float32 on a CPU and the checkpoint's own elsewhere, if None. seed: of the adapters' start.
+        dtype: float32 on a CPU and the checkpoint's own elsewhere, if None. attention: transformers' attn_implementation, where
+            the model is loaded here. seed: of the adapters' start.
         Raises ConfigError for an unknown conditioning, layer name, or a model that cannot be conditioned.
         """
         objectives = tuple(objectives)
@@ -165,7 +168,7 @@ class ConditionedPolicy(nn.Module):
             if lora_alpha is None
             else tuple(map(float, _per_delta(lora_alpha, deltas, "lora_alpha")))
         )
-        model, tokenizer, base = load_base(name_or_path, tokenizer, dtype, device)
+        model, tokenizer, base = load_base(name_or_path, tokenizer, dtype, device, attention)
         spec = PolicySpec(
             base,
             objectives,
@@ -557,8 +560,9 @@ class ConditionedPolicy(nn.Module):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the adapters and what is needed to build the policy again from its base model; atomic."""
-        with write_directory(directory) as temporary:
+        """Write the adapters and what is needed to build the policy again from its base model; atomic, except in a folder that
+        holds other things, which stay."""
+        with write_directory(directory, keep=True) as temporary:
             spec = json.dumps(asdict(self.spec), indent=2) + "\n"
             (temporary / _SPEC_FILE).write_text(spec, encoding="utf-8")
             save_file(

@@ -11,6 +11,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+from clp_engine.chat import messages_as_read
 from clp_engine.errors import ConfigError
 
 DEFAULT_TEMPLATE = "{weights}\n"
@@ -48,11 +49,11 @@ def slot(prompt: Any, token_ids: Sequence[int], tokenizer) -> int:
     last_user = max((i for i, message in enumerate(prompt) if message.get("role") == "user"), default=None)
     if last_user is None:
         return 0
-    marked = copy.deepcopy(list(prompt))
+    marked = copy.deepcopy(messages_as_read(prompt, tokenizer))
     content = marked[last_user]["content"]
     if isinstance(content, str):
         marked[last_user]["content"] = _MARK + content
-    else:  # parts: text, images, ...
+    else:  # parts
         marked[last_user]["content"] = [{"type": "text", "text": _MARK}, *content]
     rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
     before, _, after = rendered.rpartition(_MARK)

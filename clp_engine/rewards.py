@@ -17,7 +17,9 @@ more workers, take their numbers in whatever order they come to it: give each a 
 from __future__ import annotations
 
 import contextvars
+import functools
 import inspect
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,8 +28,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from clp_engine.chat import messages_as_read
 from clp_engine.errors import ConfigError
 from clp_engine.workers import EventLoop, Workers
+
+logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 
@@ -49,8 +54,7 @@ class ClassifierReward:
     @torch.no_grad()
     def __call__(self, prompts, completions, **_) -> list[float]:
         texts = [
-            p + c if isinstance(p, str) else self.tokenizer.apply_chat_template(p + c, tokenize=False)
-            for p, c in zip(prompts, completions)
+            p + c if isinstance(p, str) else self._rendered([*p, *c]) for p, c in zip(prompts, completions)
         ]
         scores = []
         for start in range(0, len(texts), self.batch_size):
@@ -59,10 +63,13 @@ class ClassifierReward:
                 return_tensors="pt",
                 padding=True,
                 padding_side="right",
-                add_special_tokens=isinstance(prompts[0], str),
+                add_special_tokens=False,  # as TRL has it: the prompt's text says where it begins
             ).to(self.model.device)
             scores += self.model(**inputs).logits[:, 0].float().tolist()
         return scores
+
+    def _rendered(self, messages: list) -> str:
+        return self.tokenizer.apply_chat_template(messages_as_read(messages, self.tokenizer), tokenize=False)
 
 
 def _resolve(reward, tokenizer) -> RewardFunction:
@@ -74,7 +81,9 @@ def _resolve(reward, tokenizer) -> RewardFunction:
             raise ConfigError(
                 f"cannot load the reward model {reward!r}: {str(error).strip().splitlines()[0]}"
             ) from error
-    if isinstance(reward, PreTrainedModel):
+    if isinstance(reward, torch.nn.Module) and hasattr(
+        reward, "config"
+    ):  # a compiled one is no PreTrainedModel
         return ClassifierReward(
             reward, tokenizer or AutoTokenizer.from_pretrained(reward.config.name_or_path)
         )
@@ -114,7 +123,7 @@ class RewardSet:
                 f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} reward functions"
             )
         self.functions = [_resolve(f, t) for f, t in zip(funcs, tokenizers)]
-        self.names = tuple(names or (getattr(f, "__name__", type(f).__name__) for f in self.functions))
+        self.names = tuple(names or map(_name, self.functions))
         if len(set(self.names)) != len(self.names):
             raise ConfigError(
                 f"two rewards have the same name ({', '.join(self.names)}); give a mapping from names to functions"
@@ -125,6 +134,13 @@ class RewardSet:
     def __len__(self) -> int:
         return len(self.functions)
 
+    def to(self, device: torch.device) -> RewardSet:
+        """Classifiers to where the completions are made."""
+        for function in self.functions:
+            if isinstance(function, ClassifierReward):
+                function.model.to(device)
+        return self
+
     def start(
         self,
         prompts: list,
@@ -134,11 +150,11 @@ class RewardSet:
         **context,
     ) -> PendingRewards:
         """Set every function to work. columns: each of length rows. context: passed on."""
-        arguments = {
-            **columns,
+        arguments = {  # in TRL's order
             "prompts": prompts,
             "completions": completions,
             "completion_ids": completion_ids,
+            **columns,
             **context,
         }
         calls = [_Call(name, f, self._loop) for name, f in zip(self.names, self.functions)]
@@ -181,7 +197,16 @@ class PendingRewards:
         Raises ValueError where a function returns another number of rewards than rows, RuntimeError naming the function
         where one fails, with the function's own error as its cause.
         """
-        return torch.stack([self._column(call.name, call.value()) for call in self._calls], -1)
+        rewards = torch.stack([self._column(call.name, call.value()) for call in self._calls], -1)
+        unrewarded = rewards.isnan().all(-1).nonzero().flatten().tolist()
+        if unrewarded:
+            logger.warning(
+                "every reward function returned None for %d of %d completions (the first: number %d); they are not trained on",
+                len(unrewarded),
+                self._rows,
+                unrewarded[0],
+            )
+        return rewards
 
     def _column(self, name: str, values: Any) -> torch.Tensor:
         values = values.tolist() if isinstance(values, torch.Tensor) else list(values)
@@ -282,7 +307,20 @@ class _Call:
             raise RuntimeError(f"reward function {self.name!r} failed: {error!r}{hint}") from error
 
 
+def _wrapped(function: RewardFunction) -> RewardFunction:
+    """What a functools.partial calls in the end."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _name(function: RewardFunction) -> str:
+    function = _wrapped(function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def _is_async(function: RewardFunction) -> bool:
+    function = _wrapped(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,16 +22,17 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clp_engine import checkpoint
+from clp_engine import best, callback_states, chat_template, checkpoint, init_kwargs, lora_config
 from clp_engine.conditioning import Conditioning
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
-from clp_engine.data import PromptDataset
+from clp_engine.data import Prompts
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
 from clp_engine.generation import Collector, Generation
-from clp_engine.metrics import MetricLog, PhaseTimer, read_scalars
+from clp_engine.loader import PromptLoader
+from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
 from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
 from clp_engine.policy import ConditionedPolicy
@@ -38,7 +40,9 @@ from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
 from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
+from clp_engine.script_surface import ScriptSurface
 from clp_engine.selection import select
+from clp_engine.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.update import backward, micro_batches
 from clp_engine.value import ValueHead, explained_variance
 
@@ -56,15 +60,17 @@ _BUILDING = (
 )
 
 
-class CLPTrainer:
+class CLPTrainer(ScriptSurface):
     """Trains a conditioned policy; order and names of the arguments are GRPOTrainer's.
 
     model: a ConditionedPolicy, a model name or path, or a loaded causal or encoder-decoder language model; the latter become
-        a policy with one objective per reward, as `args` and `peft_config` (r, lora_alpha, target_modules) say.
+        a policy with one objective per reward, as `args` and `peft_config` (see `lora_config`) say.
     reward_funcs: see `rewards.RewardSet`; their names are the objectives. args: a CLPConfig.
-    train_dataset, eval_dataset: rows with a `prompt` (text or chat messages); other columns go to the reward functions.
+    train_dataset, eval_dataset: rows with a `prompt` (text or chat messages); other columns go to the reward functions. A list,
+        a `datasets.Dataset`, or an iterable, which is streamed (`streams`); eval_dataset also a mapping from names to datasets.
     processing_class: the tokenizer, if it is not the model's own. callbacks: transformers.TrainerCallback classes or objects.
     optimizers: (optimizer, scheduler) over `policy.adapter_parameters()`, instead of fused AdamW and `lr_scheduler_type`.
+    tools, rollout_func, environment_factory: TRL's; refused.
     condition_sampler: draws (w, kl), instead of the one `args` describes.
     """
 
@@ -81,6 +87,9 @@ class CLPTrainer:
         optimizers=(None, None),
         quantization_config=None,
         peft_config=None,
+        tools=None,
+        rollout_func=None,
+        environment_factory=None,
         *,
         condition_sampler: ConditionSampler | None = None,
     ):
@@ -90,15 +99,37 @@ class CLPTrainer:
             raise ConfigError(
                 "quantization_config: quantised base models are not supported; load the model in bfloat16"
             )
+        for name, value in (
+            ("tools", tools),
+            ("rollout_func", rollout_func),
+            ("environment_factory", environment_factory),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{name}: a completion is one turn of text, drawn by the engine itself; leave it out (TRL has tools and "
+                    "environments)"
+                )
         self.args = args or CLPConfig()
         self.rewards = RewardSet(reward_funcs, reward_processing_classes, self.args.reward_workers)
+        if condition_sampler is not None and self.args.reward_weights is not None:
+            raise ConfigError(
+                "reward_weights fix the objective, and condition_sampler draws it; give one of the two"
+            )
         self.sampler = condition_sampler or self._build_sampler()
         self.policy = self._build_policy(model, processing_class, peft_config)
+        self.rewards.to(self.policy.device)
         self.tokenizer = processing_class or self.policy.tokenizer
         if self.tokenizer is None:
             raise ConfigError("no tokenizer: give processing_class=")
+        self.tokenizer = chat_template.with_values(self.tokenizer, self.args.chat_template_kwargs)
         self.policy.tokenizer = self.tokenizer
-        self.train_dataset, self.eval_dataset = self._dataset(train_dataset), self._dataset(eval_dataset)
+        self.train_dataset = None if train_dataset is None else self._training_prompts(train_dataset)
+        self.eval_dataset = self._evaluation_prompts(eval_dataset)
+        if self.eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
+            raise ConfigError(
+                f"eval_strategy={self.args.eval_strategy!r}, eval_on_start={self.args.eval_on_start}: there is no "
+                "eval_dataset; give one, or eval_strategy='no'"
+            )
         if self.args.gradient_checkpointing:
             self.policy.checkpoint_layers()
         for detour in self.policy.detours():
@@ -115,7 +146,10 @@ class CLPTrainer:
         self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
         self.control = TrainerControl()
         self.optimizer, self.lr_scheduler = optimizers
-        reporting = get_reporting_integration_callbacks(self.args.report_to)
+        try:
+            reporting = get_reporting_integration_callbacks(self.args.report_to)
+        except ValueError as error:  # names those there are
+            raise ConfigError(f"report_to={self.args.report_to!r}: {error}") from error
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback, *reporting, *(callbacks or [])],
             self.policy.model,
@@ -123,29 +157,67 @@ class CLPTrainer:
             self.optimizer,
             self.lr_scheduler,
         )
+        self._epoch_begun: int | None = None
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
 
     # -- construction -------------------------------------------------------------------------------------------------
 
-    def _dataset(self, rows) -> PromptDataset | None:
-        return None if rows is None else PromptDataset(rows, self.tokenizer, self.args.max_prompt_length)
+    def _training_prompts(self, rows) -> Prompts:
+        a = self.args
+        prompts = prompts_of(rows, self.tokenizer, a.max_prompt_length, a.seed if a.shuffle_dataset else None)
+        if isinstance(prompts, PromptStream):
+            if a.max_steps <= 0 and a.max_generated_tokens is None:
+                raise ConfigError(
+                    f"train_dataset is a {type(rows).__name__}, which has no length: give max_steps or max_generated_tokens "
+                    "instead of num_train_epochs"
+                )
+            if prompts.read_once and a.save_strategy != "no":
+                logger.warning(
+                    "train_dataset is a %s, which can be read once: checkpoints of this run can be used, not resumed from",
+                    type(rows).__name__,
+                )
+        return prompts
+
+    def _evaluation_prompts(self, rows) -> Prompts | dict[str, Prompts] | None:
+        if isinstance(rows, Mapping):
+            return {str(name): self._evaluation_prompts(part) for name, part in rows.items()}
+        return None if rows is None else prompts_of(rows, self.tokenizer, self.args.max_prompt_length)
 
     def _build_sampler(self) -> ConditionSampler:
         a = self.args
-        many = len(self.rewards) > 1 and a.weight_sampler != "fixed"
+        kind, fixed = a.weight_sampler, a.fixed_weights
+        if a.reward_weights is not None:
+            kind, fixed = "fixed", self._shares(a.reward_weights)
+        many = len(self.rewards) > 1 and kind != "fixed"
         try:
             return build_sampler(
                 len(self.rewards),
-                a.weight_sampler,
+                kind,
                 a.concentration,
                 a.corner_probability if many else 0.0,
                 a.grid_resolution,
-                a.fixed_weights,
+                fixed,
                 a.kl,
                 a.stratified_weights,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def _shares(self, reward_weights: list[float]) -> list[float]:
+        """w, whose entries sum to 1; `reward_scale` has the rest."""
+        if len(reward_weights) != len(self.rewards):
+            raise ConfigError(
+                f"reward_weights has {len(reward_weights)} entries for {len(self.rewards)} rewards "
+                f"({', '.join(self.rewards.names)}); expected one each"
+            )
+        if len(reward_weights) > 1:
+            logger.info(
+                "reward_weights=%s: one objective for the whole run, as in TRL. Without them one run trains a model that is "
+                "steerable between %s",
+                reward_weights,
+                ", ".join(self.rewards.names),
+            )
+        return [weight / self.args.reward_scale for weight in reward_weights]
 
     def _build_policy(self, model, tokenizer, peft_config) -> ConditionedPolicy:
         a = self.args
@@ -154,6 +226,7 @@ class CLPTrainer:
             "kl_is_beta": a.kl_is_beta,
             "default_kl": a.default_kl,
         }
+        self._check_loaded(model)
         if isinstance(model, ConditionedPolicy):
             if peft_config is not None:
                 raise ConfigError(
@@ -174,12 +247,7 @@ class CLPTrainer:
             )
         adapter = {"rank": a.rank, "lora_alpha": a.lora_alpha, "target_modules": a.target_modules}
         if peft_config is not None:
-            targets = peft_config.target_modules
-            adapter = {
-                "rank": peft_config.r,
-                "lora_alpha": peft_config.lora_alpha,
-                "target_modules": sorted(targets) if isinstance(targets, set) else targets,
-            }
+            adapter = self._described_adapter(peft_config, adapter)
         return ConditionedPolicy.from_pretrained(
             model,
             self.rewards.names,
@@ -189,15 +257,61 @@ class CLPTrainer:
             tokenizer=tokenizer,
             kl_conditioning=a.kl_conditioning,
             seed=a.seed,
+            dtype=a.base_dtype,
+            device="cpu" if a.use_cpu else None,
+            attention=init_kwargs.attention(a.model_init_kwargs),
             **adapter,
             **kl,
         )
 
+    def _described_adapter(self, peft_config, own: dict) -> dict:
+        """The adapters that `peft_config` describes; own: what the settings say of them, which must be nothing."""
+        a = self.args
+        defaults = {option.name: option.default for option in dataclasses.fields(a)}
+        given = [name for name, value in own.items() if value != defaults[name]]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} in args and peft_config both describe the adapters; give one of the two"
+            )
+        adapter = lora_config.described(peft_config)
+        carriers = Conditioning.parse(a.conditioning, a.carrier).carriers
+        if "lora" not in carriers:
+            if peft_config.target_modules is not None:
+                raise ConfigError(
+                    f"peft_config: target_modules is for 'lora'; conditioning={a.conditioning!r} has none"
+                )
+            adapter["target_modules"] = None
+        return adapter
+
+    def _check_loaded(self, model) -> None:
+        """Settings of how a base model is loaded cannot change one that is there already: say so where they ask for another."""
+        a = self.args
+        if isinstance(model, str | Path):
+            return
+        if any((a.model_init_kwargs or {}).values()):
+            raise ConfigError(
+                "model_init_kwargs say how a model is loaded, and this one is loaded already; leave them out, or give its "
+                "name"
+            )
+        base = model.model if isinstance(model, ConditionedPolicy) else model
+        if a.bf16 and base.dtype != torch.bfloat16:
+            raise ConfigError(
+                f"bf16=True, and the model is loaded already, in {base.dtype}; load it with dtype=torch.bfloat16, or give "
+                "its name"
+            )
+        if a.use_cpu and isinstance(model, ConditionedPolicy) and model.device.type != "cpu":
+            raise ConfigError(f"use_cpu=True, and the policy is on {model.device}; move it: policy.to('cpu')")
+
     def _check_policy(self, policy: ConditionedPolicy) -> None:
         """A policy that is there already is not changed by settings that build one: say so where they ask for another."""
         a, spec = self.args, policy.spec
+        fixed = ("conditioning", "carrier") if a.reward_weights is not None else ()
         for option in dataclasses.fields(a):
-            if option.name not in _BUILDING or getattr(a, option.name) == option.default:
+            if (
+                option.name not in _BUILDING
+                or getattr(a, option.name) == option.default
+                or option.name in fixed
+            ):
                 continue
             asked = getattr(a, option.name)
             has = {
@@ -256,7 +370,9 @@ class CLPTrainer:
         if self.lr_scheduler is None:
             whole = self.budget.tokens or self.budget.steps
             warmup = a.warmup_steps or math.ceil(a.warmup_ratio * whole)
-            self.lr_scheduler = get_scheduler(a.lr_scheduler_type, self.optimizer, warmup, whole)
+            self.lr_scheduler = get_scheduler(
+                a.lr_scheduler_type, self.optimizer, warmup, whole, a.lr_scheduler_kwargs
+            )
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
             self.optimizer,
             self.lr_scheduler,
@@ -280,6 +396,8 @@ class CLPTrainer:
             self.optimizer.bind()
         with self.timer("update"):
             for here, part in micro_batches(generation, a):
+                if results:
+                    self.control = self.callback_handler.on_substep_end(a, self.state, self.control)
                 result = backward(
                     self.policy, part, a, self.controller, self.value_head, generation.num_generated_tokens
                 )
@@ -351,6 +469,8 @@ class CLPTrainer:
             kl = sum(r.kl.sum(dtype=torch.float64) for _, r in results)
             found |= {"kl": kl / tokens, "kl_sequence": kl / max(rows, 1)}
         if on_policy:
+            # The ratio is one by construction: TRL logs as much.
+            found |= dict.fromkeys(CLIP_RATIOS, 0.0)
             gaps = [torch.where(p.completion_mask, (r.logprob - p.logprobs).abs(), 0.0) for p, r in results]
             found |= {
                 "sampling/sampling_logp_difference/mean": sum(gap.sum(dtype=torch.float64) for gap in gaps)
@@ -358,15 +478,7 @@ class CLPTrainer:
                 "sampling/sampling_logp_difference/max": torch.stack([gap.amax() for gap in gaps]).amax(),
             }
         else:
-            low, high = (
-                torch.stack([getattr(r.coefficients, f"clip_{end}") for _, r in results]).mean()
-                for end in ("low", "high")
-            )
-            found |= {
-                "clip_ratio/low_mean": low,
-                "clip_ratio/high_mean": high,
-                "clip_ratio/region_mean": low + high,
-            }
+            found |= clip_ratios([r.coefficients for _, r in results])
         if self.value_head is not None:
             targets, predictions = (
                 torch.cat([getattr(r, name) for _, r in results]) for name in ("targets", "predictions")
@@ -413,7 +525,9 @@ class CLPTrainer:
         self._prepare(resume_from_checkpoint)
         state = self.state
         self.control = self.callback_handler.on_train_begin(a, state, self.control)
-        started, first_step, losses = time.perf_counter(), state.global_step, []
+        started, first_step, losses = time.time(), state.global_step, []
+        if a.eval_on_start and state.global_step == 0:
+            self.evaluate()
         by_tokens = a.max_generated_tokens is not None
         bar = tqdm(
             total=a.max_generated_tokens if by_tokens else state.max_steps,
@@ -426,24 +540,30 @@ class CLPTrainer:
         )
         with bar, finish_step_on_interrupt() as interrupted:
             while not self._spent and not self.control.should_training_stop:
-                losses.append(self._step(bar))
+                try:
+                    losses.append(self._step(bar))
+                except EndOfData as end:
+                    logger.warning(
+                        "%s, at step %d of %d: training ends here", end, state.global_step, state.max_steps
+                    )
+                    break
                 if interrupted.is_set():
                     self._save_when_whole()
                     raise KeyboardInterrupt
-        seconds = time.perf_counter() - started
+        self._end_epoch()
+        steps, loss = state.global_step - first_step, sum(losses) / max(len(losses), 1)
+        metrics = {
+            **speed_metrics("train", started, steps * a.batch_size, steps),
+            "train_loss": loss,
+            "num_tokens": state.num_input_tokens_seen,
+            "num_generated_tokens": self.num_generated_tokens,
+        }
+        if a.load_best_model_at_end:
+            best.load(state, self.policy)
         self.save_model()
+        self.log(dict(metrics))
         self.control = self.callback_handler.on_train_end(a, state, self.control)
-        steps = max(state.global_step - first_step, 1)
-        return TrainOutput(
-            state.global_step,
-            sum(losses) / max(len(losses), 1),
-            {
-                "train_runtime": seconds,
-                "train_steps_per_second": steps / seconds,
-                "num_tokens": state.num_input_tokens_seen,
-                "num_generated_tokens": self.num_generated_tokens,
-            },
-        )
+        return TrainOutput(state.global_step, loss, metrics)
 
     @property
     def _spent(self) -> bool:
@@ -452,13 +572,21 @@ class CLPTrainer:
     def _prepare(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         """Optimiser, state and log, from the start or from a checkpoint."""
         a, state = self.args, self.state
-        state.logging_steps, state.eval_steps, state.save_steps = a.logging_steps, a.eval_steps, a.save_steps
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(state, name, a.steps_of(name, self.max_steps))
         state.train_batch_size, state.num_train_epochs = (
             a.per_device_train_batch_size,
             math.ceil(a.num_train_epochs),
         )
         self._create_optimizer()
-        self.metric_log = MetricLog()
+        self.metric_log, self._epoch_begun = MetricLog(), None
+        self.callback_handler.train_dataloader = PromptLoader(
+            self.train_dataset,
+            a.rollout_size // a.num_generations,
+            a.num_generations,
+            a.steps_per_rollout * a.gradient_accumulation_steps,
+            a.seed if a.shuffle_dataset else None,
+        )
         if resume_from_checkpoint:
             self._restore(checkpoint.resolve(a.output_dir, resume_from_checkpoint))
         else:
@@ -468,11 +596,11 @@ class CLPTrainer:
 
     def _step(self, bar) -> float:
         a, state = self.args, self.state
-        start = time.perf_counter()
-        self.timer.seconds.clear()
         iteration = state.global_step % a.steps_per_rollout
         if iteration == 0:
-            self._begin_epoch_if_new()
+            self._begin_epoch_if_new()  # an epoch that ends here may be evaluated: not a part of the step's time
+        start = time.perf_counter()
+        self.timer.seconds.clear()
         self.control = self.callback_handler.on_step_begin(a, state, self.control)
         if iteration == 0:
             generated = self._collect()
@@ -495,20 +623,28 @@ class CLPTrainer:
             shown["kl"] = f"{metrics['kl_sequence']:.2f}"
         bar.set_postfix(**shown, refresh=False)
         self.control = self.callback_handler.on_step_end(a, state, self.control)
-        if self.control.should_log:
+        self._log_evaluate_save()
+        return metrics["loss"]
+
+    def _log_evaluate_save(self) -> None:
+        """What the callbacks have asked for."""
+        if self.control.should_epoch_stop:
+            raise ConfigError(
+                "a callback set should_epoch_stop; prompts come from an endless stream of epochs here, which ends with "
+                "should_training_stop alone"
+            )
+        if self.control.should_log and (means := self.metric_log.drain()):
             self.log(
                 {
-                    **self.metric_log.drain(),
-                    "num_tokens": state.num_input_tokens_seen,
+                    **means,
+                    "num_tokens": self.state.num_input_tokens_seen,
                     "num_generated_tokens": self.num_generated_tokens,
                 }
             )
         if self.control.should_evaluate:
-            self.evaluate()
-        # DefaultFlowCallback asks for a save at the last step whatever the strategy; save_model covers that.
-        if self.control.should_save and a.save_strategy != "no" or self._save_pending:
+            best.note(self.evaluate(), self.args, self.state, self.policy)
+        if self.control.should_save or self._save_pending:
             self._save_when_whole()
-        return metrics["loss"]
 
     def _collect(self) -> int:
         """The completions of the steps up to the next rollout; returns how many tokens were drawn."""
@@ -524,32 +660,64 @@ class CLPTrainer:
         self._generations = whole.split(a.rollout_steps)
         return whole.new_tokens
 
-    def _epoch(self, step: int) -> float:
+    def _position(self, step: int) -> float:
+        """How far in the endless stream of prompts optimiser step `step` begins: at a rollout, its first prompt's place."""
         a = self.args
-        return step // a.steps_per_rollout * (a.rollout_size // a.num_generations) / len(self.train_dataset)
+        return step * (a.rollout_size // a.num_generations) / a.steps_per_rollout
+
+    def _epoch(self, step: int) -> float:
+        return self.train_dataset.epoch(self._position(step), step / max(self.state.max_steps, 1))
 
     def _begin_epoch_if_new(self) -> None:
-        epoch = int(self._epoch(self.state.global_step))
-        before = (
-            int(self._epoch(self.state.global_step - self.args.steps_per_rollout))
-            if self.state.global_step
-            else -1
-        )
-        if epoch != before:
-            if before >= 0:
-                self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        epoch = self.train_dataset.epoch_number(int(self._position(self.state.global_step)))
+        if epoch != self._epoch_begun:
+            self._end_epoch()
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
+            self._epoch_begun = epoch
 
-    def evaluate(self, eval_dataset=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean metrics over an evaluation set, conditions drawn by the sampler from a fixed seed; logged under `eval_`."""
-        dataset = self.eval_dataset if eval_dataset is None else self._dataset(eval_dataset)
+    def _end_epoch(self) -> None:
+        if self._epoch_begun is not None:
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._log_evaluate_save()
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean metrics over an evaluation set, conditions drawn by the sampler from a fixed seed; logged under `eval_`.
+
+        eval_dataset: instead of the trainer's own; the name of one of those, where they have names. Several are evaluated one
+        after another, under `eval_<name>_`, and returned together. ignore_keys: transformers'; refused, there are none.
+        """
+        if ignore_keys:
+            raise ConfigError(
+                f"ignore_keys={ignore_keys!r}: an evaluation keeps no outputs of the model; leave it out"
+            )
+        if isinstance(eval_dataset, str):
+            if not isinstance(self.eval_dataset, dict) or eval_dataset not in self.eval_dataset:
+                known = (
+                    ", ".join(self.eval_dataset)
+                    if isinstance(self.eval_dataset, dict)
+                    else "none with a name"
+                )
+                raise ConfigError(f"eval_dataset={eval_dataset!r}: there are {known}")
+            dataset = self.eval_dataset[eval_dataset]
+        else:
+            dataset = self.eval_dataset if eval_dataset is None else self._evaluation_prompts(eval_dataset)
         if dataset is None:
             raise ConfigError("evaluate() needs an eval_dataset")
-        a, log = self.args, MetricLog()
-        per_batch = max(1, a.per_device_eval_batch_size // a.num_generations)
-        for start in range(0, len(dataset), per_batch):
-            stop = min(start + per_batch, len(dataset))
-            generation = self.collector.evaluation_batch(dataset, start, stop, self.state)
+        if isinstance(dataset, dict):
+            parts = [self._evaluate(part, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        return self._evaluate(dataset, metric_key_prefix)
+
+    def _evaluate(self, dataset: Prompts, prefix: str) -> dict[str, float]:
+        a, log, started, rows, batches = self.args, MetricLog(), time.time(), 0, 0
+        group = a.num_generations_eval or a.num_generations
+        per_batch = max(1, a.per_device_eval_batch_size // group)
+        self.callback_handler.eval_dataloader = PromptLoader(dataset, per_batch, group, drop_last=False)
+        for start, batch in dataset.in_order(per_batch):
+            rows, batches = rows + len(batch.prompts), batches + 1
+            generation = self.collector.evaluation_batch(batch, start, self.state)
             stats = score(
                 self.policy,
                 generation.rollout,
@@ -566,16 +734,19 @@ class CLPTrainer:
                     "kl_sequence": stats.kl.sum(-1).mean().item(),
                 }
             )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in log.drain().items()}
+            self.control = self.callback_handler.on_prediction_step(a, self.state, self.control)
+        metrics = {f"{prefix}_{name}": value for name, value in log.drain().items()}
+        metrics |= speed_metrics(prefix, started, rows * group, batches)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(a, self.state, self.control, metrics)
         return metrics
 
     # -- logs and files -----------------------------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float]) -> None:
-        """Append to log.jsonl and the state's history, and tell the callbacks."""
-        entry = {**logs, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Append to log.jsonl and the state's history, and tell the callbacks. `logs` gets the epoch, as in transformers."""
+        logs["epoch"] = round(self.state.epoch or 0.0, 4)
+        entry = {**logs, "step": self.state.global_step}
         self.state.log_history.append(entry)
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(self.args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
@@ -588,7 +759,7 @@ class CLPTrainer:
         history = self.state.log_history if resumed else []
         path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> Path:
         """Write the policy to `output_dir`, by default <args.output_dir>/policy."""
         path = Path(output_dir or Path(self.args.output_dir) / "policy")
         self.policy.save_pretrained(path)
@@ -601,6 +772,7 @@ class CLPTrainer:
         self._save_pending = self.state.global_step % self.args.steps_per_rollout != 0
         if self._save_pending:
             return
+        self.state.stateful_callbacks = callback_states.exported(self.callback_handler.callbacks)
         checkpoint.save(
             self.args.output_dir,
             self.state.global_step,
@@ -613,6 +785,7 @@ class CLPTrainer:
                 "mix_controller": self.controller.state_dict(),
                 "metric_log": self.metric_log.state_dict(),
                 "trainer": dataclasses.asdict(self.state),
+                "data": self.train_dataset.state_dict(),
                 "num_generated_tokens": self.num_generated_tokens,
             },
             self.args.save_total_limit,
@@ -636,6 +809,7 @@ class CLPTrainer:
                 "(or start a new run from its policy folder)"
             )
         checkpoint.load(path, self.policy, self.optimizer, self.value_head)
+        self.train_dataset.load_state_dict(saved.get("data", {}))
         if self.partial is not None:
             self.partial.load_state_dict(checkpoint.load_unfinished(path), self.train_dataset)
         self.lr_scheduler.load_state_dict(saved["scheduler"])
@@ -650,3 +824,4 @@ class CLPTrainer:
             for k in ("logging_steps", "eval_steps", "save_steps", "num_train_epochs")
         }
         self.state = TrainerState(**{**saved["trainer"], **limits})
+        callback_states.restore(self.callback_handler.callbacks, self.state.stateful_callbacks)

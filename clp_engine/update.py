@@ -145,6 +145,7 @@ class Scored:
             old_logprob=self.batch.old_logprob,
             epsilon=config.epsilon,
             epsilon_high=config.epsilon_high,
+            delta=config.delta,
             advantage=self.batch.advantage,
         )
 

@@ -361,8 +361,10 @@ def test_objective_scales_of_alpha_and_beta_are_one_family():
 # ---- clipped ratios
 
 
-@pytest.mark.parametrize("epsilon, epsilon_high", [(0.2, None), (0.1, 0.4)])
-def test_clipped_coefficients_are_the_gradient_of_the_ppo_surrogate(epsilon, epsilon_high):
+@pytest.mark.parametrize(
+    "epsilon, epsilon_high, delta", [(0.2, None, None), (0.1, 0.4, None), (0.2, None, 1.5)]
+)
+def test_clipped_coefficients_are_the_gradient_of_the_ppo_surrogate(epsilon, epsilon_high, delta):
     tokens = random_tokens(32, 6)
     generator = torch.Generator().manual_seed(3)
     old = tokens.logprob + 0.4 * torch.randn(32, 6, dtype=torch.float64, generator=generator)
@@ -376,13 +378,15 @@ def test_clipped_coefficients_are_the_gradient_of_the_ppo_surrogate(epsilon, eps
         old_logprob=old,
         epsilon=epsilon,
         epsilon_high=epsilon_high,
+        delta=delta,
     )
 
     logprob = tokens.logprob.clone().requires_grad_()
     ratio = (logprob - old).exp()
     advantage = leave_one_out(rewards, 4).unsqueeze(-1)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    capped = ratio if delta is None else ratio.clamp(max=delta)
+    surrogate = torch.minimum(capped * advantage, clipped * advantage)
     expected = torch.autograd.grad((surrogate * tokens.mask).sum(), logprob)[0]
     torch.testing.assert_close(c.logprob, expected)
 
@@ -391,6 +395,13 @@ def test_clipped_coefficients_are_the_gradient_of_the_ppo_surrogate(epsilon, eps
     assert c.clip_low.item() == pytest.approx(((ratio < clipped) & binding).sum().item() / counted)
     assert c.clip_high.item() == pytest.approx(((ratio > clipped) & binding).sum().item() / counted)
     assert c.clip_low > 0 and c.clip_high > 0
+    lengths = tokens.mask.sum(-1)
+    low, high = (
+        ((beyond & binding).sum(-1) / lengths)[lengths > 0] for beyond in (ratio < clipped, ratio > clipped)
+    )
+    assert (c.clip_low_min.item(), c.clip_high_max.item()) == pytest.approx(
+        (low.min().item(), high.max().item())
+    )
 
 
 @pytest.mark.parametrize("estimator", ["return", "exact", "mixed", "k2", "k3"])

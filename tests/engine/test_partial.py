@@ -245,7 +245,7 @@ def test_other_prompts_under_completions_on_their_way_are_refused(tmp_path):
     changes = {**PARTIAL, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     build_trainer(tmp_path, **changes).train()
     trainer = build_trainer(tmp_path, **{**changes, "max_steps": 2})
-    trainer.train_dataset = trainer._dataset([{**row, "prompt": row["prompt"] + " w1"} for row in ROWS])
+    trainer.train_dataset = trainer._training_prompts([{**row, "prompt": row["prompt"] + " w1"} for row in ROWS])
     with pytest.raises(ConfigError, match="is not what it was when the checkpoint was written"):
         trainer.train(resume_from_checkpoint=True)
 

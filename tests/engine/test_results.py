@@ -1,5 +1,6 @@
-"""The committed comparisons are what `clp-engine compare` makes of the committed records and reports."""
+"""The committed comparisons and pages are what their commands make of the committed records and reports."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -41,3 +42,21 @@ def test_a_committed_comparison_is_made_of_the_committed_reports(name, tmp_path)
         "missing",
     ):
         assert ours[field] == committed[field], field
+
+
+def test_the_learning_curves_beside_trl_s_are_made_of_the_committed_runs():
+    spec = importlib.util.spec_from_file_location("trl_curves", RESULTS / "trl_curves.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folder = RESULTS / "trl_curves"
+    runs = script.load_runs(folder)
+    assert len({run["seed"] for run in runs}) >= 4 and len(runs) == 2 * len({run["seed"] for run in runs})
+    result = script.summarise(runs)
+    assert script.as_json(result) == (folder / "curves.json").read_text(encoding="utf-8")
+    assert script.page(result) == (folder / "README.md").read_text(encoding="utf-8")
+    # The verdict is computed: curves that are a little higher in every seed do not agree.
+    for run in runs:
+        if run["library"] == "clp":
+            run["curves"]["reward"] = [reward + 0.1 for reward in run["curves"]["reward"]]
+    page = script.page(script.summarise(runs))
+    assert page.count("**not** within seed noise") == 2

@@ -1,0 +1,93 @@
+"""Chat prompts: what their messages may hold, and their tokens through a tokenizer's chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from clp_engine.errors import ConfigError
+
+
+def check_prompt(prompt: Any, where: str) -> None:
+    """Raises ConfigError, naming `where` it was found, for anything but a text or a list of messages with text in them.
+
+    A message has a `role` and a `content`: a text, or parts `{"type": "text", "text": ...}`. It may have other keys, which the
+    chat template reads, and no content (None) where they say it all (tool calls of an earlier turn).
+    """
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list | tuple) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
+        raise ConfigError(
+            f"{where}: a prompt is a text or a list of messages such as {{'role': 'user', 'content': '...'}}; got "
+            f"{_shown(prompt)}"
+        )
+    for message in prompt:
+        if "role" not in message or "content" not in message:
+            raise ConfigError(
+                f"{where}: a message needs a role and a content; got the keys {', '.join(map(str, message))}"
+            )
+        content = message["content"]
+        if content is None or isinstance(content, str):
+            continue
+        for part in content if isinstance(content, list | tuple) else [content]:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            if kind != "text":
+                raise ConfigError(
+                    f"{where}: a message has a part of type {kind!r}; prompts are text here, parts of type 'text' only "
+                    "(train a model for images, audio or video with TRL)"
+                )
+
+
+def messages_as_read(messages: list, tokenizer) -> list[dict[str, Any]]:
+    """The messages in the form that the tokenizer's chat template reads: parts as they are where it goes through them,
+    otherwise their texts joined to one.
+
+    A template that knows texts only prints a list of parts as Python or JSON does, leaves it out, or fails.
+    """
+    whole = [m["content"] for m in messages if isinstance(m["content"], list | tuple)]
+    if not whole:
+        return list(messages)
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, TypeError, AttributeError):
+        read = False
+    else:
+        printed = any(form in text for content in whole for form in (str(content), _json(content)))
+        read = not printed and all(part["text"].strip() in text for content in whole for part in content)
+    if read:
+        return list(messages)
+    return [
+        {**m, "content": "".join(part["text"] for part in m["content"])}
+        if isinstance(m["content"], list | tuple)
+        else m
+        for m in messages
+    ]
+
+
+def encode_chat(messages: list, tokenizer) -> list[int]:
+    """Tokens of the messages in the tokenizer's chat template, up to where the assistant answers.
+
+    Raises ConfigError where the tokenizer has no template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(
+            "the prompts are chat messages and the tokenizer has no chat template; set tokenizer.chat_template, or give texts"
+        )
+    messages = messages_as_read(messages, tokenizer)
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+
+
+def _json(content: Any) -> str:
+    """As the templates' tojson filter writes it."""
+    return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _shown(prompt: Any) -> str:
+    if isinstance(prompt, list | tuple):
+        return f"a list of {type(prompt[0]).__name__}" if prompt else "an empty list"
+    return f"type {type(prompt).__name__}"

@@ -1,0 +1,64 @@
+"""The batches of a run as a DataLoader would give them: what callbacks receive as train_dataloader and eval_dataloader."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from clp_engine.data import Prompts
+from clp_engine.streams import PromptStream
+
+
+@dataclass(frozen=True)
+class PromptLoader:
+    """An epoch in batches of `prompts` prompts, each row `group` times in a row, each batch `passes` times, as in TRL.
+
+    Iterating reads rows and trains on nothing: the run itself takes them by position.
+    shuffle_seed: None for the rows' own order (and the last batch, which may be short, as in an evaluation).
+    Raises TypeError for the length of a stream, and for iterating over one that can be read once.
+    """
+
+    prompts_of_run: Prompts
+    prompts: int
+    group: int
+    passes: int = 1
+    shuffle_seed: int | None = None
+    drop_last: bool = True
+
+    @property
+    def dataset(self) -> Any:
+        """As it was given to the trainer."""
+        source = self.prompts_of_run
+        return source.source if isinstance(source, PromptStream) else source.rows
+
+    @property
+    def batch_size(self) -> int:
+        return self.prompts * self.group
+
+    def __len__(self) -> int:
+        rows = len(self.prompts_of_run)
+        whole = rows // self.prompts if self.drop_last else -(-rows // self.prompts)
+        return whole * self.passes
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        if isinstance(self.prompts_of_run, PromptStream) and self.prompts_of_run.read_once:
+            raise TypeError(
+                f"a {type(self.dataset).__name__} can be read once, and the run reads it; give the trainer a list, or an "
+                "object whose iter() starts anew, to have its batches"
+            )
+        rows = self._rows()
+        while part := list(itertools.islice(rows, self.prompts)):
+            if self.drop_last and len(part) < self.prompts:
+                return
+            for _ in range(self.passes):
+                yield [dict(row) for row in part for _ in range(self.group)]
+
+    def _rows(self) -> Iterator[Any]:
+        if isinstance(self.prompts_of_run, PromptStream):
+            return iter(self.dataset)
+        if self.shuffle_seed is None:
+            return iter(self.dataset[i] for i in range(len(self.prompts_of_run)))
+        order = self.prompts_of_run.indices(0, len(self.prompts_of_run), self.shuffle_seed, True)
+        return iter(self.dataset[i] for i in order)

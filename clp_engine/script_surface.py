@@ -1,0 +1,107 @@
+"""What scripts and callbacks written for transformers' Trainer, and TRL's, expect of a trainer beside training.
+
+Here training runs in one process. What those trainers have and this one does not is named with the reason where it is asked
+for: an AttributeError, so that `hasattr` says no.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+ABSENT = {
+    "push_to_hub": "write what should be shared, policy.export_adapter(path, weights=...) or policy.merge(weights=...)."
+    "save_pretrained(path), and upload that folder with huggingface_hub.upload_folder",
+    "create_model_card": "nothing is pushed to the Hub from here; run.json and report.md describe a run",
+    "init_hf_repo": "nothing is pushed to the Hub from here",
+    "predict": "use evaluate(), or policy.generate(prompts, weights=...)",
+    "prediction_step": "use evaluate()",
+    "compute_loss": "a loss is put together in clp_engine.update and clp_engine.estimators; subclassing the trainer does not "
+    "change it",
+    "training_step": "a step is CLPTrainer._step; callbacks hear its parts",
+    "hyperparameter_search": "start a run for each setting: clp-engine train config.yaml --learning_rate ...",
+    "ref_model": "the reference is the policy with every adapter off: policy.model under no blend",
+    "model_wrapped": "the model is not wrapped; use trainer.model",
+    "tools": "prompts and completions are text of one turn; there are no tools",
+    "environments": "prompts come from a dataset; there are no environments",
+}
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """Of accelerate.Accelerator what scripts ask a trainer for, where there is one process."""
+
+    device: torch.device
+    is_main_process: bool = True
+    is_local_main_process: bool = True
+    is_last_process: bool = True
+    process_index: int = 0
+    local_process_index: int = 0
+    num_processes: int = 1
+
+    def print(self, *values: Any, **options: Any) -> None:
+        print(*values, **options)
+
+    def wait_for_everyone(self) -> None:
+        """Nobody else is there."""
+
+    def unwrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
+        return model
+
+    def gather(self, values: Any) -> Any:
+        return values
+
+    gather_for_metrics = gather
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"trainer.accelerator has no {name}: training does not go through accelerate here; there are "
+            f"{', '.join(sorted(n for n in dir(type(self)) if not n.startswith('_')))}, device"
+        )
+
+
+class ScriptSurface:
+    """Mixed into CLPTrainer, which has policy, tokenizer, args and callback_handler."""
+
+    callback_handler: CallbackHandler
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
+        """Remove a callback, or the first one of a class, and return it; None if there is none."""
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        self.callback_handler.remove_callback(callback)
+
+    @property
+    def model(self):
+        """The conditioned model itself; see `policy` for generating under weights and for saving."""
+        return self.policy.model
+
+    @property
+    def processing_class(self):
+        return self.tokenizer
+
+    @property
+    def accelerator(self) -> OneProcess:
+        return OneProcess(self.policy.device)
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+    def is_local_process_zero(self) -> bool:
+        return True
+
+    def end(self) -> None:
+        """transformers closes its trackers and process group here; the reporting callbacks close theirs after training."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ABSENT:
+            raise AttributeError(f"CLPTrainer has no {name}: {ABSENT[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -1,0 +1,394 @@
+"""What becomes of each field of TRL's GRPOConfig: every one has one fate here, and none is passed over in silence.
+
+`trl_settings` acts on it, and `trl_page` makes the tables of the migration guide from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+TRL_VERSION = "1.16.0"  # the fields of this version are listed
+
+SAME, DEFAULT, TRANSLATED, ACCEPTED, REFUSED = "same", "other default", "translated", "accepted", "refused"
+ANYTHING = "anything"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of GRPOConfig.
+
+    fate: SAME: a setting of CLPConfig of that name and meaning. DEFAULT: that, with another default. TRANSLATED: said in
+        another setting, or in other values. ACCEPTED: no setting; `accepts` are the values that describe what happens anyway.
+        REFUSED: what is not here; `accepts` are the values that do not ask for it.
+    default: TRL's. note: why, or how, or what to use instead, a clause that can end an error message.
+    """
+
+    fate: str
+    default: Any
+    note: str = ""
+    accepts: tuple | str = ()
+
+    def takes(self, value: Any) -> bool:
+        """Whether an ACCEPTED or REFUSED field lets `value` pass."""
+        return self.accepts == ANYTHING or any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.accepts
+        )
+
+
+def _same(default: Any, note: str = "") -> Field:
+    return Field(SAME, default, note)
+
+
+def _other(default: Any, why: str) -> Field:
+    return Field(DEFAULT, default, why)
+
+
+def _translated(default: Any, how: str) -> Field:
+    return Field(TRANSLATED, default, how)
+
+
+def _accepted(default: Any, why: str, values: tuple | str | None = None) -> Field:
+    return Field(ACCEPTED, default, why, (default,) if values is None else values)
+
+
+def _refused(default: Any, why: str, values: tuple | None = None) -> Field:
+    return Field(REFUSED, default, why, (default,) if values is None else values)
+
+
+_VLLM = (
+    "completions are drawn by the engine itself, which blends the policy per row; leave the vllm settings out"
+)
+_HUB = "nothing is uploaded; write trainer.policy.merge(weights) or export_adapter to a folder and push that"
+_LOSS = "is of a loss_type that is not here; the loss types are sequence, grpo, dapo and dr_grpo"
+_ENTROPY = "there is no entropy bonus; the KL to the reference (beta, alpha) keeps the policy from collapsing"
+_REFERENCE = "the reference is the frozen base model, which the policy shares, and stays; start a new run from a merged policy"
+_ONE_PROCESS = "training is one process on one device; leave it out"
+_LOADER = "there is no DataLoader: a step reads its few prompts by index; leave it out"
+_COMPILE = "the kernels are compiled already; leave it out"
+_EVAL_LOOP = "evaluation keeps means of completions and rewards alone; leave it out"
+_TRACKIO = (
+    "read by transformers' trackio callback (report_to); W&B's project is in the environment, WANDB_PROJECT"
+)
+
+FIELDS: dict[str, Field] = {
+    # the run
+    "output_dir": _other(None, "a run always has a folder"),
+    "seed": _same(42),
+    "data_seed": _refused(None, "the order of prompts follows seed; leave it out"),
+    "full_determinism": _refused(
+        False,
+        "the same seed gives the same bits on a CPU; on a GPU call torch.use_deterministic_algorithms(True) first",
+    ),
+    "do_train": _accepted(False, "read by scripts alone, and there for them to read", (True, False)),
+    "do_eval": _accepted(False, "read by scripts alone, and there for them to read", (True, False)),
+    "do_predict": _refused(False, "there is no predict(); use policy.generate or clp_engine.evaluate"),
+    "resume_from_checkpoint": _accepted(
+        None,
+        "read by scripts alone: trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)",
+        ANYTHING,
+    ),
+    "use_cpu": _same(False, "model and adapters are on the CPU"),
+    "local_rank": _refused(-1, _ONE_PROCESS),
+    # the model
+    "model_init_kwargs": _same(
+        None, "dtype and attn_implementation (eager, sdpa); other keys are refused, each with its reason"
+    ),
+    "trust_remote_code": _refused(
+        False, "code that comes with a checkpoint is not run; load the model yourself and give it as model="
+    ),
+    "bf16": _other(
+        None,
+        "TRL's None is True, an autocast over float32 weights. Here True loads the frozen base in bfloat16, False in float32, "
+        "None in float32 on a CPU and as the checkpoint is elsewhere; adapters, optimiser and softmax statistics stay float32",
+    ),
+    "fp16": _refused(False, "float16 needs a loss scale, which is not here; use bf16=True"),
+    "bf16_full_eval": _refused(False, "evaluation has the numbers of training; use bf16=True"),
+    "fp16_full_eval": _refused(False, "evaluation has the numbers of training; use bf16=True"),
+    "tf32": _refused(None, "torch's own switch decides: torch.backends.cuda.matmul.allow_tf32"),
+    "disable_dropout": _accepted(
+        False,
+        "dropout is off always: with it rollout and training would be different networks; leave it out",
+        (True,),
+    ),
+    "cast_lm_head_to_fp32": _refused(
+        False, "log-probs, entropy and KL are accumulated in float32 whatever the head's dtype; leave it out"
+    ),
+    "router_aux_loss_coef": _refused(
+        None, "no load-balancing loss is added, experts are frozen; leave it out", (None, 0.0)
+    ),
+    "use_cache": _accepted(
+        False, "rollouts keep a cache of their own and training passes none; leave it out"
+    ),
+    "gradient_checkpointing": _other(
+        True,
+        "a prompt is computed once for its group and the base is frozen: activations are small, and keeping them is faster",
+    ),
+    "gradient_checkpointing_kwargs": _accepted(
+        None, "layers are recomputed by torch's non-reentrant form", (None, {}, {"use_reentrant": False})
+    ),
+    "activation_checkpointing": _translated(None, "the newer name of gradient_checkpointing"),
+    "activation_checkpointing_kwargs": _accepted(
+        None, "layers are recomputed by torch's non-reentrant form", (None, {}, {"use_reentrant": False})
+    ),
+    "torch_compile": _refused(False, _COMPILE),
+    "torch_compile_backend": _refused(None, _COMPILE),
+    "torch_compile_mode": _refused(None, _COMPILE),
+    "use_liger_kernel": _refused(False, "the engine's own kernels do that work; leave it out"),
+    "liger_kernel_config": _refused(None, "the engine's own kernels do that work; leave it out"),
+    "neftune_noise_alpha": _refused(
+        None, "noise on the embeddings would part rollout from training; leave it out"
+    ),
+    "torch_empty_cache_steps": _refused(
+        None, "the allocator is left alone; call torch.cuda.empty_cache() in a callback"
+    ),
+    # the data
+    "remove_unused_columns": _accepted(
+        False, "reward functions receive every column; remove columns from the dataset yourself"
+    ),
+    "shuffle_dataset": _same(True),
+    "train_sampling_strategy": _accepted(
+        "random", "prompts are in a new order every epoch, or as they are with shuffle_dataset=False"
+    ),
+    "length_column_name": _refused(
+        "length", "prompts of like length share a micro-batch by themselves; leave it out"
+    ),
+    "label_names": _refused(None, "there are no labels; every column goes to the reward functions"),
+    "pad_to_multiple_of": _refused(
+        "auto", "training packs tokens and pads nothing; leave it out", ("auto", None)
+    ),
+    "ds3_gather_for_generation": _refused(True, "there is no DeepSpeed here; leave it out"),
+    "chat_template_kwargs": _same(None, "set in the tokenizer's template, which is saved with the policy"),
+    "dataloader_drop_last": _accepted(False, "epochs join without a gap, no row is dropped"),
+    "dataloader_num_workers": _accepted(0, _LOADER),
+    "dataloader_pin_memory": _accepted(True, _LOADER),
+    "dataloader_persistent_workers": _accepted(False, _LOADER),
+    "dataloader_prefetch_factor": _accepted(None, _LOADER),
+    "dataloader_multiprocessing_context": _accepted(None, _LOADER),
+    "dataloader_in_order": _accepted(True, _LOADER),
+    # completions
+    "num_generations": _same(8),
+    "num_generations_eval": _same(None),
+    "max_completion_length": _same(512, "None is not taken: the length is what memory is planned for"),
+    "temperature": _same(1.0),
+    "top_p": _translated(1.0, "1.0 is None here"),
+    "top_k": _translated(0, "0 is None here"),
+    "min_p": _same(None),
+    "repetition_penalty": _refused(
+        1.0,
+        "a token's log-prob would depend on which tokens came before it, and the gradient's would not; penalise it in a reward",
+    ),
+    "generation_kwargs": _refused(
+        None, "temperature, top_k, top_p, min_p and stop_strings are settings of their own", (None, {})
+    ),
+    "cache_implementation": _refused(None, "rollouts have a cache of their own; leave it out"),
+    "max_tool_calling_iterations": _refused(None, "there are no tool calls; completions are one turn"),
+    "use_transformers_continuous_batching": _refused(
+        False, "prompts take the places of completions that have ended with rollout_rows="
+    ),
+    "transformers_continuous_batching_config": _refused(None, "use rollout_rows="),
+    "use_transformers_paged": _refused(False, "use rollout_rows="),
+    "use_vllm": _refused(False, _VLLM),
+    "vllm_mode": _refused("colocate", _VLLM),
+    "vllm_model_impl": _refused("vllm", _VLLM),
+    "vllm_enable_sleep_mode": _refused(False, _VLLM),
+    "vllm_structured_outputs_regex": _refused(None, _VLLM),
+    "vllm_server_base_url": _refused(None, _VLLM),
+    "vllm_server_host": _refused("0.0.0.0", _VLLM),
+    "vllm_server_port": _refused(8000, _VLLM),
+    "vllm_server_timeout": _refused(240.0, _VLLM),
+    "vllm_group_port": _refused(51216, _VLLM),
+    "vllm_gpu_memory_utilization": _refused(0.3, _VLLM),
+    "vllm_max_model_length": _refused(None, _VLLM),
+    "vllm_tensor_parallel_size": _refused(1, _VLLM),
+    "vllm_importance_sampling_correction": _refused(
+        True,
+        "rollout and training use the same kernels and their gap is logged; there is nothing to correct",
+        (True, False),
+    ),
+    "vllm_importance_sampling_mode": _refused("sequence_mask", _VLLM),
+    "vllm_importance_sampling_clip_max": _refused(3.0, _VLLM),
+    "vllm_importance_sampling_clip_min": _refused(None, _VLLM),
+    "vllm_importance_sampling_cap": _refused(None, _VLLM),
+    # the objective
+    "reward_weights": _same(
+        None,
+        "the fixed objective sum_i weight_i R_i. Left out, TRL adds the rewards up; here one model is trained that is "
+        "steerable between them",
+    ),
+    "multi_objective_aggregation": _refused(
+        "sum_then_normalize",
+        "rewards are not normalised one by one; scale a reward in its function, or draw w from a weight_sampler",
+    ),
+    "beta": _other(
+        0.0, "without a coefficient alpha=0.1 holds, (1 - alpha) w.R - alpha KL; beta=0.0 is TRL's default"
+    ),
+    "use_bias_correction_kl": _translated(
+        True,
+        "True corrects each token's KL and leaves out its effect on the tokens after it, as kl_estimator='k2' does; the "
+        "default, 'return', leaves nothing out. False is 'k3'",
+    ),
+    "scale_rewards": _other(
+        "group",
+        "dividing by a standard deviation changes what beta means, in every group differently: none; True is group, False none",
+    ),
+    "loss_type": _other(
+        "dapo",
+        "sequence, 1 / B for every token, is the gradient of the objective; grpo, dapo and dr_grpo are TRL's, bnpo is dapo in "
+        "one micro-batch, and cispo, sapo, luspo and vespo are not here",
+    ),
+    "mask_truncated_completions": _same(False),
+    "num_iterations": _same(1),
+    "epsilon": _same(0.2),
+    "epsilon_high": _same(None),
+    "delta": _same(None, "must lie above 1 + epsilon_high"),
+    "importance_sampling_level": _refused(
+        "token", "the ratio is by token; sequence-level ratios (GSPO) are not here"
+    ),
+    "off_policy_mask_threshold": _refused(
+        None, "use delta, or fewer steps on a rollout (num_iterations, steps_per_generation)"
+    ),
+    "sapo_temperature_neg": _refused(1.05, _LOSS),
+    "sapo_temperature_pos": _refused(1.0, _LOSS),
+    "vespo_k_pos": _refused(2.0, _LOSS),
+    "vespo_lambda_pos": _refused(3.0, _LOSS),
+    "vespo_k_neg": _refused(3.0, _LOSS),
+    "vespo_lambda_neg": _refused(2.0, _LOSS),
+    "sync_ref_model": _refused(False, _REFERENCE),
+    "ref_model_mixup_alpha": _refused(0.6, _REFERENCE),
+    "ref_model_sync_steps": _refused(512, _REFERENCE),
+    "top_entropy_quantile": _refused(
+        1.0,
+        "use token_selection='advantage_entropy' with selected_tokens=, which ranks tokens by |advantage| * entropy",
+    ),
+    "entropy_coef": _refused(0.0, _ENTROPY),
+    "use_adaptive_entropy": _refused(False, _ENTROPY),
+    "entropy_coef_min": _refused(0.0, _ENTROPY),
+    "entropy_coef_max": _refused(1.0, _ENTROPY),
+    "entropy_coef_delta": _refused(0.005, _ENTROPY),
+    "entropy_target": _refused(0.2, _ENTROPY),
+    # batches and optimisation
+    "per_device_train_batch_size": _same(8, "completions; those of one optimiser step must be whole groups"),
+    "gradient_accumulation_steps": _same(1),
+    "steps_per_generation": _same(None, "must be a multiple of gradient_accumulation_steps"),
+    "generation_batch_size": _translated(None, "steps_per_generation, times per_device_train_batch_size"),
+    "auto_find_batch_size": _refused(
+        False, "a smaller batch would be another objective; clp-engine info says what fits"
+    ),
+    "num_train_epochs": _same(3.0),
+    "max_steps": _same(-1),
+    "learning_rate": _other(
+        1e-6, "low-rank adapters are trained, which take larger steps than whole weights"
+    ),
+    "lr_scheduler_type": _same("linear"),
+    "lr_scheduler_kwargs": _same(None),
+    "warmup_steps": _same(0, "below 1 a share of all steps, as in transformers 5"),
+    "optim": _accepted(
+        "adamw_torch_fused",
+        "AdamW; for another optimiser give optimizers=",
+        ("adamw_torch_fused", "adamw_torch"),
+    ),
+    "optim_args": _refused(None, "give an optimiser of your own: optimizers=(optimizer, None)"),
+    "optim_target_modules": _refused(None, "give an optimiser of your own: optimizers=(optimizer, None)"),
+    "weight_decay": _same(0.0),
+    "adam_beta1": _same(0.9),
+    "adam_beta2": _same(0.999),
+    "adam_epsilon": _same(1e-8),
+    "max_grad_norm": _same(1.0),
+    "label_smoothing_factor": _refused(0.0, "there are no labels to smooth; leave it out"),
+    "average_tokens_across_devices": _accepted(
+        True, "there is one device, whose average it is", (True, False)
+    ),
+    # one process
+    "ddp_find_unused_parameters": _refused(None, _ONE_PROCESS),
+    "ddp_bucket_cap_mb": _refused(None, _ONE_PROCESS),
+    "ddp_broadcast_buffers": _refused(None, _ONE_PROCESS),
+    "ddp_static_graph": _refused(None, _ONE_PROCESS),
+    "ddp_backend": _refused(None, _ONE_PROCESS),
+    "ddp_timeout": _refused(1800, _ONE_PROCESS),
+    "fsdp": _refused(None, _ONE_PROCESS),
+    "fsdp_config": _refused(None, _ONE_PROCESS),
+    "deepspeed": _refused(None, _ONE_PROCESS),
+    "accelerator_config": _refused(None, _ONE_PROCESS),
+    "parallelism_config": _refused(None, _ONE_PROCESS),
+    # evaluation
+    "eval_strategy": _same("no"),
+    "eval_steps": _other(None, "TRL's None is logging_steps; given as None it is that here, too"),
+    "eval_delay": _same(0),
+    "eval_on_start": _same(False),
+    "per_device_eval_batch_size": _other(8, "generating alone takes little memory; completions, as in TRL"),
+    "prediction_loss_only": _refused(False, _EVAL_LOOP),
+    "eval_do_concat_batches": _refused(True, _EVAL_LOOP),
+    "eval_use_gather_object": _refused(False, _EVAL_LOOP),
+    "eval_accumulation_steps": _refused(None, _EVAL_LOOP),
+    "include_for_metrics": _refused(
+        [], "log_metric, which reward functions receive, logs numbers of your own"
+    ),
+    "batch_eval_metrics": _refused(
+        False, "log_metric, which reward functions receive, logs numbers of your own"
+    ),
+    # checkpoints
+    "save_strategy": _same("steps", "no, steps or epoch; best is not here"),
+    "save_steps": _same(500),
+    "save_total_limit": _same(None),
+    "save_only_model": _refused(
+        False, "a checkpoint can always be resumed; the policy alone is in output_dir/policy"
+    ),
+    "save_on_each_node": _accepted(False, _ONE_PROCESS),
+    "enable_jit_checkpoint": _accepted(
+        False, "an interrupt (Ctrl-C) ends the step and saves; other signals are not caught"
+    ),
+    "load_best_model_at_end": _same(False, "the policy of the best evaluation is kept in output_dir/best"),
+    "metric_for_best_model": _same(None, "no default: name a metric of evaluate(), such as eval_reward"),
+    "greater_is_better": _same(None),
+    "ignore_data_skip": _refused(
+        False, "a resumed run goes on with the prompts that come next; leave it out"
+    ),
+    "restore_callback_states_from_checkpoint": _accepted(
+        False, "the states that transformers' callbacks can export are always restored; leave it out", (True,)
+    ),
+    "push_to_hub": _refused(False, _HUB),
+    "hub_model_id": _refused(None, _HUB),
+    "hub_strategy": _refused("every_save", _HUB),
+    "hub_token": _refused(None, _HUB),
+    "hub_private_repo": _refused(None, _HUB),
+    "hub_always_push": _refused(False, _HUB),
+    "hub_revision": _refused(None, _HUB),
+    # logs
+    "logging_strategy": _same("steps"),
+    "logging_steps": _same(10, "below 1 a share of all steps, as eval_steps and save_steps"),
+    "logging_first_step": _same(False),
+    "logging_nan_inf_filter": _accepted(
+        True,
+        "a loss that is not finite ends the run with the cause, so nothing is filtered or logged",
+        (True, False),
+    ),
+    "log_on_each_node": _accepted(True, "there is one node, which logs", (True, False)),
+    "log_level": _refused("passive", "use logging.getLogger('clp_engine').setLevel(...)"),
+    "log_level_replica": _refused("warning", _ONE_PROCESS),
+    "include_num_input_tokens_seen": _refused(
+        "no", "num_tokens is always logged; leave it out", ("no", False)
+    ),
+    "log_completions": _same(
+        False, "every step's completions go to completions.jsonl in output_dir, whole; nothing is printed"
+    ),
+    "num_completions_to_print": _refused(
+        None, "completions are written to completions.jsonl, not printed: use log_completions=True"
+    ),
+    "log_unique_prompts": _refused(False, "completions.jsonl has them all; filter it by prompt"),
+    "log_multimodal": _accepted(True, "prompts are text alone", (True, False)),
+    "log_completions_hub_repo": _refused(None, _HUB),
+    "disable_tqdm": _translated(None, "None is False here"),
+    "report_to": _same("none"),
+    "run_name": _same(None),
+    "project": _accepted("huggingface", _TRACKIO, ANYTHING),
+    "trackio_space_id": _accepted(None, _TRACKIO, ANYTHING),
+    "trackio_bucket_id": _accepted(None, _TRACKIO, ANYTHING),
+    "trackio_static_space_id": _accepted(None, _TRACKIO, ANYTHING),
+    "debug": _refused(
+        "", "a gradient that is not finite ends the run with the cause; leave it out", ("", [])
+    ),
+    "skip_memory_metrics": _refused(
+        True, "use torch.cuda.max_memory_allocated in a callback, or clp-engine info beforehand"
+    ),
+}
