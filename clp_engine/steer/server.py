@@ -60,6 +60,7 @@ def serve(
     jobs = Jobs()
     server = listen(host, port, allow_remote, jobs)  # first: loading takes seconds
     try:
+        print(f"loading {run} ...", flush=True)
         server.session = Session(run, device)
         threading.Thread(target=server.serve_forever, name="clp-steer", daemon=True).start()
         print(f"steering {run} at {server.url}  (Ctrl-C ends it)", flush=True)

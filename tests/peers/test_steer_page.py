@@ -48,6 +48,7 @@ def served(run):
         stdout=subprocess.PIPE,
         text=True,
     )
+    process.stdout.readline()  # loading ...
     return process, re.search(r"http://\S+", process.stdout.readline())[0]
 
 
