@@ -27,6 +27,7 @@ examples:
   clp-engine evaluate runs/demo                       Pareto front: report.json, report.md, pareto.png
   clp-engine variance runs/mine                       noise and bias of the gradient at each checkpoint
   clp-engine generate runs/demo --weights coverage=0.7,brevity=0.3 --prompt "Return the sum of ..."
+  clp-engine steer runs/demo                          a page with a slider for each objective
   clp-engine export runs/demo --weights coverage=0.7,brevity=0.3 --to adapter
   clp-engine compare CONFIG.yaml                      methods and baselines over seeds, in one report
 
@@ -172,6 +173,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_evaluate(command("evaluate", _evaluate, "measure the Pareto front of a run"))
     _add_variance(command("variance", _variance, "measure the noise and bias of the gradient along a run"))
     _add_generate(command("generate", _generate, "generate text at a weighting of the objectives"))
+    _add_steer(command("steer", _steer, "open a local page with a slider for each objective"))
     _add_export(command("export", _export, "write one weighting as an ordinary PEFT adapter or model"))
     _add_compare(command("compare", _compare, "compare methods and baselines over seeds", _COMPARE_EPILOG))
     info = command("info", _info, "show versions, devices, kernel back-ends, and what a training would need")
@@ -343,6 +345,25 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the nucleus of this mass")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+
+
+def _add_steer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=8765,
+        metavar="N",
+        help="where to listen; 0 is any that is free (default: %(default)s)",
+    )
+    parser.add_argument("--no-browser", action="store_true", help="print the address only")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="let --host be one that other machines reach; nothing asks them for a password",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 
@@ -654,6 +675,20 @@ def _generation_rows(arguments: argparse.Namespace, spec: runs.RunSpec | None, t
 
         rows = [{**row, "prompt": as_prompt(row["prompt"], tokenizer)} for row in rows]
     return rows
+
+
+def _steer(arguments: argparse.Namespace) -> None:
+    runs.policy_directory(arguments.run_folder)  # a wrong folder is reported before torch is imported
+    from clp_engine.steer.server import serve
+
+    serve(
+        arguments.run_folder,
+        host=arguments.host,
+        port=arguments.port,
+        allow_remote=arguments.allow_remote,
+        browser=not arguments.no_browser,
+        device=arguments.device,
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -209,7 +209,8 @@ def _show_next(out: Path, report: ParetoReport, seconds: float) -> None:
     prompt = "Return the largest element of the list. If the list is empty, raise ValueError."
     print(
         f"\n{_bold(f'Done in {seconds / 60:.1f} minutes.')} The report is {out}/report.md{picture}. Next:\n"
-        f"\n  clp-engine generate {out} --weights {weights}\n"
+        f"\n  clp-engine steer {out}    # a page in the browser: text in, a slider for each objective\n"
+        f"  clp-engine generate {out} --weights {weights}\n"
         f'  clp-engine generate {out} --weights {weights} --prompt "{prompt}"\n'
         f"  clp-engine export {out} --weights {weights} --to adapter    # for peft, transformers, vLLM\n"
     )

@@ -303,8 +303,9 @@ def test_the_demo_shows_front_and_summaries_and_what_to_type_next(small_demo, ca
     commands = [
         shlex.split(line, comments=True)[1:] for line in shown.splitlines() if line.startswith("  clp-engine")
     ]
-    assert [command[0] for command in commands] == ["generate", "generate", "export"]
-    for command in commands:
+    assert [command[0] for command in commands] == ["steer", "generate", "generate", "export"]
+    assert runs.policy_directory(commands[0][1])  # steer serves until it is interrupted: test_steer.py has it
+    for command in commands[1:]:
         assert (
             main([str(small_demo.parent / "adapter") if word == "adapter" else word for word in command]) == 0
         )

@@ -1,0 +1,110 @@
+"""POST /api/generate, checked: what is missing, unknown or out of range is a ConfigError that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from clp_engine.errors import ConfigError
+
+MAX_CHARACTERS = 200_000
+MAX_NEW_TOKENS = 2048
+MAX_TEMPERATURE = 5.0
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What the page asks for.
+
+    text: what the model is to go on from. weights: by objective; those left out weigh 0; None is equal. kl: the KL
+    coefficient, where the policy is conditioned on it. temperature: 0 takes the likeliest token each time. max_new_tokens:
+    length of the completion at most. seed: of drawing; the same seed gives the same completion again. chat: whether the text
+    is the user's message in the tokenizer's chat template. base: whether to write the base model's completion, too.
+    """
+
+    text: str
+    weights: dict[str, float] | None = None
+    kl: float | None = None
+    temperature: float = 0.0
+    max_new_tokens: int = 64
+    seed: int = 0
+    chat: bool = False
+    base: bool = True
+
+    @classmethod
+    def parse(cls, raw: Any) -> GenerateRequest:
+        """From decoded JSON. Raises ConfigError for anything else than an object with these fields in their ranges."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"the request is {_kind(raw)}; expected an object with a text")
+        known = [f.name for f in fields(cls)]
+        unknown = [name for name in raw if name not in known]
+        if unknown:
+            raise ConfigError(f"unknown field {unknown[0]!r}; expected {', '.join(known)}")
+        if "text" not in raw:
+            raise ConfigError("text is missing")
+        checked = {name: _CHECKS[name](name, value) for name, value in raw.items()}
+        return cls(**checked)
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(
+        type(value), "a number"
+    )
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {_kind(value)}; expected a text")
+    if not value.strip():
+        raise ConfigError("the text is empty; write or paste one, or choose an example")
+    if len(value) > MAX_CHARACTERS:
+        raise ConfigError(f"the text has {len(value):,} characters; at most {MAX_CHARACTERS:,} are taken")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        raise ConfigError("the text holds a character that is none (half of a surrogate pair)") from None
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} is {_kind(value)}; expected a number")
+    if not low <= value <= high:  # also catches NaN; an integer too large for a float compares as it is
+        shown = f"{value:g}" if isinstance(value, float) else str(value)[:20]
+        raise ConfigError(f"{name}={shown}: expected {low:g} to {high:g}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    number = _number(name, value, low, high)
+    if number != int(number):
+        raise ConfigError(f"{name}={value}: expected a whole number")
+    return int(number)
+
+
+def _weights(name: str, value: Any) -> dict[str, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is {_kind(value)}; expected an object with a number for each objective")
+    return {str(key): _number(f"{name}.{key}", number, 0.0, 1.0) for key, number in value.items()}
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {_kind(value)}; expected true or false")
+    return value
+
+
+_CHECKS = {
+    "text": _text,
+    "weights": _weights,
+    # Its range depends on the policy, which checks it.
+    "kl": lambda name, value: None if value is None else _number(name, value, 0.0, 1e6),
+    "temperature": lambda name, value: _number(name, value, 0.0, MAX_TEMPERATURE),
+    "max_new_tokens": lambda name, value: _whole(name, value, 1, MAX_NEW_TOKENS),
+    "seed": lambda name, value: _whole(name, value, 0, 2**31 - 1),
+    "chat": _flag,
+    "base": _flag,
+}

@@ -1,0 +1,266 @@
+"""The policy behind the page: what it is, what its run measured, and what it says beside the base model."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clp_engine import runs
+from clp_engine.conditions import Conditions
+from clp_engine.data import encode_prompt
+from clp_engine.errors import ConfigError
+from clp_engine.evaluation import ParetoReport
+from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+
+EXAMPLES = 6
+_REMEMBERED = 64  # completions of the base model: moving a slider asks for the same one again
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """prompt: text or chat messages; token_ids: what the model reads of it; note: what it does not read, or None."""
+
+    prompt: str | list[dict[str, str]]
+    token_ids: list[int]
+    note: str | None
+
+
+class Session:
+    """A policy and the folder it came from; see `describe` and `generate`.
+
+    run: a run folder, or a policy folder or checkpoint in it, as for `clp-engine generate`.
+    Raises ConfigError where there is no policy, or none with a tokenizer.
+    """
+
+    def __init__(self, run: str | Path, device: str | None = None):
+        self.run = Path(run)
+        self.spec = runs.RunSpec.load(self.run) or runs.RunSpec.load(self.run.parent)
+        self.policy: ConditionedPolicy = runs.load_policy(self.run, device)
+        if self.policy.tokenizer is None:
+            raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")
+        self._examples, self._chats = _examples(self.spec)
+        self._base: OrderedDict[tuple, dict[str, Any]] = OrderedDict()
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What the page needs to know, for JSON. The report is read anew: it may have been written meanwhile."""
+        policy, config = self.policy, self._config
+        front, front_note = self._front()
+        template = getattr(policy.tokenizer, "chat_template", None) is not None
+        return {
+            "run": self.run.resolve().name if self.run.name != "policy" else self.run.resolve().parent.name,
+            "base_model": policy.spec.base_model or "a model without a name",
+            "objectives": list(policy.objectives),
+            "weights_note": self._weights_note(),
+            "kl": _kl(policy, config),
+            # None: there is nothing to choose.
+            "chat": self._chats is not False if template else None,
+            "defaults": {
+                "temperature": config.get("temperature", 1.0) or 1.0,
+                "max_new_tokens": min(config.get("max_completion_length", 128), MAX_NEW_TOKENS),
+            },
+            "limits": {
+                "characters": MAX_CHARACTERS,
+                "max_new_tokens": MAX_NEW_TOKENS,
+                "temperature": MAX_TEMPERATURE,
+            },
+            "examples": self._examples,
+            "front": front,
+            "front_note": front_note,
+        }
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return {} if self.spec is None else self.spec.config
+
+    def _weights_note(self) -> str | None:
+        """Why the weights do nothing, where they do nothing."""
+        if len(self.policy.objectives) == 1:
+            return "There is one objective, so its weight is always 1."
+        if not self.policy.conditioning.blended and not self.policy.conditioning.prompt:
+            return "This policy was trained with conditioning none: it says the same at every weighting."
+        return None
+
+    def _front(self) -> tuple[dict[str, Any] | None, str | None]:
+        """(points and base of the report, or None; why there is none)."""
+        folders = [self.run]
+        if runs.policy_directory(self.run) == self.run.parent / "policy":  # RUN/policy: the report is RUN's
+            folders.append(self.run.parent)
+        measured = [folder for folder in folders if (folder / "report.json").is_file()]
+        if not measured:
+            return (
+                None,
+                f"Nothing has been measured yet: clp-engine evaluate {self.run} does, and the front is drawn here.",
+            )
+        try:
+            report = ParetoReport.load(measured[0])
+        except ConfigError as error:
+            return None, str(error)
+        if tuple(report.objectives) != self.policy.objectives:
+            return (
+                None,
+                f"The report is about {', '.join(report.objectives)}, this policy about {', '.join(self.policy.objectives)}.",
+            )
+        raw = report.to_dict()
+        points = [
+            {
+                "weights": point["weights"],
+                "kl_coef": point["kl_coef"],
+                "rewards": {name: value["mean"] for name, value in point["rewards"].items()},
+                "kl": point["kl"],
+            }
+            for point in raw["points"]
+        ]
+        front = {
+            "points": points,
+            "base": {name: value["mean"] for name, value in raw["base"]["rewards"].items()},
+            "kl_coefs": report.kl_coefs,
+            "prompts": report.setup["prompts"],
+        }
+        return front, None
+
+    # -- what it says -------------------------------------------------------------------------------------------------
+
+    def generate(self, request: GenerateRequest) -> dict[str, Any]:
+        """The policy's completion at the request's condition and, where asked for, the base model's, for JSON.
+
+        Raises ConfigError for weights and KL coefficients that do not fit the policy, and for a text that is too long for it.
+        """
+        if request.kl is not None and not (kl := _kl(self.policy, self._config))["adjustable"]:
+            raise ConfigError(f"kl was given, and {kl['reason'][0].lower()}{kl['reason'][1:]}")
+        conditions = self.policy.conditions(request.weights, request.kl)
+        sampling = SamplingParams(request.max_new_tokens, request.temperature)
+        prompt = self._read(request, conditions)
+        started = time.perf_counter()
+        answer = {
+            "weights": dict(zip(self.policy.objectives, conditions.weights[0].tolist())),
+            "kl": conditions.kl[0].item(),
+            "prompt_tokens": len(prompt.token_ids),
+            "prompt_note": prompt.note,
+            "completion": self._complete(prompt, conditions, sampling, request.seed),
+            "base": None,
+        }
+        if request.base:
+            answer["base"] = self._base_completion(prompt, sampling, request.seed)
+        return answer | {"seconds": round(time.perf_counter() - started, 3)}
+
+    def _read(self, request: GenerateRequest, conditions: Conditions) -> _Prompt:
+        """The request's text as the model reads it, the way it was trained."""
+        tokenizer, note, text = self.policy.tokenizer, None, request.text.strip()
+        prompt: str | list[dict[str, str]] = text
+        if self.spec is not None and self.spec.task is not None:
+            from clp_engine.demo import as_prompt
+
+            prompt = as_prompt(text, tokenizer)
+            if text not in prompt:
+                note = "The text is longer than the model reads; what comes after the first words was left out."
+        elif request.chat:
+            if getattr(tokenizer, "chat_template", None) is None:
+                raise ConfigError("chat was asked for, and this policy's tokenizer has no chat template")
+            prompt = [{"role": "user", "content": text}]
+        token_ids = encode_prompt(prompt, tokenizer)
+        limit = self._config.get("max_prompt_length")
+        if limit is not None and len(token_ids) > limit:
+            note = f"The text has {len(token_ids)} tokens; as in training, the model reads the last {limit}."
+            token_ids = token_ids[-limit:]
+        self._check_room(token_ids, request, conditions, prompt)
+        return _Prompt(prompt, token_ids, note)
+
+    def _check_room(self, token_ids: list[int], request: GenerateRequest, conditions: Conditions, prompt) -> None:
+        room = getattr(self.policy.config, "max_position_embeddings", None)
+        if room is None:
+            return
+        shown = self.policy.shown_prompts([token_ids], conditions, [prompt])
+        read = len(token_ids if shown is None else shown[0])
+        # An encoder-decoder counts prompt and completion apart.
+        needed = (
+            max(read, request.max_new_tokens)
+            if self.policy.config.is_encoder_decoder
+            else read + request.max_new_tokens
+        )
+        if needed > room:
+            raise ConfigError(
+                f"the text has {read} tokens and the completion up to {request.max_new_tokens}; this model has room for "
+                f"{room}: shorten the text or the completion"
+            )
+
+    def _base_completion(self, prompt: _Prompt, sampling: SamplingParams, seed: int) -> dict[str, Any]:
+        key = tuple(prompt.token_ids), sampling, seed
+        if key not in self._base:
+            reference = Conditions.reference(1, len(self.policy.objectives))
+            self._base[key] = self._complete(prompt, reference, sampling, seed)
+            if len(self._base) > _REMEMBERED:
+                self._base.popitem(last=False)
+        self._base.move_to_end(key)
+        return self._base[key]
+
+    def _complete(
+        self, prompt: _Prompt, conditions: Conditions, sampling: SamplingParams, seed: int
+    ) -> dict[str, Any]:
+        drawn = rollout(
+            self.policy,
+            [prompt.token_ids],
+            conditions,
+            sampling=sampling,
+            seed=seed,
+            prompts=[prompt.prompt],
+        )
+        [ids] = drawn.token_lists()
+        return {
+            "text": self.policy.tokenizer.decode(ids, skip_special_tokens=True),
+            "tokens": len(ids),
+            "cut": not bool(drawn.terminated[0]),
+        }
+
+
+def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
+    """Name, value and range of the KL coefficient, or why it cannot be moved."""
+    spec = policy.spec
+    name = "beta" if policy.kl_is_beta else "alpha"
+    known = {"name": name, "value": round(spec.default_kl, 6)}
+    if spec.kl_conditioning == "none" and "{kl}" not in (spec.prompt_template or ""):
+        reason = (
+            f"The policy is not conditioned on {name}: kl_conditioning was none in training, so it is the same at any value."
+        )
+        return {**known, "adjustable": False, "reason": reason}
+    trained = config.get(f"{name}_range") or config.get(f"{name}_grid")
+    if trained:
+        low, high, reason = min(trained), max(trained), None
+    else:
+        low, high = spec.min_kl or spec.default_kl / 10, max(10 * spec.default_kl, 0.1)
+        high = high if policy.kl_is_beta else min(high, 1.0)
+        reason = f"Training is not known to have seen other values than {spec.default_kl:g}; this goes beyond it."
+    return {**known, "adjustable": True, "low": low, "high": high, "reason": reason}
+
+
+def _examples(spec: runs.RunSpec | None) -> tuple[list[dict[str, str]], bool | None]:
+    """Texts to try from the run's held-out prompts, and whether its prompts are chats (None where that is not known)."""
+    if spec is None:
+        return [], None
+    try:
+        if spec.task is not None:
+            rows = spec.eval_rows(EXAMPLES)
+            return [{"name": row["name"], "text": row["document"]} for row in rows], False
+        rows = runs.read_rows(spec.eval_dataset or spec.dataset)[:EXAMPLES]
+    except ConfigError:  # the run was copied here without its data
+        return [], None
+    texts = [text for row in rows if (text := _user_text(row["prompt"])) is not None]
+    named = [{"name": " ".join(text.split())[:60], "text": text} for text in texts]
+    return named, not isinstance(rows[0]["prompt"], str)
+
+
+def _user_text(prompt: Any) -> str | None:
+    """What a user would type for this prompt; None for a chat of several messages."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and isinstance(prompt[0].get("content"), str):
+        return prompt[0]["content"]
+    return None
