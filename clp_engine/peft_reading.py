@@ -134,10 +134,12 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     from peft.tuners.lora import LoraLayer
 
     configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping):
+    if not isinstance(configs, Mapping) or not (
+        isinstance(model, PreTrainedModel) or hasattr(model, "get_base_model")
+    ):
         raise ConfigError(
-            f"{type(model).__name__} holds adapters and no peft_config; give the model from PeftModel.from_pretrained, "
-            "get_peft_model or add_adapter"
+            f"{type(model).__name__} holds adapters in a way that is not known here; give the model that "
+            "PeftModel.from_pretrained, get_peft_model or add_adapter made"
         )
     found = {}
     for name, config in configs.items():

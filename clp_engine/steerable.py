@@ -3,7 +3,7 @@
     model = policy.attach()                                     # or attach(another loaded copy of the base model)
     model.generate(**inputs, weights={"coverage": 0.7, "brevity": 0.3}, num_beams=4)
     model(ids, weights=torch.tensor([[1.0, 0.0], [0.2, 0.8]]))  # one per row
-    model.set_blend({"brevity": 1.0})                           # for calls that say nothing; uniform until then
+    model.set_blend({"brevity": 1.0}, kl=0.1)                   # what calls leave out; uniform until then
     model.detach()
 
 `model` stays an instance of its class (which is replaced by a subclass of the same name), so that pipelines, Trainer and
@@ -46,20 +46,23 @@ _BATCHED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_e
 class Steering:
     """What an attached model is steered with.
 
-    default: blend (1, D) where a call says nothing. generating: that of the prompts of a `generate` on its way, (1 or prompts,
-    D); base: the layers that were there before, by name.
+    default: blend (1, D) where a call says nothing, made of `said`, the weights and kl that were set, either None where it was
+    not. generating: that of the prompts of a `generate` on its way, (1 or prompts, D); base: the layers that were there
+    before, by name.
     """
 
     policy: ConditionedPolicy
     blend: Blend
     base: dict[str, nn.Module]
     default: torch.Tensor
+    said: tuple = (None, None)
     generating: torch.Tensor | None = None
     _spread: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def coefficients(self, weights, kl, rows: int) -> torch.Tensor:
         """The blend (1 or rows, D) of a batch of `rows`."""
         if weights is not None or kl is not None:
+            weights, kl = (own if given is None else given for own, given in zip(self.said, (weights, kl)))
             if torch.compiler.is_compiling() and isinstance(weights, torch.Tensor):
                 return self._unchecked(weights, kl)
             return read_blend(self.policy, weights, kl, rows)
@@ -172,9 +175,10 @@ class Steerable:
     _steering: Steering
 
     def set_blend(self, weights=None, kl=None) -> None:
-        """The weighting and KL coefficient of calls that give neither: one for all rows, as for `policy.conditions`; None is
-        uniform, and the policy's default KL coefficient."""
-        self._steering.default = read_blend(self._steering.policy, weights, kl, 1)
+        """The weighting and KL coefficient of calls that do not give theirs: one for all rows, as for `policy.conditions`; None
+        is uniform, and the policy's default KL coefficient."""
+        steering = self._steering
+        steering.default, steering.said = read_blend(steering.policy, weights, kl, 1), (weights, kl)
 
     def detach(self) -> PreTrainedModel:
         """Undo `attach`: the model is what it was, without deltas; returns it."""

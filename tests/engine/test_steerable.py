@@ -48,7 +48,8 @@ def test_without_weights_the_blend_is_uniform_or_the_one_that_was_set():
     same(logits(model), logits(policy, weights=[0.5, 0.5], kl=0.4))
     model.set_blend({"b": 1.0}, kl=0.2)
     same(logits(model), logits(policy, weights=[0, 1], kl=0.2))
-    same(logits(model, weights=[1, 0]), logits(policy, weights=[1, 0], kl=0.4))
+    same(logits(model, weights=[1, 0]), logits(policy, weights=[1, 0], kl=0.2))
+    same(logits(model, kl=0.7), logits(policy, weights=[0, 1], kl=0.7))
     model.set_blend()
     same(logits(model), logits(policy, weights=[0.5, 0.5], kl=0.4))
     with pytest.raises(ConfigError, match="unknown objective 'c'"):
