@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,13 +40,17 @@ class Blend:
         """Inside, `coefficients` are in force. What was derived from the same tensors the last time is still there: decoding
         comes back with them for every token."""
         before = self.coefficients, self.index, self._gates, self._groups
-        same = self._last is not None and self._last[0] is coefficients and self._last[1] is index
+        # A compiled graph would be bound to the tensors that are remembered.
+        remembers = not torch.compiler.is_compiling()
+        same = (
+            remembers and self._last is not None and self._last[0] is coefficients and self._last[1] is index
+        )
         gates, groups = self._last[2:] if same else ({}, None)
         self.coefficients, self.index, self._gates, self._groups = coefficients, index, gates, groups
         try:
             yield
         finally:
-            if coefficients is not None and not coefficients.requires_grad:
+            if remembers and coefficients is not None and not coefficients.requires_grad:
                 self._last = coefficients, index, self._gates, self._groups
             self.coefficients, self.index, self._gates, self._groups = before
 
@@ -58,7 +63,12 @@ class Blend:
 
     def groups(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(blends, index): the different rows of `coefficients` (G, D), and which of them each sequence, or packed token, has;
-        index is None where there is one for all."""
+        index is None where there is one for all. A compiled graph takes all rows as different: how many there are may not
+        depend on their numbers."""
+        if torch.compiler.is_compiling() and self.index is None:
+            rows = self.coefficients.shape[0]
+            index = None if rows == 1 else torch.arange(rows, device=self.coefficients.device)
+            return self.coefficients, index
         if self._groups is None:
             blends, index = torch.unique(self.coefficients, dim=0, return_inverse=True)
             if self.index is not None:
@@ -115,6 +125,16 @@ class ConditionedLayer(nn.Module):
     def deltas_by_name(self) -> dict[str, nn.Parameter]:
         """The trainable parameters."""
         return {n: p for n, p in self.named_parameters(recurse=False) if p.requires_grad}
+
+    def over(self, base: nn.Module, blend: Blend) -> ConditionedLayer:
+        """The same deltas, shared, on another copy of the layer, under a blend of its own."""
+        other = copy.copy(self)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            other.__dict__[registry] = dict(self.__dict__[registry])
+        other.base, other._blend = base, blend
+        for name, buffer in self._buffers.items():
+            other._buffers[name] = None if buffer is None else buffer.to(base.weight)
+        return other
 
     def delta_dim(self, part: str) -> int:
         """The dimension of the parameter `part` along which the deltas lie."""

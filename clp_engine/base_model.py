@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from clp_engine.errors import ConfigError
+from clp_engine.peft_reading import holds_adapters
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -39,26 +40,89 @@ def auto_class(config: PretrainedConfig) -> type:
     return AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
 
 
+# Packages whose layers keep weights in few bits, some of them under the name of nn.Linear.
+_QUANTISERS = (
+    "aqlm",
+    "auto_gptq",
+    "awq",
+    "bitsandbytes",
+    "compressed_tensors",
+    "eetq",
+    "fp_quant",
+    "gptqmodel",
+    "hqq",
+    "optimum.quanto",
+    "quark",
+    "quanto",
+    "torchao",
+    "vptq",
+)
+
+
+def refuse_quantised(model: nn.Module | PretrainedConfig) -> None:
+    """Raise ConfigError for a model, or the configuration of one, whose weights are quantised: kernels and exports read them
+    as they are."""
+    config = getattr(model, "config", model)
+    settings = getattr(config, "quantization_config", None)
+    found = None
+    if settings is not None:
+        method = dict(settings if isinstance(settings, dict) else vars(settings)).get("quant_method")
+        found = f"its configuration has quantization_config ({getattr(method, 'value', method)})"
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        weight = getattr(module, "weight", None)
+        origins = [type(part).__module__ + "." for part in (module, weight)]
+        package = next((q for q in _QUANTISERS if any(o.startswith(q + ".") for o in origins)), None)
+        if package is not None:
+            found = f"{name} is a {type(module).__name__} of {package}"
+        elif isinstance(module, nn.Linear) and isinstance(weight, torch.Tensor):
+            if not weight.is_floating_point() or weight.element_size() == 1:
+                found = f"{name} has weights of {weight.dtype}"
+        if found:
+            break
+    if found:
+        raise ConfigError(
+            f"the base model is quantised: {found}; expected weights in float32, bfloat16 or float16. Load the unquantised "
+            "checkpoint (without quantization_config), or call dequantize() on the loaded model"
+        )
+
+
 def load_base(
     name_or_path, tokenizer, dtype, device, attention: str | None = None
 ) -> tuple[PreTrainedModel, object, str]:
-    """(model, tokenizer, name to save). attention: transformers' attn_implementation, None for its choice."""
+    """(model, tokenizer, name to save). attention: transformers' attn_implementation, None for its choice. Raises ConfigError
+    for what cannot be loaded, or is quantised."""
     if isinstance(name_or_path, PreTrainedModel):
         model = name_or_path
+        if holds_adapters(model):
+            raise ConfigError(
+                "the base model holds adapters of PEFT; give it to ConditionedPolicy.from_pretrained, whose objectives then "
+                "begin at them, or merge or unload them first"
+            )
+        refuse_quantised(model)
         if device is not None:
             model = model.to(device)
         return model, tokenizer, model.config.name_or_path or ""
+    if not isinstance(name_or_path, str | Path):
+        raise ConfigError(
+            f"the base model is a {type(name_or_path).__name__}; expected a name, a path, or a loaded transformers model"
+        )
     path = model_location(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
+        config = AutoConfig.from_pretrained(path)
+        refuse_quantised(config)
+        model = auto_class(config).from_pretrained(
             path,
             dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
             **({} if attention is None else {"attn_implementation": attention}),
         )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if (Path(path) / "adapter_config.json").is_file():
+            reason = "it is a LoRA adapter; give its base model, and the adapter to ConditionedPolicy.from_adapters"
         raise ConfigError(f"cannot load the model {str(name_or_path)!r}: {reason}") from error
     return model.to(device), tokenizer, str(name_or_path)

@@ -29,6 +29,7 @@ examples:
   clp-engine generate runs/demo --weights coverage=0.7,brevity=0.3 --prompt "Return the sum of ..."
   clp-engine steer runs/demo                          a page with a slider for each objective
   clp-engine export runs/demo --weights coverage=0.7,brevity=0.3 --to adapter
+  clp-engine export runs/demo --each --to adapters    an adapter per objective, for peft
   clp-engine compare CONFIG.yaml                      methods and baselines over seeds, in one report
 
 exit codes: 0 done, 1 an error of the engine, 2 a mistake in what was asked, 130 interrupted
@@ -174,7 +175,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_variance(command("variance", _variance, "measure the noise and bias of the gradient along a run"))
     _add_generate(command("generate", _generate, "generate text at a weighting of the objectives"))
     _add_steer(command("steer", _steer, "open a local page with a slider for each objective"))
-    _add_export(command("export", _export, "write one weighting as an ordinary PEFT adapter or model"))
+    _add_export(
+        command("export", _export, "write weightings or objectives as ordinary PEFT adapters or models")
+    )
     _add_compare(command("compare", _compare, "compare methods and baselines over seeds", _COMPARE_EPILOG))
     info = command("info", _info, "show versions, devices, kernel back-ends, and what a training would need")
     info.add_argument(
@@ -374,10 +377,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--merged", action="store_true", help="a transformers model instead of an adapter")
     parser.add_argument(
+        "--each",
+        action="store_true",
+        help="one adapter per objective instead of a blend, and clp_blend.json, which says how they are blended",
+    )
+    parser.add_argument(
         "--rank",
         type=int,
         metavar="R",
-        help="of the adapter, where whole weights are conditioned; reports the error",
+        help="of the adapter, at most: cuts deltas to their largest singular values and reports the error",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
 
@@ -696,12 +704,20 @@ def _export(arguments: argparse.Namespace) -> None:
     target = Path(arguments.to)
     if target.exists() and not arguments.overwrite and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty; give --overwrite to replace it")
+    if arguments.merged and (arguments.rank is not None or arguments.each):
+        raise ConfigError("--rank and --each are of adapters; --merged writes whole weights, leave one out")
+    if arguments.each and (weights is not None or arguments.kl is not None):
+        raise ConfigError("--each writes every objective's adapter unblended; leave out --weights and --kl")
     policy = runs.load_policy(arguments.run_folder, "cpu")
+    base = f"  (base model: {policy.spec.base_model})"
+    if arguments.each:
+        for name, error in policy.save_adapters(target, rank=arguments.rank).items():
+            print(f"adapter: {target / name}{base}{_adapter_notes(target / name, arguments.rank, error)}")
+        print(f"blend: {target}/clp_blend.json")
+        return
     if weights is None and len(policy.objectives) > 1:
         raise ConfigError(f"--weights is missing; the objectives are {', '.join(policy.objectives)}")
     policy.conditions(weights, arguments.kl)
-    if arguments.merged and arguments.rank is not None:
-        raise ConfigError("--rank is of an adapter; --merged writes whole weights, leave one out")
     if arguments.merged:
         from clp_engine.files import write_directory
 
@@ -710,14 +726,23 @@ def _export(arguments: argparse.Namespace) -> None:
             model.save_pretrained(temporary)
             if policy.tokenizer is not None:
                 policy.tokenizer.save_pretrained(temporary)
+        print(f"model: {target}")
     else:
         error = policy.export_adapter(target, weights, arguments.kl, rank=arguments.rank)
-        if arguments.rank is not None:
-            print(f"cut to rank {arguments.rank}: relative error of the deltas {error:.3g}")
-    base = policy.spec.base_model
-    print(f"model: {target}" if arguments.merged else f"adapter: {target}  (base model: {base})")
+        print(f"adapter: {target}{base}{_adapter_notes(target, arguments.rank, error)}")
     if text := policy.prompt_text(weights, arguments.kl):
         print(f"its prompts need this text in them (see blend.json): {text!r}")
+
+
+def _adapter_notes(path: Path, asked: int | None, error: float) -> str:
+    """What to know of an adapter: its rank, what was lost by cutting it, and how vLLM takes it; lines to follow its own."""
+    from clp_engine.peft_format import read_rank, vllm_rank
+
+    rank = read_rank(path)
+    lost = "" if asked is None else f", relative error of the deltas {error:.3g}"
+    needed = vllm_rank(rank)
+    served = "more than vLLM takes" if needed is None else f"for vLLM: --max-lora-rank {needed}"
+    return f"\nrank: {rank}{lost} ({served})"
 
 
 def _compare(arguments: argparse.Namespace) -> int | None:

@@ -1,69 +1,145 @@
-"""A blend as a PEFT LoRA directory: adapter_model.safetensors and adapter_config.json, as peft's LoraConfig reads them."""
+"""A blend, or each objective's delta, as PEFT LoRA directories: adapter_model.safetensors and adapter_config.json, as peft's
+LoraConfig reads them.
+
+An adapter has one rank and one scaling on all of its layers, those with fewer products filled up with zeros: vLLM reads r and
+lora_alpha and no patterns. It takes r up to its max_lora_rank, one of VLLM_RANKS (16 unless told otherwise), refuses
+modules_to_save and DoRA, and knows no bias of lora_B.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from clp_kernels import expand_gate
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from clp_engine.adapters import ConditionedLayer, ConditionedLinear
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory
 from clp_engine.full_weight import InterpolatedLinear
+from clp_engine.low_rank import Cut, cut_matrix, cut_product
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
+
+BLEND_FILE = "clp_blend.json"
+# Settings of a policy that say how its adapters are blended.
+BLEND_SETTINGS = ("kl_conditioning", "min_kl", "default_kl", "kl_is_beta", "prompt_template")
+_C_OF_ALPHA = {
+    "none": "1",
+    "linear": "1 - alpha",
+    "odds": "((1 - alpha) / alpha) / ((1 - alpha_min) / alpha_min), alpha_min from min_kl",
+}
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The least max_lora_rank with which vLLM takes an adapter of this rank, None where none is enough."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def read_rank(path: str | Path) -> int:
+    """Of the adapter in a directory that `save` wrote."""
+    return json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
 
 
 def save(
     path: str | Path, policy: ConditionedPolicy, coefficients: torch.Tensor, rank: int | None = None
 ) -> float:
-    """Write the blend `coefficients` (D,) as one adapter, atomically; returns |written - delta| / |delta|.
+    """Write the blend `coefficients` (D,) as one adapter, atomically; returns |written - delta| / |delta| over all layers
+    (Frobenius), 0 where it is exact.
 
-    `sum_i c_i s_i B_i A_i` is A stacked as it is and B's columns times c_i s_i; lora_alpha is the rank, layer by layer, so that
-    PEFT's own scaling lora_alpha / r is one. A whole delta is cut to `rank` singular values; its bias is that of lora_B, which
-    peft and transformers load and vLLM does not.
+    `sum_i c_i s_i B_i A_i` is A stacked as it is, without those whose coefficient is 0, and B's columns times c_i s_i;
+    lora_alpha is the rank, so that PEFT's own scaling lora_alpha / r is one. rank: at most so many products a layer, the
+    largest singular values; a whole delta needs it, and its bias is that of lora_B.
     """
+    return _save(path, policy, coefficients, policy.spec.scalings, 1.0, rank)
+
+
+def save_each(directory: Path, policy: ConditionedPolicy, rank: int | None = None) -> dict[str, float]:
+    """Write each delta as an adapter of its own, with the policy's scaling of it, into a folder of `directory` (see
+    `folders`), and BLEND_FILE, which says how they are blended; returns the error of each folder, as `save`."""
+    spec, errors = policy.spec, {}
+    for i, name in enumerate(folders(policy)):
+        one = torch.zeros(len(spec.ranks))
+        one[i] = 1.0
+        errors[name] = _save(directory / name, policy, one, (1.0,) * len(spec.ranks), spec.scalings[i], rank)
+    names = list(errors) if len(errors) > 1 else list(errors) * len(policy.objectives)
+    blend = {
+        "blend": "theta(w, kl) = theta_ref + c * sum_i w_i * Delta_i",
+        "c": _C_OF_ALPHA[spec.kl_conditioning],
+        "alpha": "kl / (1 + kl)" if spec.kl_is_beta else "kl",
+        "base_model": spec.base_model,
+        "adapters": dict(zip(policy.objectives, names)),
+        "conditioning": spec.conditioning,
+        "carrier": spec.carrier,
+        **{name: getattr(spec, name) for name in BLEND_SETTINGS},
+    }
+    (directory / BLEND_FILE).write_text(json.dumps(blend, indent=2) + "\n", encoding="utf-8")
+    return errors
+
+
+def folders(policy: ConditionedPolicy) -> list[str]:
+    """A folder name for each delta: that of its objective, or "adapter" where there is one delta for all."""
+    if not policy.conditioning.blended:
+        return ["adapter"]
+    names: list[str] = []
+    for objective in policy.objectives:
+        name = re.sub(r"[^\w\-]", "_", objective) or "_"
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _save(
+    path: str | Path,
+    policy: ConditionedPolicy,
+    coefficients: torch.Tensor,
+    scalings: Sequence[float],
+    scaling: float,
+    rank: int | None,
+) -> float:
+    """The delta of layers with factors, sum_i c_i scalings_i B_i A_i, and of whole ones, sum_i c_i Delta_i / scaling, as an
+    adapter that PEFT scales by `scaling`."""
     if rank is not None and rank < 1:
         raise ConfigError(f"rank={rank}: expected at least 1")
-    if rank is not None and not any(_is_whole(layer) for layer in policy.layers.values()):
-        raise ConfigError(
-            f"rank={rank}: this policy's deltas have low rank already and are written exactly; leave it out"
-        )
-    factors, lost, total = {}, 0.0, 0.0
-    for name, layer in policy.layers.items():
-        factors[name], error, size = _factors(name, layer, coefficients, rank)
-        lost, total = lost + error, total + size
-    tensors, ranks = {}, {}
-    for name, (a, b) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
-        ranks[name] = a.shape[0]
+    cuts = {
+        name: _cut(name, layer, coefficients, scalings, scaling, rank)
+        for name, layer in policy.layers.items()
+    }
+    common = max(cut.a.shape[0] for cut in cuts.values())
+    tensors = {}
+    for name, cut in cuts.items():
+        missing = common - cut.a.shape[0]
+        parts = {"A": functional.pad(cut.a, (0, 0, 0, missing)), "B": functional.pad(cut.b, (0, missing))}
+        for part, tensor in parts.items():
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.cpu().contiguous()
     biases = {name: getattr(layer, "delta_bias", None) for name, layer in policy.layers.items()}
     biased = any(bias is not None for bias in biases.values())
-    if biased:  # PEFT has them for every layer or for none
-        for name, (_, b) in factors.items():
-            bias = (
-                b.new_zeros(b.shape[0])
-                if biases[name] is None
-                else coefficients.to(biases[name]) @ biases[name].detach()
-            )
+    if biased:  # PEFT has them for every layer or for none, and scales them, too
+        for name, cut in cuts.items():
+            bias = cut.b.new_zeros(cut.b.shape[0])
+            if biases[name] is not None:
+                bias = coefficients.to(biases[name]) @ biases[name].detach() / scaling
             tensors[f"base_model.model.{name}.lora_B.bias"] = bias.cpu().contiguous()
-    common = max(ranks.values(), key=list(ranks.values()).count)
-    different = {name: r for name, r in ranks.items() if r != common}
+    alpha = scaling * common
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if policy.config.is_encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": policy.spec.base_model,
         "inference_mode": True,
         "r": common,
-        "lora_alpha": common,
-        "rank_pattern": different,
-        "alpha_pattern": different,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": biased,
@@ -77,20 +153,28 @@ def save(
     with write_directory(path) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return (lost / total) ** 0.5 if lost else 0.0
+    lost, size = (sum(getattr(cut, part) for cut in cuts.values()) for part in ("lost", "size"))
+    if vllm_rank(common) is None:
+        warnings.warn(
+            f"rank {common} is more than vLLM takes ({VLLM_RANKS[-1]} at most): give rank={VLLM_RANKS[-1]} or less to cut the "
+            "adapter by SVD (the error is reported), or serve merge(weights); peft and transformers take it as it is",
+            stacklevel=4,
+        )
+    return (lost / size) ** 0.5 if lost else 0.0
 
 
-def _is_whole(layer: ConditionedLayer) -> bool:
-    return not isinstance(layer, ConditionedLinear) or layer.whole
-
-
-def _factors(
-    name: str, layer: ConditionedLayer, coefficients: torch.Tensor, rank: int | None
-) -> tuple[tuple[torch.Tensor, torch.Tensor], float, float]:
-    """((A, B), squared error, squared size of the delta) of one layer."""
+def _cut(
+    name: str,
+    layer: ConditionedLayer,
+    coefficients: torch.Tensor,
+    scalings: Sequence[float],
+    scaling: float,
+    rank: int | None,
+) -> Cut:
     if isinstance(layer, ConditionedLinear) and not layer.whole:
-        gate = expand_gate(coefficients.to(layer.lora_a).unsqueeze(0), layer.ranks, layer.scalings)[0]
-        return (layer.lora_a.detach(), layer.lora_b.detach() * gate), 0.0, 0.0
+        gate = expand_gate(coefficients.to(layer.lora_a).unsqueeze(0), layer.ranks, scalings)[0]
+        kept = gate != 0 if bool(gate.any()) else torch.arange(len(gate), device=gate.device) == 0
+        return cut_product(layer.lora_a.detach()[kept], (layer.lora_b.detach() * gate)[:, kept], rank)
     if not isinstance(layer, InterpolatedLinear | ConditionedLinear):
         raise ConfigError(
             f"the delta of {name} ({type(layer.base).__name__}) has no LoRA form; write a whole model instead: "
@@ -101,8 +185,4 @@ def _factors(
             f"the delta of {name} is a whole weight; give a rank to cut it to (rank=, --rank; the error is reported), "
             "or write a whole model: merge(weights), --merged"
         )
-    delta = layer.weight_delta(coefficients).detach().float()
-    u, s, v = torch.linalg.svd(delta, full_matrices=False)
-    kept = min(rank, len(s))
-    error = s[kept:].square().sum().item()
-    return (v[:kept], u[:, :kept] * s[:kept]), error, s.square().sum().item()
+    return cut_matrix(layer.weight_delta(coefficients).detach() / scaling, rank)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from clp_engine import native_decoding, peft_format, prompting, slot_decoding
+from clp_engine import native_decoding, peft_format, prompting, slot_decoding, steerable, warm_start
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
 from clp_engine.backbone import CausalBackbone, find_head, make_backbone
 from clp_engine.base_model import load_base, same_weights
@@ -38,6 +38,7 @@ from clp_engine.files import write_directory, write_text
 from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory
 from clp_engine.native_decoding import NativeDecoding
+from clp_engine.peft_reading import Adapter, holds_adapters
 from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.scoring import completion_hidden
 from clp_engine.slot_decoding import SlotDecoding, Slots
@@ -112,7 +113,7 @@ class ConditionedPolicy(nn.Module):
         objectives: Sequence[str],
         *,
         conditioning: str = "lora",
-        rank: int | Sequence[int] = 16,
+        rank: int | Sequence[int] | None = None,
         lora_alpha: float | Sequence[float] | None = None,
         target_modules: str | Sequence[str] | Callable[[PreTrainedModel], list[str]] | None = None,
         kl_conditioning: str = "none",
@@ -131,11 +132,14 @@ class ConditionedPolicy(nn.Module):
 
         name_or_path: a model name, directory, "docsum" (the model shipped with the engine), or a loaded transformers causal
             or encoder-decoder language model whose projections are nn.Linear or GPT-2's Conv1D; it is wrapped in place.
+            Of a PeftModel, each objective begins at the adapter of its name, or all of them at a single one; the adapters are
+            taken out of the model (see `from_adapters` for other names). The reference is the base model without them.
         objectives: their names, in the order of weight vectors.
         conditioning: "lora", "full", "attention", "logit", "prompt", "none", or several joined by "+"; see `conditioning`.
         carrier: which parameters are trained where conditioning is "prompt" or "none".
         rank, lora_alpha: of "lora" and "logit", one for all or one per objective; the update is scaled by lora_alpha / rank
-            (lora_alpha: 2 * rank). An output projection with a rank of the hidden size or more is trained whole, unscaled.
+            (rank: 16, lora_alpha: 2 * rank; of a PeftModel its own). An output projection with a rank of the hidden size or
+            more is trained whole, unscaled.
         target_modules: of "lora", as in PEFT, or a function of the model that gives names; None is every linear layer but the
             output projection.
         prompt_template: of "prompt", text with {weights} and, where the KL coefficient varies, {kl}; see `prompting`.
@@ -144,6 +148,29 @@ class ConditionedPolicy(nn.Module):
             the model is loaded here. seed: of the adapters' start.
         Raises ConfigError for an unknown conditioning, layer name, or a model that cannot be conditioned.
         """
+        if holds_adapters(name_or_path):
+            if lora_alpha is not None:
+                raise ConfigError(
+                    f"lora_alpha={lora_alpha!r} was given with a model that holds adapters, which have their own; leave it out"
+                )
+            base, adapters = warm_start.of_model(name_or_path, objectives)
+            return cls.from_adapters(
+                base,
+                adapters,
+                conditioning=None if conditioning == "lora" else conditioning,
+                rank=rank,
+                target_modules=target_modules,
+                kl_conditioning=kl_conditioning,
+                min_kl=min_kl,
+                default_kl=default_kl,
+                kl_is_beta=kl_is_beta,
+                carrier=carrier,
+                prompt_template=prompt_template,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+            )
         objectives = tuple(objectives)
         if not objectives or len(set(objectives)) != len(objectives):
             raise ConfigError(f"objectives={list(objectives)}: expected at least one name, no name twice")
@@ -160,7 +187,7 @@ class ConditionedPolicy(nn.Module):
                 f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}"
             )
         deltas = objectives if parsed.blended else ("one delta for all",)
-        ranks = _per_delta(rank, deltas, "rank")
+        ranks = _per_delta(warm_start.DEFAULT_RANK if rank is None else rank, deltas, "rank")
         if not all(isinstance(r, int) and r > 0 for r in ranks):
             raise ConfigError(f"rank={rank!r}: expected a positive integer, or one per objective")
         alphas = (
@@ -184,6 +211,28 @@ class ConditionedPolicy(nn.Module):
             prompt_template,
         )
         return cls(model, spec, tokenizer, seed)
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: str | PreTrainedModel,
+        adapters: Mapping[str, str | Path | Adapter | None] | str | Path,
+        **options,
+    ) -> ConditionedPolicy:
+        """A policy whose objectives begin at PEFT's LoRA adapters: a Rewarded Soup of them as it is, or the start of a run.
+
+        base: as `name_or_path` of `from_pretrained`. adapters: by objective, in the order of weight vectors, a directory (or
+            repository of the hub) with adapter_config.json and adapter_model.safetensors, or None for an objective that begins
+            at the base model; or the one directory that `save_adapters` wrote, whose settings are then the defaults of
+            `options`. Ranks, alphas (rsLoRA, patterns) and layers may differ: where an objective's adapter has a lower rank
+            than elsewhere, or no delta, it gets further directions that start at zero, see `warm_start`.
+        options: as those of `from_pretrained`, but for lora_alpha. conditioning: by default "lora", with "logit" where an
+            adapter is on the output projection; rank: at least the adapter's, by default that, and 16 for None;
+            target_modules: layers to have deltas beside those of the adapters.
+        Raises ConfigError for an adapter that is no plain LoRA (DoRA, modules_to_save, biases, embeddings, ...) or was trained
+        on another model; warns of dropout, which is left out, and of an adapter that names another base model.
+        """
+        return warm_start.build(cls, base, adapters, **options)
 
     @classmethod
     def from_specialists(
@@ -626,25 +675,44 @@ class ConditionedPolicy(nn.Module):
     def export_adapter(self, path: str | Path, weights=None, kl=None, *, rank: int | None = None) -> float:
         """Write one blend as an ordinary PEFT LoRA adapter, for peft, transformers and vLLM; returns the error.
 
-        Low-rank factors are written exactly (A stacked, B scaled by the blend; rank R = sum of ranks): error 0. Whole weights
-        of linear layers need `rank`: each blended delta is cut to its largest `rank` singular values, and the error is
-        |written - delta| / |delta| over all layers (Frobenius). blend.json says which blend it is and what prompt conditioning
+        Low-rank factors are written exactly (A stacked, B scaled by the blend; rank R = sum of the ranks whose coefficient is
+        not 0): error 0. rank: cut each layer's blended delta to its largest `rank` singular values; the error is
+        |written - delta| / |delta| over all layers (Frobenius), 0 where `rank` is R or more. Whole weights of linear layers
+        need it; a warning says where R is more than vLLM takes. blend.json says which blend it is and what prompt conditioning
         writes into the prompt. An adapter on an output projection that shares its weight with the input embedding must not be
         merged by peft, which would change both: a warning says so; `merge` keeps them apart. Raises ConfigError where a delta
-        has no adapter form (embeddings, norms: `merge` has all), or for a rank that nothing needs.
+        has no adapter form (embeddings, norms: `merge` has all).
         """
-        if self._splits_tied_head:
-            warnings.warn(
-                "this adapter changes an output projection that shares its weight with the input embedding: use it as an "
-                "adapter, or write a merged model with merge(); peft's merge_and_unload would change both",
-                stacklevel=2,
-            )
+        self._warn_of_tied_head()
         coefficients = self.coefficients(self.conditions(weights, kl))
         error = peft_format.save(path, self, coefficients[0], rank)
         self._describe_blend(path, weights, kl)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
         return error
+
+    def save_adapters(self, directory: str | Path, *, rank: int | None = None) -> dict[str, float]:
+        """Write each objective's delta as a PEFT LoRA adapter, <directory>/<objective>/, and how they are blended,
+        <directory>/clp_blend.json; returns the error of each, as `export_adapter`. Atomic.
+
+        Rank and lora_alpha are the objective's own, so that an adapter can be trained on. peft loads each, its
+        add_weighted_adapter(combination_type="cat") with the weights c(kl) w_i is the blend, exactly, and `from_adapters` makes
+        the policy again. Where there is one delta for all objectives, its folder is "adapter". rank: as of `export_adapter`.
+        """
+        self._warn_of_tied_head()
+        with write_directory(directory) as temporary:
+            errors = peft_format.save_each(temporary, self, rank)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
+        return errors
+
+    def _warn_of_tied_head(self) -> None:
+        if self._splits_tied_head:
+            warnings.warn(
+                "this adapter changes an output projection that shares its weight with the input embedding: use it as an "
+                "adapter, or write a merged model with merge(); peft's merge_and_unload would change both",
+                stacklevel=3,
+            )
 
     @property
     def _splits_tied_head(self) -> bool:
@@ -693,8 +761,24 @@ class ConditionedPolicy(nn.Module):
                     weight.copy_(exact + (delta.t() if layer.transposed else delta))
         return merged
 
-    def _plain_copy(self) -> PreTrainedModel:
-        """A copy of the base model, without deltas."""
+    def attach(self, model: PreTrainedModel | None = None) -> PreTrainedModel:
+        """A transformers model whose forward and generate take `weights=` and `kl=`, for all rows or one per row; see
+        `steerable`.
+
+        model: another loaded copy of the base model, which is changed in place (its detach() undoes that); None makes one that
+        shares the base model's weights. The deltas are shared either way, and this policy is left as it was. Raises ConfigError
+        for a model of other layers or shapes, or a quantised one.
+        """
+        if self.conditioning.prompt:
+            warnings.warn(
+                "this policy writes the weighting into the prompt, and an attached model reads prompts as they are: put "
+                "policy.prompt_text(weights, kl) into them",
+                stacklevel=2,
+            )
+        return steerable.attach(self, self._plain_copy(shared=True) if model is None else model)
+
+    def _plain_copy(self, shared: bool = False) -> PreTrainedModel:
+        """A copy of the base model, without deltas; shared: its modules are new, its weights the same."""
         layers = {
             name: module
             for name, module in self.model.named_modules(remove_duplicate=False)
@@ -702,6 +786,13 @@ class ConditionedPolicy(nn.Module):
         }
         place(self.model, {name: layer.base for name, layer in layers.items()})
         try:
-            return copy.deepcopy(self.model)
+            tensors = [*self.model.parameters(), *self.model.buffers()] if shared else []
+            copied = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
         finally:
             place(self.model, layers)
+        for (
+            module
+        ) in copied.modules():  # a forward of `checkpoint_layers` would run the layer it was made for
+            if hasattr(module.__dict__.get("forward"), "changes_no_numbers"):
+                del module.forward
+        return copied

@@ -35,6 +35,7 @@ from clp_engine.loader import PromptLoader
 from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
 from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
+from clp_engine.peft_reading import holds_adapters
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
@@ -64,7 +65,8 @@ class CLPTrainer(ScriptSurface):
     """Trains a conditioned policy; order and names of the arguments are GRPOTrainer's.
 
     model: a ConditionedPolicy, a model name or path, or a loaded causal or encoder-decoder language model; the latter become
-        a policy with one objective per reward, as `args` and `peft_config` (see `lora_config`) say.
+        a policy with one objective per reward, as `args` and `peft_config` (see `lora_config`) say. A PeftModel's adapters are
+        where its objectives begin, see `ConditionedPolicy.from_pretrained`.
     reward_funcs: see `rewards.RewardSet`; their names are the objectives. args: a CLPConfig.
     train_dataset, eval_dataset: rows with a `prompt` (text or chat messages); other columns go to the reward functions. A list,
         a `datasets.Dataset`, or an iterable, which is streamed (`streams`); eval_dataset also a mapping from names to datasets.
@@ -246,7 +248,14 @@ class CLPTrainer(ScriptSurface):
                 f"peft_config describes low-rank factors; conditioning={a.conditioning!r} has none"
             )
         adapter = {"rank": a.rank, "lora_alpha": a.lora_alpha, "target_modules": a.target_modules}
-        if peft_config is not None:
+        if holds_adapters(model):
+            if peft_config is not None:
+                raise ConfigError(
+                    "peft_config was given with a model that holds adapters already; leave one out"
+                )
+            # The adapters' own rank, unless another was asked for.
+            adapter |= {"rank": None if a.rank == CLPConfig.rank else a.rank}
+        elif peft_config is not None:
             adapter = self._described_adapter(peft_config, adapter)
         return ConditionedPolicy.from_pretrained(
             model,

@@ -269,8 +269,8 @@ class Draws:
     """What `Decoding.write` draws, and where it writes it.
 
     place, last (n,) int64, one for each row of the batch: where its next token goes, and where its last may.
-    seeds (S,) int64, tokens (S,) int64, logprobs (S,) float32, valid (S,) bool, ended (S,) bool, by place: the seed that a token
-        is drawn with (`sample_tokens`), the token, its log-prob, that it is there, and that it ended its row.
+    seeds, tokens (S,) int64, logprobs (S,) float32, valid, ended (S,) bool, by place: the seed that a token is drawn with
+        (`sample_tokens`), the token, its log-prob, that it is there, and that it ended its row.
     stop_ids (k,) int64: tokens that end a row. temperature, top_k, top_p, min_p: as of `sample_tokens`.
     All contiguous, on the CPU.
     """

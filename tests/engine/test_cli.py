@@ -352,6 +352,14 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["export", "run", "--to", "x"], "--weights is missing; the objectives are even, small"),
         (["export", "run", "--weights", "1,0"], "required: --to"),
         (
+            ["export", "run", "--to", "x", "--each", "--kl", "0.1"],
+            "--each writes every objective's adapter unblended",
+        ),
+        (
+            ["export", "run", "--to", "x", "--each", "--merged"],
+            "--rank and --each are of adapters; --merged writes",
+        ),
+        (
             ["evaluate", "run", "--reference-point", "even=0"],
             "reference_point is for even; expected even, small",
         ),

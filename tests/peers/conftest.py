@@ -1,4 +1,4 @@
-"""Tests against the real libraries of requirements*.txt. A test whose library is missing is skipped, but not in `make peers`."""
+"""Tests against the real libraries of requirements*.txt. One whose library is missing is skipped, but not in `make peers`."""
 
 import importlib.metadata
 import os

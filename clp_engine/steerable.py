@@ -1,0 +1,252 @@
+"""A policy inside plain transformers: a model of its own class whose `forward` and `generate` take `weights=` and `kl=`.
+
+    model = policy.attach()                                     # or attach(another loaded copy of the base model)
+    model.generate(**inputs, weights={"coverage": 0.7, "brevity": 0.3}, num_beams=4)
+    model(ids, weights=torch.tensor([[1.0, 0.0], [0.2, 0.8]]))  # one per row
+    model.set_blend({"brevity": 1.0}, kl=0.1)                   # what calls leave out; uniform until then
+    model.detach()
+
+`model` stays an instance of its class (which is replaced by a subclass of the same name), so that pipelines, Trainer and
+torch.compile treat it as they always do. Its layers hold the policy's deltas themselves, not copies: what is trained in one is
+seen in the other. Where `generate` makes several rows of a prompt (beams, num_return_sequences), each has its prompt's blend.
+
+Under gradient checkpointing a layer that runs again in the backward pass runs under the blend it had. Under torch.compile a
+tensor of weights is an input of the graph, whose numbers are not checked there; a mapping or a list is read before the graph
+begins, which costs a graph break ahead of the layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from clp_engine.adapters import Blend, ConditionedLayer, place
+from clp_engine.base_model import refuse_quantised
+from clp_engine.conditions import Conditions, blend_coefficients
+from clp_engine.errors import ConfigError
+from clp_engine.peft_reading import holds_adapters
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+
+# Arguments whose first dimension is the rows of a batch, the decoder's first: an encoder's may be those of its prompts.
+_BATCHED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "inputs")
+
+
+@dataclass
+class Steering:
+    """What an attached model is steered with.
+
+    default: blend (1, D) where a call says nothing, made of `said`, the weights and kl that were set, either None where it was
+    not. generating: that of the prompts of a `generate` on its way, (1 or prompts, D); base: the layers that were there
+    before, by name.
+    """
+
+    policy: ConditionedPolicy
+    blend: Blend
+    base: dict[str, nn.Module]
+    default: torch.Tensor
+    said: tuple = (None, None)
+    generating: torch.Tensor | None = None
+    _spread: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def coefficients(self, weights, kl, rows: int) -> torch.Tensor:
+        """The blend (1 or rows, D) of a batch of `rows`."""
+        if weights is not None or kl is not None:
+            weights, kl = (own if given is None else given for own, given in zip(self.said, (weights, kl)))
+            if torch.compiler.is_compiling() and isinstance(weights, torch.Tensor):
+                return self._unchecked(weights, kl)
+            return read_blend(self.policy, weights, kl, rows)
+        prompts = self.default if self.generating is None else self.generating
+        if prompts.shape[0] in (1, rows):
+            return prompts
+        if rows % prompts.shape[0]:
+            raise ConfigError(
+                f"the model received {rows} rows for {prompts.shape[0]} weightings; expected as many, or a multiple"
+            )
+        # The same tensor for every token, so that what the layers derive from it is kept.
+        found = None if torch.compiler.is_compiling() else self._spread
+        if found is None or found[0] is not prompts or len(found[1]) != rows:
+            found = prompts, prompts.repeat_interleave(rows // prompts.shape[0], 0)
+            if not torch.compiler.is_compiling():
+                self._spread = found
+        return found[1]
+
+    def _unchecked(self, weights: torch.Tensor, kl) -> torch.Tensor:
+        """As `read_blend`, in tensor operations alone."""
+        spec, weights = self.policy.spec, weights.float().reshape(-1, weights.shape[-1])
+        if weights.shape[-1] != len(spec.objectives):
+            raise ConfigError(
+                f"weights has {weights.shape[-1]} columns for the objectives {', '.join(spec.objectives)}"
+            )
+        if not self.policy.conditioning.blended:
+            weights = weights.any(-1, keepdim=True).float()
+        kl = spec.default_kl if kl is None else kl
+        if not isinstance(kl, torch.Tensor):
+            kl = torch.full((1,), float(kl), device=weights.device)
+        conditions = Conditions(weights, kl.float().reshape(-1))
+        return blend_coefficients(
+            conditions, spec.kl_conditioning, min_kl=spec.min_kl, kl_is_beta=spec.kl_is_beta
+        )
+
+    @contextlib.contextmanager
+    def prompts(self, coefficients: torch.Tensor) -> Iterator[None]:
+        """Inside, `coefficients` are those of the prompts that are being continued."""
+        before, self.generating = self.generating, coefficients
+        try:
+            with self.blend.use(coefficients):  # encoders are called by themselves
+                yield
+        finally:
+            self.generating, self._spread = before, None
+
+
+@torch.compiler.disable
+def read_blend(policy: ConditionedPolicy, weights, kl, rows: int) -> torch.Tensor:
+    """The blend (rows, D) of what a user writes, see `policy.conditions`."""
+    return policy.coefficients(policy.conditions(weights, kl, rows))
+
+
+def attach(policy: ConditionedPolicy, model: PreTrainedModel) -> PreTrainedModel:
+    """Put the policy's layers into `model`, a copy of its base model, and make it steerable; returns `model`."""
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"attach: expected a loaded transformers model, got {type(model).__name__}")
+    if model is policy.model:
+        raise ConfigError(
+            "attach: this is the policy's own model; leave model out, the one given back shares its weights"
+        )
+    if isinstance(model, Steerable) or any(isinstance(m, ConditionedLayer) for m in model.modules()):
+        raise ConfigError("attach: the model is attached to a policy already; call its detach() first")
+    if holds_adapters(model):
+        raise ConfigError("attach: the model holds adapters of PEFT; merge or unload them first")
+    refuse_quantised(model)
+    blend, made = Blend(), {}
+    layers: dict[str, ConditionedLayer] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in policy.model.named_modules(remove_duplicate=False):
+        if isinstance(layer, ConditionedLayer):
+            base = modules.get(name)
+            _check_layer(name, layer, base)
+            layers[name] = made.setdefault(id(base), layer.over(base, blend))
+    base = {name: layer.base for name, layer in layers.items()}
+    place(model, layers)
+    model.__class__ = _steerable_class(type(model))
+    model._steering = Steering(policy, blend, base, read_blend(policy, None, None, 1))
+    for module in model.modules():  # checkpointing that was switched on before
+        if (run := module.__dict__.get("_gradient_checkpointing_func")) is not None:
+            module._gradient_checkpointing_func = _under_its_blend(blend, run)
+    return model
+
+
+def _check_layer(name: str, layer: ConditionedLayer, base: nn.Module | None) -> None:
+    def described(module: nn.Module) -> str:
+        return f"a {type(module).__name__} with weight {tuple(module.weight.shape)}"
+
+    if getattr(base, "weight", None) is None:
+        found = "missing"
+    elif type(base) is not type(layer.base) or base.weight.shape != layer.base.weight.shape:
+        found = described(base)
+    else:
+        found = None
+    if found is not None:
+        raise ConfigError(
+            f"attach: {name} is {found} in the model; expected a copy of the policy's base model, with "
+            f"{described(layer.base)} there"
+        )
+    delta = next(iter(layer.deltas_by_name().values()))
+    if base.weight.device != delta.device:
+        raise ConfigError(
+            f"attach: the model is on {base.weight.device} and the policy's deltas, which are shared, on {delta.device}; move "
+            "one of them"
+        )
+
+
+class Steerable:
+    """What attached models have beside their own class; made by `ConditionedPolicy.attach`."""
+
+    _steering: Steering
+
+    def set_blend(self, weights=None, kl=None) -> None:
+        """The weighting and KL coefficient of calls that do not give theirs: one for all rows, as for `policy.conditions`; None
+        is uniform, and the policy's default KL coefficient."""
+        steering = self._steering
+        steering.default, steering.said = read_blend(steering.policy, weights, kl, 1), (weights, kl)
+
+    def detach(self) -> PreTrainedModel:
+        """Undo `attach`: the model is what it was, without deltas; returns it."""
+        place(self, self._steering.base)
+        for module in self.modules():
+            run = module.__dict__.get("_gradient_checkpointing_func")
+            if (plain := getattr(run, "plain", None)) is not None:
+                module._gradient_checkpointing_func = plain
+        self.__class__ = type(self).__mro__[2]
+        del self._steering
+        return self
+
+    def generate(self, *args, weights=None, kl=None, **kwargs):
+        """transformers' generate, each prompt under its own (weights, kl): one for all, or one per prompt."""
+        steering = self._steering
+        with steering.prompts(steering.coefficients(weights, kl, _count_rows(args, kwargs))):
+            return super().generate(*args, **kwargs)
+
+    def save_pretrained(self, *_, **__):
+        raise ConfigError(
+            "an attached model holds the policy's layers: write policy.save_adapters(...), or "
+            "policy.merge(weights).save_pretrained(...), or call detach() for the base model alone"
+        )
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        run = _under_its_blend(self._steering.blend, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, run, **kwargs)
+
+
+@functools.cache
+def _steerable_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of `kind` with its name; its forward has the signature that transformers looks up, and weights and kl."""
+
+    def forward(self, *args, weights=None, kl=None, **kwargs):
+        steering = self._steering
+        with steering.blend.use(steering.coefficients(weights, kl, _count_rows(args, kwargs))):
+            return kind.forward(self, *args, **kwargs)
+
+    functools.update_wrapper(forward, kind.forward)
+    own = inspect.signature(kind.forward)
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("weights", "kl")]
+    parameters = list(own.parameters.values())
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = own.replace(parameters=[*parameters[:at], *added, *parameters[at:]])
+    body = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (Steerable, kind), body)
+
+
+def _count_rows(args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Rows of the batch that a call brings; 1 where it brings none (generate then begins with the start token)."""
+    named = [kwargs[name] for name in _BATCHED if kwargs.get(name) is not None]
+    for value in [*named, *args[:1]]:
+        if isinstance(value, torch.Tensor):
+            return value.shape[0]
+    return 1
+
+
+def _under_its_blend(blend: Blend, run: Callable) -> Callable:
+    """`run`, which checkpoints a function, with the blend that is in force now in force again when it is computed again."""
+
+    def checkpointed(function: Callable, *args, **kwargs):
+        coefficients, index = blend.coefficients, blend.index
+
+        def under_blend(*inner, **options):
+            with blend.use(coefficients, index):
+                return function(*inner, **options)
+
+        return run(under_blend, *args, **kwargs)
+
+    checkpointed.plain = run
+    return checkpointed
