@@ -4,7 +4,7 @@
     python docs/results/trl_curves.py --report     the page anew from the runs that are there
     python docs/results/trl_curves.py --seeds 2    the first two seeds only
 
-Writes into trl_curves/: runs/<library>-<seed>.json as each run ends, so that the script goes on where it was stopped;
+Writes into trl_curves/: records/<library>-<seed>.json as each run ends, so that the script goes on where it was stopped;
 curves.json, curves.png and README.md from all of them. matplotlib draws (`pip install -e .[plot]`).
 
 A seed gives both trainers the same prompts in the same order; adapters and completions are drawn by each for itself. So the
@@ -52,7 +52,7 @@ SHARED = {
     "shuffle_dataset": False,  # the seed has done it
 }
 RANK, LORA_ALPHA = 16, 32
-# What TRL does without being asked, in our names: k3 times the ratio (use_bias_correction_kl), whose gradient at ratio 1 is k2's.
+# What TRL does without being asked, in our names. Its k3 is multiplied by the ratio, and at ratio 1 the gradient is k2's.
 AS_TRL = {"kl_estimator": "k2", "baseline": "group_mean", "conditioning": "none"}
 RECORDED = {  # by our name, what both trainers log
     "reward": "reward",
@@ -85,7 +85,7 @@ def main() -> None:
 
 def measure(library: str, seed: int, commit: str | None) -> None:
     """Train once and write the run's record, unless it is there."""
-    path = HERE / "runs" / f"{library}-{seed}.json"
+    path = HERE / "records" / f"{library}-{seed}.json"
     if path.exists():
         return
     start = time.perf_counter()
@@ -179,7 +179,9 @@ def train_ours(seed: int, folder: str) -> list[dict]:
 
 def load_runs(folder: Path) -> list[dict]:
     """Every record, by library and seed. Raises ValueError where records have other settings than this script."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
+    runs = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "records").glob("*.json"))
+    ]
     for run in runs:
         if run["settings"] != settings(run["library"]):
             raise ValueError(
@@ -327,8 +329,9 @@ Both are given
 and LoRA of rank {RANK} with lora_alpha {LORA_ALPHA} on all linear layers but the output projection, the shipped model in
 float32, and {PROMPTS} prompts of at most {PROMPT_TOKENS} tokens. What TRL does without being asked has names here:
 {ours}.
-TRL multiplies k3 by the ratio to the policy that sampled (`use_bias_correction_kl`), and the gradient of that is k2's where the
-ratio is 1, as in every step here. It is biased (`clp_engine/estimators.py`): chosen to have TRL's problem, not to solve it well.
+TRL multiplies k3 by the ratio to the policy that sampled (`use_bias_correction_kl`), and the gradient of that is k2's where
+the ratio is 1, as in every step here. It is biased (`clp_engine/estimators.py`): chosen to have TRL's problem, not to solve it
+well.
 
 Made with {software}.
 Commit {", ".join(result["commits"])}. Median step on one thread of a busy machine, for orientation only (bench/ measures
