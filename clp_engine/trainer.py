@@ -570,7 +570,7 @@ class CLPTrainer(ScriptSurface):
         if a.load_best_model_at_end:
             best.load(state, self.policy)
         self.save_model()
-        self.log(dict(metrics))
+        self.log(metrics)
         self.control = self.callback_handler.on_train_end(a, state, self.control)
         return TrainOutput(state.global_step, loss, metrics)
 

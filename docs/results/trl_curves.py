@@ -4,7 +4,7 @@
     python docs/results/trl_curves.py --report     the page anew from the runs that are there
     python docs/results/trl_curves.py --seeds 2    the first two seeds only
 
-Writes into trl_curves/: runs/<library>-<seed>.json as each run ends, so that the script goes on where it was stopped;
+Writes into trl_curves/: records/<library>-<seed>.json as each run ends, so that the script goes on where it was stopped;
 curves.json, curves.png and README.md from all of them. matplotlib draws (`pip install -e .[plot]`).
 
 A seed gives both trainers the same prompts in the same order; adapters and completions are drawn by each for itself. So the
@@ -52,8 +52,8 @@ SHARED = {
     "shuffle_dataset": False,  # the seed has done it
 }
 RANK, LORA_ALPHA = 16, 32
-# What TRL does without being asked, in our names.
-AS_TRL = {"kl_estimator": "k3", "baseline": "group_mean", "conditioning": "none"}
+# What TRL does without being asked, in our names. Its k3 is multiplied by the ratio, and at ratio 1 the gradient is k2's.
+AS_TRL = {"kl_estimator": "k2", "baseline": "group_mean", "conditioning": "none"}
 RECORDED = {  # by our name, what both trainers log
     "reward": "reward",
     "kl": "kl",
@@ -85,7 +85,7 @@ def main() -> None:
 
 def measure(library: str, seed: int, commit: str | None) -> None:
     """Train once and write the run's record, unless it is there."""
-    path = HERE / "runs" / f"{library}-{seed}.json"
+    path = HERE / "records" / f"{library}-{seed}.json"
     if path.exists():
         return
     start = time.perf_counter()
@@ -101,15 +101,16 @@ def measure(library: str, seed: int, commit: str | None) -> None:
         "curves": {ours: [entry[logged] for entry in steps] for ours, logged in RECORDED.items()},
         "step_seconds": [entry["step_time"] for entry in steps],
         "seconds": round(seconds, 1),
-        "settings": settings(),
+        "settings": settings(library),
         "versions": {**versions(), **{p: importlib.metadata.version(p) for p in ("trl", "peft", "datasets")}},
         "commit": commit,
     }
     write_text(path, as_json(record))
 
 
-def settings() -> dict:
+def settings(library: str) -> dict:
     return {
+        **(AS_TRL if library == "clp" else {}),
         **SHARED,
         "rank": RANK,
         "lora_alpha": LORA_ALPHA,
@@ -178,9 +179,11 @@ def train_ours(seed: int, folder: str) -> list[dict]:
 
 def load_runs(folder: Path) -> list[dict]:
     """Every record, by library and seed. Raises ValueError where records have other settings than this script."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
+    runs = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "records").glob("*.json"))
+    ]
     for run in runs:
-        if run["settings"] != settings():
+        if run["settings"] != settings(run["library"]):
             raise ValueError(
                 f"{run['library']}, seed {run['seed']}: measured with other settings; remove its record"
             )
@@ -204,7 +207,7 @@ def summarise(runs: list[dict]) -> dict:
         if ours["seed"] == theirs["seed"]
     ]
     return {
-        "settings": settings(),
+        "settings": {library: settings(library) for library in LIBRARIES},
         "seeds": [ours["seed"] for ours, _ in pairs],
         "curves": curves,
         "comparisons": {
@@ -326,7 +329,9 @@ Both are given
 and LoRA of rank {RANK} with lora_alpha {LORA_ALPHA} on all linear layers but the output projection, the shipped model in
 float32, and {PROMPTS} prompts of at most {PROMPT_TOKENS} tokens. What TRL does without being asked has names here:
 {ours}.
-`k3` in the loss is biased (`clp_engine/estimators.py`): it is chosen to have TRL's problem, not to solve it well.
+TRL multiplies k3 by the ratio to the policy that sampled (`use_bias_correction_kl`), and the gradient of that is k2's where
+the ratio is 1, as in every step here. It is biased (`clp_engine/estimators.py`): chosen to have TRL's problem, not to solve it
+well.
 
 Made with {software}.
 Commit {", ".join(result["commits"])}. Median step on one thread of a busy machine, for orientation only (bench/ measures
