@@ -43,9 +43,14 @@ class PromptBatch:
         )
 
 
-def encode_prompt(prompt: str | list, tokenizer) -> list[int]:
-    """Tokens of a text, or of chat messages in the tokenizer's chat template, up to where the assistant answers."""
-    return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else encode_chat(prompt, tokenizer)
+def encode_prompts(prompts: Sequence[str | list], tokenizer) -> list[list[int]]:
+    """Tokens of each text, or of chat messages in the tokenizer's chat template, up to where the assistant answers.
+
+    All texts in one call of the tokenizer, which takes half a millisecond however short they are.
+    """
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    ids = iter(tokenizer(texts)["input_ids"] if texts else ())
+    return [next(ids) if isinstance(prompt, str) else encode_chat(prompt, tokenizer) for prompt in prompts]
 
 
 class Prompts(ABC):
@@ -54,9 +59,10 @@ class Prompts(ABC):
     def __init__(self, tokenizer, max_prompt_length: int | None = None):
         self.tokenizer, self.max_prompt_length = tokenizer, max_prompt_length
 
-    def encode(self, prompt: str | list) -> list[int]:
-        ids = encode_prompt(prompt, self.tokenizer)
-        return ids[-self.max_prompt_length :] if self.max_prompt_length else ids
+    def encode(self, prompts: Sequence[str | list]) -> list[list[int]]:
+        """Tokens of each prompt, the last `max_prompt_length` of them."""
+        encoded = encode_prompts(prompts, self.tokenizer)
+        return [ids[-self.max_prompt_length :] for ids in encoded] if self.max_prompt_length else encoded
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:
         """The prompts of these rows. Raises ConfigError for a row that cannot be used."""
@@ -95,7 +101,7 @@ class Prompts(ABC):
         names = dict.fromkeys(name for row in rows for name in row if name not in _WITHHELD)
         columns = {name: [row.get(name) for row in rows] for name in names}
         prompts = [row["prompt"] for row in rows]
-        return PromptBatch(prompts, [self.encode(p) for p in prompts], columns)
+        return PromptBatch(prompts, self.encode(prompts), columns)
 
 
 class PromptDataset(Prompts):

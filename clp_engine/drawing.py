@@ -113,8 +113,8 @@ class Drawing:
         return self._stop_strings is not None
 
     def hand_to(self, decoding: NativeDecoding, logits: torch.Tensor, others_wait: bool) -> torch.Tensor:
-        """Have `decoding` draw and step by itself, from logits (n, V), until all rows have finished, or, if `others_wait`, until
-        there is a place for a prompt. Those that finished have left then; returns the logits of the others (n', V)."""
+        """Have `decoding` draw and step by itself, from logits (n, V), until all rows have finished or, if `others_wait`, there
+        is a place for a prompt. Those that finished have left then; returns the logits of the others (n', V)."""
         self._write()
         options = {
             name: getattr(self._sampling, name)

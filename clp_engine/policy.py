@@ -31,7 +31,7 @@ from clp_engine.backbone import CausalBackbone, find_head, make_backbone
 from clp_engine.base_model import load_base, same_weights
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
-from clp_engine.data import encode_prompt
+from clp_engine.data import encode_prompts
 from clp_engine.decoding import BlendDecoding, Decoding
 from clp_engine.errors import ConfigError
 from clp_engine.files import write_directory, write_text
@@ -590,7 +590,7 @@ class ConditionedPolicy(nn.Module):
         prompts = [prompts] if one else list(prompts)
         if not prompts:
             return []
-        encoded = [encode_prompt(p, self.tokenizer) for p in prompts]
+        encoded = encode_prompts(prompts, self.tokenizer)
         drawn = rollout(
             self,
             encoded,

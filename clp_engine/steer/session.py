@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clp_engine import runs
 from clp_engine.conditions import Conditions
-from clp_engine.data import encode_prompt
+from clp_engine.data import encode_prompts
 from clp_engine.errors import ConfigError
 from clp_engine.evaluation import ParetoReport
 from clp_engine.rollout import SamplingParams, rollout
@@ -166,7 +166,7 @@ class Session:
             if getattr(tokenizer, "chat_template", None) is None:
                 raise ConfigError("chat was asked for, and this policy's tokenizer has no chat template")
             prompt = [{"role": "user", "content": text}]
-        token_ids = encode_prompt(prompt, tokenizer)
+        token_ids = encode_prompts([prompt], tokenizer)[0]
         limit = self._config.get("max_prompt_length")
         if limit is not None and len(token_ids) > limit:
             note = f"The text has {len(token_ids)} tokens; as in training, the model reads the last {limit}."
