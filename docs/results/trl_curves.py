@@ -333,9 +333,10 @@ TRL multiplies k3 by the ratio to the policy that sampled (`use_bias_correction_
 the ratio is 1, as in every step here. It is biased (`clp_engine/estimators.py`): chosen to have TRL's problem, not to solve it
 well.
 
-Made with {software}.
-Commit {", ".join(result["commits"])}. Median step on one thread of a busy machine, for orientation only (bench/ measures
-speed): {seconds["clp"]} here, {seconds["trl"]} TRL. `python docs/results/trl_curves.py` makes this page.
+Made with {software}
+(commits {", ".join(commit[:12] for commit in result["commits"])}). Median step on one thread of a busy machine, for
+orientation only (bench/ measures speed): {seconds["clp"]} here, {seconds["trl"]} TRL. `python docs/results/trl_curves.py`
+makes this page.
 """
 
 
