@@ -141,8 +141,9 @@ class Session:
         prompt = self._read(request, conditions)
         started = time.perf_counter()
         answer = {
-            "weights": dict(zip(self.policy.objectives, conditions.weights[0].tolist())),
-            "kl": conditions.kl[0].item(),
+            # Six digits: they are float32, and 0.1 should read as 0.1.
+            "weights": {n: round(w, 6) for n, w in zip(self.policy.objectives, conditions.weights[0].tolist())},
+            "kl": round(conditions.kl[0].item(), 6),
             "prompt_tokens": len(prompt.token_ids),
             "prompt_note": prompt.note,
             "completion": self._complete(prompt, conditions, sampling, request.seed),

@@ -198,6 +198,12 @@ def test_the_base_model_says_the_same_at_every_weighting_and_the_policy_does_not
     assert len({a["completion"]["text"] for a in answers}) == 3
 
 
+def test_the_answer_says_at_which_weighting_it_was_written(client):
+    asked = {"even": 0.3, "small": 0.7}
+    answer = client.generate(weights=asked)[1]
+    assert answer["weights"] == asked and answer["kl"] == 0.1
+
+
 def test_the_same_seed_draws_the_same_again_and_another_one_does_not(client):
     def drawn(seed):
         return client.generate(temperature=1.0, seed=seed)[1]["completion"]["text"]

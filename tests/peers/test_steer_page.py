@@ -146,7 +146,10 @@ def test_a_slider_changes_what_the_policy_says_and_moves_the_dot_and_the_base_mo
 def test_between_measured_points_the_dot_is_interpolated_and_the_page_says_so(page, two):
     low, high = (measured(two[0], {"coverage": w}, 0.02) for w in (1 / 3, 2 / 3))
     # It starts at equal weights, half-way between a third and two thirds.
-    assert page.dot == pytest.approx([(a + b) / 2 for a, b in zip(low, high)])
+    assert low != high and page.dot == pytest.approx([(a + b) / 2 for a, b in zip(low, high)])
+    page.press("#w0", *["left"] * 10)  # 0.4: a fifth of the way
+    assert page.browser.text("#w0-value") == "0.40"
+    assert page.dot == pytest.approx([0.8 * a + 0.2 * b for a, b in zip(low, high)], rel=1e-4)
     assert page.browser.text("#position").startswith("Interpolated between measured points: coverage")
 
 
