@@ -55,7 +55,8 @@ the KL of later steps is missing (as in `exact` without its penalty); with one s
 the expectation is the gradient of the other direction, KL(pi_ref || pi) of step t, and later steps are
 missing as well. As *values* both estimate the KL (k3 without bias), which is how they came to be used: J.
 Schulman, "Approximating KL Divergence" (2020). k3 in the loss is what GRPO does (Shao et al.,
-"DeepSeekMath", 2024).
+"DeepSeekMath", 2024), and TRL's GRPOTrainer with use_bias_correction_kl=False; its default multiplies k3 by the
+ratio, whose gradient is k2's where the ratio is one (r' k3 + r k3' = s k3 + s (1 - e^{q-p}) = s (p - q), s = grad log pi).
 """
 
 from __future__ import annotations

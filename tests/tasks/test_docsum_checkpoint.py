@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from test_docsum_corpus import few_sources, stdlib_only  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clp_engine.tasks import docsum
 from clp_engine.tasks.docsum import corpus
 from clp_engine.tasks.docsum.corpus import words
-from tests.tasks.test_docsum_corpus import few_sources, stdlib_only  # noqa: F401 (fixtures)
 
 PATH = docsum.checkpoint_path()
 
