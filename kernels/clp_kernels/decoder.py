@@ -1,4 +1,5 @@
-"""Decoding with a whole Llama-like decoder on the CPU: one call for each token of a whole batch.
+"""Decoding with a whole Llama-like decoder on the CPU: one call for each token of a whole batch (`Decoding.step`), or for as
+many tokens as it takes until rows have ended, which it draws itself (`Decoding.write`).
 
     x = s_e embedding[token]
     for each layer:
