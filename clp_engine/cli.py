@@ -97,9 +97,17 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
+def _with_hyphens(argument: str) -> str:
+    """A flag under the name of its setting, --learning_rate=0.001, as the flag that it is, --learning-rate=0.001."""
+    if not argument.startswith("--"):
+        return argument
+    flag, *value = argument.split("=", 1)
+    return "=".join([flag.replace("_", "-"), *value])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_with_hyphens(a) for a in (sys.argv[1:] if argv is None else argv)]
     debug = "--traceback" in argv or os.environ.get("CLP_DEBUG", "0") not in ("", "0")
     try:
         try:

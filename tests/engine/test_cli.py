@@ -401,6 +401,7 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         ),
         (["train", "config.yaml", "--output-dir", "x", "--resume"], "no checkpoint to resume from"),
         (["train", "config.yaml", "--learning-rat", "1"], "did you mean --learning-rate?"),
+        (["train", "config.yaml", "--kl_estimator=k4"], "kl_estimator='k4': expected one of return"),
         (["demo", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
         (["demo", "--out", "base"], "base is not empty and holds no run"),
         (["demo", "--out", "run"], "run holds a run of yours"),
