@@ -107,7 +107,7 @@ class Decoder {
     for (int64_t gone = 0; rows > 0;) {
       for (int64_t i = 0; i < rows; ++i) seeds[i] = all_seeds[place[i]];
       draw.rows = rows;
-      const int64_t bad = sample(draw, rows > 1 && rows * model_.vocab > kSerialLogits ? threads : 1);
+      const int64_t bad = sample(draw, threads);
       if (bad >= 0) {
         py::gil_scoped_acquire acquire;
         throw py::value_error("sampling: the largest logit of row " + std::to_string(bad) +
@@ -115,12 +115,12 @@ class Decoder {
       }
       int64_t kept = 0;
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at = place[i];
-        all_tokens[at] = tokens[i], all_logprobs[at] = logprob[i], valid[at] = true;
-        for (int64_t s = 0; s < stop_count; ++s) ended[at] = ended[at] || tokens[i] == stops[s];
-        if (ended[at] || at == last[i]) continue;
+        const int64_t here = place[i];
+        all_tokens[here] = tokens[i], all_logprobs[here] = logprob[i], valid[here] = true;
+        for (int64_t s = 0; s < stop_count; ++s) ended[here] = ended[here] || tokens[i] == stops[s];
+        if (ended[here] || here == last[i]) continue;
         tokens[kept] = tokens[i], prompt[kept] = prompt[i], slot[kept] = slot[i], filled[kept] = filled[i];
-        place[kept] = at + 1, last[kept] = last[i], ++kept;
+        place[kept] = here + 1, last[kept] = last[i], ++kept;
       }
       gone += rows - kept, rows = kept;
       if (rows == 0) break;
@@ -139,8 +139,6 @@ class Decoder {
   }
 
  private:
-  static constexpr int64_t kSerialLogits = 1 << 14;  // that one thread draws from sooner than two would start
-
   void check(const DecoderBatch& b) const {
     for (int64_t i = 0; i < b.rows; ++i) {
       if (b.tokens[i] < 0 || b.tokens[i] >= model_.vocab)

@@ -173,8 +173,11 @@ int64_t sample_rows(const SampleCall& call, int64_t first, int64_t last) {
   return bad;
 }
 
+constexpr int64_t kSerial = 1 << 14;  // logits that one thread draws from sooner than two would start
+
 int64_t sample(const SampleCall& call, int threads) {
   int64_t bad = call.rows;
+  if (call.rows < 2 || call.rows * call.vocab <= kSerial) threads = 1;
   if (threads == 1) {
     bad = sample_rows(call, 0, call.rows);
   } else {

@@ -29,7 +29,7 @@ struct SampleCall {
 };
 
 struct SamplingKernels {
-  // Returns -1, or the first row without a finite largest logit (its token is -1, its log-prob NaN).
+  // On at most `threads` threads. Returns -1, or the first row without a finite largest logit (its token is -1, its log-prob NaN).
   int64_t (*sample)(const SampleCall& call, int threads);
 };
 

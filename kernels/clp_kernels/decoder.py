@@ -323,7 +323,6 @@ class Decoding:
         self._prompts: list[tuple[Tensor, Tensor]] = []
         self._lengths = self._prompt_keys = self._prompt_values = torch.empty(0, dtype=torch.long)
         self._rows = _Rows()
-        self._slots: list[int] = []  # of the rows, as in `_rows`: what is free is counted on the host
         self._logits = torch.empty(_rounded(slots), _rounded(w.embedding.shape[0]))
         self._alive: list[Tensor] = []
         self._pack_low_rank(low_rank or {})
@@ -451,15 +450,14 @@ class Decoding:
             if few:
                 raise ValueError(f"Decoding: the gate of {few[0]} has no row for prompt {int(prompts.max())}")
         slots, self._free = self._free[: len(prompts)], self._free[len(prompts) :]
-        self._slots = self._slots + slots
         own = torch.tensor(slots, dtype=torch.long)
         self._rows = self._rows.join(_Rows(prompts, own, torch.zeros(len(prompts), dtype=torch.long)))
 
     def keep(self, rows: Tensor) -> None:
         """Only these of the present rows (indices) go on, in this order; nothing is copied. The others' slots are free."""
-        slots = [self._slots[row] for row in rows.tolist()]
-        self._free += sorted(set(self._slots) - set(slots))
-        self._rows, self._slots = self._rows.select(rows), slots
+        kept = self._rows.select(rows)
+        self._free += sorted(set(self._rows.slot.tolist()) - set(kept.slot.tolist()))
+        self._rows = kept
 
     def step(self, tokens: Tensor) -> Tensor:
         """(rows, V) float32, the logits after tokens (rows,), int64. The next step writes to the same memory."""
@@ -506,7 +504,7 @@ class Decoding:
         here = self._logits[:count, :vocab]
         if logits.data_ptr() != here.data_ptr():
             here.copy_(logits)
-        rows, slots = self._rows, self._slots
+        rows, slots = self._rows, self._rows.slot.tolist()
         state = {"prompt": rows.prompt, "slot": rows.slot, "filled": rows.filled, "place": draws.place, "last": draws.last}
         state = {name: t.clone() for name, t in state.items()}
         given = state | {n: getattr(draws, n) for n in ("seeds", "tokens", "logprobs", "valid", "ended", "stop_ids")}
@@ -519,8 +517,8 @@ class Decoding:
         )
         kept = {name: t[:left] for name, t in state.items()}
         self._rows = _Rows(kept["prompt"], kept["slot"], kept["filled"])
-        self._slots = kept["slot"].tolist()
-        self._free += sorted(set(slots) - set(self._slots))
+        going_on = kept["slot"].tolist()
+        self._free += sorted(set(slots) - set(going_on))
         draws.place, draws.last = kept["place"], kept["last"]
         at = {slot: row for row, slot in enumerate(slots)}
-        return torch.tensor([at[slot] for slot in self._slots], dtype=torch.long), self._logits[:left, :vocab]
+        return torch.tensor([at[slot] for slot in going_on], dtype=torch.long), self._logits[:left, :vocab]

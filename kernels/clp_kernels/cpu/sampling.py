@@ -8,8 +8,6 @@ from torch import Tensor
 from clp_kernels import _native
 from clp_kernels.cpu.dtypes import DTYPES
 
-_SERIAL = 1 << 14  # logits that one thread handles sooner than two would start
-
 
 def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
     if device.type != "cpu":
@@ -50,6 +48,6 @@ def sample(
         *options,
         tokens.data_ptr(),
         logprob.data_ptr(),
-        torch.get_num_threads() if rows > 1 and rows * vocab > _SERIAL else 1,
+        torch.get_num_threads(),
     )
     return None if bad < 0 else bad
