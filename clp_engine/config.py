@@ -570,6 +570,11 @@ class CLPConfig:
         return value if isinstance(value, int) else math.ceil(value * whole)
 
     @property
+    def evaluation_group(self) -> int:
+        """Completions per prompt in evaluate()."""
+        return self.num_generations_eval or self.num_generations
+
+    @property
     def batch_size(self) -> int:
         """Completions per optimiser step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps

@@ -165,8 +165,7 @@ class Collector:
         """Rows of an evaluation set from row `start` on, the same conditions and random numbers every time."""
         a, rows = self.args, len(batch.prompts)
         conditions = self.sampler.sample(rows, seeds.generator(a.seed, _EVAL, start))
-        group = a.num_generations_eval or a.num_generations
-        row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * group))
+        row_seeds = seeds.derive(a.seed, _EVAL, start, torch.arange(rows * a.evaluation_group))
         return self._rewarded(batch, conditions, self.draw(batch, conditions, row_seeds), state)
 
     def draw(self, batch: PromptBatch, conditions: Conditions, row_seeds: torch.Tensor) -> Rollout:

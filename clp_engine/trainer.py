@@ -721,7 +721,7 @@ class CLPTrainer(ScriptSurface):
 
     def _evaluate(self, dataset: Prompts, prefix: str) -> dict[str, float]:
         a, log, started, rows, batches = self.args, MetricLog(), time.time(), 0, 0
-        group = a.num_generations_eval or a.num_generations
+        group = a.evaluation_group
         per_batch = max(1, a.per_device_eval_batch_size // group)
         self.callback_handler.eval_dataloader = PromptLoader(dataset, per_batch, group, drop_last=False)
         for start, batch in dataset.in_order(per_batch):
