@@ -10,6 +10,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    LlamaForSequenceClassification,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -105,6 +106,21 @@ def plain_logits(model, prompt: list[int], completion: list[int], **conditions) 
             0
         ]
     return model(torch.tensor([prompt + completion]), **conditions).logits[0, len(prompt) - 1 : -1]
+
+
+def build_classifier(**options) -> LlamaForSequenceClassification:
+    """One score per text: what is a reward when it lies in a folder or is given as a model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        **options,
+    )
+    return LlamaForSequenceClassification(config)
 
 
 def build_tokenizer(family: str = "qwen2") -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.conftest import build_model, build_policy, build_tokenizer
+from engine.conftest import build_classifier, build_model, build_policy, build_tokenizer
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -226,19 +226,7 @@ def test_reward_functions_are_called_as_trl_calls_them(tmp_path):
 
 
 def test_a_sequence_classifier_is_a_reward(tmp_path):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=67,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    model = LlamaForSequenceClassification(config).eval()
+    model = build_classifier(pad_token_id=0).eval()
     model.save_pretrained(tmp_path / "judge")
     build_tokenizer().save_pretrained(tmp_path / "judge")
     texts = (["w1 w2", "w3"], [" w4", " w5 w6"])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from engine.conftest import build_model, build_tokenizer
+from engine.conftest import build_classifier, build_model, build_tokenizer
 from peers.both_trainers import BOTH, ROWS, our_trainer, trl_trainer
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 from clp_engine.rewards import RewardSet
 
@@ -127,16 +127,7 @@ def test_every_kind_of_function_gives_trl_s_rewards_under_trl_s_name(tmp_path, k
 @pytest.fixture
 def judge(tmp_path):
     """A tiny sequence classifier on disk, with a tokenizer that adds an end token where it is let."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=67,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
-    )
-    model = LlamaForSequenceClassification(config)
+    model = build_classifier()
     torch.nn.init.normal_(model.score.weight)
     path = tmp_path / "judge"
     model.save_pretrained(path)
