@@ -27,7 +27,7 @@ from torch import Tensor
 
 from clp_kernels.arguments import describe, refuse_wrapped
 from clp_kernels.backends import plain_eager, select
-from clp_kernels.tensor_lists import Blends, Pairs, Sparse, models_of
+from clp_kernels.tensor_lists import Blends, Pairs, Sparse, models_of, on_device
 
 _TABLE = {
     "reference": "clp_kernels.reference.interpolation",
@@ -464,7 +464,7 @@ def _weights(op: str, weights, stacks: _Stacks, wide: torch.dtype, device) -> tu
             )
         weights = weights.to(device, wide)
     else:
-        weights = torch.tensor(weights, dtype=wide, device=device)
+        weights = on_device(weights, wide, device)
     shape, count, models = tuple(weights.shape), len(stacks.items), stacks.models
     fits = len(shape) in ((1, 2) if stacks.single else (1, 2, 3)) and (shape[-1] == models or count == 0)
     if not stacks.single and len(shape) > 1:
@@ -587,7 +587,7 @@ def _inner_products(left, left_parts, right, right_parts) -> Tensor:
             found = module.inner_products(Pairs([lefts[p] for p in chosen], [rights[p] for p in chosen]))
             if len(chosen) == len(lefts):
                 return found
-            result[torch.tensor(chosen, device=result.device)] = found
+            result[on_device(chosen, torch.int64, result.device)] = found
     return result
 
 

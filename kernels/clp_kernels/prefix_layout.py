@@ -56,8 +56,8 @@ class PrefixLayout:
                     "a sequence without a parent: join the two into one prompt"
                 )
         object.__setattr__(self, "tokens", starts[-1])
-        object.__setattr__(self, "starts", torch.tensor(starts, dtype=torch.int64))
-        object.__setattr__(self, "parents", torch.tensor(parents, dtype=torch.int64))
+        object.__setattr__(self, "starts", torch.tensor(starts, dtype=torch.int64, device="cpu"))
+        object.__setattr__(self, "parents", torch.tensor(parents, dtype=torch.int64, device="cpu"))
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], parents: Sequence[int]) -> PrefixLayout:
@@ -76,13 +76,14 @@ class PrefixLayout:
     @cached_property
     def sequences(self) -> Tensor:
         """(N,) int64: the sequence of each token, on the host."""
-        return torch.repeat_interleave(torch.arange(len(self.parents)), self.lengths, output_size=self.tokens)
+        every = torch.arange(len(self.parents), device="cpu")
+        return torch.repeat_interleave(every, self.lengths, output_size=self.tokens)
 
     @cached_property
     def _positions(self) -> Tensor:
         # A parent of -1 takes the 0 at the end.
         before = torch.cat([self.lengths, self.lengths.new_zeros(1)])[self.parents]
-        return torch.arange(self.tokens) + (before - self.starts[:-1])[self.sequences]
+        return torch.arange(self.tokens, device="cpu") + (before - self.starts[:-1])[self.sequences]
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> list[int]:

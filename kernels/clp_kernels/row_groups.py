@@ -22,7 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clp_kernels.tensor_lists import Blends, Pairs
+from clp_kernels.backends import is_batch_invariant
+from clp_kernels.tensor_lists import Blends, Pairs, on_device
 
 
 class Interpolation(Protocol):
@@ -88,7 +89,9 @@ def row_groups(groups: int, rows: int, gate_index: Tensor | None) -> RowGroups:
 
 
 def blends_weights(machine: Machine, rows: int, groups: int, stack: Tensor, base: Tensor | None) -> bool:
-    """Whether the cost model is for blended weights."""
+    """Whether the cost model is for blended weights; never in batch-invariant mode, as it looks at the number of rows."""
+    if is_batch_invariant():
+        return False
     models = stack.shape[0] + (base is not None)
     byte = machine.balance * stack.element_size()
     batches = -(-groups // machine.batch(stack))
@@ -99,10 +102,10 @@ def _coefficients(blend: Tensor, groups: RowGroups, chosen: range) -> Tensor:
     """(1, groups, M) float32; NaN for an index out of range, which a GPU does not look for."""
     rows = [groups.blends[k] for k in chosen]
     inside = [0 <= row < blend.shape[0] for row in rows]
-    index = torch.tensor([row if fine else 0 for row, fine in zip(rows, inside)], device=blend.device)
+    index = on_device([row if fine else 0 for row, fine in zip(rows, inside)], torch.int64, blend.device)
     found = blend.detach()[index].float()
     if not all(inside):
-        found[torch.tensor(inside, device=blend.device).logical_not()] = torch.nan
+        found[on_device(inside, torch.bool, blend.device).logical_not()] = torch.nan
     return found[None]
 
 
@@ -200,8 +203,8 @@ def backward(
         if need_blend:
             found = ops.inner_products(Pairs([[matrices]], [[stack]]))[0].float()
             inside = [n for n, k in enumerate(chosen) if 0 <= groups.blends[k] < blend.shape[0]]
-            index = torch.tensor([groups.blends[chosen[n]] for n in inside], device=blend.device)
-            d_blend[index] = found[torch.tensor(inside, device=blend.device)]
+            index = on_device([groups.blends[chosen[n]] for n in inside], torch.int64, blend.device)
+            d_blend[index] = found[on_device(inside, torch.int64, blend.device)]
         if need_stack:
             transposed = coefficients.transpose(1, 2)  # (1, M, groups)
             if several:

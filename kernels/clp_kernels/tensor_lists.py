@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 MERGES = ("sum", "consensus", "consensus_mean")
@@ -60,6 +61,20 @@ class Sparse:
     states: Sequence[int] | None = None
     kept: int = 0
     thresholds: Tensor | None = None
+
+
+def on_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.tensor(values), nested lists of numbers, without the host waiting for the device, and so that a CUDA graph that is
+    being captured keeps them."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    host = torch.tensor(values, dtype=dtype, device="cpu")
+    if not torch.cuda.is_current_stream_capturing():
+        return host.pin_memory().to(device, non_blocking=True)
+    filled = torch.empty(host.shape, dtype=dtype, device=device)
+    for place, value in zip(filled.view(-1), host.flatten().tolist()):
+        place.fill_(value)
+    return filled
 
 
 def models_of(parts: Sequence[Tensor]) -> int:

@@ -102,8 +102,11 @@ def _spec(label, kernel, target, args, kwargs, matrix) -> AotSpec:
     types, constants = {}, {}
     for parameter in kernel.params:
         value = bound.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             constants[parameter.name] = value
+        elif parameter.do_not_specialize and parameter.annotation_type:
+            types[parameter.name] = parameter.annotation_type
         else:
             types[parameter.name] = _type_of(value)
     return AotSpec(

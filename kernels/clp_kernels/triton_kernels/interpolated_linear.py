@@ -143,7 +143,9 @@ def _launch_mixed(
     """x (M, K), stack (models, K, N) -> y (M, N), and with `other` the (M, models) inner products, float32."""
     (rows, depth), (models, _, columns) = x.shape, stack.shape
     family = pointer_family(x, stack, *(() if base is None else (base,)))
-    tile = next(tile for most, tile in _TILES[family] if most is None or (rows <= most and not is_batch_invariant()))
+    tile = next(
+        tile for most, tile in _TILES[family] if most is None or (rows <= most and not is_batch_invariant())
+    )
     tiles_m, tiles_n = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
     y = x.new_empty((rows, columns)) if wants_y else None
     dots = None if other is None else x.new_empty((tiles_n, rows, models), dtype=torch.float32)
@@ -182,7 +184,9 @@ def _launch_mixed(
 def _by_weights(x: Tensor, stack: Tensor, blend: Tensor, base: Tensor | None, gate_index: Tensor | None):
     """(machine, groups of rows) where weights are blended; (None, None) where products are."""
     rows, machine = x.shape[0], _SINGLE if x.dtype is torch.float32 else _HALF
-    # How many blends an index names is known on the device alone.
+    # How many blends an index names is known on the device alone, and whose rows they are, for which the host would wait.
+    if gate_index is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None, None
     if not blends_weights(machine, rows, min(blend.shape[0], rows), stack, base):
         return None, None
     return machine, row_groups.row_groups(blend.shape[0], rows, gate_index)

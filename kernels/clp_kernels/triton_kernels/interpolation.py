@@ -1,8 +1,10 @@
 """The ops of interpolation.py on GPUs: one launch for a list of tensors (two for inner products), no atomics.
 
 Tensors are cut into chunks, one program each. A table on the device has a row per tensor, with its number of elements, the
-number of its first chunk and its addresses; `owner` has the row of every chunk. Both are made on the host, as the sizes are
-known there: 4 bytes for every 16384 elements, so that a program finds its tensor with one load and not by search.
+number of its first chunk and its addresses; `owner` has the row of every chunk: 4 bytes for every 16384 elements, so that a
+program finds its tensor with one load and not by search. The table comes from the host without the host waiting for it: from
+pinned memory or, while a CUDA graph is captured, as arguments of launches, which the graph keeps, where it would read
+memory of the host again at every replay.
 
 A program walks its chunk block by block: whole blocks without masks, in 16-byte accesses where all addresses allow it, and
 what is left of the tensor under a mask. Of G blends, each reads its block of the stack again, from cache after the first.
@@ -11,6 +13,7 @@ The floor is (M + 1) x size bytes (M + G for G blends). Tiles have not been tune
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from clp_kernels.backends import interpreting
 from clp_kernels.reference import interpolation as reference
-from clp_kernels.tensor_lists import Blends, Pairs, Sparse, dense
+from clp_kernels.tensor_lists import Blends, Pairs, Sparse, dense, on_device
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -223,23 +226,65 @@ def _sparsify(
         _sparse_block(source, out, at, at < last, state, kept, threshold, scale, TYPE)
 
 
-def _chunks(sizes: Sequence[int], device: torch.device) -> tuple[list[int], Tensor]:
-    """The number of the first chunk of each item, and the item of each chunk on the device."""
-    counts = [triton.cdiv(size, _CHUNK) for size in sizes]
-    firsts = [0]
-    for count in counts:
-        firsts.append(firsts[-1] + count)
-    owner = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    return firsts, _to(owner, device)
+@triton.jit
+def _own(
+    table,  # (items, WIDTH): elements, first chunk, ...
+    owner,  # (chunks,) int32
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    row = table + item.to(tl.int64) * WIDTH
+    chunks = (tl.load(row) + CHUNK - 1) // CHUNK
+    mine = owner + tl.load(row + 1)
+    for start in range(0, chunks, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(mine + at, item, mask=at < chunks)
 
 
-def _to(host: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory the copy is in the stream, and the host does not wait for it.
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+# One compilation for all numbers, whatever their size and whatever divides them.
+@triton.jit(do_not_specialize=["at", "size", "a", "b", "c", "d", "e", "f", "g", "h"])
+def _write(
+    table,  # (size,) int64
+    at: tl.int64, size: tl.int64,
+    a: tl.int64, b: tl.int64, c: tl.int64, d: tl.int64, e: tl.int64, f: tl.int64, g: tl.int64, h: tl.int64,
+):  # fmt: skip
+    """Eight numbers, the arguments of the launch, to table[at : at + 8], as far as it goes."""
+    here = table + at
+    tl.store(here, a)
+    tl.store(here + 1, b, mask=at + 1 < size)
+    tl.store(here + 2, c, mask=at + 2 < size)
+    tl.store(here + 3, d, mask=at + 3 < size)
+    tl.store(here + 4, e, mask=at + 4 < size)
+    tl.store(here + 5, f, mask=at + 5 < size)
+    tl.store(here + 6, g, mask=at + 6 < size)
+    tl.store(here + 7, h, mask=at + 7 < size)
+
+
+def _chunks(sizes: Sequence[int]) -> list[int]:
+    """The number of the first chunk of each item, and of all chunks."""
+    return [0, *itertools.accumulate(triton.cdiv(size, _CHUNK) for size in sizes)]
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
-    return _to(torch.tensor(rows, dtype=torch.int64), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _written(rows, device)
+    return on_device(rows, torch.int64, device)
+
+
+def _written(rows: list[list[int]], device: torch.device) -> Tensor:
+    table = torch.empty((len(rows), len(rows[0])), dtype=torch.int64, device=device)
+    values = [value for row in rows for value in row]
+    for at in range(0, len(values), 8):
+        eight = values[at : at + 8]
+        _write[(1,)](table, at, len(values), *eight, *[0] * (8 - len(eight)), num_warps=1)
+    return table
+
+
+def _owner(table: Tensor, chunks: int) -> Tensor:
+    """(chunks,) int32: the item of each chunk."""
+    owner = torch.empty(chunks, dtype=torch.int32, device=table.device)
+    _own[(table.shape[0],)](table, owner, WIDTH=table.shape[1], CHUNK=_CHUNK, BLOCK=_SUMS, num_warps=_WARPS)
+    return owner
 
 
 def _aligned(addresses: Sequence[int]) -> bool:
@@ -252,7 +297,7 @@ def blend(call: Blends) -> None:
     _, blends, models = weights.shape
     alive: list[Tensor] = []
     sizes = [out.numel() // blends for out in call.outs]
-    firsts, owner = _chunks(sizes, device)
+    firsts = _chunks(sizes)
     rows, addresses = [], []
     for p, (parts, out) in enumerate(zip(call.stacks, call.outs)):
         base = dense([call.bases[p][None]], alive)[0] if call.bases is not None else 0
@@ -262,9 +307,10 @@ def blend(call: Blends) -> None:
     # With several blends, all but the first start `elements` behind the address of out.
     aligned = _aligned(addresses) and (blends == 1 or not any(size % 16 for size in sizes))
     with torch.cuda.device_of(call.outs[0]):
+        table = _table(rows, device)
         _blend[(firsts[-1],)](
-            _table(rows, device),
-            owner,
+            table,
+            _owner(table, firsts[-1]),
             weights,
             blends,
             float(call.base_scale),
@@ -286,19 +332,20 @@ def inner_products(call: Pairs) -> Tensor:
     left, right = call.counts()
     alive: list[Tensor] = []
     sizes = [parts[0][0].numel() for parts in call.left]
-    firsts, owner = _chunks(sizes, device)
+    firsts = _chunks(sizes)
     rows, addresses = [], []
     for p, (a, b) in enumerate(zip(call.left, call.right)):
         found = [*dense(a, alive), *dense(b, alive)]
         addresses += found
         rows.append([sizes[p], firsts[p], *found])
-    table, pairs, chunks = _table(rows, device), left * right, firsts[-1]
+    pairs, chunks = left * right, firsts[-1]
     partial = torch.empty((chunks, pairs), dtype=torch.float32, device=device)
     out = torch.empty((len(sizes), left, right), dtype=torch.float64, device=device)
     with torch.cuda.device_of(partial):
+        table = _table(rows, device)
         _inner_products[(chunks, pairs)](
             table,
-            owner,
+            _owner(table, chunks),
             partial,
             L=left,
             R=right,
@@ -324,16 +371,17 @@ def sparsify(call: Sparse) -> None:
     device = call.outs[0].device
     alive: list[Tensor] = []
     sizes = [out.numel() for out in call.outs]
-    firsts, owner = _chunks(sizes, device)
+    firsts = _chunks(sizes)
     rows, addresses = [], []
     for p, (tensor, out) in enumerate(zip(call.tensors, call.outs)):
         found = [dense([tensor[None]], alive)[0], out.data_ptr()]
         addresses += found
         rows.append([sizes[p], firsts[p], *found, call.states[p] if call.states is not None else 0])
     with torch.cuda.device_of(call.outs[0]):
+        table = _table(rows, device)
         _sparsify[(firsts[-1],)](
-            _table(rows, device),
-            owner,
+            table,
+            _owner(table, firsts[-1]),
             call.thresholds,
             call.kept,
             float(call.scale),
@@ -388,6 +436,9 @@ def aot_specs() -> Iterator[AotSpec]:
         return call
 
     half, single = torch.bfloat16, torch.float32
+    yield from recorded(
+        "a table in a graph", lambda: _written([[1, 16, 1 << 40]], torch.device("meta")), generations
+    )
     yield from recorded("blend bfloat16", blends(half, half, base=True), generations)
     yield from recorded("blend float32, 4 blends", blends(single, single, count=4), generations)
     yield from recorded("blend 16 of bfloat16", blends(half, half, models=16, count=4), generations)
