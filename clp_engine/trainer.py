@@ -66,7 +66,8 @@ class CLPTrainer(ScriptSurface):
 
     model: a ConditionedPolicy, a model name or path, or a loaded causal or encoder-decoder language model; the latter become
         a policy with one objective per reward, as `args` and `peft_config` (see `lora_config`) say. A PeftModel's adapters are
-        where its objectives begin, see `ConditionedPolicy.from_pretrained`.
+        where its objectives begin, see `ConditionedPolicy.from_pretrained`. As in transformers' Trainer, what lies on the CPU
+        is moved to the GPU where there is one, unless args.use_cpu.
     reward_funcs: see `rewards.RewardSet`; their names are the objectives. args: a CLPConfig.
     train_dataset, eval_dataset: rows with a `prompt` (text or chat messages); other columns go to the reward functions. A list,
         a `datasets.Dataset`, or an iterable, which is streamed (`streams`); eval_dataset also a mapping from names to datasets.
@@ -119,6 +120,8 @@ class CLPTrainer(ScriptSurface):
             )
         self.sampler = condition_sampler or self._build_sampler()
         self.policy = self._build_policy(model, processing_class, peft_config)
+        if self.policy.device.type == "cpu" and not self.args.use_cpu and torch.cuda.is_available():
+            self.policy.to("cuda")
         self.rewards.to(self.policy.device)
         self.tokenizer = processing_class or self.policy.tokenizer
         if self.tokenizer is None:
