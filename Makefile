@@ -1,5 +1,6 @@
 # make demo   install, train a steerable summariser on two CPU cores, and draw its Pareto front
 # make test   install, then run the tests, a process for each core (ARGS="-n 0 tests/engine" for some of them in one)
+# make pretend   the tests that need a GPU, on one that is pretended (tests/pretend_gpu.py); minutes, as kernels are interpreted
 # make docs   install mkdocs, build the documentation into site/
 # make peers  install TRL, PEFT, verl and others as well, then run the tests that compare with them (tests/peers)
 #
@@ -11,7 +12,7 @@ OWN_TORCH := $(if $(filter command line,$(origin PYTHON)),--own-torch)
 
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test peers docs install lint clean
+.PHONY: demo test pretend peers docs install lint clean
 
 install:
 	@command -v $(PYTHON) >/dev/null || { echo "clp-engine: $(PYTHON) was not found; Python 3.10 or newer is needed" >&2; exit 1; }
@@ -22,6 +23,9 @@ demo: install
 
 test: install
 	$(PYTEST) $(ARGS)
+
+pretend: install
+	CLP_PRETEND_GPU=1 $(PYTEST) -m gpu $(or $(ARGS),tests/kernels tests/engine)
 
 peers: install
 	@$(PYTHON) tools/environment.py --venv $(VENV) $(OWN_TORCH) --peers

@@ -1,14 +1,26 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter, which must be asked for before the import."""
+"""With a GPU, the tests of its back-ends make their tensors on it and are marked `gpu`; CLP_PRETEND_GPU=1 rehearses them."""
 
-import os
-
+import devices
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+import clp_kernels  # isort: skip  (after devices)
 
-import clp_kernels  # noqa: E402
+
+def pytest_unconfigure():
+    devices.stop_pretending()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        chosen = item.callspec.params if hasattr(item, "callspec") else {}
+        if {chosen.get("backend"), chosen.get("target")}.intersection(devices.ON_GPU):
+            item.add_marker(pytest.mark.gpu)
+        if devices.PRETENDED and item.get_closest_marker("traced"):
+            item.add_marker(
+                pytest.mark.skip(reason="torch traces the tensors that the pretended GPU's are made of")
+            )
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
@@ -20,7 +32,7 @@ def backend(request):
     status = clp_kernels.backends()[request.param]
     if not status.available:
         pytest.skip(f"{request.param}: {status.reason}")
-    with clp_kernels.use_backend(request.param):
+    with clp_kernels.use_backend(request.param), devices.default_device(request.param):
         yield request.param
 
 

@@ -1,6 +1,21 @@
 """The accuracy criterion of every kernel: as good as what plain torch does in the same dtype."""
 
 import torch
+from clp_kernels.backends import interpreting
+
+# Triton's interpreter computes bfloat16 products wrongly; a GPU does not.
+TRITON_HALVES = [torch.float16] if interpreting() else [torch.float16, torch.bfloat16]
+TRITON_DTYPES = [torch.float32, *TRITON_HALVES]
+
+
+def half_of(backend):
+    """The 16-bit type that a back-end is tested with where one is enough."""
+    return torch.float16 if backend == "triton" and interpreting() else torch.bfloat16
+
+
+def here(value):
+    """A tensor that was made before the test, where the test's tensors are."""
+    return value.to(torch.get_default_device()) if isinstance(value, torch.Tensor) else value
 
 
 def assert_as_accurate(got, plain, exact, what="", factor=1.5, slack=0.0):

@@ -7,7 +7,7 @@ import clp_kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
+from accuracy import assert_as_accurate, half_of, here
 from clp_kernels import interpolate, interpolated_linear, row_groups, use_backend
 from clp_kernels.backends import forced_backend
 
@@ -106,10 +106,6 @@ def choose(monkeypatch, strategy):
             monkeypatch.setattr(module, "blends_weights", lambda *_: STRATEGIES[strategy])
 
 
-def half_of(backend):
-    return torch.float16 if backend == "triton" and not torch.cuda.is_available() else torch.bfloat16
-
-
 BLENDS = {  # x's leading dimensions, blend rows, gate_index
     "one blend for all": ((37,), 1, None),
     "one blend per row": ((37,), 37, None),
@@ -124,7 +120,7 @@ BLENDS = {  # x's leading dimensions, blend rows, gate_index
 @pytest.mark.parametrize("form", BLENDS, ids=lambda name: name.replace(" ", "-"))
 def test_output_and_every_gradient_for_every_form_of_the_blend(backend, strategy, form):
     rows, groups, gate_index = BLENDS[form]
-    assert_right(strategy, inputs(rows, models=8, groups=groups), gate_index=gate_index)
+    assert_right(strategy, inputs(rows, models=8, groups=groups), gate_index=here(gate_index))
 
 
 @pytest.mark.parametrize("blend_dtype", ["float32", "same"])

@@ -6,7 +6,7 @@ import math
 import clp_kernels
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from accuracy import assert_as_accurate, half_of
 from clp_kernels import ema_, interpolate, merge_sign_consensus, slerp, sparsify, use_backend
 
 # Sizes of one element, none, odd ones, a block, and several chunks of every back-end (C++ 1024, Triton 16384).
@@ -83,7 +83,7 @@ def test_a_list_is_the_blend_of_each(backend, dtype, per_tensor):
 
 
 def test_a_list_of_several_dtypes_keeps_each(backend):
-    half = torch.float16 if backend == "triton" else torch.bfloat16
+    half = half_of(backend)
     stacks = [*tensors([(5, 6)], 2, half), *tensors([(7,)], 2, torch.float32), *tensors([(9,)], 2, half)]
     base = [torch.randn(5, 6), torch.randn(7), torch.randn(9).to(half)]
     got = interpolate(stacks, [0.25, -1.5], base=base)
@@ -96,7 +96,7 @@ def test_a_list_of_several_dtypes_keeps_each(backend):
 
 def test_the_result_is_rounded_once(backend):
     # In bfloat16 the terms cancel to a last bit that any rounding in between would lose.
-    half = torch.float16 if backend == "triton" else torch.bfloat16
+    half = half_of(backend)
     x = torch.full((64,), 1.0, dtype=half)
     small = torch.full((64,), 2.0**-12, dtype=half)
     assert torch.equal(interpolate([x, small, x], [1.0, 1.0, -1.0]), small)
@@ -149,7 +149,7 @@ def gradients(call, leaves, seed=1):
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     results = call(*leaves)
     results = results if isinstance(results, list) else [results]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     dys = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
     return torch.autograd.grad(results, leaves, dys)
 
@@ -312,7 +312,7 @@ def test_slerp_has_gradients():
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999, 1.0])
 def test_ema_in_place_of_a_list(backend, decay):
-    half = torch.float16 if backend == "triton" else torch.bfloat16
+    half = half_of(backend)
     params = [torch.randn(shape, requires_grad=shape != ()) for shape in SHAPES] + [torch.randn(9).to(half)]
     average = [torch.randn(p.shape) for p in params]
     exact = [decay * a.double() + (1 - decay) * p.detach().double() for a, p in zip(average, params)]
@@ -325,7 +325,7 @@ def test_ema_in_place_of_a_list(backend, decay):
 
 
 def test_averages_of_half_precision_and_of_nothing(backend):
-    half = torch.float16 if backend == "triton" else torch.bfloat16
+    half = half_of(backend)
     average, params = torch.randn(70).to(half), torch.randn(70)
     exact = 0.5 * average.double() + 0.5 * params.double()
     ema_(average, params, 0.5)

@@ -51,7 +51,7 @@ def directions(along, monkeypatch):
 
 def gradients(tensors, targets, names, wanted=("hidden",), call=call_linear, rows=slice(None), **options):
     """Every output, and gradients where `names` alone are differentiable."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     incoming = {n: torch.randn(targets.shape, dtype=torch.float64, generator=generator) for n in names}
     part = {
         n: t if t is None or n not in ("hidden", "ref_hidden", "gate") else t[rows]
@@ -267,7 +267,9 @@ def test_directions_respect_the_memory_bound_and_need_a_frozen_head():
     assert keep(keep_bytes=0) == token_stats.Keep(0, 1)
     wide = head_tensors(100, 512, 4000)
     wide = token_stats.Head(wide["hidden"], wide["weight"], None, None, None, None, None)
-    assert keep(("logprob", "kl"), head=wide) == token_stats.Keep(100, 2)  # room for all logits, and one product left
+    assert keep(("logprob", "kl"), head=wide) == token_stats.Keep(
+        100, 2
+    )  # room for all logits, and one product left
     assert keep(("logprob", "kl")).directions  # whose width is less than that of the traffic
     assert keep(("logprob", "kl"), head=wide, keep_bytes=0) == token_stats.Keep(0, 2)
     assert keep(("logprob", "kl"), keep_bytes=2 * size).directions == ("logprob", "kl")

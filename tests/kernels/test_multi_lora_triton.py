@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import TRITON_DTYPES
 from clp_kernels import batch_invariant
 from test_multi_lora import assert_right, call, inputs, run
 
@@ -20,7 +21,7 @@ def calls_of(monkeypatch, module, name):
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("product", ["fused", "blas"])
 @pytest.mark.parametrize("dy", ["once", "twice"])
 def test_every_strategy_is_right(backend, dtype, product, dy, monkeypatch):
@@ -89,7 +90,7 @@ def test_a_gate_index_out_of_range_reaches_the_gradient_of_the_adapters_as_nan(b
     assert grads["x"].isnan().any(-1).sum() == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(backend, dtype, monkeypatch):
     # A GPU so small that at these sizes the number of rows decides how often a contraction is cut.
     monkeypatch.setattr(low_rank, "_FILL", 8)

@@ -5,7 +5,9 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from clp_kernels import PrefixLayout, prefix_attention, use_backend
+from clp_kernels.backends import interpreting
 from clp_kernels.reference.prefix_attention import allowed
+from devices import default_device
 
 NAMES = ("q", "k", "v")
 LAYOUTS = {  # lengths, parents
@@ -91,9 +93,11 @@ def assert_right_on_average(dim, **options):
         assert (value - exact[name]).norm() <= 1.5 * (plain[name] - exact[name]).norm(), name
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(
+    params=["reference", "cpu", *(["triton"] if torch.cuda.is_available() and not interpreting() else [])]
+)
 def backend(request):
-    with use_backend(request.param):
+    with use_backend(request.param), default_device(request.param):
         yield request.param
 
 

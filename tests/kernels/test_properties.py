@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import clp_kernels
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from accuracy import TRITON_HALVES, assert_as_accurate
 from clp_kernels import (
     HeadLoRA,
     linear_logprob,
@@ -20,8 +20,8 @@ from clp_kernels import (
     sample_tokens,
     use_backend,
 )
-from clp_kernels.backends import interpreting
 from clp_kernels.token_stats import Sums, statistics
+from devices import default_device
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
@@ -38,7 +38,7 @@ CONSTANT = ("ref_logprob", "top1")
 
 
 def dtypes_of(target):
-    halves = {"reference": (torch.bfloat16, torch.float16), "triton": (torch.float16,)}.get(
+    halves = {"reference": (torch.bfloat16, torch.float16), "triton": TRITON_HALVES}.get(
         target, (torch.bfloat16,)
     )
     return st.sampled_from((torch.float32, *halves))
@@ -48,7 +48,7 @@ def dtypes_of(target):
 def serving(target):
     """The back-end, or the C++ back-end with the instruction set, of this name."""
     if target not in INSTRUCTION_SETS:
-        with use_backend(target):
+        with use_backend(target), default_device(target):
             yield
         return
     before = clp_kernels._native.isa()
@@ -62,8 +62,6 @@ def serving(target):
 
 def holds(target, cases, claim, examples=40):
     """claim(case) for cases of the strategy, with `target` in force."""
-    if target == "triton" and not interpreting():
-        pytest.skip("runs in the interpreter")
     if target in INSTRUCTION_SETS:
         pytest.importorskip("clp_kernels._native")
     try:
@@ -123,7 +121,7 @@ class LoRACase:
     bias: bool
 
     def tensors(self):
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(self.seed)
         shapes = {"x": (*self.lead, self.k), "weight": (self.n, self.k), "lora_a": (self.rank, self.k),
                   "lora_b": (self.n, self.rank), "gate": (self.groups, self.rank), "bias": (self.n,)}  # fmt: skip
         tensors = {}
@@ -202,7 +200,9 @@ def test_rows_permuted_give_the_result_permuted(target):
         tensors, index, _ = case.tensors()
         assume(len(case.lead) == 1 and (index is not None or case.groups in (1, case.lead[0])))
         bias = tensors.pop("bias")
-        order = torch.randperm(case.lead[0], generator=torch.Generator().manual_seed(case.seed))
+        order = torch.randperm(
+            case.lead[0], generator=torch.Generator(torch.get_default_device()).manual_seed(case.seed)
+        )
         moved = dict(tensors, x=tensors["x"][order])
         if index is None and case.groups > 1:
             moved["gate"] = tensors["gate"][order]
@@ -224,7 +224,9 @@ def test_the_gate_acts_linearly_and_a_zero_gate_is_the_frozen_layer_to_the_bit(t
     def claim(case):
         tensors, index, _ = case.tensors()
         bias, gate = tensors.pop("bias"), tensors.pop("gate").float()
-        other = torch.randn(gate.shape, generator=torch.Generator().manual_seed(case.seed + 1))
+        other = torch.randn(
+            gate.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(case.seed + 1)
+        )
 
         def y(gate):
             return multi_lora_linear(*tensors.values(), gate, bias=bias, gate_index=index).double()
@@ -266,7 +268,7 @@ class StatsCase:
     layouts: tuple
 
     def generator(self):
-        return torch.Generator().manual_seed(self.seed)
+        return torch.Generator(torch.get_default_device()).manual_seed(self.seed)
 
     def options(self):
         temperature = 0.5 + torch.rand(self.lead, generator=self.generator()) if self.per_row else 0.8
@@ -507,7 +509,7 @@ def pieces(draw):
 def test_sums_of_pieces_merge_in_any_order_and_any_grouping_to_the_statistics_of_the_whole():
     def claim(case):
         seed, widths, order, spread = case
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         z = spread * torch.randn(5, sum(widths), generator=generator, dtype=torch.float64)
         z_ref = z + torch.randn(z.shape, generator=generator, dtype=torch.float64)
         targets = torch.randint(0, z.shape[1], (5,), generator=generator)
@@ -545,7 +547,12 @@ class DrawCase:
 
     def logits(self):
         logits = (
-            torch.randn(self.rows, self.vocabulary, generator=torch.Generator().manual_seed(self.seed)) * 3
+            torch.randn(
+                self.rows,
+                self.vocabulary,
+                generator=torch.Generator(torch.get_default_device()).manual_seed(self.seed),
+            )
+            * 3
         )
         return laid_out((logits.round() if self.ties else logits).to(self.dtype), self.layout)
 
@@ -554,7 +561,10 @@ class DrawCase:
 
     def seeds(self):
         return torch.randint(
-            -(2**62), 2**62, (self.rows,), generator=torch.Generator().manual_seed(self.seed + 1)
+            -(2**62),
+            2**62,
+            (self.rows,),
+            generator=torch.Generator(torch.get_default_device()).manual_seed(self.seed + 1),
         )
 
 

@@ -73,7 +73,10 @@ def test_only_kept_tokens_are_drawn_and_all_of_them_are(options):
 def test_frequencies_are_the_softmax():
     logits, count = torch.randn(1, 30), 200_000
     tokens, _ = draw(
-        "cpu", logits.expand(count, -1), temperature=0.9, generator=torch.Generator().manual_seed(3)
+        "cpu",
+        logits.expand(count, -1),
+        temperature=0.9,
+        generator=torch.Generator(torch.get_default_device()).manual_seed(3),
     )
     seeded, _ = draw("cpu", logits.expand(count, -1), temperature=0.9, seeds=torch.arange(count))
     p = (logits[0].double() / 0.9).softmax(-1)
@@ -120,7 +123,8 @@ def test_a_seeded_row_does_not_depend_on_the_batch(backend):
 def test_the_same_generator_state_draws_the_same_tokens(backend):
     logits = torch.randn(8, 100)
     first, second, third = (
-        sample_tokens(logits, generator=torch.Generator().manual_seed(s))[0] for s in (5, 5, 6)
+        sample_tokens(logits, generator=torch.Generator(torch.get_default_device()).manual_seed(s))[0]
+        for s in (5, 5, 6)
     )
     assert torch.equal(first, second) and not torch.equal(first, third)
 

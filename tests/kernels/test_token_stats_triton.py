@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import TRITON_DTYPES
 from clp_kernels import token_stats
 from token_cases import (
     OUTPUTS,
@@ -69,7 +70,7 @@ def test_what_a_descriptor_cannot_describe_goes_through_pointers(backend, change
     assert not any(described)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_d_hidden_of_a_row_has_the_same_bits_in_any_batch_and_any_block_of_rows(backend, dtype, monkeypatch):
     monkeypatch.setattr(back_end, "CHUNK", 256)
     tensors, targets = head_tensors(300, 16, 600, dtype=dtype), targets_for(300, 600, False)

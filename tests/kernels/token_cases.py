@@ -96,7 +96,7 @@ def run(call, tensors, targets, outputs, wanted, incoming, **options):
 def incoming_gradients(tensors, outputs):
     """One number per row and differentiable output, the same for the same call."""
     rows = next(iter(tensors.values())).shape[:-1]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     return {
         name: torch.randn(rows, dtype=torch.float64, generator=generator)
         for name in outputs

@@ -1,0 +1,224 @@
+"""The engine on a GPU says what it says on a CPU; graphs are captured, used and captured again; runs resume to the bit."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from clp_kernels import use_backend
+from devices import PRETENDED
+from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
+from transformers import TrainerCallback
+
+from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate, slot_decoding
+from clp_engine.conditions import Conditions
+from clp_engine.rollout import SamplingParams, rollout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton"),
+]
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [40, 41]]
+WEIGHTS = [[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8], [0.5, 0.5]]
+ROWS = [{"prompt": "w1 w2 w3"}, {"prompt": "w9 w10"}, {"prompt": "w20"}, {"prompt": "w30 w31 w32 w33 w34"}]
+
+
+@pytest.fixture(autouse=True)
+def _quick_on_a_pretended_gpu():
+    """Kernels are rehearsed in their own tests: in the interpreter a training step takes minutes."""
+    with use_backend("reference") if PRETENDED else contextlib.nullcontext():
+        yield
+
+
+def mixed(device):
+    return Conditions(torch.tensor(WEIGHTS, device=device), torch.full((5,), 0.1, device=device))
+
+
+def on_gpu(policy):
+    return policy.to("cuda")
+
+
+def many_words(completions, **_):
+    return [float(len(set(c.split()))) for c in completions]
+
+
+def few_words(completions, **_):
+    return [-float(len(c.split())) for c in completions]
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The numbers of slots that graphs were captured for."""
+    counts, capture = [], slot_decoding.SlotDecoding._capture
+
+    def counted(self, count):
+        counts.append(count)
+        return capture(self, count)
+
+    monkeypatch.setattr(slot_decoding.SlotDecoding, "_capture", counted)
+    return counts
+
+
+@pytest.mark.parametrize("name", sorted(CAUSAL))
+def test_a_rollout_says_what_it_says_on_a_cpu(name, captured):
+    policy = build_policy(name)
+    options = {"num_generations": 2, "sampling": SamplingParams(7), "seed": 3}
+    expected = rollout(policy, PROMPTS, mixed("cpu"), **options)
+    on_gpu(policy)
+    drawn = rollout(policy, PROMPTS, mixed("cuda"), **options)
+    assert drawn.completion_ids.is_cuda and captured
+    assert drawn.token_lists() == expected.token_lists()
+    torch.testing.assert_close(drawn.logprobs.cpu(), expected.logprobs, rtol=1e-3, atol=1e-3)
+
+
+def test_graphs_serve_the_rollouts_that_follow_until_parameters_move(captured):
+    policy = on_gpu(build_policy("qwen2"))
+    options = {"sampling": SamplingParams(5), "seed": 1}
+    first = rollout(policy, PROMPTS, mixed("cuda"), **options)
+    graphs = list(captured)
+    # A step of the optimiser changes parameters in place: graphs see it.
+    with torch.no_grad():
+        for parameter in policy.adapter_parameters().values():
+            parameter.mul_(-3)
+    second = rollout(policy, PROMPTS, mixed("cuda"), **options)
+    assert captured == graphs and second.token_lists() != first.token_lists()
+    eager = rollout(policy.to("cpu"), PROMPTS, mixed("cpu"), **options)
+    assert second.token_lists() == eager.token_lists()
+    on_gpu(policy)
+    again = rollout(policy, PROMPTS, mixed("cuda"), **options)
+    assert len(captured) > len(graphs) and again.token_lists() == second.token_lists()
+
+
+def test_scores_are_those_of_a_cpu():
+    policy = build_policy("qwen2")
+    drawn = rollout(policy, PROMPTS, mixed("cpu"), num_generations=2, sampling=SamplingParams(6), seed=3)
+
+    def scores(device):
+        batch = rollout(policy, PROMPTS, mixed(device), num_generations=2, sampling=SamplingParams(6), seed=3)
+        hidden = policy.completion_hidden(batch, mixed(device))
+        reference = policy.completion_hidden(batch, None)
+        targets = batch.completion_ids[batch.completion_mask]
+        return policy.token_stats(hidden, targets, ref_hidden=reference, outputs=("logprob", "entropy", "kl"))
+
+    expected = scores("cpu")
+    on_gpu(policy)
+    found = scores("cuda")
+    for name in ("logprob", "entropy", "kl"):
+        value = getattr(found, name)
+        assert value.is_cuda and value.shape == (drawn.tokens,)
+        torch.testing.assert_close(value.cpu(), getattr(expected, name), rtol=1e-3, atol=1e-4)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def config(folder, **changes):
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_steps": 2,
+        "max_completion_length": 5,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "alpha": 0.1,
+        "rank": 4,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return CLPConfig(**options | changes)
+
+
+def trainer(folder, **changes):
+    return CLPTrainer(
+        build_model("qwen2"),
+        [many_words, few_words],
+        config(folder, **changes),
+        ROWS,
+        processing_class=build_tokenizer(),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kl_estimator": "exact"},
+        {"num_iterations": 2},
+        {"gradient_checkpointing": True},
+        {"conditioning": "full"},
+        {"conditioning": "logit"},
+        {"conditioning": "prompt"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "lora",
+)
+def test_training(changes, tmp_path):
+    run = trainer(tmp_path, **changes)
+    assert run.policy.device.type == "cuda"
+    before = {name: p.detach().clone() for name, p in run.policy.adapter_parameters().items()}
+    run.train()
+    assert any(not torch.equal(before[name], p) for name, p in run.policy.adapter_parameters().items())
+    logs = [entry for entry in run.state.log_history if "step_time" in entry]
+    assert len(logs) == 2 and all(torch.tensor(entry["loss"]).isfinite() for entry in logs)
+    for entry in logs:
+        # A batch that is trained on twice is compared with itself once.
+        assert entry.get("sampling/sampling_logp_difference/max", 0.0) < 1e-3
+    assert "sampling/sampling_logp_difference/max" in logs[0]
+
+
+def test_the_same_losses_as_on_a_cpu(tmp_path):
+    found = {}
+    for device in ("cpu", "cuda"):
+        run = trainer(tmp_path / device, use_cpu=device == "cpu")
+        assert run.policy.device.type == device
+        run.train()
+        found[device] = [
+            (entry["loss"], entry["grad_norm"], entry["kl"], entry["reward"])
+            for entry in run.state.log_history
+            if "step_time" in entry
+        ]
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-2, atol=1e-4)
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
+    whole = trainer(tmp_path / "whole", max_steps=4)
+    whole.train()
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    half = trainer(tmp_path / "half", **options)
+    half.add_callback(StopAfter(2))
+    half.train()
+    rest = trainer(tmp_path / "half", **options)
+    rest.train(resume_from_checkpoint=True)
+    for name, parameter in whole.policy.adapter_parameters().items():
+        assert torch.equal(parameter, rest.policy.adapter_parameters()[name]), name
+
+
+def test_evaluating_generating_and_exporting(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    report = evaluate(
+        run.policy,
+        [many_words, few_words],
+        ROWS,
+        grid=3,
+        sampling=SamplingParams(4),
+        output_dir=tmp_path / "e",
+    )
+    assert len(report.points) >= 3 and json.loads((tmp_path / "e" / "report.json").read_text())
+    texts = run.policy.generate(["w1 w2", "w3"], [[0.3, 0.7], [1.0, 0.0]], max_new_tokens=4)
+    assert len(texts) == 2
+    run.policy.export_adapter(tmp_path / "adapter", weights=[0.5, 0.5])
+    merged = run.policy.merge(weights=[0.5, 0.5])
+    ids = torch.tensor([[5, 6, 7]], device="cuda")
+    expected = run.policy(ids, weights=[0.5, 0.5], kl=None).logits
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    run.save_model(tmp_path / "saved")
+    loaded = ConditionedPolicy.load(tmp_path / "saved", base_model=build_model("qwen2"), device="cuda")
+    torch.testing.assert_close(loaded(ids, weights=[0.5, 0.5], kl=None).logits, expected)
