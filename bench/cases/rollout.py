@@ -113,36 +113,54 @@ class DecodeCase:
     def measure(
         self, modules: Mapping[str, ModuleType], quick: bool, share: float, result: schema.Result
     ) -> schema.Case:
-        least, most, of_peers = (2, 2, 2) if quick else (3, self.most, 3)
         end = time.monotonic() + share
-        subject = Subject(self)
-        variants, ready = {}, {}
-        for name, make in subject.offers(modules):
-            variants[name] = self._checked(subject, name, make, ready)
-        seen: dict[str, list[Written]] = {name: [] for name in ready}
+        variants, floors = {}, {}
+        try:
+            subject = Subject(self)
+        except Exception as error:  # no memory for the model, say: the cases after this one may have it
+            variants[MERGED] = raised(MERGED, error)
+        else:
+            ready: dict[str, Decoder] = {}
+            for name, make in subject.offers(modules):
+                variants[name] = self._checked(subject, name, make, ready)
+            seen = self._rounds(variants, ready, quick, end)
+            for low_rank in (False, True):
+                work = step_work(subject.policy.model, self, low_rank)
+                floors[low_rank] = ceilings.floor(work, self.dtype, result.ceilings)
+            for name, found in seen.items():
+                variants[name].times = summary([phases["decode"] / (self.new - 1) for phases in found])
+                variants[name].timing = "a rollout without set-up and prefill, over its steps"
+                variants[name].phases = medians(found)
+                variants[name].floor = floors[ready[name].low_rank]
+            del subject, ready
+        self._free()
+        record = schema.Case(
+            self.id, "rollout", self.op, self.title, self.shape, self.dtype, list(variants.values()),
+            {"model": self.model}, MERGED, floors.get(False),
+        )  # fmt: skip
+        record.verdicts = targets.verdicts(self.targets, record, result.ceilings, result.environment)
+        return record
+
+    def _rounds(
+        self, variants: dict[str, schema.Variant], ready: dict[str, Decoder], quick: bool, end: float
+    ) -> dict[str, list[dict[str, float]]]:
+        """Seconds of the parts of every call, by variant. One that raises is taken out of `ready`."""
+        least, most, of_peers = (2, 2, 2) if quick else (3, self.most, 3)
+        seen = {name: [] for name in ready}
         names = list(ready)
         for number in range(most):
             if number >= least and time.monotonic() > end:
                 break
             shift = number % max(len(names), 1)
             for name in names[shift:] + names[:shift]:
-                if not ready[name].peer or number < of_peers:
-                    seen[name].append(ready[name].call(False))
-        works = {low_rank: step_work(subject.policy.model, self, low_rank) for low_rank in (False, True)}
-        floors = {k: ceilings.floor(work, self.dtype, result.ceilings) for k, work in works.items()}
-        for name, found in seen.items():
-            variants[name].times = summary([w.phases["decode"] / (self.new - 1) for w in found])
-            variants[name].timing = "a rollout without set-up and prefill, over its steps"
-            variants[name].phases = medians([w.phases for w in found])
-            variants[name].floor = floors[ready[name].low_rank]
-        record = schema.Case(
-            self.id, "rollout", self.op, self.title, self.shape, self.dtype, list(variants.values()),
-            {"model": self.model}, MERGED, floors[False],
-        )  # fmt: skip
-        record.verdicts = targets.verdicts(self.targets, record, result.ceilings, result.environment)
-        del subject, ready
-        self._free()
-        return record
+                if name not in ready or ready[name].peer and number >= of_peers:
+                    continue
+                try:
+                    seen[name].append(ready[name].call(False).phases)
+                except Exception as error:
+                    variants[name] = raised(name, error)
+                    del ready[name], seen[name]
+        return seen
 
     def _checked(self, subject: Subject, name: str, make: Callable, ready: dict) -> schema.Variant:
         """A variant with its errors and peak memory; those that can be timed are added to `ready`."""

@@ -11,6 +11,7 @@ from bench.cases import e2e, rollout
 from bench.schema import Case, Floor, Times, Variant
 
 TINY = rollout.cases("cpu", "tiny")[0]
+RATES = {"copy_bytes": 2.0, "read_bytes": 2.0, "exp_rate": 1.0, "matmul_flops": {"float32": 1.0}}
 MERGED, ONE, THREE = targets.MERGED, targets.of_weightings(1), targets.of_weightings(3)
 
 
@@ -103,6 +104,32 @@ def test_a_rollout_that_ends_early_is_not_compared(subject, monkeypatch):
     monkeypatch.setattr(subject.policy.model.generation_config, "eos_token_id", list(range(5000)))
     with pytest.raises(RuntimeError, match="not comparable"):
         subject._blended(1).call(False)
+
+
+def test_what_raises_is_a_result_and_the_others_are_measured(monkeypatch):
+    result = schema.Result(schema.VERSION, {"device_type": "cpu", "threads": 1}, {}, RATES, [], [])
+    case = dataclasses.replace(TINY, peers=False)
+    blended = rollout.Subject._blended
+
+    def failing_later(self, count):
+        decoder, calls = blended(self, count), []
+
+        def call(checked):
+            calls.append(checked)
+            if count == 3 and len(calls) == 4:
+                raise torch.OutOfMemoryError
+            return decoder.call(checked)
+
+        return dataclasses.replace(decoder, call=call)
+
+    monkeypatch.setattr(rollout.Subject, "_blended", failing_later)
+    record = case.measure({}, True, 0.0, result)
+    assert record.variant(THREE).reason == "out of memory" and record.variant(ONE).status == "ok"
+    monkeypatch.setattr(rollout, "make_policy", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    result.cases = [record, case.measure({}, True, 0.0, result)]
+    result.cases[1].id += " again"
+    assert [v.reason for v in result.cases[1].variants] == ["out of memory"] and result.cases[1].floor is None
+    schema.read(dataclasses.asdict(result))
 
 
 def test_the_slots_of_a_gpu_are_right_in_bfloat16(monkeypatch):
