@@ -193,9 +193,9 @@ def cases(device: str, sizes: str) -> list[DecodeCase]:
             DecodeCase("docsum", device, 8, 8, 120, 40, (1, 8), blend, peers=True),
             DecodeCase("qwen2-30m", device, 8, 8, 120, 40, (1, 8), blend, most=7),
             DecodeCase("docsum", device, 64, 1, 120, 40, every, many),
-            DecodeCase("qwen2-30m", device, 64, 1, 120, 40, (1, 64), many, most=7),
             DecodeCase("docsum", device, 8, 1, 120, 40, (1, 8), blend),
             DecodeCase("qwen2-30m", device, 8, 1, 120, 40, (1, 8), blend, most=7),
+            DecodeCase("qwen2-30m", device, 64, 1, 120, 40, (1, 64), many, most=7),
         ]
     blend = ("rollout-floor", "rollout-blend-gpu")
     many = (*blend, "rollout-weightings-gpu")
