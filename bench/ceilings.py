@@ -65,14 +65,19 @@ def apply(result: schema.Result) -> None:
     for case in result.cases:
         if case.floor is None:
             continue
-        work = Work(case.floor.flops, case.floor.bytes, case.floor.exps)
-        case.floor = floor(work, case.dtype, result.ceilings)
+        case.floor = _again(case.floor, case.dtype, result.ceilings)
+        for variant in case.variants:
+            variant.floor = _again(variant.floor, case.dtype, result.ceilings)
         names = tuple(
             name
             for name, target in targets.TARGETS.items()
             if any(v.target == target.what for v in case.verdicts)
         )
         case.verdicts = targets.verdicts(names, case, result.ceilings, result.environment)
+
+
+def _again(found: schema.Floor | None, dtype: str, ceilings: dict) -> schema.Floor | None:
+    return None if found is None else floor(Work(found.flops, found.bytes, found.exps), dtype, ceilings)
 
 
 def _best(timer: Timer, call, runs: int) -> float:

@@ -129,6 +129,12 @@ def interleave(
     return samples
 
 
+def medians(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each name's seconds; a name that a call has not counts 0 there."""
+    names = dict.fromkeys(name for found in phases for name in found)
+    return {name: statistics.median(found.get(name, 0.0) for found in phases) for name in names}
+
+
 def summary(samples: Sequence[float]) -> Times:
     ordered = sorted(samples)
     q1, median, q3 = (

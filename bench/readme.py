@@ -1,7 +1,7 @@
 """README.md's figures, from the committed results.
 
 Between `<!-- bench:NAME -->` and `<!-- /bench -->` stand the tables of bench/results/NAME.json; NAME/targets is its targets,
-NAME/GROUP the cases of one group, NAME/GROUP/1 the first of them.
+NAME/rollouts is a line for each rollout, NAME/GROUP the cases of one group, NAME/GROUP/1 the first of them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def _block(name: str, results: Path) -> str:
     caption = f"{report.provenance(result)} (`bench/results/{stem}.json`)."
     if view == ["targets"]:
         body = report.targets(cases)
+    elif view == ["rollouts"]:
+        body = report.decode_table(cases)
     else:
         if view:
             cases = [case for case in cases if case.group == view[0]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bench.schema import Case, Result, Variant
-from bench.targets import OURS
+from bench.targets import OURS, blend_over_merged, most_over_one, most_weightings
 
-YARDSTICKS = ("torch", "torch, full logits", "trl + peft")
+YARDSTICKS = ("torch", "torch, full logits", "trl + peft", "transformers generate, merged model")
 
 
 def seconds(value: float) -> str:
@@ -116,7 +116,7 @@ def case_table(case: Case) -> list[str]:
                 spread(v),
                 f"{case.median(other) / median:.2f}x" if other and v.name != case.bare else "",
                 f"{median / bare:.2f}x" if bare and v.name != case.bare else "",
-                f"{100 * case.floor.seconds / median:.0f}%" if case.floor else "",
+                _of_floor(case, v),
                 size(v.extra_peak_bytes),
                 _worst(v),
                 f"{case.tokens / median:,.0f}" if case.tokens else "",
@@ -138,6 +138,8 @@ def case_table(case: Case) -> list[str]:
     ]
     if case.floor:
         names[4] += f" ({case.floor.bound})"
+    if case.bare and case.bare.startswith(OURS):
+        names[3] = f"of the {case.bare.partition(', ')[2]}'s time"
     # Where quartiles were not kept, the spread is the range; columns that no row fills are left out.
     if any(v.times is not None and v.times.q1 is None for v in case.variants):
         names[1] = "median [range]"
@@ -147,8 +149,44 @@ def case_table(case: Case) -> list[str]:
     return [*table, "", *phases] if phases else table
 
 
+def _of_floor(case: Case, variant: Variant) -> str:
+    floor = case.floor_of(variant)
+    return f"{100 * floor.seconds / variant.times.median:.0f}%" if floor else ""
+
+
+def decode_table(cases: Iterable[Case]) -> list[str]:
+    """A line for each case of the group `rollout`: its blend beside the merged model."""
+    rows = []
+    for case in cases:
+        found, merged, s = most_weightings(case), case.variant(case.bare), case.shape
+        if found is None or not case.median(case.bare):
+            continue
+        most, blend = found
+        over_one, base, other = most_over_one(case, {}), case.median(f"{OURS}, reference"), yardstick(case)
+        rows.append(
+            [
+                case.options["model"],
+                f"{s['rows']} in groups of {s['group']}",
+                spread(merged),
+                spread(blend),
+                str(most),
+                f"{blend_over_merged(case, {}):.2f}x",
+                f"{blend.times.median / base:.2f}x" if base else "",
+                f"{over_one:.2f}x" if over_one else "",
+                _of_floor(case, blend),
+                f"{case.tokens / blend.times.median:,.0f}",
+                f"{case.median(other) / blend.times.median:.1f}x" if other else "",
+            ]
+        )
+    names = [
+        "model", "rows", "step, merged model", "step, blend", "weightings", "over merged", "over base", "over one weighting",
+        "of its floor", "tokens/s", "faster than transformers generate",
+    ]  # fmt: skip
+    return markdown(names, rows) if rows else []
+
+
 def phase_table(case: Case) -> list[str]:
-    """Milliseconds of each phase of a training step and its share; empty where no variant knows them."""
+    """Milliseconds of each phase of a training step or a rollout and its share; empty where no variant knows them."""
     known = [v for v in case.variants if v.status == "ok" and v.phases]
     names = list(
         dict.fromkeys(name for v in sorted(known, key=lambda v: -len(v.phases)) for name in v.phases)

@@ -47,8 +47,9 @@ class Error:
 class Variant:
     """One way to compute a case. `reason` says why it is unavailable or wrong.
 
-    Of a training step: `phases`, the median seconds of each phase of it, and `measures`, numbers without a unit of time
-    (engine_share, logprob_gap_mean, logprob_gap_max).
+    Of a training step or a rollout: `phases`, the median seconds of each phase of it; of a training step `measures`, numbers
+    without a unit of time (engine_share, logprob_gap_mean, logprob_gap_max). `floor`: where the variant has another than its
+    case, since it computes more (low-rank factors beside the weights).
     """
 
     name: str
@@ -60,6 +61,7 @@ class Variant:
     errors: dict[str, Error] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
     measures: dict[str, float] = field(default_factory=dict)
+    floor: Floor | None = None
 
 
 @dataclass
@@ -105,10 +107,16 @@ class Case:
 
     @property
     def tokens(self) -> int | None:
-        """Of a training step: prompt and completion, a prompt once for each of its completions; None for other cases."""
+        """Of what a time is for: of a training step prompt and completion, a prompt once for each of its completions; of a
+        decode step one of each row; None for other cases."""
+        if self.op == "decode_step":
+            return self.shape["rows"]
         if self.op != "step":
             return None
         return self.shape["batch"] * (self.shape["prompt"] + self.shape["new"])
+
+    def floor_of(self, variant: Variant) -> Floor | None:
+        return variant.floor or self.floor
 
     def median(self, name: str | None) -> float | None:
         """Of a variant that ran and is right, else None."""

@@ -122,7 +122,7 @@ def _run_group(group, device, sizes, options, modules, timer, result: schema.Res
             rounds = Rounds(3, 5, 0.5 * share) if options.quick else Rounds(seconds=0.7 * share)
             record = run_case(case, modules, timer, result.ceilings, rounds, result.environment, options.seed)
         else:
-            record = case.measure(modules, options.quick, share, result.environment)
+            record = case.measure(modules, options.quick, share, result)
         result.cases.append(record)
         schema.save(result, options.out)
         say(f"{time.monotonic() - start:6.1f} s  {report.line(record)}")

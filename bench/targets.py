@@ -6,12 +6,15 @@ threads, its value is reported with `met` left open. No verdict comes from a var
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bench.schema import Case, Verdict
+from bench.schema import Case, Variant, Verdict
 
 OURS = "clp-engine"
+MERGED = f"{OURS}, merged model"  # of a rollout; see bench.cases.rollout
+_WEIGHTINGS = re.compile(rf"{OURS}, (\d+) weightings?")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,39 @@ def _engine_share(case: Case, ceilings: Mapping) -> float | None:
     return max(shares) if shares and None not in shares else None
 
 
+def of_weightings(count: int) -> str:
+    """The variant of a rollout with so many different weightings in its batch."""
+    return f"{OURS}, {count} weighting{'' if count == 1 else 's'}"
+
+
+def most_weightings(case: Case) -> tuple[int, Variant] | None:
+    """A rollout's variant with the most weightings and how many they are; None where another one did not run or is wrong, lest
+    an easier one be judged."""
+    offered = [(int(m[1]), v) for v in case.variants if (m := _WEIGHTINGS.fullmatch(v.name))]
+    if not offered or any(case.median(v.name) is None for _, v in offered):
+        return None
+    return max(offered, key=lambda found: found[0])
+
+
+def _of_decode_bandwidth(case: Case, ceilings: Mapping) -> float | None:
+    found = most_weightings(case)
+    floor = case.floor_of(found[1]) if found else None
+    return floor.bytes / found[1].times.median / ceilings["copy_bytes"] if floor else None
+
+
+def _most_over(case: Case, other: str) -> float | None:
+    found, beside = most_weightings(case), case.median(other)
+    return found[1].times.median / beside if found and beside and found[1].name != other else None
+
+
+def blend_over_merged(case: Case, ceilings: Mapping) -> float | None:
+    return _most_over(case, MERGED)
+
+
+def most_over_one(case: Case, ceilings: Mapping) -> float | None:
+    return _most_over(case, of_weightings(1))
+
+
 TARGETS = {
     "multi-lora-4096": Target(
         "multi-LoRA fwd+bwd 4096x4096, T=8192, over the frozen linear alone", "H200", "<=", 1.08, _over
@@ -108,6 +144,22 @@ TARGETS = {
     ),
     "statistics-cpu-memory": Target(
         "the same, peak extra memory over that of float32 logits", "2 CPU cores", "<=", 0.1, _memory_of_logits
+    ),
+    "rollout-floor": Target(
+        "decode step of a rollout, most weightings, share of its bandwidth floor", "H200", ">=", 0.70, _of_decode_bandwidth
+    ),
+    "rollout-blend-gpu": Target(
+        "decode step of a rollout, most weightings, over the merged model", "H200", "<=", 1.1, blend_over_merged
+    ),
+    "rollout-blend-cpu": Target(
+        "decode step of a rollout, most weightings, over the merged model", "2 CPU cores", "<=", 1.1, blend_over_merged
+    ),
+    "rollout-weightings-gpu": Target(
+        "decode step of a rollout, most weightings, over one weighting", "H200", "<=", 1.02, most_over_one
+    ),
+    "rollout-weightings-cpu": Target(
+        "decode step of a rollout, most weightings, over one weighting", "2 CPU cores", "<=", 1.02,
+        most_over_one,
     ),
     "step-cpu": Target("whole training step, times faster than TRL + PEFT", "2 CPU cores", ">=", 4, _times_faster_than_trl),
     "step-gpu": Target("whole training step, times faster than TRL + PEFT (+ Liger)", "H200", ">=", 2, _times_faster_than_trl),

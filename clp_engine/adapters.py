@@ -27,32 +27,41 @@ class Blend:
 
     coefficients: (rows, D), a coefficient for each of D deltas; None means the base model, at no extra cost. A row of them per
     sequence of the batch, or, where the batch is one row of packed tokens, index (N,): which row each token has.
+    factors: low-rank factors (A, B) of some layers that were converted to the activations' dtype beforehand: decoding would
+    convert them for every token.
     """
 
     coefficients: torch.Tensor | None = None
     index: torch.Tensor | None = None
+    factors: Mapping[ConditionedLinear, tuple[torch.Tensor, torch.Tensor]] | None = None
     _gates: dict[tuple, torch.Tensor] = field(default_factory=dict)
     _groups: tuple[torch.Tensor, torch.Tensor | None] | None = None
     _last: tuple | None = None
 
     @contextlib.contextmanager
-    def use(self, coefficients: torch.Tensor | None, index: torch.Tensor | None = None) -> Iterator[None]:
+    def use(
+        self,
+        coefficients: torch.Tensor | None,
+        index: torch.Tensor | None = None,
+        factors: Mapping[ConditionedLinear, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> Iterator[None]:
         """Inside, `coefficients` are in force. What was derived from the same tensors the last time is still there: decoding
         comes back with them for every token."""
-        before = self.coefficients, self.index, self._gates, self._groups
+        before = self.coefficients, self.index, self.factors, self._gates, self._groups
         # A compiled graph would be bound to the tensors that are remembered.
         remembers = not torch.compiler.is_compiling()
         same = (
             remembers and self._last is not None and self._last[0] is coefficients and self._last[1] is index
         )
         gates, groups = self._last[2:] if same else ({}, None)
-        self.coefficients, self.index, self._gates, self._groups = coefficients, index, gates, groups
+        self.coefficients, self.index, self.factors = coefficients, index, factors
+        self._gates, self._groups = gates, groups
         try:
             yield
         finally:
             if remembers and coefficients is not None and not coefficients.requires_grad:
                 self._last = coefficients, index, self._gates, self._groups
-            self.coefficients, self.index, self._gates, self._groups = before
+            self.coefficients, self.index, self.factors, self._gates, self._groups = before
 
     def gate(self, ranks: tuple[int, ...], scalings: tuple[float, ...]) -> torch.Tensor:
         """(rows, R), computed once per blend for all layers of the same ranks."""
@@ -210,11 +219,13 @@ class ConditionedLinear(ConditionedProjection):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._blend.coefficients is None:
             return self.base(x)
+        kept = None if self._blend.factors is None else self._blend.factors.get(self)
+        a, b = kept or (self.lora_a.to(x.dtype), self.lora_b.to(x.dtype))
         return multi_lora_linear(
             x,
             self.weight,
-            self.lora_a.to(x.dtype),
-            self.lora_b.to(x.dtype),
+            a,
+            b,
             self._blend.gate(self.ranks, self.scalings),
             bias=self.bias,
             gate_index=self._blend.index_for(x),

@@ -7,7 +7,8 @@ them; a step runs over the first so many slots, a bucket, whoever is in them:
 
 The rows of a group are one matrix product with their prompt's keys: these are read once per group and token. Buckets are powers
 of two, prompts and completions have room for a multiple of ROUND tokens, so that a few graphs serve a whole run; they outlive
-the rollout with their buffers and are captured again where a parameter has moved.
+the rollout with their buffers and are captured again where a parameter has moved. Factors are converted to the model's dtype
+once for a rollout: what the graph reads of them are copies.
 
 On a GPU a step is one graph launch. Elsewhere, or where capture fails (said once), the same step runs as it is.
 """
@@ -15,6 +16,7 @@ On a GPU a step is one graph launch. Elsewhere, or where capture fails (said onc
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -55,6 +57,7 @@ class Slots:
 
     keys, values, by layer: of prompts (count, Hkv, width, D), of rows (count * group, Hkv, room, D). prompt_lengths (count,)
     and lengths (count * group,): what of them is filled. coefficients (count * group, D) of the blend, zero without one.
+    factors, by layer: its low-rank factors in the model's dtype, where they are kept in another.
     """
 
     count: int
@@ -65,6 +68,7 @@ class Slots:
     deltas: int
     prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     own: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = field(default_factory=dict)
     parameters: tuple[int, ...] = ()
 
@@ -91,6 +95,17 @@ class Slots:
         self.own[layer] = tuple(
             keys.new_zeros(self.count * self.group, heads, self.room, size) for _ in range(2)
         )
+
+    def convert(self, layers: Mapping[str, ConditionedLinear]) -> None:
+        """Take the layers' factors as they are now: once for a rollout, and not in the step, for every token."""
+        for name, layer in layers.items():
+            dtype, own = layer.weight.dtype, (layer.lora_a, layer.lora_b)
+            if own[0].dtype is dtype:
+                continue
+            if name not in self.factors:
+                self.factors[name] = tuple(torch.empty_like(t, dtype=dtype) for t in own)
+            for kept, t in zip(self.factors[name], own):
+                kept.copy_(t)
 
     def move(self, source: int, target: int) -> None:
         """The group in one slot to another."""
@@ -222,6 +237,8 @@ class SlotDecoding:
         self._policy, self._backbone = policy, policy.backbone
         self._prompts, self._blends, self._group = (prompt_ids, prompt_mask), blend, group
         self._slots = _slots_for(policy, at_once, prompt_ids.shape[1], group, room)
+        with torch.no_grad():
+            self._slots.convert(policy.layers)
         self._taken = [0] * self._slots.count  # rows that still run, by slot
         self._rows = torch.empty(0, dtype=torch.long, device=policy.device)  # where each running row lies
 
@@ -321,9 +338,10 @@ class SlotDecoding:
         step = Step(s, count)
         # A new tensor, so that nothing derived from other coefficients at the same address is used again.
         blend = s.coefficients[: step.rows]
+        factors = {policy.layers[name]: kept for name, kept in s.factors.items()}
         token = _step.set(step)
         try:
-            with policy.blend.use(blend), self._backbone.attention(NAME):
+            with policy.blend.use(blend, factors=factors), self._backbone.attention(NAME):
                 hidden = self._backbone.decoder(
                     input_ids=s.tokens[: step.rows], position_ids=step.positions(), use_cache=False
                 ).last_hidden_state
@@ -341,5 +359,5 @@ def _slots_for(policy: ConditionedPolicy, at_once: int, width: int, group: int, 
         deltas = len(policy.spec.ranks)
         slots = policy.slots = Slots(at_once, width, group, room, policy.device, deltas)
     if slots.parameters != addresses:
-        slots.parameters, slots.graphs = addresses, {}
+        slots.parameters, slots.factors, slots.graphs = addresses, {}, {}
     return slots

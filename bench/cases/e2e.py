@@ -35,6 +35,7 @@ from types import ModuleType
 import torch
 
 from bench import schema, targets
+from bench.measure import medians, summary
 from bench.memory import extra_peak
 from bench.peers import why_not_importable
 
@@ -63,8 +64,7 @@ class Steps:
 
     def phase_medians(self) -> dict[str, float]:
         """Median seconds of each phase, and the rest of a step."""
-        names = dict.fromkeys(name for phases in self.phases for name in phases)
-        found = {name: statistics.median(p.get(name, 0.0) for p in self.phases) for name in names}
+        found = medians(self.phases)
         rest = statistics.median(s - sum(p.values()) for s, p in zip(self.seconds, self.phases))
         return {**found, REST: max(0.0, rest)} if found else {}
 
@@ -103,7 +103,7 @@ class StepCase:
         return schema.case_id("e2e", self.title, self.shape, self.dtype, {"model": self.model})
 
     def measure(
-        self, modules: Mapping[str, ModuleType], quick: bool, share: float, environment: Mapping
+        self, modules: Mapping[str, ModuleType], quick: bool, share: float, result: schema.Result
     ) -> schema.Case:
         steps, least, most = (2, 2, 2) if quick else (self.steps, 2, 5)
         variants = {v.name: v for v in self._unavailable(modules)}
@@ -124,7 +124,7 @@ class StepCase:
                 try:
                     peak = extra_peak(whole, self.device)
                 except Exception as error:
-                    variants[name] = _raised(name, error)
+                    variants[name] = raised(name, error)
                     continue
                 finally:
                     if self.device == "cuda":
@@ -135,7 +135,7 @@ class StepCase:
                     before.extra_peak_bytes = min(before.extra_peak_bytes, peak)
                 seen[name].add(found)
         self._engine_share(variants)
-        return self._record(list(variants.values()), seen, environment)
+        return self._record(list(variants.values()), seen, result.environment)
 
     def _engine_share(self, variants: Mapping[str, schema.Variant]) -> None:
         """Of each variant of ours, in a run of its own: its spans cost time, little as it is."""
@@ -149,11 +149,9 @@ class StepCase:
                 except (
                     Exception
                 ) as error:  # the times that were measured are worth keeping; the target is then not judged
-                    say(f"{self.id}: {name}: no profile: {_raised(name, error).reason}")
+                    say(f"{self.id}: {name}: no profile: {raised(name, error).reason}")
 
     def _record(self, variants, seen: Mapping[str, Steps], environment: Mapping) -> schema.Case:
-        from bench.measure import summary
-
         for variant in variants:
             if variant.status == "ok":
                 found = seen[variant.name]
@@ -219,7 +217,7 @@ def case_of(model: str, device: str) -> StepCase:
     return known[model]
 
 
-def _raised(name: str, error: Exception) -> schema.Variant:
+def raised(name: str, error: Exception) -> schema.Variant:
     if isinstance(error, torch.OutOfMemoryError):
         return schema.Variant(name, "unavailable", "out of memory")
     first = (str(error).strip().splitlines() or [""])[0]
@@ -231,7 +229,7 @@ def prompts_of(count: int, tokens: int) -> list[dict[str, str]]:
     """Prompts of exactly `tokens` tokens, from the text of the training split."""
     from clp_engine.tasks.docsum import load_dataset
 
-    tokenizer = _tokenizer()
+    tokenizer = load_tokenizer()
     rows, pool = [], []
     for row in load_dataset("train"):
         pool += tokenizer(row["document"]).input_ids
@@ -261,7 +259,7 @@ OUR_REWARDS = {
 }
 
 
-def _tokenizer():
+def load_tokenizer():
     from transformers import AutoTokenizer
 
     from clp_engine.tasks.docsum import checkpoint_path
@@ -313,17 +311,17 @@ class Phases:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
+        start = self.now()
         self._open.append(0.0)
         try:
             yield
         finally:
-            spent = self._now() - start
+            spent = self.now() - start
             self.seconds[phase] += spent - self._open.pop()
             if self._open:
                 self._open[-1] += spent
 
-    def _now(self) -> float:
+    def now(self) -> float:
         self._synchronise()
         return time.perf_counter()
 
@@ -366,7 +364,7 @@ def _step_clock(device: str):
             self._optimiser.__exit__(None, None, None)
 
         def on_step_end(self, args, state, control, **_):
-            now = self.phases._now()
+            now = self.phases.now()
             spent = self.phases.drain()
             if self._before is not None:
                 self.seconds.append(now - self._before)
@@ -390,7 +388,7 @@ def trl_steps(case: StepCase, steps: int, liger: bool) -> Steps:
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer, clock = _tokenizer(), _step_clock(case.device)
+    tokenizer, clock = load_tokenizer(), _step_clock(case.device)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
@@ -447,7 +445,7 @@ def our_trainer(
     from clp_engine.config import CLPConfig
     from clp_engine.trainer import CLPTrainer
 
-    tokenizer = _tokenizer()
+    tokenizer = load_tokenizer()
     config = CLPConfig(
         output_dir=folder,
         per_device_train_batch_size=case.batch,

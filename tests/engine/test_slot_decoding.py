@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from engine.conftest import CAUSAL, build_policy
+from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
 
 from clp_engine import slot_decoding
 from clp_engine.conditions import Conditions
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import SamplingParams, pad_left, rollout
 from clp_engine.slot_decoding import SlotDecoding
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [40, 41]]
@@ -82,6 +82,35 @@ def test_slots_are_kept_for_the_next_rollout_and_graphs_for_the_same_parameters(
     assert policy.slots is slots and not slots.graphs
     rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(slot_decoding.ROUND + 1))
     assert policy.slots is not slots
+
+
+def test_factors_are_converted_once_for_a_rollout_and_anew_for_the_next(with_slots):
+    policy = ConditionedPolicy.from_pretrained(
+        build_model("qwen2").bfloat16(), ["a", "b"], tokenizer=build_tokenizer("qwen2"), rank=4
+    )
+    parameters = [p for n, p in policy.adapter_parameters().items() if n.endswith("lora_b")]
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+    def scale(by):
+        with torch.no_grad():
+            for p in parameters:
+                p.normal_(0, 0.1, generator=torch.Generator().manual_seed(1)).mul_(by)
+
+    def logits(meanwhile=None):
+        ids, mask = pad_left(PROMPTS, 0, policy.device)
+        decoding = SlotDecoding(policy, ids, mask, policy.coefficients(MIXED), 1, 4, 5)
+        decoding.add(slice(None))
+        if meanwhile is not None:
+            scale(meanwhile)
+        return decoding.step(torch.arange(5))
+
+    scale(1)
+    before = logits()
+    assert torch.equal(logits(meanwhile=3), before)  # the step reads the copies, not the parameters
+    after = logits()
+    assert not torch.equal(after, before)
+    policy.slots = None
+    assert torch.equal(after, logits())
 
 
 def test_whole_weights_and_models_with_attention_of_their_own_are_not_served():
