@@ -6,12 +6,13 @@ known there: 4 bytes for every 16384 elements, so that a program finds its tenso
 
 A program walks its chunk block by block: whole blocks without masks, in 16-byte accesses where all addresses allow it, and
 what is left of the tensor under a mask. Of G blends, each reads its block of the stack again, from cache after the first.
-The floor is (M + 1) x size bytes (M + G for G blends). Tiles have not been tuned on a device.
+The floor is (M + 1) x size bytes (M + G for G blends). On devices in `tuned.py` the blocks of `blend` are measured ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,12 +22,37 @@ from torch import Tensor
 from clp_kernels.backends import interpreting
 from clp_kernels.reference import interpolation as reference
 from clp_kernels.tensor_lists import Blends, Pairs, Sparse, dense
-from clp_kernels.triton_kernels.aot import AotSpec, recorded
+from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
+from clp_kernels.triton_kernels.tuning import Tunable
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _CHUNK = 16384  # elements a program
 _BLOCK = 2048  # elements at once: 16 a thread, two 16-byte loads of each 2-byte tensor
 _WARPS = 4
+
+
+class Blocks(NamedTuple):
+    chunk: int
+    block: int
+    num_warps: int
+
+
+_BLEND = Blocks(_CHUNK, _BLOCK, _WARPS)
+BLEND = Tunable(
+    "blend",
+    ("models",),
+    {
+        "plain": (
+            _BLEND,
+            (8192, 2048, 4),
+            (32768, 2048, 4),
+            (16384, 1024, 4),
+            (16384, 4096, 8),
+            (65536, 4096, 8),
+        )
+    },
+    Blocks._make,
+)
 _SUMS = 1024  # partial sums at once
 
 
@@ -223,9 +249,9 @@ def _sparsify(
         _sparse_block(source, out, at, at < last, state, kept, threshold, scale, TYPE)
 
 
-def _chunks(sizes: Sequence[int], device: torch.device) -> tuple[list[int], Tensor]:
+def _chunks(sizes: Sequence[int], device: torch.device, chunk: int = _CHUNK) -> tuple[list[int], Tensor]:
     """The number of the first chunk of each item, and the item of each chunk on the device."""
-    counts = [triton.cdiv(size, _CHUNK) for size in sizes]
+    counts = [triton.cdiv(size, chunk) for size in sizes]
     firsts = [0]
     for count in counts:
         firsts.append(firsts[-1] + count)
@@ -252,7 +278,8 @@ def blend(call: Blends) -> None:
     _, blends, models = weights.shape
     alive: list[Tensor] = []
     sizes = [out.numel() // blends for out in call.outs]
-    firsts, owner = _chunks(sizes, device)
+    blocks = BLEND.choice("plain", call.stacks[0][0], models) or _BLEND
+    firsts, owner = _chunks(sizes, device, blocks.chunk)
     rows, addresses = [], []
     for p, (parts, out) in enumerate(zip(call.stacks, call.outs)):
         base = dense([call.bases[p][None]], alive)[0] if call.bases is not None else 0
@@ -274,9 +301,9 @@ def blend(call: Blends) -> None:
             TYPE=_TYPES[call.stacks[0][0].dtype],
             OUT_TYPE=_TYPES[call.outs[0].dtype],
             ALIGNED=aligned,
-            CHUNK=_CHUNK,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            CHUNK=blocks.chunk,
+            BLOCK=blocks.block,
+            num_warps=blocks.num_warps,
         )
 
 
@@ -398,3 +425,7 @@ def aot_specs() -> Iterator[AotSpec]:
         yield from recorded(f"inner products {dtype}", pairs(dtype), generations)
         yield from recorded(f"random mask {dtype}", sparse(dtype, True), generations)
         yield from recorded(f"magnitude mask {dtype}", sparse(dtype, False), generations)
+        for models in (2, 16):
+            yield from recorded_choices(
+                BLEND, lambda *_, d=dtype, m=models: blends(d, d, m, 4, True, "consensus_mean")
+            )
