@@ -1,4 +1,4 @@
-"""python -m bench: list | run | tune | profile-step | work | compare | plot | readme. bench/README.md says how things are measured.
+"""python -m bench: list | run | tune | profile-step | work | compare | plot | readme; see bench/README.md.
 
 python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
 python -m bench tune [KERNEL ...] --out FILE [--budget 240] [--resume]    the kernels' tiles and choices, on this device

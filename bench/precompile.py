@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+PATIENCE = 150  # seconds: of a run of four minutes, what is not compiled by then had better be measured
 Launch = tuple[Any, tuple, Any, dict]  # kernel, arguments, grid, keywords
 
 _launches: list[Launch] = []  # inherited by the processes: a kernel cannot be pickled
@@ -77,6 +78,9 @@ def compile_ahead(launches: list[Launch], target: GPUTarget, processes: int | No
     try:
         context = multiprocessing.get_context("fork")
         with context.Pool(processes or os.cpu_count() or 1, _begin, (target,)) as pool:
-            return [problem for problem in pool.imap_unordered(_compile, range(len(launches))) if problem]
+            done = pool.map_async(_compile, range(len(launches)), chunksize=1)
+            return [problem for problem in done.get(PATIENCE) if problem]
+    except multiprocessing.TimeoutError:
+        return [f"not all were compiled within {PATIENCE} s; the rest is compiled when it is launched"]
     finally:
         _launches.clear()
