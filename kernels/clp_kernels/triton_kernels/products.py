@@ -25,8 +25,7 @@ _TILES = {
 # The first that is not wider than needed: the last is for a rank.
 _DESCRIBED = (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4))
 _DESCRIBED_CANDIDATES = (
-    *_DESCRIBED, (128, 256, 64, 8, 3), (256, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 5), (128, 128, 64, 4, 4),
-    (128, 128, 128, 8, 3),
+    *_DESCRIBED, (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 5), (128, 128, 64, 4, 4), (128, 128, 128, 8, 3),
 )  # fmt: skip
 PRODUCT = Tunable(
     "product",
