@@ -57,17 +57,21 @@ HOPELESS = 3.0  # times the best estimate: not measured
 
 @dataclass(frozen=True)
 class Trial:
-    """`call(inputs)` gives named outputs, under the choice that is forced by `forced(choice)`."""
+    """A case, and how its variants are made: call(inputs) gives named outputs, within forced(choice), a context manager.
+
+    default           what is taken where nothing was measured
+    inputs            named shapes, as `drawn` reads them; empty: the kernels are not compiled ahead of time
+    estimate          choice -> seconds; None: in the order of the candidates
+    between_kernels   the choice is one between kernels, whose tiles are to be measured first
+    """
 
     case: Case
     tunable: tuning.Tunable
     call: Callable[[Tensors], Tensors]
     default: Any
-    forced: Callable[[Any], Any]  # a context manager
-    inputs: Mapping[str, tuple] = field(
-        default_factory=dict
-    )  # for `ahead`; empty: not compiled ahead of time
-    estimate: Callable[[Any], float] | None = None  # seconds; None: in the order of the candidates
+    forced: Callable[[Any], Any]
+    inputs: Mapping[str, tuple] = field(default_factory=dict)
+    estimate: Callable[[Any], float] | None = None
     between_kernels: bool = False
 
     @property

@@ -32,21 +32,25 @@ _TILES = {
     "hip": {"single": Tile(128, 128, 32, 8, 2), "pair": Tile(64, 64, 32, 4, 2)},
     "plain": {"single": Tile(64, 64, 32, 4, 2), "pair": Tile(32, 64, 16, 8, 2)},
 }
-# With three stages in place of four these spill, and so does a pair of 64 x 256.
-_CANDIDATES = {
-    "tma single": (
-        _TILES["tma"]["single"], (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 128, 8, 3),
-        (64, 256, 64, 4, 4),
-    ),
-    "tma pair": (
-        _TILES["tma"]["pair"], (64, 128, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 8, 4),
-    ),
+# Those of the gradient are fewer: 256 x 128, and 128 x 128 with four warps, spill there. Forward, three stages in place of
+# four spill, and so does a pair of 64 x 256.
+_BOTH_WAYS = {
+    "tma pair": (_TILES["tma"]["pair"], (64, 128, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 8, 4)),
     "plain single": (_TILES["plain"]["single"], (64, 64, 16, 4, 3), (64, 64, 16, 8, 3)),
     "plain pair": (_TILES["plain"]["pair"], (64, 64, 16, 8, 2), (32, 64, 16, 4, 2)),
-}  # fmt: skip
-# Not by rows: a row's statistics do not depend on what else is in the batch.
-FORWARD = Tunable("head_forward", ("vocabulary", "width"), _CANDIDATES, Tile._make)
-GRADIENT = Tunable("head_gradient", ("vocabulary", "width"), _CANDIDATES, Tile._make)
+}
+_SINGLE = (_TILES["tma"]["single"], (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (64, 256, 64, 4, 4))
+_SIZES = (
+    "vocabulary",
+    "width",
+)  # not the rows: a row's statistics do not depend on what else is in the batch
+FORWARD = Tunable(
+    "head_forward",
+    _SIZES,
+    {"tma single": (*_SINGLE, (256, 128, 64, 8, 4), (128, 128, 64, 4, 4)), **_BOTH_WAYS},
+    Tile._make,
+)
+GRADIENT = Tunable("head_gradient", _SIZES, {"tma single": _SINGLE, **_BOTH_WAYS}, Tile._make)
 
 
 @triton.jit

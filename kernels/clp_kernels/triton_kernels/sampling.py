@@ -36,7 +36,6 @@ class Blocks(NamedTuple):
 
 _CANDIDATES = (
     (4096, _SELECT_BLOCK, 8), (2048, 512, 4), (2048, 512, 8), (4096, 512, 16), (8192, 512, 16), (4096, 256, 8),
-    (4096, 1024, 16),
 )  # fmt: skip
 # Not by rows: what is drawn for a row does not depend on the others.
 SAMPLE = Tunable("sample", ("vocabulary",), {"whole": _CANDIDATES, "truncated": _CANDIDATES}, Blocks._make)
