@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from bench import schema, tune, tuned_table  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.case import Case, Work  # noqa: E402
 from bench.measure import Timer  # noqa: E402
-from bench.trials import Trial, first, second, third, tiny  # noqa: E402
+from bench.trials import Trial, first, name_of, second, third, tiny  # noqa: E402
 from bench.tuned_table import Measured  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +179,38 @@ def test_a_rendered_table_reads_as_it_was_written(tmp_path):
     (tmp_path / "t.py").write_text(tuned_table.rendered(found))
     assert runpy.run_path(str(tmp_path / "t.py"))["DEVICES"] == tuned_table.tables(found)
     assert "(64, 64): (3, 4),  # 0.50 of the default's time" in (tmp_path / "t.py").read_text()
+
+
+def test_all_of_a_gpus_trials_make_a_table_of_candidates(tmp_path):
+    """Random times for every choice of every trial, into a scratch file."""
+    draw, cases, trials = random.Random(0), [], [t for tier in (first, second, third) for t in tier("cuda")]
+    for trial in trials:
+        variants = []
+        for choice, _ in trial.ranked():
+            seconds = draw.uniform(0.9, 1.2)
+            variants.append(schema.Variant(name_of(choice), "ok", times=schema.Times(*[seconds] * 5, 7)))
+        case = trial.case
+        options = {
+            **{name: str(value) for name, value in case.options.items()},
+            "default": name_of(trial.default),
+        }
+        cases.append(
+            schema.Case(
+                case.id, "tune", case.op, case.title, dict(case.shape), case.dtype_name, variants, options
+            )
+        )
+    facts = {"date": "2000-01-01", "commit": "0" * 40 + "-dirty", "versions": {"torch": "2", "triton": "3"}}
+    settings = {"table": "a GPU", "capability": "sm_90"}
+    schema.save(schema.Result(1, facts, settings, {}, [], cases), tmp_path / "r.json")
+    report = tuned_table.write([tmp_path / "r.json"], tmp_path / "t.py")
+    text = (tmp_path / "t.py").read_text()
+    assert max(map(len, text.splitlines())) <= 128 and "nan" not in report
+    choices = runpy.run_path(str(tmp_path / "t.py"))["DEVICES"]["a GPU"]["choices"]
+    tunables = {trial.tunable.kernel: trial.tunable for trial in trials}
+    assert {kernel for kernel, *_ in choices} == set(tunables)
+    for (kernel, family, _), entries in choices.items():
+        defaults = [t.default for t in trials if t.tunable.kernel == kernel and t.family == family]
+        assert set(entries.values()) <= {*tunables[kernel].candidates[family], *defaults}
 
 
 # --- the command
