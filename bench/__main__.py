@@ -1,6 +1,8 @@
-"""python -m bench: list | run | profile-step | work | compare | plot | readme. See bench/README.md for how things are measured.
+"""python -m bench: list | run | tune | profile-step | work | compare | plot | readme; see bench/README.md.
 
 python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
+python -m bench tune [KERNEL ...] --out FILE [--budget 240] [--resume]    the kernels' tiles and choices, on this device
+python -m bench tune --write FILE ...           the table of them in the code, from such files
 python -m bench profile-step --model docsum     every millisecond of a training step, and the engine's own share
 python -m bench work [--operators]             what a training step does, counted
 python -m bench compare BEFORE.json AFTER.json [--tolerance 0.05]
@@ -58,6 +60,23 @@ def parser() -> argparse.ArgumentParser:
     )
     ceilings.set_defaults(groups=[], budget=0.0, only=None, backends="")
 
+    tune = commands.add_parser(
+        "tune", help="the kernels' tiles and the choices between kernels: measure, or write the table"
+    )
+    tune.add_argument("kernels", nargs="*", metavar="KERNEL", help="default: all")
+    tune.add_argument("--out", metavar="FILE", help="the result, written after every trial")
+    tune.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one; cpu is a rehearsal"
+    )
+    tune.add_argument("--sizes", choices=("gpu", "tiny"), help="default: by the device")
+    tune.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="default %(default)s")
+    tune.add_argument("--resume", action="store_true", help="keep what FILE holds and measure the rest")
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument(
+        "--write", nargs="+", metavar="FILE", help="make the table of these files' measurements"
+    )
+    tune.add_argument("--to", metavar="PATH", help="the table to write (default: the one in the code)")
+
     profile = commands.add_parser(
         "profile-step", help="every millisecond of a training step, and the engine's own share"
     )
@@ -114,6 +133,14 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import suite
 
         return suite.show(options) if options.command == "list" else suite.run(options)
+    if options.command == "tune":
+        if bool(options.out) == bool(options.write):
+            raise SystemExit(
+                "bench tune: expected --out FILE, to measure, or --write FILE ..., to make the table"
+            )
+        from bench import tune
+
+        return tune.run(options)
     if options.command == "profile-step":
         from bench import step_profile
 

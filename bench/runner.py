@@ -38,14 +38,9 @@ def run_case(
         if isinstance(prepare, str):
             variants.append(schema.Variant(name, "unavailable", prepare))
             continue
-        try:
-            variant, ready[name] = _check(case, name, prepare, sets, plain, exact, timer)
-        except Refused as reason:
-            variant = schema.Variant(name, "unavailable", str(reason))
-        except Exception as error:
-            # A variant's failure is a result too; ours makes the run fail (see `failures`).
-            _check_device(timer.device, name, error)
-            variant = schema.Variant(name, "unavailable", _reason(error))
+        variant, found = attempt(case, name, prepare, sets, plain, exact, timer)
+        if found is not None:
+            ready[name] = found
         variants.append(variant)
         if timer.device == "cuda":
             torch.cuda.empty_cache()
@@ -100,12 +95,41 @@ def offers(case: Case, peers: Mapping[str, ModuleType]) -> Iterator[tuple[str, P
         yield peer.NAME, reason
 
 
+def attempt(
+    case: Case,
+    name: str,
+    prepare: Prepare,
+    sets: list[Tensors],
+    plain: Tensors,
+    exact: Tensors,
+    timer: Timer,
+    memory: bool = True,
+) -> tuple[schema.Variant, Timed | None]:
+    """The variant, checked, and how it is timed; None where it raised. memory: whether its peak is of interest, which takes
+    longer than many a call."""
+    try:
+        return _check(case, name, prepare, sets, plain, exact, timer, memory)
+    except Refused as reason:
+        return schema.Variant(name, "unavailable", str(reason)), None
+    except Exception as error:
+        # A variant's failure is a result too; ours makes the run fail (see `failures`).
+        _check_device(timer.device, name, error)
+        return schema.Variant(name, "unavailable", _reason(error)), None
+
+
 def _check(
-    case: Case, name: str, prepare: Prepare, sets: list[Tensors], plain: Tensors, exact: Tensors, timer: Timer
+    case: Case,
+    name: str,
+    prepare: Prepare,
+    sets: list[Tensors],
+    plain: Tensors,
+    exact: Tensors,
+    timer: Timer,
+    memory: bool,
 ) -> tuple[schema.Variant, Timed]:
     first = prepare(case, sets[0])
     errors, reason = _errors(case, name, first, sets[0], plain, exact)
-    peak = extra_peak(first.call, case.device)
+    peak = extra_peak(first.call, case.device) if memory else None
     calls = [first.call, *(prepare(case, inputs).call for inputs in sets[1:])]
     variant = schema.Variant(name, "wrong" if reason else "ok", reason, extra_peak_bytes=peak, errors=errors)
     return variant, timed(timer, calls)

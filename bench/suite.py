@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 OUT_OF_TIME = 3  # the exit code where a budget did not last: --resume measures the rest
 
 
-def _device(options: argparse.Namespace) -> str:
+def chosen_device(options: argparse.Namespace) -> str:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device")
@@ -31,7 +31,7 @@ def _sizes(options: argparse.Namespace, device: str) -> str:
 
 
 def show(options: argparse.Namespace) -> int:
-    device = _device(options)
+    device = chosen_device(options)
     print(f"peers on {device}")
     for name, peer in peers.chosen(options.peers.split(",")).items():
         version = environment.package_version(peer.PACKAGE) or "not installed"
@@ -47,7 +47,7 @@ def show(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     cpus = [int(c) for c in options.cpus.split(",")] if options.cpus else None
     environment.pin(cpus, options.threads)
-    device = _device(options)
+    device = chosen_device(options)
     sizes = _sizes(options, device)
     modules = peers.chosen(options.peers.split(","))
     clp.backends[:] = [name for name in options.backends.split(",") if name]
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         "peak_memory": "torch.cuda.max_memory_allocated" if device == "cuda" else "resident memory, high-water mark",
         "left_out": {},
     }  # fmt: skip
-    result = _resumed(options, facts, settings)
+    result = resumed(options, facts, settings)
     if result is None:
         say(f"ceilings of {facts['device']}")
         measured = ceilings.measure(device, DTYPES, cache, small=sizes == "tiny")
@@ -129,7 +129,7 @@ def _run_group(group, device, sizes, options, modules, timer, result: schema.Res
     return False
 
 
-def _resumed(options: argparse.Namespace, facts: dict, settings: dict) -> schema.Result | None:
+def resumed(options: argparse.Namespace, facts: dict, settings: dict) -> schema.Result | None:
     """What the file holds already; None where there is nothing to go on from."""
     path = Path(options.out)
     if not path.exists():

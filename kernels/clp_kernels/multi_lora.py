@@ -12,9 +12,10 @@ itself takes (5% at K = 1024, R = 48) and would cost one more read of x.
 
 Where no gradient is asked for and all rows share one gate row, `merged_weight` and a plain product are the alternative:
 merging costs 2 N R K FLOPs and a read and a write of the weight, and saves 2 R (K + N) FLOPs a row. `merge_pays` compares
-the two; on a GPU it takes thousands of rows a call (17,000 at K = N = 4096, R = 48, if the device does 184 FLOPs in the
-time of a byte), so that calls of training and decoding stay factored, and a long prefill under one blend is merged. On a
-CPU nothing is merged by itself: whoever serves one blend for long merges once, with `merged_weight`, and keeps it.
+the two where the device was not measured (`triton_kernels/tuned.py`). On a GPU it takes thousands of rows a call (17,000 at
+K = N = 4096, R = 48, if the device does 184 FLOPs in the time of a byte), so that calls of training and decoding stay
+factored, and a long prefill under one blend is merged. On a CPU nothing is merged by itself: whoever serves one blend for
+long merges once, with `merged_weight`, and keeps it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from clp_kernels.arguments import (
     refuse_wrapped,
 )
 from clp_kernels.backends import is_batch_invariant, plain_eager, select
+from clp_kernels.triton_kernels.multi_lora_strategy import MERGE
 
 _TABLE = {
     "reference": "clp_kernels.reference.multi_lora",
@@ -178,12 +180,11 @@ _INTENSITY = (
 
 def _merges(x: Tensor, weight_shape: torch.Size, rank: int) -> bool:
     """Float32 stays factored: its intensity depends on torch's switches, and its callers want the rounding they know."""
-    return (
-        x.is_cuda
-        and x.dtype.itemsize == 2
-        and merge_pays(count_rows(x.shape), *weight_shape, rank, _INTENSITY)
-        and not is_batch_invariant()
-    )
+    if not x.is_cuda or x.dtype.itemsize != 2 or is_batch_invariant():
+        return False
+    rows = count_rows(x.shape)
+    measured = MERGE.choice("shared gate", x, rows, *weight_shape, rank)
+    return merge_pays(rows, *weight_shape, rank, _INTENSITY) if measured is None else measured == "merged"
 
 
 def expand_gate(blend: Tensor, ranks: Sequence[int], scalings: Sequence[float]) -> Tensor:

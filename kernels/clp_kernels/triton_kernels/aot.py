@@ -18,7 +18,7 @@ import torch
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clp_kernels.triton_kernels import launch
+from clp_kernels.triton_kernels import launch, tuning
 
 _TYPES = {
     torch.float32: "fp32",
@@ -94,6 +94,20 @@ def recorded(
             if spec.key not in seen:
                 seen.add(spec.key)
                 yield spec
+
+
+def recorded_choices(
+    tunable: tuning.Tunable,
+    example: Callable[[str, Any], Callable[[], Any]],
+    matrix: Callable[[str, Mapping[str, Any]], bool] = lambda kernel, constants: False,
+) -> Iterator[AotSpec]:
+    """`recorded` of example(family, choice) for every candidate and every entry of the table of measured choices."""
+    for target, family, choice in tunable.possible():
+        with tuning.force(tunable.kernel, family, choice):
+            expected = matrix if not family.startswith("plain") else lambda *_: False
+            yield from list(
+                recorded(f"{family} {tuple(choice)}", example(family, choice), (target,), expected)
+            )
 
 
 def _spec(label, kernel, target, args, kwargs, matrix) -> AotSpec:

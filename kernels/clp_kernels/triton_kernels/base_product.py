@@ -5,12 +5,12 @@ capability 9 and later: tiles come through tensor descriptors, programs stay and
 contractions are one loop that changes from (x, W) to (s, B) by choosing between descriptors, so that the loads of the one
 are in flight while the other is multiplied; on capability 10 loads, products and stores go to warps of their own.
 
-Tiles by rows; inside `batch_invariant()` always those for many rows.
+Tiles by shape where a device was measured (`tuning`), otherwise by rows; inside `batch_invariant()` always those for many
+rows.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from clp_kernels.backends import is_batch_invariant
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.launch import SLICE, Tile, _halves, descriptor
+from clp_kernels.triton_kernels.tuning import Tunable, counted
 
 # (largest number of rows, tile), first that fits. Few rows are a question of bandwidth, so narrow column tiles (many
 # programs) and deep loads; many rows of arithmetic, so what fills the tensor cores.
@@ -41,6 +42,25 @@ _TILES["ampere"] = _TILES["half"]
 _DESCRIBED_FROM = 65
 _DESCRIBED = (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4))
 _NARROW = 0.9  # rate of the second, which loads more for each product, to the first's: assumed, not measured
+_DESCRIBED_CANDIDATES = (
+    *_DESCRIBED, (128, 256, 64, 8, 3), (256, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 5), (128, 128, 64, 4, 4),
+    (128, 128, 128, 8, 3), (64, 256, 64, 4, 4), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5), (64, 64, 128, 4, 4),
+)  # fmt: skip
+LINEAR = Tunable(
+    "linear",
+    ("rows", "columns", "depth"),
+    {
+        "tma": _DESCRIBED_CANDIDATES,  # w is the transpose of a dense matrix: forward
+        "tma across": _DESCRIBED_CANDIDATES,  # w is dense: dX
+        "half": (
+            *(tile for _, tile in _TILES["half"]), (16, 64, 128, 4, 4), (16, 64, 256, 4, 3), (16, 128, 128, 4, 3),
+            (16, 32, 128, 4, 5), (32, 32, 256, 4, 3), (32, 64, 128, 4, 4), (64, 64, 128, 4, 3), (64, 64, 64, 4, 5),
+            (128, 128, 64, 8, 3),
+        ),
+        "plain": (*(tile for _, tile in _TILES["plain"]), (64, 64, 16, 4, 3), (128, 64, 16, 8, 3), (128, 128, 16, 8, 3)),
+    },
+    Tile._make,
+)  # fmt: skip
 
 
 @triton.jit
@@ -149,13 +169,15 @@ def _linear_described(
         _store_described(acc, y, bias, row, column, N, SLICE)
 
 
-def _described_tile(rows: int, columns: int, device: torch.device) -> Tile:
-    if is_batch_invariant():
-        return _DESCRIBED[0]
+def _described_tile(x: Tensor, columns: int, transposed: bool) -> Tile:
+    rows, depth = x.shape
+    tile = LINEAR.choice("tma" if transposed else "tma across", x, counted(rows), columns, depth)
+    if tile is not None or is_batch_invariant():
+        return tile or _DESCRIBED[0]
 
     def time(tile: Tile) -> float:
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-        waves = triton.cdiv(tiles, launch.multiprocessors(device))
+        waves = triton.cdiv(tiles, launch.multiprocessors(x.device))
         return waves * tile.columns / (1.0 if tile is _DESCRIBED[0] else _NARROW)
 
     return min(_DESCRIBED, key=time)
@@ -178,8 +200,9 @@ def linear(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, bias: Tensor | Non
     if kind == "tma":
         _launch_described(x, w, s, b, bias, y)
         return y
-    tiles = _TILES[kind]
-    tile = next(t for most, t in tiles if most is None or (rows <= most and not is_batch_invariant()))
+    tile = LINEAR.choice(kind, x, counted(rows), columns, depth) or next(
+        t for most, t in _TILES[kind] if most is None or (rows <= most and not is_batch_invariant())
+    )
     rank_block = min(max(16, triton.next_power_of_2(b.shape[0])), 64, tile.depth)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
     _linear[grid](
@@ -194,8 +217,8 @@ def _launch_described(
     x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, bias: Tensor | None, y: Tensor
 ) -> None:
     (rows, depth), columns, rank = x.shape, w.shape[1], b.shape[0]
-    tile = _described_tile(rows, columns, x.device)
     transposed = w.stride(0) == 1
+    tile = _described_tile(x, columns, transposed)
 
     def right(matrix: Tensor):
         if transposed:

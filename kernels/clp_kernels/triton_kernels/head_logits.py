@@ -21,6 +21,7 @@ from clp_kernels.triton_kernels.launch import SLICE, Tile, descriptor
 from clp_kernels.triton_kernels.products import multiply
 from clp_kernels.triton_kernels.token_gradient import _store_gradient
 from clp_kernels.triton_kernels.token_sums import Partial, _fold_raw, _store_sums, flags
+from clp_kernels.triton_kernels.tuning import Tunable
 
 # "pair": two accumulators, the policy's and the reference's. Through descriptors a tile of 128 x 256, or a pair of 128 x
 # 128, which loads 3/4 of what 128 x 128 would for each product; the registers it leaves are why it is folded in slices.
@@ -31,6 +32,25 @@ _TILES = {
     "hip": {"single": Tile(128, 128, 32, 8, 2), "pair": Tile(64, 64, 32, 4, 2)},
     "plain": {"single": Tile(64, 64, 32, 4, 2), "pair": Tile(32, 64, 16, 8, 2)},
 }
+# Those of the gradient are fewer: 256 x 128, and 128 x 128 with four warps, spill there. Forward, three stages in place of
+# four spill, and so does a pair of 64 x 256.
+_BOTH_WAYS = {
+    "tma pair": (_TILES["tma"]["pair"], (64, 128, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 8, 4)),
+    "plain single": (_TILES["plain"]["single"], (64, 64, 16, 4, 3), (64, 64, 16, 8, 3)),
+    "plain pair": (_TILES["plain"]["pair"], (64, 64, 16, 8, 2), (32, 64, 16, 4, 2)),
+}
+_SINGLE = (_TILES["tma"]["single"], (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (64, 256, 64, 4, 4))
+_SIZES = (
+    "vocabulary",
+    "width",
+)  # not the rows: a row's statistics do not depend on what else is in the batch
+FORWARD = Tunable(
+    "head_forward",
+    _SIZES,
+    {"tma single": (*_SINGLE, (256, 128, 64, 8, 4), (128, 128, 64, 4, 4)), **_BOTH_WAYS},
+    Tile._make,
+)
+GRADIENT = Tunable("head_gradient", _SIZES, {"tma single": _SINGLE, **_BOTH_WAYS}, Tile._make)
 
 
 @triton.jit
@@ -224,9 +244,10 @@ def _linear_gradient(
 
 
 class HeadLogits:
-    """What the two kernels of one linear_logprob call have in common: operands, tile, and what LoRA holds."""
+    """What the two kernels of one linear_logprob call have in common: operands, what LoRA holds, and the tile, which is the
+    one for FORWARD or for GRADIENT."""
 
-    def __init__(self, head: Head, with_reference: bool) -> None:
+    def __init__(self, head: Head, with_reference: bool, tunable: Tunable) -> None:
         hidden, weight = head.hidden, head.weight
         self.rows, self.vocabulary = hidden.shape[0], weight.shape[0]
         self.with_reference = with_reference
@@ -259,8 +280,15 @@ class HeadLogits:
         matrices = (hidden, weight, parts, lora_b, ref_hidden, ref_weight)
         present = [matrix for matrix in matrices if matrix is not None]
         self.described = described = launch.describable(*present) and all(m.stride(1) == 1 for m in present)
-        tiles = _TILES["tma" if described else launch.family(hidden, weight)]
-        self.tile = tile = tiles["pair" if with_reference else "single"]
+        family, kind = (
+            "tma" if described else launch.family(hidden, weight),
+            "pair" if with_reference else "single",
+        )
+        tile = (
+            tunable.choice(f"{family} {kind}", hidden, self.vocabulary, hidden.shape[1])
+            or _TILES[family][kind]
+        )
+        self.tile = tile
         strides = [(0, 0) if matrix is None else matrix.stride() for matrix in matrices]
         if described:
             heights = (tile.rows, tile.columns) * 3

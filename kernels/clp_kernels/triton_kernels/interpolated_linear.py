@@ -8,7 +8,7 @@ the stack is read once: the floor of decoding with a blend for each row, (M + 1)
 with the weights transposed gives dx, and on the way the inner products of each dy S_i with x, which are the gradient of the
 blend; those of different column tiles are added up by torch. dS_i = (b_i * dy)^T x are M library products.
 
-Tiles compile for sm_80, sm_90, sm_100 and gfx942 (tests/kernels/test_aot.py) and have not been tuned on a device.
+Tiles compile for sm_80, sm_90, sm_100 and gfx942 (tests/kernels/test_aot.py). On devices in `tuned.py` they are measured ones.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from clp_kernels.reference import interpolated_linear as products
 from clp_kernels.reference.multi_lora import sum_over_rows
 from clp_kernels.row_groups import Machine, blends_weights
 from clp_kernels.triton_kernels import interpolation
-from clp_kernels.triton_kernels.aot import AotSpec, recorded
+from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
 from clp_kernels.triton_kernels.launch import Tile
 from clp_kernels.triton_kernels.launch import unsupported as unsupported
 from clp_kernels.triton_kernels.low_rank import group_of, pointer_family, span_of
+from clp_kernels.triton_kernels.tuning import Tunable, counted
 
 # By rows, as in base_product.py; two accumulators leave room for no more than 64 x 128.
 _TILES = {
@@ -42,6 +43,17 @@ _TILES = {
     ),
     "plain": ((16, Tile(16, 32, 64, 4, 2)), (None, Tile(64, 64, 32, 8, 2))),
 }
+MIXED = Tunable(
+    "mixed",
+    ("rows", "columns", "depth"),
+    {
+        "half": (
+            *(tile for _, tile in _TILES["half"]), (16, 64, 128, 4, 4), (16, 64, 256, 4, 3), (32, 64, 128, 4, 3),
+            (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3),
+        ),
+    },
+    Tile._make,
+)  # fmt: skip
 # FLOPs per byte of an H200: 790 TFLOP/s of 16-bit products, about 60 of float32 ones, 4.3 TB/s.
 _SCRATCH = 256 << 20
 _HALF, _SINGLE = Machine(balance=184.0, scratch=_SCRATCH), Machine(balance=14.0, scratch=_SCRATCH)
@@ -143,7 +155,7 @@ def _launch_mixed(
     """x (M, K), stack (models, K, N) -> y (M, N), and with `other` the (M, models) inner products, float32."""
     (rows, depth), (models, _, columns) = x.shape, stack.shape
     family = pointer_family(x, stack, *(() if base is None else (base,)))
-    tile = next(
+    tile = MIXED.choice(family, x, counted(rows), columns, depth) or next(
         tile for most, tile in _TILES[family] if most is None or (rows <= most and not is_batch_invariant())
     )
     tiles_m, tiles_n = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
@@ -274,3 +286,6 @@ def aot_specs() -> Iterator[AotSpec]:
     for rows in (16, 8192):
         yield from recorded(f"float32 {rows} rows", example(rows, single, training=rows > 64))
     yield from recorded("bfloat16, nothing divisible by 16", example(8191, half, size=1937))
+    yield from recorded_choices(
+        MIXED, lambda family, _: example(8192, single if family == "plain" else half, training=True), matrix
+    )

@@ -8,13 +8,14 @@ memory of the host again at every replay.
 
 A program walks its chunk block by block: whole blocks without masks, in 16-byte accesses where all addresses allow it, and
 what is left of the tensor under a mask. Of G blends, each reads its block of the stack again, from cache after the first.
-The floor is (M + 1) x size bytes (M + G for G blends). Tiles have not been tuned on a device.
+The floor is (M + 1) x size bytes (M + G for G blends). On devices in `tuned.py` the blocks of `blend` are measured ones.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,12 +25,37 @@ from torch import Tensor
 from clp_kernels.backends import interpreting
 from clp_kernels.reference import interpolation as reference
 from clp_kernels.tensor_lists import Blends, Pairs, Sparse, dense, on_device
-from clp_kernels.triton_kernels.aot import AotSpec, recorded
+from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
+from clp_kernels.triton_kernels.tuning import Tunable
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _CHUNK = 16384  # elements a program
 _BLOCK = 2048  # elements at once: 16 a thread, two 16-byte loads of each 2-byte tensor
 _WARPS = 4
+
+
+class Blocks(NamedTuple):
+    chunk: int
+    block: int
+    num_warps: int
+
+
+_BLEND = Blocks(_CHUNK, _BLOCK, _WARPS)
+BLEND = Tunable(
+    "blend",
+    ("models",),
+    {
+        "plain": (
+            _BLEND,
+            (8192, 2048, 4),
+            (32768, 2048, 4),
+            (16384, 1024, 4),
+            (16384, 4096, 8),
+            (65536, 4096, 8),
+        )
+    },
+    Blocks._make,
+)
 _SUMS = 1024  # partial sums at once
 
 
@@ -260,9 +286,9 @@ def _write(
     tl.store(here + 7, h, mask=at + 7 < size)
 
 
-def _chunks(sizes: Sequence[int]) -> list[int]:
+def _chunks(sizes: Sequence[int], chunk: int = _CHUNK) -> list[int]:
     """The number of the first chunk of each item, and of all chunks."""
-    return [0, *itertools.accumulate(triton.cdiv(size, _CHUNK) for size in sizes)]
+    return [0, *itertools.accumulate(triton.cdiv(size, chunk) for size in sizes)]
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
@@ -280,10 +306,10 @@ def _written(rows: list[list[int]], device: torch.device) -> Tensor:
     return table
 
 
-def _owner(table: Tensor, chunks: int) -> Tensor:
+def _owner(table: Tensor, chunks: int, chunk: int = _CHUNK) -> Tensor:
     """(chunks,) int32: the item of each chunk."""
     owner = torch.empty(chunks, dtype=torch.int32, device=table.device)
-    _own[(table.shape[0],)](table, owner, WIDTH=table.shape[1], CHUNK=_CHUNK, BLOCK=_SUMS, num_warps=_WARPS)
+    _own[(table.shape[0],)](table, owner, WIDTH=table.shape[1], CHUNK=chunk, BLOCK=_SUMS, num_warps=_WARPS)
     return owner
 
 
@@ -297,7 +323,8 @@ def blend(call: Blends) -> None:
     _, blends, models = weights.shape
     alive: list[Tensor] = []
     sizes = [out.numel() // blends for out in call.outs]
-    firsts = _chunks(sizes)
+    blocks = BLEND.choice("plain", call.stacks[0][0], models) or _BLEND
+    firsts = _chunks(sizes, blocks.chunk)
     rows, addresses = [], []
     for p, (parts, out) in enumerate(zip(call.stacks, call.outs)):
         base = dense([call.bases[p][None]], alive)[0] if call.bases is not None else 0
@@ -310,7 +337,7 @@ def blend(call: Blends) -> None:
         table = _table(rows, device)
         _blend[(firsts[-1],)](
             table,
-            _owner(table, firsts[-1]),
+            _owner(table, firsts[-1], blocks.chunk),
             weights,
             blends,
             float(call.base_scale),
@@ -320,9 +347,9 @@ def blend(call: Blends) -> None:
             TYPE=_TYPES[call.stacks[0][0].dtype],
             OUT_TYPE=_TYPES[call.outs[0].dtype],
             ALIGNED=aligned,
-            CHUNK=_CHUNK,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            CHUNK=blocks.chunk,
+            BLOCK=blocks.block,
+            num_warps=blocks.num_warps,
         )
 
 
@@ -449,3 +476,7 @@ def aot_specs() -> Iterator[AotSpec]:
         yield from recorded(f"inner products {dtype}", pairs(dtype), generations)
         yield from recorded(f"random mask {dtype}", sparse(dtype, True), generations)
         yield from recorded(f"magnitude mask {dtype}", sparse(dtype, False), generations)
+        for models in (2, 16):
+            yield from recorded_choices(
+                BLEND, lambda *_, d=dtype, m=models: blends(d, d, m, 4, True, "consensus_mean")
+            )

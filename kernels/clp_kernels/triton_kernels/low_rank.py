@@ -27,6 +27,7 @@ from torch import Tensor
 from clp_kernels.backends import is_batch_invariant
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.launch import Tile
+from clp_kernels.triton_kernels.tuning import Tunable, counted
 
 # (largest number of rows, tile), first that fits; columns is the largest block of the rank.
 _SKINNY = {
@@ -45,6 +46,42 @@ _RANK_GRAD = {
     "hip": Tile(128, 64, 64, 4, 2),
     "plain": Tile(64, 32, 32, 4, 2),
 }
+SKINNY = Tunable(
+    "skinny",
+    ("rows", "depth", "rank"),
+    {
+        "half": (
+            *(tile for _, tile in _SKINNY["half"]), (16, 64, 128, 4, 4), (16, 32, 256, 4, 3), (32, 64, 128, 4, 4),
+            (32, 64, 256, 4, 3), (64, 64, 64, 4, 5), (64, 64, 128, 4, 3), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4),
+            (128, 64, 128, 8, 3),
+        ),
+        "plain": (*(tile for _, tile in _SKINNY["plain"]), (64, 32, 32, 8, 3), (128, 32, 32, 8, 2)),
+    },
+    Tile._make,
+)  # fmt: skip
+BOTH = Tunable(
+    "both",
+    ("rows", "columns", "rank"),
+    {
+        "half": (
+            *(tile for _, tile in _BOTH["half"]), (64, 256, 16, 8, 3), (64, 256, 32, 8, 3), (32, 512, 16, 8, 3),
+            (128, 256, 16, 8, 2), (128, 256, 32, 8, 2), (64, 128, 64, 4, 3), (32, 256, 64, 8, 3),
+        ),
+    },
+    Tile._make,
+)  # fmt: skip
+RANK_GRAD = Tunable(
+    "rank_grad",
+    ("rows", "columns", "rank"),
+    {
+        "half": (
+            _RANK_GRAD["half"], (128, 64, 128, 4, 3), (128, 64, 64, 8, 4), (64, 64, 128, 4, 4), (64, 64, 64, 4, 5),
+            (256, 64, 64, 8, 3), (128, 128, 64, 8, 3),
+        ),
+        "plain": (_RANK_GRAD["plain"], (64, 32, 32, 8, 3), (128, 32, 32, 8, 2)),
+    },
+    Tile._make,
+)  # fmt: skip
 _GROUPS, _GROUP_RANK, _GROUP_DEPTH = 16, 32, 64
 _FILL = 256  # programs that fill a large GPU about twice
 
@@ -274,8 +311,10 @@ def skinny(x: Tensor, a: Tensor, gate: Tensor, gate_index: Tensor | None, **tens
     them. gate and gate_index are dense."""
     (rows, depth), rank = x.shape, a.shape[0]
     invariant = is_batch_invariant()
-    tiles = _SKINNY[pointer_family(x, a)]
-    tile = next(t for most, t in tiles if most is None or (rows <= most and not invariant))
+    family = pointer_family(x, a)
+    tile = SKINNY.choice(family, x, counted(rows), depth, rank) or next(
+        t for most, t in _SKINNY[family] if most is None or (rows <= most and not invariant)
+    )
     block = _rank_block(rank, tile.columns)
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(rank, block)
     splits = 1 if invariant else _splits(grid[0] * grid[1], triton.cdiv(depth, tile.depth))
@@ -304,8 +343,10 @@ def apply_gate(partial: Tensor, gate: Tensor, gate_index: Tensor | None, **tenso
 
 def pieces_of_both(dy: Tensor, lora_b: Tensor) -> tuple[Tile, int, int] | None:
     """How `both` would cut dY: tile, blocks of the columns, pieces of the rows; None where it has no tile."""
-    tiles = _BOTH.get(launch.family(dy, lora_b), ())
-    tile = next((t for most, t in tiles if lora_b.shape[1] <= most), None)
+    family, rank = launch.family(dy, lora_b), lora_b.shape[1]
+    tile = BOTH.choice(family, dy, *dy.shape, rank)
+    if tile is None or tile.depth < rank:
+        tile = next((t for most, t in _BOTH.get(family, ()) if rank <= most), None)
     if tile is None:
         return None
     blocks = triton.cdiv(dy.shape[1], tile.columns)
@@ -339,7 +380,8 @@ def both(
 def rank_grad(x: Tensor, s: Tensor, transposed: bool) -> Tensor:
     """x^T s (N, R) for x (M, N) and s (M, R) dense, or its transpose (R, N)."""
     (rows, columns), rank = x.shape, s.shape[1]
-    tile = _RANK_GRAD[pointer_family(x)]
+    family = pointer_family(x)
+    tile = RANK_GRAD.choice(family, x, rows, columns, rank) or _RANK_GRAD[family]
     block = _rank_block(rank, tile.columns)
     grid = triton.cdiv(columns, tile.rows), triton.cdiv(rank, block)
     splits = _splits(grid[0] * grid[1], triton.cdiv(rows, tile.depth))

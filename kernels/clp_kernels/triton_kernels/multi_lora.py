@@ -10,8 +10,8 @@ same bits. Inside `batch_invariant()` y and dX of a row do not depend on the num
 provided (rows that do not start on 16 bytes are served by another kernel than those that do).
 
 Masks on rows, columns and contraction; addresses in 64 bits; strides are arguments, so operands may be transposed or cut
-out of larger ones. The tiles compile for sm_80, sm_90, sm_100 and gfx942 (tests/kernels/test_aot.py); neither they nor the
-cost models have been tuned on a device.
+out of larger ones. The tiles compile for sm_80, sm_90, sm_100 and gfx942 (tests/kernels/test_aot.py). On devices in
+`tuned.py` they, and the choices between kernels, are measured ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from clp_kernels.triton_kernels import base_product, launch, low_rank
 from clp_kernels.triton_kernels import multi_lora_strategy as strategy
-from clp_kernels.triton_kernels.aot import AotSpec, recorded
+from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
 from clp_kernels.triton_kernels.launch import unsupported as unsupported
 
 
@@ -37,7 +37,8 @@ def _product(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, bias: Tensor | N
         return x.new_empty((0, columns))
     family = base_product.family(x, w, s, b)
     rank = 0 if s is None else b.shape[0]
-    if strategy.product(rows, depth, rank, x.dtype, launch.major(x.device), family) == "fused":
+    measured = strategy.PRODUCT.choice(family, x, rows, columns, depth, rank)
+    if strategy.product(rows, depth, rank, x.dtype, launch.major(x.device), family, measured) == "fused":
         return base_product.linear(x, w, s, b, None if bias is None else bias.contiguous())
     # The base first: where s is zero, y is the frozen layer's to the last bit.
     y = F.linear(x, w.t(), bias)
@@ -125,7 +126,8 @@ def _low_rank_gradients(
     if need_b and need_s:
         cut = low_rank.pieces_of_both(dy, lora_b)
         pieces = (0, 0) if cut is None else cut[1:]
-        how = strategy.dy(lora_b.shape[1], cut is not None, *pieces, *dy.shape, dy.dtype)
+        measured = strategy.DY.choice(launch.family(dy, lora_b), dy, *dy.shape, lora_b.shape[1])
+        how = strategy.dy(lora_b.shape[1], cut is not None, *pieces, *dy.shape, dy.dtype, measured)
         if how == "once":
             return low_rank.both(dy, lora_b, gate, index, h, scaled=scaled, product=product)
     gated = torch.empty_like(h) if need_b else None
@@ -183,3 +185,16 @@ def aot_specs() -> Iterator[AotSpec]:
         call = example(rows, dtype, size, rank, gate_dtype or dtype, groups or rows, indexed, needs, dy)
         label = f"{str(dtype)[6:]} {rows} rows of {size}, rank {rank}, gradients {needs or 'none'} {dy or ''}"
         yield from recorded(label, call, (target,), matrix if dtype is not single else lambda *_: False)
+
+    def chosen(rank: int, needs: str, dy: str | None):
+        return lambda family, _: example(
+            8192, single if family == "plain" else half, 1024, rank, single, 4, True, needs, dy
+        )
+
+    # A rank of 27 cannot be described, 96 takes the widest block of the rank, 32 is within most of BOTH's.
+    for rank in (27, 96):
+        yield from recorded_choices(base_product.LINEAR, chosen(rank, "x a b g", "twice"), matrix)
+    for tunable in (low_rank.SKINNY, low_rank.RANK_GRAD):
+        yield from recorded_choices(tunable, chosen(96, "x a b g", "twice"), matrix)
+    for rank in (16, 32, 64):
+        yield from recorded_choices(low_rank.BOTH, chosen(rank, "x a b g", "once"), matrix)

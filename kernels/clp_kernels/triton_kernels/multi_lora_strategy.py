@@ -7,10 +7,13 @@
                       partial sums, 8 R (1 / columns + 1 / rows of a program) bytes an element of dY
              "twice": a kernel each, 2 bytes an element more
 
-The costs below are counts of FLOPs and bytes. What they assume of the devices is in two tables: how many FLOPs a device
-does in the time it moves a byte, and which part of the BLAS's rate the Triton product reaches. The second is assumed, not
-measured: a benchmark that measures both is to replace it. Inside `batch_invariant()` the product is always fused, as a
-BLAS chooses its order of summation by the number of rows.
+    merge    "merged": the blend is added to the weight first, where all rows share one gate row and no gradient is asked for
+             "factored": it is not
+
+On a device that was measured (`tuned.py`) the nearest shape's winner is taken. Elsewhere the costs below decide: counts of
+FLOPs and bytes, which assume how many FLOPs a device does in the time it moves a byte, and which part of the BLAS's rate the
+Triton product reaches (clp_kernels.multi_lora has those of merging). Inside `batch_invariant()` the product is always fused,
+as a BLAS chooses its order of summation by the number of rows.
 """
 
 from __future__ import annotations
@@ -21,6 +24,21 @@ from collections.abc import Iterator
 import torch
 
 from clp_kernels.backends import interpreting, is_batch_invariant
+from clp_kernels.triton_kernels.tuning import Tunable
+
+_WAYS = ("fused", "blas")
+_LAYER = ("rows", "columns", "depth", "rank")
+# By what base_product.family and launch.family say of the operands; from one device to another only by the costs below.
+PRODUCT = Tunable(
+    "multi_lora_product", _LAYER, {f: _WAYS for f in ("tma", "half", "plain", "ampere", "hip")}, shared=False
+)
+DY = Tunable(
+    "multi_lora_dy",
+    ("rows", "columns", "rank"),
+    {f: ("once", "twice") for f in ("half", "plain")},
+    shared=False,
+)
+MERGE = Tunable("multi_lora_merge", _LAYER, {"shared gate": ("merged", "factored")}, shared=False)
 
 # FLOPs per byte in 16 bits: measured on an H200 (9); else of the vendors' data sheets (A100, B200, MI300X).
 _INTENSITY = {"8": 153, "9": 184, "10": 281, "hip": 247}
@@ -54,15 +72,21 @@ def _intensity(major: int) -> float:
     return _INTENSITY["hip"] if torch.version.hip else _INTENSITY[str(min(max(major, 8), 10))]
 
 
-def product(rows: int, depth: int, rank: int, dtype: torch.dtype, major: int, family: str) -> str:
+def product(
+    rows: int, depth: int, rank: int, dtype: torch.dtype, major: int, family: str, measured: str | None = None
+) -> str:
     """How to do x W (rows, depth) with `rank` further columns, "fused" or "blas"; family as base_product.family has it.
 
-    Per output element: fused 2 (depth + rank) FLOPs at the kernel's rate, blas the same at full rate and two passes over
-    it. The number of rows and columns cancels.
+    measured: what PRODUCT has for the shape. Otherwise, per output element: fused 2 (depth + rank) FLOPs at the kernel's rate,
+    blas the same at full rate and two passes over it. The number of rows and columns cancels.
     """
     if (asked := _asked("product")) is not None:
         return asked
-    if is_batch_invariant() or interpreting() or rows <= _DECODE:
+    if is_batch_invariant():
+        return "fused"
+    if measured is not None:
+        return measured
+    if interpreting() or rows <= _DECODE:
         return "fused"
     scale, size = (_FLOAT32, 4) if dtype is torch.float32 else (1.0, 2)
     flops = 2 * (depth + rank)
@@ -72,9 +96,16 @@ def product(rows: int, depth: int, rank: int, dtype: torch.dtype, major: int, fa
 
 
 def dy(
-    rank: int, possible: bool, blocks: int, pieces: int, rows: int, columns: int, dtype: torch.dtype
+    rank: int,
+    possible: bool,
+    blocks: int,
+    pieces: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    measured: str | None = None,
 ) -> str:
-    """How often to read dY (rows, columns), "once" or "twice": which moves fewer bytes.
+    """How often to read dY (rows, columns), "once" or "twice": which was faster, or where `measured` is None moves fewer bytes.
 
     possible        whether there is a tile for "once"
     blocks, pieces  of the columns and of the rows that its programs have; each block leaves a (rows, rank) partial sum
@@ -84,5 +115,7 @@ def dy(
         return asked
     if is_batch_invariant() or not possible or dtype is torch.float32:
         return "twice"
+    if measured is not None:
+        return measured
     once = 2 * rows * columns + 8 * rank * (blocks * rows + pieces * columns)
     return "once" if once < 4 * rows * columns else "twice"

@@ -12,14 +12,43 @@ tested on the CPU, uncompiled, where it has no backward pass; no GPU has run it 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from clp_kernels.prefix_layout import PrefixLayout
+from clp_kernels.triton_kernels.tuning import Tunable
 
-BLOCK = 128
+BLOCK = 128  # tokens, of the mask
+
+
+class Options(NamedTuple):
+    """Of the mask's blocks and of the forward kernel, whose blocks have to divide them; None is inductor's own choice."""
+
+    block: int
+    queries: int | None
+    keys: int | None
+    num_warps: int | None
+    num_stages: int | None
+
+
+_DEFAULT = Options(BLOCK, None, None, None, None)
+ATTENTION = Tunable(
+    "attention",
+    ("head_dim",),
+    {
+        "any": (
+            _DEFAULT,
+            (64, None, None, None, None),
+            (128, 128, 64, 8, 3),
+            (128, 128, 128, 8, 2),
+            (128, 64, 64, 4, 3),
+        )
+    },
+    Options._make,
+)
 
 
 def unsupported(*, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -67,9 +96,11 @@ def block_lists(layout: PrefixLayout, window: int | None, size: int) -> tuple[Te
     return (some.cumsum(1)[:, :-1] > 0) & ~full, full
 
 
-def block_mask(layout: PrefixLayout, window: int | None, device: torch.device) -> BlockMask:
-    """The layout's mask for flex_attention, made at the first call for a device and a window."""
-    key = ("flex_attention", device, window)
+def block_mask(
+    layout: PrefixLayout, window: int | None, device: torch.device, size: int = BLOCK
+) -> BlockMask:
+    """The layout's mask for flex_attention, made at the first call for a device, a window and a size of blocks."""
+    key = ("flex_attention", device, window, size)
     if key not in layout.device_cache:
         sequence = layout.sequences.to(device)
         parent = layout.parents[layout.sequences].to(device)
@@ -82,12 +113,12 @@ def block_mask(layout: PrefixLayout, window: int | None, device: torch.device) -
             return seen if window is None else seen & (position[token] > position[query] - window)
 
         lists = []
-        for blocks in block_lists(layout, window, BLOCK):
+        for blocks in block_lists(layout, window, size):
             counts = blocks.sum(1, dtype=torch.int32)
             order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
             lists += [counts[None, None].to(device), order[None, None].to(device)]
         layout.device_cache[key] = BlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=BLOCK, mask_mod=mask, seq_lengths=(layout.tokens, layout.tokens)
+            *lists, BLOCK_SIZE=size, mask_mod=mask, seq_lengths=(layout.tokens, layout.tokens)
         )
     return layout.device_cache[key]
 
@@ -96,6 +127,12 @@ def block_mask(layout: PrefixLayout, window: int | None, device: torch.device) -
 def _compiled():
     # Token counts differ from step to step.
     return torch.compile(flex_attention, dynamic=True)
+
+
+def _kernel_options(options: Options) -> dict[str, int] | None:
+    names = ("fwd_BLOCK_M", "fwd_BLOCK_N", "fwd_num_warps", "fwd_num_stages")
+    found = {name: value for name, value in zip(names, options[1:]) if value is not None}
+    return found or None
 
 
 def attention(
@@ -117,12 +154,16 @@ def attention(
         def score(z, batch, head, query, token):
             return softcap * torch.tanh(z / softcap)
 
-    function = _compiled() if compiled and not torch.compiler.is_compiling() else flex_attention
+    tracing = torch.compiler.is_compiling()
+    function = _compiled() if compiled and not tracing else flex_attention
+    # A trace is made once for all shapes, and takes the default.
+    options = (None if tracing else ATTENTION.choice("any", q, q.shape[2])) or _DEFAULT
     out = function(
         *(tensor.transpose(0, 1)[None] for tensor in (q, k, v)),
         score_mod=score,
-        block_mask=block_mask(layout, window, q.device),
+        block_mask=block_mask(layout, window, q.device, options.block),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=_kernel_options(options),
     )
     return out[0].transpose(0, 1).contiguous()

@@ -2,7 +2,8 @@
 
 Through tensor descriptors where these can be had, by programs that stay and take tile after tile; otherwise through
 pointers with masks. A tile's product is formed first and then added to what is there, so that the sum over many chunks of
-the vocabulary is rounded to nearest chunk by chunk.
+the vocabulary is rounded to nearest chunk by chunk. A tile is chosen by columns and depth, never by rows: no row of d_hidden
+feels the others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.launch import SLICE, Tile, _halves, descriptor
+from clp_kernels.triton_kernels.tuning import Tunable
 
 _TILES = {
     "half": Tile(128, 128, 64, 8, 3),
@@ -22,6 +24,19 @@ _TILES = {
 }
 # The first that is not wider than needed: the last is for a rank.
 _DESCRIBED = (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4))
+_DESCRIBED_CANDIDATES = (
+    *_DESCRIBED, (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 5), (128, 128, 64, 4, 4), (128, 128, 128, 8, 3),
+)  # fmt: skip
+PRODUCT = Tunable(
+    "product",
+    ("columns", "depth"),
+    {
+        "tma": _DESCRIBED_CANDIDATES,  # x is dense: d_hidden
+        "tma across": _DESCRIBED_CANDIDATES,  # x is the transpose of a dense matrix: d_weight
+        "plain": (_TILES["plain"], (64, 64, 16, 4, 3), (128, 64, 16, 8, 3)),
+    },
+    Tile._make,
+)  # fmt: skip
 
 
 @triton.jit
@@ -102,8 +117,11 @@ def multiply(x: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
     (rows, depth), columns = x.shape, w.shape[1]
     if rows == 0 or columns == 0:
         return
-    described = launch.describable(x, w)
-    tile = _described_tile(columns) if described else _TILES[launch.family(x, w)]
+    described, x_across = launch.describable(x, w), x.stride(1) != 1
+    family = ("tma across" if x_across else "tma") if described else launch.family(x, w)
+    tile = PRODUCT.choice(family, x, columns, depth)
+    if tile is None:
+        tile = _described_tile(columns) if described else _TILES[family]
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "ADD": add}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -112,7 +130,7 @@ def multiply(x: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
             x, w, out, rows, columns, depth, *x.stride(), *w.stride(), out.stride(0), **blocks, **options
         )
         return
-    x_across, w_across = x.stride(1) != 1, w.stride(1) != 1
+    w_across = w.stride(1) != 1
     programs = min(tiles, launch.multiprocessors(x.device))
     _product_described[(programs,)](
         descriptor(x.t(), tile.depth, tile.rows) if x_across else descriptor(x, tile.rows, tile.depth),

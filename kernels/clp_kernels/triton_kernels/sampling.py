@@ -7,13 +7,14 @@ first), no sort.
 
 A truncated row first looks for its threshold: eight rounds, each of which settles four bits of the
 threshold's place in the order of the floats by weighing the values at or above fifteen candidates at once.
-Neither time nor result depends on the other rows. Not tuned on a device.
+Neither time nor result depends on the other rows. On devices in `tuned.py` the blocks are measured ones.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,9 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.backends import interpreting
-from clp_kernels.triton_kernels.aot import AotSpec, recorded
+from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
+from clp_kernels.triton_kernels.tuning import Tunable
 
 _SELECT_BLOCK = 512
+
+
+class Blocks(NamedTuple):
+    block: int
+    select: int  # while a threshold is looked for: sixteen candidates are weighed for each of these columns
+    num_warps: int
+
+
+_CANDIDATES = (
+    (4096, _SELECT_BLOCK, 8), (2048, 512, 4), (2048, 512, 8), (4096, 512, 16), (8192, 512, 16), (4096, 256, 8),
+)  # fmt: skip
+# Not by rows: what is drawn for a row does not depend on the others.
+SAMPLE = Tunable("sample", ("vocabulary",), {"whole": _CANDIDATES, "truncated": _CANDIDATES}, Blocks._make)
 
 
 def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
@@ -217,7 +232,13 @@ def sample(
 
     (k_rows, k), (p_rows, p), (m_rows, m) = split(top_k, 0), split(top_p, 1.0), split(min_p, 0.0)
     t_rows, t = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
-    block = min(4096, max(16, triton.next_power_of_2(vocab)))
+    truncated = not (
+        k_rows is None and k is None and p_rows is None and p is None and m_rows is None and m is None
+    )
+    blocks = SAMPLE.choice("truncated" if truncated else "whole", logits, vocab)
+    if blocks is None:
+        block = min(4096, max(16, triton.next_power_of_2(vocab)))
+        blocks = Blocks(block, min(block, _SELECT_BLOCK), 8 if block >= 2048 else 4)
     with torch.cuda.device_of(logits):
         _sample[(rows,)](
             logits,
@@ -236,9 +257,9 @@ def sample(
             p,
             m,
             SEEDED=not draws.dtype.is_floating_point,
-            BLOCK=block,
-            SELECT_BLOCK=min(block, _SELECT_BLOCK),
-            num_warps=8 if block >= 2048 else 4,
+            BLOCK=blocks.block,
+            SELECT_BLOCK=blocks.select,
+            num_warps=blocks.num_warps,
         )
     if logits.device.type == "cpu" and (bad := tokens < 0).any():
         return int(bad.int().argmax())
@@ -267,3 +288,9 @@ def aot_specs() -> Iterator[AotSpec]:
         (151936, 4099, 1500, 50), (plain, truncated, per_row, *mixed),
     ):  # fmt: skip
         yield from recorded(f"{str(dtype)[6:]} {vocab}", example(vocab, dtype, draws, *options), (target,))
+    for dtype in (torch.bfloat16, torch.float32):
+
+        def chosen(family: str, choice: tuple, dtype=dtype):
+            return example(151936, dtype, torch.int64, *(plain if family == "whole" else truncated))
+
+        yield from recorded_choices(SAMPLE, chosen)

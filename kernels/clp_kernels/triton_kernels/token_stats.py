@@ -16,8 +16,8 @@ d_hidden stay in L2 between the two kernels and over the chunks; where sums over
 A frozen head costs no product.
 
 Rows, columns and contraction are masked, or bounded by descriptors; columns beyond the vocabulary have z = -inf; addresses
-are 64 bits wide. The tiles compile without spilling for sm_80, sm_90, sm_100 and gfx942 (tests/kernels/test_aot.py) and
-have not been tuned on a device.
+are 64 bits wide. The tiles compile without spilling for sm_80, sm_90, sm_100 and gfx942 (tests/kernels/test_aot.py). On
+devices in `tuned.py` they are measured ones.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from clp_kernels.token_stats import (
     merge_top1,
 )
 from clp_kernels.triton_kernels import launch
-from clp_kernels.triton_kernels.aot import AotSpec, recorded
-from clp_kernels.triton_kernels.head_logits import HeadLogits
+from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
+from clp_kernels.triton_kernels.head_logits import FORWARD, GRADIENT, HeadLogits
 from clp_kernels.triton_kernels.launch import unsupported as unsupported
-from clp_kernels.triton_kernels.products import multiply
+from clp_kernels.triton_kernels.products import PRODUCT, multiply
 from clp_kernels.triton_kernels.token_gradient import _logits_gradient
 from clp_kernels.triton_kernels.token_sums import Partial, _fold_raw, _store_sums, flags
 
@@ -94,7 +94,7 @@ def _logits_forward(
 
 
 def _head_partial(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | None) -> Partial:
-    logits = HeadLogits(head, flags(asked)["REFERENCE"])
+    logits = HeadLogits(head, flags(asked)["REFERENCE"], FORWARD)
     partial = Partial(head.hidden, logits.rows, logits.vocabulary, asked)
     logits.fold(rows, partial, kept)
     return partial
@@ -138,7 +138,7 @@ def linear_backward(
 ) -> HeadGradients:
     """Gradients of the arguments named in `needs` (fields of HeadGradients), float32 or in their arguments' dtypes."""
     with_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
-    logits = HeadLogits(head, with_reference)
+    logits = HeadLogits(head, with_reference, GRADIENT)
     hidden, weight = head.hidden, head.weight
     (count, width), vocabulary = hidden.shape, weight.shape[0]
     coefs = coefficients(grads, saved)
@@ -331,3 +331,12 @@ def aot_specs() -> Iterator[AotSpec]:
         label = f"{str(dtype)[6:]} {','.join(sorted(asked))}{' odd' * odd}{' apart' * apart}{' lora' * lora}"
         label += " kept" * bool(kept)
         yield from recorded(label, call, (target,), matrix if dtype is not torch.float32 and not odd else lambda *_: False)
+
+    for tunable, (kept, softcap) in itertools.product((FORWARD, GRADIENT, PRODUCT), ((0, None), (100, 30.0))):
+
+        def chosen(family: str, choice: tuple, kept=kept, softcap=softcap):
+            dtype = torch.float32 if family.startswith("plain") else torch.bfloat16
+            asked = frozenset(("logprob", "entropy") if family.endswith("single") else OUTPUTS)
+            return example(dtype, asked, odd=False, apart=False, lora=True, bias=True, softcap=softcap, kept=kept)
+
+        yield from recorded_choices(tunable, chosen, matrix)
