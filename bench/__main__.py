@@ -1,4 +1,4 @@
-"""python -m bench: list | run | profile-step | work | compare | plot | collect | readme. See bench/README.md for how things are measured.
+"""python -m bench: list | run | profile-step | work | compare | plot | collect | readme. bench/README.md: how it is measured.
 
 python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
 python -m bench profile-step --model docsum     every millisecond of a training step, and the engine's own share
@@ -98,9 +98,13 @@ def parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="charts of a result file (needs matplotlib)")
     plot.add_argument("file")
     plot.add_argument("--to", metavar="FOLDER", help="default: beside the file")
-    collect = commands.add_parser("collect", help="a GPU round's results into bench/results, and the figures made anew")
+    collect = commands.add_parser(
+        "collect", help="a GPU round's results into bench/results, and the figures made anew"
+    )
     collect.add_argument("outdir", metavar="OUTDIR", help="what bench/gpu.sh wrote, or its all.tgz")
-    collect.add_argument("--to", metavar="FOLDER", help="default: bench/results; its README.md and docs/ are ../..'s")
+    collect.add_argument(
+        "--to", metavar="FOLDER", help="default: bench/results; its README.md and docs/ are ../..'s"
+    )
     collect.add_argument("--dirty", action="store_true", help="accept a tree that differed from its commit")
     readme = commands.add_parser(
         "readme", help="bring the figures of README.md and docs/ up to date with bench/results"

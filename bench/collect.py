@@ -26,10 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import readme, schema
 from clp_engine.errors import ConfigError
 from clp_engine.evaluation import ParetoReport
-
-from bench import readme, schema
 
 SKIPPED = ("ceilings.json",)  # each group's file has its own
 
@@ -45,7 +44,11 @@ class Found:
 
 def short_name(device: str) -> str:
     """'NVIDIA H100 80GB HBM3' is h100, 'NVIDIA GeForce RTX 4090' rtx-4090, any processor cpu-...'s words."""
-    words = [word for word in re.findall(r"[A-Za-z0-9]+", device) if word not in ("NVIDIA", "GeForce", "Tesla", "AMD", "PCIe")]
+    words = [
+        word
+        for word in re.findall(r"[A-Za-z0-9]+", device)
+        if word not in ("NVIDIA", "GeForce", "Tesla", "AMD", "PCIe")
+    ]
     if words and re.fullmatch(r"[A-Z]+\d+[A-Za-z]*", words[0]):
         return words[0].lower()
     return "-".join(words[:2]).lower() or "device"
@@ -61,7 +64,9 @@ def collect(given: str | Path, to: Path | None = None, dirty: bool = False) -> i
         results = list(_results(folder))
         environments = [found.environment for found in results if found.environment is not None]
         if not environments:
-            raise SystemExit(f"{given} holds no result of a round; give a folder that bench/gpu.sh wrote, or its all.tgz")
+            raise SystemExit(
+                f"{given} holds no result of a round; give a folder that bench/gpu.sh wrote, or its all.tgz"
+            )
         _alike(results, dirty)
         name = short_name(environments[0]["device"])
         for found in results:
@@ -121,12 +126,18 @@ def _alike(results: list[Found], dirty: bool) -> None:
         values = {f.path.name: f.environment.get(name) for f in results if f.environment is not None}
         if len(set(values.values())) > 1:
             listed = "\n".join(f"  {file}: {value}" for file, value in values.items())
-            raise SystemExit(f"the results are not of one {name}; measure those of the other again:\n{listed}")
+            raise SystemExit(
+                f"the results are not of one {name}; measure those of the other again:\n{listed}"
+            )
     commit = next(iter(values.values()))
     if not commit:
-        raise SystemExit("the results name no commit; give it to bench/gpu.sh as CLP_SOURCE_COMMIT where git is not there")
+        raise SystemExit(
+            "the results name no commit; give it to bench/gpu.sh as CLP_SOURCE_COMMIT where git is not there"
+        )
     if commit.endswith("-dirty") and not dirty:
-        raise SystemExit(f"measured at {commit}, a tree that nobody else has; commit it and measure again, or give --dirty")
+        raise SystemExit(
+            f"measured at {commit}, a tree that nobody else has; commit it and measure again, or give --dirty"
+        )
 
 
 def _stages(folder: Path) -> dict[str, dict]:
@@ -141,7 +152,9 @@ def _stages(folder: Path) -> dict[str, dict]:
 
 
 def _complaints(stages: dict[str, dict], files: list[Path]) -> int:
-    complaints = [f"stage {name} ended with {s['exit']}: {s['last']}" for name, s in stages.items() if s["exit"]]
+    complaints = [
+        f"stage {name} ended with {s['exit']}: {s['last']}" for name, s in stages.items() if s["exit"]
+    ]
     for path in files:
         print(path)
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -7,11 +7,11 @@ python -m bench.counters read CSV --manifest MANIFEST --out FILE
         --log-file counters.csv python -m bench.counters run --out counters.manifest.json
 
 `run` takes the main case of every kind of the benchmark's kernel groups, calls it twice unwatched (compilation, tuning), and
-once between cudaProfilerStart and cudaProfilerStop. A marker kernel, whose grid has as many programs as the case's number, goes
-before each: that is how `read` tells the cases apart. Every kernel of a call is counted, torch's own as well.
+once between cudaProfilerStart and cudaProfilerStop. Before each goes a marker kernel, whose grid has as many programs as the
+case's number: that is how `read` tells the cases apart. Every kernel of a call is counted, torch's own as well.
 
-A kernel is bound by what is used above BOUND percent of its peak, the most used of these first: "memory" (DRAM), "tensor cores",
-"L2" and "instructions" (any pipe of the multiprocessors). Where nothing is, it is "latency": too little work in flight, or too
+A kernel is bound by what is used at BOUND percent of its peak or more, the most used of "memory" (DRAM), "tensor cores", "L2"
+and "instructions" (any pipe of the multiprocessors). Where nothing is, it is "latency": too little work in flight, or too
 little work. Times under a profiler are those of its clocks and cold caches: they say shares, not speed.
 """
 
@@ -126,7 +126,9 @@ def read(text: str, manifest: dict) -> dict:
             if not 0 <= number < len(cases):
                 raise ValueError(f"the table marks case {number + 1}; the manifest has {len(cases)}")
         elif number is None:
-            raise ValueError(f"kernel {row['Kernel Name']} comes before the first marker {MARKER}; was `run` watched?")
+            raise ValueError(
+                f"kernel {row['Kernel Name']} comes before the first marker {MARKER}; was `run` watched?"
+            )
         else:
             by_case[number].append(row)
     found = []
@@ -150,9 +152,15 @@ def _kernels(launched: list[dict]) -> Iterator[Kernel]:
             return sum(v * s for v, s in known) / weight if weight else None
 
         def largest(*fields: str, same=same) -> float | None:
-            return max((sum(row.get(f, 0.0) for f in fields) for row in same if fields[0] in row), default=None)
+            return max(
+                (sum(row.get(f, 0.0) for f in fields) for row in same if fields[0] in row), default=None
+            )
 
-        moved = [row["dram_read_bytes"] + row.get("dram_write_bytes", 0.0) for row in same if "dram_read_bytes" in row]
+        moved = [
+            row["dram_read_bytes"] + row.get("dram_write_bytes", 0.0)
+            for row in same
+            if "dram_read_bytes" in row
+        ]
         percents = {f: mean(f) for f in METRICS if f.endswith("percent")}
         longest = max(same, key=lambda row: row.get("seconds", 0.0))
         yield Kernel(
@@ -164,7 +172,12 @@ def _kernels(launched: list[dict]) -> Iterator[Kernel]:
 
 def bound(percents: dict[str, float | None]) -> str:
     """See the module's docstring; "unknown" where the counters are not there."""
-    kinds = {"memory": "dram_percent", "tensor cores": "tensor_percent", "L2": "l2_percent", "instructions": "sm_percent"}
+    kinds = {
+        "memory": "dram_percent",
+        "tensor cores": "tensor_percent",
+        "L2": "l2_percent",
+        "instructions": "sm_percent",
+    }
     known = {kind: percents[field] for kind, field in kinds.items() if percents.get(field) is not None}
     if not known:
         return "unknown"
@@ -199,7 +212,17 @@ def table(content: dict) -> list[str]:
                 percent(kernel["occupancy_percent"]), "" if registers is None else f"{registers:.0f}",
                 "" if shared is None else f"{shared / 1024:.0f} KiB",
             ])  # fmt: skip
-    names = ["call", "kernel", "of its time", "bound by", "DRAM", "tensor cores", "L2 hits", "occupancy", "registers"]
+    names = [
+        "call",
+        "kernel",
+        "of its time",
+        "bound by",
+        "DRAM",
+        "tensor cores",
+        "L2 hits",
+        "occupancy",
+        "registers",
+    ]
     return report.markdown([*names, "shared memory"], lines)
 
 
@@ -225,7 +248,10 @@ def run(device: str, sizes: str, out: Path) -> None:
     from bench.peers import clp
 
     chosen = main_cases(device, sizes)
-    listed = [{"id": case.id, "group": case.group, "op": case.op, "title": f"{case.group}: {case.title}"} for case in chosen]
+    listed = [
+        {"id": case.id, "group": case.group, "op": case.op, "title": f"{case.group}: {case.title}"}
+        for case in chosen
+    ]
     manifest = {"environment": environment.describe(device), "cases": listed}
     out.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     mark = _marker() if device == "cuda" else None
@@ -250,6 +276,7 @@ def run(device: str, sizes: str, out: Path) -> None:
 def _marker():
     """mark(n) launches the marker with n programs."""
     import torch
+
     from bench.counter_marker import _case_marker
 
     out = torch.zeros(1, dtype=torch.int32, device="cuda")

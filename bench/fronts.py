@@ -9,10 +9,10 @@ The fronts agree where no p is below 0.05 after Holm's correction for the number
 dependence: 1 in 20 pairs of equal fronts would be called different at most, however many weightings there are. That two
 intervals overlap is said for each comparison beside it, but judges nothing.
 
-What this cannot see: a difference below `smallest`, the one that the correction would let through anywhere. What it ignores: two
-trainings with other rounding are two runs, and differ by more than the prompts they are evaluated on; the intervals are over
-prompts alone. And both use the same prompts, which makes the test conservative. KL and length come without intervals and are
-shown, not judged.
+What this cannot see: a difference below `smallest`, which the correction would let through at any one comparison. What it
+leaves out: two trainings with other rounding are two runs, and differ by more than the prompts they are evaluated on, while
+intervals are over prompts alone; on the other hand both use the same prompts, which makes the test conservative. KL and length
+come without intervals and are shown, not judged.
 
 With --out: STEM.json, STEM.md and, where matplotlib is there, STEM.png with both fronts. Exits with 0 where they agree, 1 where
 they do not, 2 where they cannot be compared.
@@ -28,10 +28,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
 
+from bench import report
 from clp_engine.errors import ConfigError
 from clp_engine.evaluation import Interval, ParetoReport, Point
-
-from bench import report
 
 LEVEL = 0.05
 _NORMAL = NormalDist()
@@ -154,20 +153,31 @@ def brief(content: dict) -> list[str]:
     lines = [verdict, ""]
     lines += [f"- {c.what}: {c.reference.mean:.4f} and {c.measured.mean:.4f}, p {c.p:.2g}" for c in far]
     lines += [""] if far else []
-    times = [f"{_seconds(content[part]['seconds'])} on {content[part]['device']}" for part in ("reference", "measured")]
+    times = [
+        f"{_seconds(content[part]['seconds'])} on {content[part]['device']}"
+        for part in ("reference", "measured")
+    ]
     return [*lines, f"Seconds of training and of evaluation: {times[0]}; {times[1]}."]
 
 
 def markdown(content: dict) -> str:
     """All of it: `brief`, every comparison, and KL and length of each weighting."""
     found, lines = _comparisons(content), [*brief(content), ""]
-    names = ["", f"reference ({content['reference']['device']})", f"measured ({content['measured']['device']})"]
+    names = [
+        "",
+        f"reference ({content['reference']['device']})",
+        f"measured ({content['measured']['device']})",
+    ]
     rows = [
         [c.what, _shown(c.reference), _shown(c.measured), f"{c.z:+.1f}", f"{c.p:.2f}", f"{c.smallest:.3f}"]
         for c in found
     ]
     lines += report.markdown([*names, "difference / error", "p, corrected", "smallest that is seen"], rows)
-    lines += ["", "KL to the base model, nats, and tokens of a completion, by weighting (not judged: no intervals are kept):", ""]
+    lines += [
+        "",
+        "KL to the base model in nats and tokens of a completion (not judged: no intervals are kept):",
+        "",
+    ]
     one, other = content["reference"], content["measured"]
     rows = [
         [weighting, f"{a:.2f}", f"{b:.2f}", f"{m:.1f}", f"{n:.1f}"]
@@ -175,7 +185,9 @@ def markdown(content: dict) -> str:
             content["weightings"], one["kl"], other["kl"], one["length"], other["length"]
         )
     ]
-    lines += report.markdown(["weighting", "KL, reference", "measured", "tokens, reference", "measured"], rows)
+    lines += report.markdown(
+        ["weighting", "KL, reference", "measured", "tokens, reference", "measured"], rows
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -204,7 +216,8 @@ def draw(reference: ParetoReport, measured: ParetoReport, path: Path) -> Path | 
     for one, colour in ((reference, "#b0643a"), (measured, "#1f6f8b")):
         rewards = [point.rewards for point in one.points]
         spread = {
-            n: [[r[n].mean - r[n].low for r in rewards], [r[n].high - r[n].mean for r in rewards]] for n in (x, y)
+            n: [[r[n].mean - r[n].low for r in rewards], [r[n].high - r[n].mean for r in rewards]]
+            for n in (x, y)
         }
         axes.errorbar(
             [r[x].mean for r in rewards], [r[y].mean for r in rewards], xerr=spread[x], yerr=spread[y], color=colour,

@@ -43,7 +43,9 @@ def found(results: Path) -> dict[str, schema.Result]:
 
 
 def _kept(results: Path, folder: str) -> dict[str, dict]:
-    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((results / folder).glob("*.json"))}
+    return {
+        p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((results / folder).glob("*.json"))
+    }
 
 
 def _of_a_gpu(results: Path, folder: str) -> dict[str, dict]:
@@ -73,13 +75,17 @@ def _targets(results: Path) -> list[str]:
             if verdict.target == target.what
         ]
         limit = f"{target.sense} {target.limit:g}"
-        rows += [_row(limit, bounds, *one) for one in judged] or [[target.what, limit, "not measured", "", "", "", ""]]
+        rows += [_row(limit, bounds, *one) for one in judged] or [
+            [target.what, limit, "not measured", "", "", "", ""]
+        ]
     names = ["target", "limit", "measured", "", "of the floor", "bound by", "on"]
     table = report.markdown(names, rows)
     return table if measured else [NOTHING, "", *table]
 
 
-def _row(limit: str, bounds: dict, result: schema.Result, case: schema.Case, verdict: schema.Verdict) -> list[str]:
+def _row(
+    limit: str, bounds: dict, result: schema.Result, case: schema.Case, verdict: schema.Verdict
+) -> list[str]:
     ours = case.median(OURS)
     floor = f"{100 * case.floor.seconds / ours:.0f}%" if ours and case.floor else ""
     bound = f"{case.floor.bound} (floor)" if case.floor else ""
@@ -128,7 +134,8 @@ def _counters(results: Path) -> list[str]:
 def _fronts(results: Path) -> list[str]:
     lines = []
     for stem, content in _kept(results, "fronts").items():
-        lines += [*fronts.brief(content), "", f"![Both fronts]({stem}_front.png)", "", f"`bench/results/fronts/{stem}.json`", ""]
+        picture = f"![Both fronts]({stem}_front.png)"
+        lines += [*fronts.brief(content), "", picture, "", f"`bench/results/fronts/{stem}.json`", ""]
     return lines or ["The demo has not been run on a GPU yet."]
 
 
@@ -139,8 +146,8 @@ def _round(results: Path) -> list[str]:
             [name, "passed" if s["exit"] == 0 else f"exit code {s['exit']}", f"{s['seconds']:.0f}", s["last"]]
             for name, s in content["stages"].items()
         ]
-        e = content["environment"]
-        source = f"{e['device']}, {e['date']}, commit {(e.get('commit') or 'unknown')[:7]} (`bench/results/rounds/{stem}.json`)."
+        e, file = content["environment"], f"`bench/results/rounds/{stem}.json`"
+        source = f"{e['device']}, {e['date']}, commit {(e.get('commit') or 'unknown')[:7]} ({file})."
         lines += [*report.markdown(["stage", "", "seconds", "its last line"], rows), "", source, ""]
     return lines or [NOTHING]
 
@@ -150,7 +157,13 @@ def _steps(results: Path) -> list[str]:
     for stem, profile in _of_a_gpu(results, "profiles").items():
         shape = " ".join(f"{name}={size}" for name, size in profile["shape"].items())
         rows.append(
-            [f"`{stem}`", profile["model"], shape, report.seconds(profile["step"]), f"{100 * profile['engine_share']:.1f}%"]
+            [
+                f"`{stem}`",
+                profile["model"],
+                shape,
+                report.seconds(profile["step"]),
+                f"{100 * profile['engine_share']:.1f}%",
+            ]
         )
     names = ["profile", "model", "shape", "step", "engine's own"]
     return report.markdown(names, rows) if rows else [NOTHING]

@@ -54,7 +54,9 @@ def _block(name: str, results: Path) -> str:
 
 def pages(root: Path = ROOT) -> list[Path]:
     """README.md, and those in docs/ that have figures."""
-    found = (path for path in sorted((root / "docs").glob("*.md")) if "<!-- bench:" in path.read_text("utf-8"))
+    found = (
+        path for path in sorted((root / "docs").glob("*.md")) if "<!-- bench:" in path.read_text("utf-8")
+    )
     return [root / "README.md", *found]
 
 

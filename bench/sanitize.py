@@ -116,7 +116,9 @@ def multi_lora_linear() -> Iterator[Check]:
     yield Check("int32 index", layer(9, 40, 24, 5, 2, **index(9, 2, torch.int32)), call, every)
     yield Check("rank 0", layer(9, 40, 24, 0, 1), call, ("x",))
     for rows, n, k in ((3, 48, 64), (70, 272, 64), (70, 45, 37)):
-        yield Check(f"batch-invariant, {rows} rows", layer(rows, n, k, 16, None), call, every, batch_invariant)
+        yield Check(
+            f"batch-invariant, {rows} rows", layer(rows, n, k, 16, None), call, every, batch_invariant
+        )
     for rows in (1, 65):
         yield Check(f"{rows} rows without gradients", layer(rows, 80, 48, 16, None), call, graph=True)
     for rows in (1, 5, 16, 17, 33, 65, 129, 256):
@@ -141,7 +143,10 @@ def _head(rows: int, width: int, vocabulary: int, own: bool = False, rank: int =
         "bias": normal(vocabulary, scale=0.1),
     }
     if own:
-        made |= {"ref_weight": made["weight"] + normal(vocabulary, width, scale=0.01), "ref_bias": made["bias"]}
+        made |= {
+            "ref_weight": made["weight"] + normal(vocabulary, width, scale=0.01),
+            "ref_bias": made["bias"],
+        }
     if rank:
         made |= {"a": normal(rank, width, scale=width**-0.5), "b": normal(vocabulary, rank, scale=0.1)}
         made["gate"] = torch.rand(rows, rank)
@@ -187,7 +192,9 @@ def linear_logprob() -> Iterator[Check]:
         wanted = ("hidden",)
         yield Check(f"{outputs[0]} alone", few, _statistics(outputs), wanted, dtypes=(HALF, SINGLE))
     yield Check("scoring", tensors, _statistics(some), graph=True, dtypes=(HALF,))
-    yield Check("batch-invariant", _head(3, 64, 304), _statistics(some), head, batch_invariant, dtypes=(HALF,))
+    yield Check(
+        "batch-invariant", _head(3, 64, 304), _statistics(some), head, batch_invariant, dtypes=(HALF,)
+    )
 
 
 def vocab_parallel_linear_logprob() -> Iterator[Check]:
@@ -346,7 +353,9 @@ def prefix_attention() -> Iterator[Check]:
     q, k, v = (normal(layout.tokens, heads, 64) for heads in (4, 2, 2))
     for options in ({}, {"softcap": 20.0}, {"window": 40}):
         called = functools.partial(call, **options)
-        yield Check(f"{options or 'plain'}", {"q": q, "k": k, "v": v}, called, ("q", "k", "v"), dtypes=(HALF,))
+        yield Check(
+            f"{options or 'plain'}", {"q": q, "k": k, "v": v}, called, ("q", "k", "v"), dtypes=(HALF,)
+        )
 
 
 OPS = {
@@ -378,7 +387,9 @@ def _outputs(check: Check, tensors: Tensors) -> Tensors:
     asked = [y for y in outputs.values() if y.requires_grad]
     found = {name: y.detach() for name, y in outputs.items()}
     if leaves:
-        incoming = [torch.linspace(-1, 2, y.numel(), device=y.device).to(y.dtype).view(y.shape) for y in asked]
+        incoming = [
+            torch.linspace(-1, 2, y.numel(), device=y.device).to(y.dtype).view(y.shape) for y in asked
+        ]
         gradients = torch.autograd.grad(asked, list(leaves.values()), incoming)
         found |= {f"d_{name}": g for name, g in zip(leaves, gradients)}
     return found
@@ -409,11 +420,15 @@ def complaint(check: Check, dtype: torch.dtype, device: str) -> str | None:
     with use_backend("reference"):
         if check.judge is None:
             plain = _outputs(check, on_cpu)
-            exact = _outputs(check, {n: t.double() if t.is_floating_point() else t for n, t in on_cpu.items()})
+            exact = _outputs(
+                check, {n: t.double() if t.is_floating_point() else t for n, t in on_cpu.items()}
+            )
     for name, outputs in runs.items():
         found = {n: t.cpu() for n, t in outputs.items()}
         if check.judge is not None:
-            exact = check.judge({n: t.double() if t.is_floating_point() else t for n, t in on_cpu.items()}, found)
+            exact = check.judge(
+                {n: t.double() if t.is_floating_point() else t for n, t in on_cpu.items()}, found
+            )
             plain = {n: t.float() for n, t in exact.items()}
         errors = accuracy.errors(found, plain, exact)
         for output, error in errors.items():
@@ -501,7 +516,9 @@ class Launches:
             yield
 
     def save(self, path: Path, ops: list[str]) -> None:
-        held = {name: sorted(map(list, configs), key=repr) for name, configs in sorted(self.by_kernel.items())}
+        held = {
+            name: sorted(map(list, configs), key=repr) for name, configs in sorted(self.by_kernel.items())
+        }
         path.write_text(json.dumps({"ops": ops, "kernels": held}, indent=1) + "\n", encoding="utf-8")
 
     def add(self, path: Path) -> list[str]:
@@ -518,7 +535,9 @@ def never_launched(launches: Launches, device: str) -> list[str]:
 
     missing = [name for name in kernels() if name not in launches.by_kernel]
     if launch.major(torch.device(device, 0) if device == "cuda" else torch.device("cpu")) < 9:
-        missing = [name for name in missing if not name.endswith("_described")]  # they need the bulk copy engine
+        missing = [
+            name for name in missing if not name.endswith("_described")
+        ]  # they need the bulk copy engine
     return missing
 
 
@@ -528,7 +547,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--list", action="store_true", help="print the names of the ops, and do nothing else")
     parser.add_argument("--record", metavar="FILE", type=Path, help="what was launched, for --judge")
-    parser.add_argument("--judge", metavar="FILE", type=Path, nargs="+", help="run nothing; put these records together")
+    parser.add_argument(
+        "--judge", metavar="FILE", type=Path, nargs="+", help="run nothing; put these records together"
+    )
     parser.add_argument("--thin", type=int, default=1, metavar="N", help="only every N-th check of an op")
     options = parser.parse_args(arguments)
     if options.list:
