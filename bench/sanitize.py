@@ -71,6 +71,11 @@ def normal(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape) * scale
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """All but 16 of the columns, rows 16 elements apart and none on 16 bytes: what the bulk copy engine cannot load."""
+    return tensor[:, 1:-15]
+
+
 # --- the checks, by op -------------------------------------------------------------------------------------
 
 
@@ -83,6 +88,9 @@ def multi_lora_linear() -> Iterator[Check]:
             *(t[name] for name in names), bias=t.get("bias"), gate_index=t.get("index")
         )
         return {"y": y}
+
+    def call_shifted(t: Tensors) -> Tensors:
+        return call(t | {"x": shifted(t["x"])})
 
     def layer(rows: int, n: int, k: int, rank: int, groups: int | None, **more: Tensor) -> Tensors:
         gate = expand_gate(torch.rand(groups or rows, 1), (rank,), (1.0,))
@@ -114,6 +122,10 @@ def multi_lora_linear() -> Iterator[Check]:
     yield Check("rank 32, dY once", layer(130, 1040, 48, 32, 1), call, every, once)
     yield Check("a shared gate", layer(66, 48, 64, 13, 1), call, every, dtypes=(HALF, SINGLE))
     yield Check("int32 index", layer(9, 40, 24, 5, 2, **index(9, 2, torch.int32)), call, every)
+    for rows in (70, 1030):
+        tensors = layer(rows, 48, 64, 16, None) | {"x": normal(rows, 80)}
+        label = f"{rows} rows that start on no 16 bytes"
+        yield Check(label, tensors, call_shifted, every, functools.partial(strategy.force, product="fused"))
     yield Check("rank 0", layer(9, 40, 24, 0, 1), call, ("x",))
     for rows, n, k in ((3, 48, 64), (70, 272, 64), (70, 45, 37)):
         yield Check(
@@ -185,6 +197,23 @@ def linear_logprob() -> Iterator[Check]:
         "capped, kept", capped, _statistics(some, keep_bytes=9 * 4107 * 4, **options), head,
         dtypes=(HALF, SINGLE), wide=("row_temperature",),
     )  # fmt: skip
+    for outputs in (some, ("logprob",)):
+        tensors = _head(37, 64, 304)
+        wide = tensors | {
+            name: normal(tensors[name].shape[0], 80) for name in ("hidden", "weight", "ref_hidden")
+        }
+        if outputs != some:
+            wide = {name: wide[name] for name in ("hidden", "weight", "targets")}
+
+        def call_shifted(t: Tensors, call=_statistics(outputs)) -> Tensors:
+            names = [name for name in ("hidden", "weight", "ref_hidden") if name in t]
+            return call(t | {name: shifted(t[name]) for name in names})
+
+        label = f"{len(outputs)} outputs, rows that start on no 16 bytes"
+        yield Check(label, wide, call_shifted, ("hidden", "weight"), dtypes=(HALF, SINGLE))
+    tensors = _head(9, 264, 4107)
+    yield Check("a wide hidden state", tensors, _statistics(("logprob",)), ("hidden",), dtypes=(HALF,))
+    tensors = _head(9, 48, 4107)
     frozen = _statistics(some, differentiable=("logprob",), keep_bytes=9 * 48 * 8)
     yield Check("a frozen head, one output differentiable", tensors, frozen, ("hidden",), dtypes=(HALF,))
     for outputs in (("logprob",), ("entropy",), ("lse", "top1")):
@@ -304,7 +333,13 @@ def interpolated_linear() -> Iterator[Check]:
         return {"y": y}
 
     wanted = ("x", "stack", "blend", "bias")
-    for rows, groups, n, k in ((3, 3, 45, 37), (17, 17, 48, 64), (70, 70, 48, 64), (70, 70, 45, 37)):
+    for rows, groups, n, k in (
+        (3, 3, 45, 37),
+        (9, 9, 48, 64),
+        (17, 17, 48, 64),
+        (70, 70, 48, 64),
+        (70, 70, 45, 37),
+    ):
         tensors = {"x": normal(rows, k), "stack": normal(3, n, k, scale=k**-0.5), "bias": normal(n)}
         tensors |= {"blend": torch.rand(groups, 3), "base": normal(n, k, scale=k**-0.5)}
         yield Check(f"{rows} rows of {k} to {n}, a blend each", tensors, call, wanted, wide=("blend",))
