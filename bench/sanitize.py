@@ -180,6 +180,10 @@ def _statistics(outputs: tuple[str, ...], function=None, **options) -> Callable[
 
 
 def linear_logprob() -> Iterator[Check]:
+    def call_shifted(call: Callable[[Tensors], Tensors], t: Tensors) -> Tensors:
+        names = [name for name in ("hidden", "weight", "ref_hidden") if name in t]
+        return call(t | {name: shifted(t[name]) for name in names})
+
     some = ("logprob", "entropy", "kl")
     head = ("hidden", "weight", "bias")
     for rows, width, vocabulary in ((1, 8, 50), (40, 64, 304), (37, 45, 301)):
@@ -204,13 +208,9 @@ def linear_logprob() -> Iterator[Check]:
         }
         if outputs != some:
             wide = {name: wide[name] for name in ("hidden", "weight", "targets")}
-
-        def call_shifted(t: Tensors, call=_statistics(outputs)) -> Tensors:
-            names = [name for name in ("hidden", "weight", "ref_hidden") if name in t]
-            return call(t | {name: shifted(t[name]) for name in names})
-
+        called = functools.partial(call_shifted, _statistics(outputs))
         label = f"{len(outputs)} outputs, rows that start on no 16 bytes"
-        yield Check(label, wide, call_shifted, ("hidden", "weight"), dtypes=(HALF, SINGLE))
+        yield Check(label, wide, called, ("hidden", "weight"), dtypes=(HALF, SINGLE))
     tensors = _head(9, 264, 4107)
     yield Check("a wide hidden state", tensors, _statistics(("logprob",)), ("hidden",), dtypes=(HALF,))
     tensors = _head(9, 48, 4107)
