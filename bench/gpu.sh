@@ -80,7 +80,7 @@ deadline=$((SECONDS + ${CLP_GPU_SH_SECONDS:-1000000}))
 groups="multi_lora decode linear_logprob logits_logprob interpolate sampling e2e rollout"
 every="build tests ceilings $groups docsum counters sanitizer racecheck slow_tests tune profile"
 # First the targets' own shapes (a budget begins with them), in 560 seconds; then everything.
-plan="build:170 tests:100 linear_logprob:70:110 multi_lora:40:80 decode:40:60 interpolate:30:60 e2e:30:190 rollout:30:90
+plan="build:170 tests:70 linear_logprob:60:100 multi_lora:35:60 decode:35:50 interpolate:25:45 e2e:20:200 rollout:30:90
 docsum:240 ceilings:60 counters:200 sanitizer:300 logits_logprob:60 sampling:60 slow_tests:400 racecheck:400 tune:300
 linear_logprob:300 multi_lora:300 decode:200 interpolate:150 e2e:400 rollout:200 logits_logprob:150 sampling:100 profile:300"
 jobs=$(($(nproc) > 2 ? $(nproc) / 2 : 1))
@@ -254,8 +254,9 @@ run_stage() {
         *" $name "*) set -- group "$name" "$budget" ;;
         *) set -- "$name" ;;
     esac
-    # A stage is a function of this script: in a shell of its own, so that timeout can end it and all it started.
-    timeout --kill-after=10 "$limit" bash -euo pipefail -c '"$@"' stage "$@" >"$out/$name.log" 2>&1 || rc=$?
+    # A stage is a function of this script: in a shell of its own, so that timeout can end it and all it started; interrupted, as
+    # pytest then still says what it has seen.
+    timeout --signal=INT --kill-after=15 "$limit" bash -euo pipefail -c '"$@"' stage "$@" >"$out/$name.log" 2>&1 || rc=$?
     echo "$rc $((SECONDS - start))" >"$out/$name.rc"
     if [ "$rc" -eq 0 ]; then touch "$out/$name.done"; else echo "$name: exit code $rc"; tail -n 5 "$out/$name.log"; fi
     archive

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from bench import schema
+from bench.cases import GROUPS
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 
@@ -24,14 +26,43 @@ def rehearse(out, *stages, **environment):
     )
 
 
+@pytest.fixture
+def fake(tmp_path):
+    """An interpreter that prints its arguments, fails for ceilings, and sleeps for decode."""
+    path = tmp_path / "python"
+    path.write_text(
+        "#!/bin/sh\necho called with $*\n"
+        'case "$*" in *ceilings*) exit 7 ;; *"run decode"*) sleep ${FAKE_SLEEP:-0} ;; esac\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def stages_of(plan: str) -> list[str]:
+    return [stage.partition(":")[0] for stage in plan.split()]
+
+
+def plan() -> str:
+    return SCRIPT.read_text(encoding="utf-8").partition('plan="')[2].partition('"')[0]
+
+
 @pytest.mark.slow
 def test_a_round_goes_through_its_stages_and_on_from_its_archive(tmp_path):
     out = tmp_path / "out"
-    done = rehearse(out, "build", "sanitizer", "ceilings", "decode", "profile")
+    names = ("build", "sanitizer", "ceilings", "decode", "rollout", "tune", "counters", "docsum", "profile")
+    done = rehearse(out, *names)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stage" in done.stdout and (out / "all.tgz").exists()
     assert schema.load(out / "decode.json").cases and not schema.load(out / "ceilings.json").cases
     assert json.loads((out / "tiny.profile.json").read_text())["model"] == "tiny"
+    assert json.loads((out / "fronts.json").read_text())["agree"] is True
+    assert json.loads((out / "docsum_demo.json").read_text())["setup"]["prompts"] == 8
+    assert "ncu is not on this machine" in (out / "counters.log").read_text()
+    assert json.loads((out / "sanitizer.all.record.json").read_text())["kernels"]
+    if "rollout" in GROUPS:
+        assert schema.load(out / "rollout.json").cases
+    else:
+        assert "there is no group rollout" in (out / "rollout.log").read_text()
     before = (out / "decode.json").stat().st_mtime_ns
     assert rehearse(out, "ceilings", "decode").returncode == 0
     assert (out / "decode.json").stat().st_mtime_ns == before  # done stages are skipped
@@ -41,17 +72,73 @@ def test_a_round_goes_through_its_stages_and_on_from_its_archive(tmp_path):
     (out / "all.tgz").rename(other / "all.tgz")
     assert rehearse(other, "decode").returncode == 0
     assert (other / "decode.log").read_bytes() == (out / "decode.log").read_bytes()
+    assert (other / "docsum" / "report.json").exists()
 
 
-def test_a_failing_stage_is_recorded_and_does_not_stop_the_others(tmp_path):
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho called with $*\ncase "$*" in *ceilings*) exit 7 ;; esac\n')
-    fake.chmod(0o755)
-    done = rehearse(tmp_path / "out", "ceilings", "decode", PYTHON=str(fake))
+def test_a_failing_stage_is_recorded_and_does_not_stop_the_others(tmp_path, fake):
+    done = rehearse(tmp_path / "out", "ceilings", "decode", PYTHON=fake)
     assert done.returncode == 1
     assert (tmp_path / "out" / "ceilings.rc").read_text().split()[0] == "7"
     assert not (tmp_path / "out" / "ceilings.done").exists() and (tmp_path / "out" / "decode.done").exists()
     assert "run decode --device cpu" in (tmp_path / "out" / "decode.log").read_text()
+
+
+def test_a_stage_gets_its_budget_and_is_stopped_at_its_limit(tmp_path, fake):
+    out = tmp_path / "out"
+    done = rehearse(out, "decode:300:2", "multi_lora:33", PYTHON=fake, FAKE_SLEEP="30")
+    assert done.returncode == 1 and "decode: exit code 124" in done.stdout
+    assert int((out / "decode.rc").read_text().split()[1]) < 15
+    assert "--budget 33" in (out / "multi_lora.log").read_text()
+    # What came of it is kept, and the next call goes on with it.
+    (out / "decode.json").write_text("{}")
+    assert rehearse(out, "decode:60", "multi_lora", PYTHON=fake).returncode == 0
+    assert "--resume --budget 60" in (out / "decode.log").read_text() and (out / "decode.json").exists()
+
+
+def test_a_stage_named_again_goes_on_unless_it_is_done(tmp_path, fake):
+    out = tmp_path / "out"
+    assert rehearse(out, "sampling:20", "sampling:50", PYTHON=fake).returncode == 0
+    assert "--budget 20" in (out / "sampling.log").read_text()
+
+
+def test_two_files_hold_a_round_after_every_stage(tmp_path, fake):
+    out, ship = tmp_path / "out", tmp_path / "ship"
+    rehearse(out, "ceilings", "decode", PYTHON=fake, CLP_GPU_SH_SHIP=str(ship))
+    assert sorted(p.name for p in ship.iterdir()) == ["all.tgz", "summary.txt"]
+    with tarfile.open(ship / "all.tgz") as archive:
+        assert {"./ceilings.rc", "./decode.done", "./decode.log", "./device"} <= set(archive.getnames())
+    assert "ceilings             7" in (ship / "summary.txt").read_text()
+
+    other = tmp_path / "other"
+    done = rehearse(other, "decode", PYTHON=fake, CLP_GPU_SH_FROM=str(ship / "all.tgz"))
+    assert done.returncode == 0 and (other / "decode.rc").read_text() == (out / "decode.rc").read_text()
+
+
+def test_another_device_gets_a_folder_of_its_own(tmp_path, fake):
+    out = tmp_path / "out"
+    rehearse(out, "decode", PYTHON=fake)
+    (out / "device").write_text("NVIDIA H200\n")
+    done = rehearse(out, "decode", PYTHON=fake)
+    assert done.returncode == 0 and f"this is cpu; its results go to {out}/cpu" in done.stdout
+    assert (out / "cpu" / "decode.done").exists()
+
+
+def test_the_plan_reaches_every_stage_and_its_targets_within_one_call():
+    listed = SCRIPT.read_text(encoding="utf-8").partition('every="')[2].partition('"')[0]
+    groups = SCRIPT.read_text(encoding="utf-8").partition('groups="')[2].partition('"')[0].split()
+    every = [name for word in listed.split() for name in (groups if word == "$groups" else [word])]
+    assert set(stages_of(plan())) == set(every) and set(GROUPS) <= set(groups)
+    # Until the last group that a target is judged by, budgets (of a group) and limits (of the others) fit into 560 seconds,
+    # and leave 100 for cases that end after their budget, a training step most of all.
+    first = plan().split()[: stages_of(plan()).index("rollout") + 1]
+    assert sum(int(stage.split(":")[1]) for stage in first) <= 460
+    assert {"multi_lora", "decode", "linear_logprob", "interpolate", "e2e"} <= set(stages_of(" ".join(first)))
+
+
+def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path, fake):
+    done = rehearse(tmp_path / "out", "decode", "nonesuch", PYTHON=fake)
+    assert done.returncode == 2 and "unknown stage nonesuch; known: build tests" in done.stderr
+    assert not (tmp_path / "out" / "decode.log").exists()
 
 
 def test_no_stage_starts_after_the_deadline(tmp_path):
