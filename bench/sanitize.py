@@ -443,12 +443,17 @@ def _replayed(check: Check, tensors: Tensors) -> Tensors:
     return kept[-1]
 
 
+def _captures(device: str) -> bool:
+    """Whether CUDA graphs can be captured: not where every tensor is an allocation of its own."""
+    return device == "cuda" and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
+
+
 def complaint(check: Check, dtype: torch.dtype, device: str) -> str | None:
     """Runs the check; what is wrong with its results, or None."""
     tensors, on_cpu = _inputs(check, dtype, device), _inputs(check, dtype, "cpu")
     with use_backend(check.backend), check.context():
         runs = {"": _outputs(check, tensors)}
-        if check.graph and device == "cuda":
+        if check.graph and _captures(device):
             runs[" replayed"] = _replayed(check, tensors)
     # The truth is computed on the CPU: torch's own kernels need no watching, and being watched takes them long.
     plain = exact = {}
@@ -581,6 +586,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"default: all of {', '.join(OPS)}")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--list", action="store_true", help="print the names of the ops, and do nothing else")
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="only the checks that a CUDA graph can hold, which needs torch's cache",
+    )
     parser.add_argument("--record", metavar="FILE", type=Path, help="what was launched, for --judge")
     parser.add_argument(
         "--judge", metavar="FILE", type=Path, nargs="+", help="run nothing; put these records together"
@@ -600,12 +610,17 @@ def main(arguments: list[str] | None = None) -> int:
     with launches.watched():
         for op in ops:
             for dtype, check in _chosen(op, device, options.thin):
+                if options.graphs and not check.graph:
+                    continue
                 label = f"{op}: {check.label}, {str(dtype).removeprefix('torch.')} [{check.backend}]"
                 start = time.monotonic()
                 wrong = _run(check, dtype, device, launches)
                 count += 1
                 failed += [label] if wrong else []
                 print(f"{time.monotonic() - start:6.1f} s  {label}: {wrong or 'right'}", flush=True)
+    if options.graphs:
+        ops = []  # none of them as a whole
+        print(f"graphs were {'' if _captures(device) else 'not '}captured and replayed")
     if options.record:
         launches.save(options.record, ops)
     for label in failed:

@@ -111,7 +111,7 @@ def test_two_files_hold_a_round_after_every_stage(tmp_path, fake):
 
     other = tmp_path / "other"
     done = rehearse(other, "decode", PYTHON=fake, CLP_GPU_SH_FROM=str(ship / "all.tgz"))
-    assert done.returncode == 0 and (other / "decode.rc").read_text() == (out / "decode.rc").read_text()
+    assert done.returncode == 0 and (other / "ceilings.log").read_text() == (out / "ceilings.log").read_text()
 
 
 def test_another_device_gets_a_folder_of_its_own(tmp_path, fake):

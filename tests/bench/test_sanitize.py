@@ -112,6 +112,16 @@ def test_an_unknown_op_is_refused():
         sanitize.main(["nonesuch", "--device", "cpu"])
 
 
+def test_graphs_alone_are_no_whole_op(tmp_path, capsys):
+    record = tmp_path / "r.json"
+    assert sanitize.main(["interpolated_linear", "--graphs", "--device", "cpu", "--record", str(record)]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "without gradients" in out and "two blends by index" not in out and "graphs were not captured" in out
+    )
+    assert json.loads(record.read_text())["ops"] == []
+
+
 def test_inputs_are_rounded_but_for_what_stays_wide():
     check = Check("x", {"x": torch.rand(3), "w": torch.rand(3), "i": torch.arange(3)}, doubled, wide=("w",))
     kinds = {name: t.dtype for name, t in sanitize._inputs(check, HALF, "cpu").items()}
