@@ -22,6 +22,7 @@ from bench import counters, fronts, report, schema
 from bench.targets import OURS, TARGETS
 
 GPU = "H200"  # what TARGETS calls the machine
+_EXITS = {0: "passed", 3: "budget used up", 124: "stopped at its limit"}
 NOTHING = "Nothing has been measured on a GPU yet."
 
 
@@ -143,7 +144,7 @@ def _round(results: Path) -> list[str]:
     lines = []
     for stem, content in _of_a_gpu(results, "rounds").items():
         rows = [
-            [name, "passed" if s["exit"] == 0 else f"exit code {s['exit']}", f"{s['seconds']:.0f}", s["last"]]
+            [name, _EXITS.get(s["exit"], f"exit code {s['exit']}"), f"{s['seconds']:.0f}", s["last"]]
             for name, s in content["stages"].items()
         ]
         e, file = content["environment"], f"`bench/results/rounds/{stem}.json`"

@@ -145,3 +145,57 @@ def test_no_stage_starts_after_the_deadline(tmp_path):
     done = rehearse(tmp_path / "out", "decode", CLP_GPU_SH_SECONDS="10")
     assert done.returncode == 1 and "decode: left for the next call" in done.stdout
     assert not (tmp_path / "out" / "decode.log").exists()
+
+
+@pytest.fixture
+def gpu_machine(tmp_path):
+    """Stand-ins for the tools of a machine with a GPU: what is called with what is all that they show."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    scripts = {
+        "nvidia-smi": "echo NVIDIA Stand-in",
+        "compute-sanitizer": 'echo "watched: $*, uncached ${PYTORCH_NO_CUDA_MEMORY_CACHING:-no}"\n'
+        'while [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"',
+        "ncu": 'while [ "$1" != --log-file ]; do shift; done; echo "==ERROR== ERR_NVGPUCTRPERM" >"$2"; exit 1',
+        "python": 'echo "python $*"\ncase "$*" in *--list*) printf "slerp\\nema_\\n" ;; *"counters read"*) exit 1 ;;\n'
+        '*"sanitize ema_"*) [ ! -e "$FAIL" ] || exit 9 ;; *"tune --help"*) exit 2 ;; esac',
+    }
+    for name, script in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    variables = {
+        "CLP_GPU_SH_DEVICE": "cuda", "PYTHON": str(tools / "python"), "PATH": f"{tools}:{os.environ['PATH']}",
+        "FAIL": str(tmp_path / "fail"),
+    }  # fmt: skip
+    return tmp_path / "out", variables
+
+
+def test_on_a_gpu_every_op_is_watched_in_a_process_of_its_own(gpu_machine, tmp_path):
+    out, variables = gpu_machine
+    (tmp_path / "fail").touch()
+    done = rehearse(out, "sanitizer", "racecheck:300", **variables)
+    assert done.returncode == 1 and "sanitizer: exit code" in done.stdout
+    assert "watched: --tool memcheck" in (out / "memcheck.slerp.log").read_text()
+    assert "uncached 1" in (out / "memcheck.slerp.log").read_text()
+    assert "uncached no" in (out / "memcheck.graphs.log").read_text()
+    assert "sanitize --graphs --thin 2" in (out / "racecheck.graphs.log").read_text()
+    assert (out / "device").read_text() == "NVIDIA Stand-in\n"
+
+    # What was right is not watched again; what failed is.
+    (tmp_path / "fail").unlink()
+    before = (out / "memcheck.slerp.log").stat().st_mtime_ns
+    assert rehearse(out, "sanitizer", **variables).returncode == 0
+    assert (out / "memcheck.slerp.log").stat().st_mtime_ns == before and (
+        out / "memcheck.ema_.right"
+    ).exists()
+    assert "--judge" in (out / "sanitizer.log").read_text()
+
+
+def test_a_profiler_that_refuses_and_a_command_that_is_not_there_are_said_and_pass(gpu_machine):
+    out, variables = gpu_machine
+    done = rehearse(out, "counters", "tune", "tests", "docsum", **variables)
+    assert done.returncode == 1  # docsum: the stand-in leaves no report
+    assert "ncu gave no counters: ==ERROR== ERR_NVGPUCTRPERM" in (out / "counters.log").read_text()
+    assert "there is no python -m bench tune" in (out / "tune.log").read_text()
+    assert "-m gpu and not slow" in (out / "tests.log").read_text()
+    assert "clp_engine demo --out" in (out / "docsum.log").read_text() and not (out / "docsum.done").exists()
