@@ -8,7 +8,7 @@ under --to by the device's short name (NVIDIA H200: h200):
     fronts.json             fronts/h200.json                that report beside the CPU's, and the picture of both for the docs
     counters.json           counters/h200.json
     MODEL.profile.json      profiles/h200_MODEL.json
-    tune.json               tune/h200.json
+    tune.json               tune_h200.json                  from which `python -m bench tune --write` makes a table
     STAGE.rc, STAGE.log     rounds/h200.json                exit code, seconds and last line of each stage
 
 Then the figures of README.md and docs/ are made anew. What an earlier round of the same device left there is replaced. A tree
@@ -112,7 +112,9 @@ def _classified(path: Path, data: dict) -> Found:
     if "hypervolume" in data:
         ParetoReport.from_dict(data)
         return Found(path, lambda device: f"{device}_{stem}.json")
-    if "comparisons" in data or stem == "tune":
+    if stem == "tune":
+        return Found(path, lambda device: f"tune_{device}.json", environment)
+    if "comparisons" in data:
         return Found(path, lambda device: f"{stem}/{device}.json", environment)
     if stem == "counters":
         [kernel for case in data["cases"] for kernel in case["kernels"]]

@@ -153,7 +153,7 @@ sanitized() {
     command -v "$tool" >/dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
     command -v "$tool" >/dev/null || { echo "compute-sanitizer is not on this machine"; return 0; }
     export tool
-    { "$python" -m bench.sanitize --list && echo graphs; } | xargs -P "$jobs" -I{} bash -euo pipefail -c 'sanitized_op "$@"' op "$1" "$2" {} ||
+    { "$python" -m bench.sanitize --list && echo graphs && echo candidates; } | xargs -P "$jobs" -I{} bash -euo pipefail -c 'sanitized_op "$@"' op "$1" "$2" {} ||
         { tail -n 3 "$out/$1".*.log; return 1; }
     "$python" -m bench.sanitize --judge "$out/$1".*.record.json --thin "$2"
 }
@@ -163,6 +163,7 @@ sanitized_op() {
     [ ! -e "$out/$1.$3.right" ] || return 0
     # torch's caching allocator would hide an access past the end of a tensor inside its pool; graphs cannot do without it.
     if [ "$3" = graphs ]; then what=--graphs; else export PYTORCH_NO_CUDA_MEMORY_CACHING=1; fi
+    if [ "$3" = candidates ]; then what=--candidates; fi
     TORCHINDUCTOR_COMPILE_THREADS=1 "$tool" --tool "$1" --error-exitcode 9 \
         "$python" -m bench.sanitize "$what" --thin "$2" --record "$out/$1.$3.record.json" >"$log" 2>&1 || return 1
     touch "$out/$1.$3.right"
@@ -221,7 +222,7 @@ tune() {
         return 0
     fi
     if [ "$device" != cuda ]; then echo "tuning needs a GPU"; return 0; fi
-    "$python" -m bench tune --out "$out/tune.json"
+    "$python" -m bench tune --out "$out/tune.json" --resume
 }
 
 profile() {

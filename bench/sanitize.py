@@ -16,13 +16,14 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
 import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -570,6 +571,66 @@ class Launches:
         return saved["ops"]
 
 
+# --- what a table of tuned choices may ask for ------------------------------------------------------------------
+
+
+def _tuning():
+    """The module of tuned choices, or None where these sources have none."""
+    try:
+        return importlib.import_module(f"{triton_kernels.__name__}.tuning")
+    except ImportError:
+        return None
+
+
+def candidates(device: str) -> Iterator[tuple[str, str, torch.dtype, Check]]:
+    """(op, label, dtype, check) for everything that tuning may choose: the first check whose launchers ask for such a choice,
+    with the choice forced. Found by a run in which nothing is launched."""
+    tuning = _tuning()
+    if tuning is None:
+        print("these sources have no tuned choices")
+        return
+    askers: dict[tuple[str, str], tuple[str, torch.dtype, Check]] = {}
+    choose = tuning.Tunable.choice
+    kind = type(next(iter(kernels().values())))
+    for op in OPS:
+        for dtype, check in _chosen(op, device, 1):
+
+            def noted(tunable, family, *sizes, here=(op, dtype, check)):
+                askers.setdefault((tunable.kernel, family), here)
+                return choose(tunable, family, *sizes)
+
+            unlaunched = mock.patch.object(kind, "run", lambda *a, **options: None)
+            # What the kernels left unwritten may be no token, and is then refused.
+            with (
+                unlaunched,
+                mock.patch.object(tuning.Tunable, "choice", noted),
+                contextlib.suppress(ValueError),
+            ):
+                with use_backend(check.backend), check.context():
+                    _outputs(check, _inputs(check, dtype, device))
+    for info in pkgutil.iter_modules(triton_kernels.__path__):
+        module = importlib.import_module(f"{triton_kernels.__name__}.{info.name}")
+        for tunable in (v for v in vars(module).values() if isinstance(v, tuning.Tunable)):
+            for _, family, choice in tunable.possible():
+                if (tunable.kernel, family) not in askers:
+                    print(f"{tunable.kernel}, {family}: no check asks for it")
+                    continue
+                op, dtype, check = askers[tunable.kernel, family]
+                context = functools.partial(_both, check.context, tunable.kernel, family, choice)
+                yield (
+                    op,
+                    f"{tunable.kernel}, {family}, {choice}",
+                    dtype,
+                    replace(check, context=context, graph=False),
+                )
+
+
+@contextlib.contextmanager
+def _both(context: Callable, kernel: str, family: str, choice) -> Iterator[None]:
+    with context(), _tuning().force(kernel, family, choice):
+        yield
+
+
 def never_launched(launches: Launches, device: str) -> list[str]:
     from clp_kernels.triton_kernels import launch
 
@@ -591,6 +652,9 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="only the checks that a CUDA graph can hold, which needs torch's cache",
     )
+    parser.add_argument(
+        "--candidates", action="store_true", help="only what tuning may choose, each choice once"
+    )
     parser.add_argument("--record", metavar="FILE", type=Path, help="what was launched, for --judge")
     parser.add_argument(
         "--judge", metavar="FILE", type=Path, nargs="+", help="run nothing; put these records together"
@@ -607,12 +671,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.judge:
         done = [op for path in options.judge for op in launches.add(path)]
         return _judge(launches, done, device, whole=options.thin == 1)
+    if options.candidates:
+        chosen, ops = (
+            ((op, f"{label}: {check.label}", d, check) for op, label, d, check in candidates(device)),
+            [],
+        )
+        chosen = itertools.islice(chosen, None, None, options.thin)
+    else:
+        chosen = ((op, c.label, d, c) for op in ops for d, c in _chosen(op, device, options.thin))
     with launches.watched():
-        for op in ops:
-            for dtype, check in _chosen(op, device, options.thin):
-                if options.graphs and not check.graph:
-                    continue
-                label = f"{op}: {check.label}, {str(dtype).removeprefix('torch.')} [{check.backend}]"
+        for op, words, dtype, check in chosen:
+            if check.graph or not options.graphs:
+                label = f"{op}: {words}, {str(dtype).removeprefix('torch.')} [{check.backend}]"
                 start = time.monotonic()
                 wrong = _run(check, dtype, device, launches)
                 count += 1

@@ -112,7 +112,7 @@ def test_results_go_where_they_belong_and_the_pages_say_so(round_folder, capsys)
     assert main(["collect", str(folder), "--to", str(results)]) == 0
     written = {str(p.relative_to(results)) for p in results.rglob("*.json")}
     assert written == {
-        "h200_multi_lora.json", "h200_docsum_demo.json", "counters/h200.json", "fronts/h200.json", "tune/h200.json",
+        "h200_multi_lora.json", "h200_docsum_demo.json", "counters/h200.json", "fronts/h200.json", "tune_h200.json",
         "rounds/h200.json", "profiles/h200_qwen2.5-0.5b.json",
     }  # fmt: skip
     assert (repository / "docs" / "h200_front.png").read_bytes() == b"picture"
