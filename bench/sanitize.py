@@ -122,6 +122,7 @@ def multi_lora_linear() -> Iterator[Check]:
     once = functools.partial(strategy.force, product="fused", dy="once")
     yield Check("rank 32, dY once", layer(130, 1040, 48, 32, 1), call, every, once)
     yield Check("a shared gate", layer(66, 48, 64, 13, 1), call, every, dtypes=(HALF, SINGLE))
+    yield Check("a shared gate without gradients", layer(70, 80, 48, 16, 1), call)
     yield Check("int32 index", layer(9, 40, 24, 5, 2, **index(9, 2, torch.int32)), call, every)
     for rows in (70, 1030):
         tensors = layer(rows, 48, 64, 16, None) | {"x": normal(rows, 80)}
@@ -610,7 +611,7 @@ def candidates(device: str) -> Iterator[tuple[str, str, torch.dtype, Check]]:
                     _outputs(check, _inputs(check, dtype, device))
     for info in pkgutil.iter_modules(triton_kernels.__path__):
         module = importlib.import_module(f"{triton_kernels.__name__}.{info.name}")
-        for tunable in (v for v in vars(module).values() if isinstance(v, tuning.Tunable)):
+        for tunable in [v for v in vars(module).values() if isinstance(v, tuning.Tunable)]:
             for _, family, choice in tunable.possible():
                 if (tunable.kernel, family) not in askers:
                     print(f"{tunable.kernel}, {family}: no check asks for it")
