@@ -1,6 +1,6 @@
 """What docs/gpu.md and README.md say of GPUs: views of every result in bench/results that comes from one.
 
-    summary     a sentence where nothing was measured, else the targets
+    summary     a sentence where nothing was measured, else each target with the worst of the cases that it judges
     targets     for each target of a GPU: limit, what was measured, whether it is met, share of the floor, what bounds it
     round       the stages of each GPU round: exit code, seconds, last line
     ceilings    what each device can do
@@ -55,10 +55,10 @@ def _of_a_gpu(results: Path, folder: str) -> dict[str, dict]:
 
 
 def _summary(results: Path) -> list[str]:
-    return _targets(results) if found(results) else [NOTHING]
+    return _targets(results, worst=True) if found(results) else [NOTHING]
 
 
-def _targets(results: Path) -> list[str]:
+def _targets(results: Path, worst: bool = False) -> list[str]:
     measured = found(results)
     bounds = {
         case["id"]: case["kernels"][0]
@@ -75,6 +75,10 @@ def _targets(results: Path) -> list[str]:
             for verdict in case.verdicts
             if verdict.target == target.what
         ]
+        if worst:
+            valued = [one for one in judged if one[2].value is not None]
+            extreme = max if target.sense == "<=" else min
+            judged = [extreme(valued, key=lambda one: one[2].value)] if valued else judged[:1]
         limit = f"{target.sense} {target.limit:g}"
         rows += [_row(limit, bounds, *one) for one in judged] or [
             [target.what, limit, "not measured", "", "", "", ""]

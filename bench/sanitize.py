@@ -7,7 +7,8 @@ that a run that finds nothing has also computed something. On a CPU Triton's int
 
 The last lines say how many kernels were launched, and fail the run where one of clp_kernels.triton_kernels never was. For a
 slow tool the ops may go in several processes (`--list` names them), each with --record FILE; --judge FILE ... then puts the
-launches together. prefix_attention's kernels are compiled by torch and have no names here.
+launches together. prefix_attention's kernels are compiled by torch and have no names here. --graphs runs what a graph can hold
+alone, --candidates everything that tuning may choose, each choice once.
 """
 
 from __future__ import annotations

@@ -225,6 +225,19 @@ def test_without_results_every_target_of_a_gpu_is_listed_as_not_measured(tmp_pat
     assert gpu_page.view("summary", tmp_path) == [gpu_page.NOTHING]
 
 
+def test_the_summary_gives_the_worst_case_of_each_target(tmp_path):
+    for name, seconds in (("h200_a", 1.2e-3), ("h200_b", 1.0e-3)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(group_file(ours=seconds)))
+    rows = [
+        line for line in gpu_page.view("summary", tmp_path) if line.startswith("| multi-LoRA fwd+bwd 4096")
+    ]
+    assert len(rows) == 1 and "| 1.26 | **not met** |" in rows[0]
+    every = [
+        line for line in gpu_page.view("targets", tmp_path) if line.startswith("| multi-LoRA fwd+bwd 4096")
+    ]
+    assert len(every) == 2
+
+
 def test_an_unknown_view_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such view; known: summary"):
         readme.render("<!-- bench:gpu/nonesuch -->\n<!-- /bench -->", tmp_path)

@@ -122,6 +122,18 @@ def test_graphs_alone_are_no_whole_op(tmp_path, capsys):
     assert json.loads(record.read_text())["ops"] == []
 
 
+def test_every_choice_that_tuning_may_make_has_a_check(capsys):
+    found = list(sanitize.candidates("cpu"))
+    said = capsys.readouterr().out
+    if sanitize._tuning() is None:
+        assert not found and "no tuned choices" in said
+        return
+    # Not asked for on a CPU: other GPUs' families, attention, and when a shared blend is merged.
+    left = [line for line in said.split("\n") if "no check asks for it" in line]
+    assert not [line for line in left if not any(w in line for w in ("ampere", "hip", "attention", "merge"))]
+    assert len(found) >= 100 and len({label for _, label, _, _ in found}) == len(found)
+
+
 def test_inputs_are_rounded_but_for_what_stays_wide():
     check = Check("x", {"x": torch.rand(3), "w": torch.rand(3), "i": torch.arange(3)}, doubled, wide=("w",))
     kinds = {name: t.dtype for name, t in sanitize._inputs(check, HALF, "cpu").items()}
