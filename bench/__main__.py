@@ -1,4 +1,4 @@
-"""python -m bench: list | run | tune | profile-step | work | compare | plot | readme; see bench/README.md.
+"""python -m bench: list | run | tune | profile-step | work | compare | plot | collect | readme; see bench/README.md.
 
 python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
 python -m bench tune [KERNEL ...] --out FILE [--budget 240] [--resume]    the kernels' tiles and choices, on this device
@@ -10,13 +10,15 @@ python -m bench ceilings --out FILE      only what the machine can do
 python -m bench table FILE               the tables of a result file, in Markdown
 python -m bench targets FILE ...         which targets are met
 python -m bench plot FILE                charts beside it
-python -m bench readme [--check]         the figures in README.md, from bench/results
+python -m bench collect OUTDIR           what bench/gpu.sh left, into bench/results, README.md and docs/
+python -m bench readme [--check]         the figures in README.md and docs/, from bench/results
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from bench.cases import GROUPS, SIZES
 
@@ -115,7 +117,17 @@ def parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="charts of a result file (needs matplotlib)")
     plot.add_argument("file")
     plot.add_argument("--to", metavar="FOLDER", help="default: beside the file")
-    readme = commands.add_parser("readme", help="bring README.md's figures up to date with bench/results")
+    collect = commands.add_parser(
+        "collect", help="a GPU round's results into bench/results, and the figures made anew"
+    )
+    collect.add_argument("outdir", metavar="OUTDIR", help="what bench/gpu.sh wrote, or its all.tgz")
+    collect.add_argument(
+        "--to", metavar="FOLDER", help="default: bench/results; its README.md and docs/ are ../..'s"
+    )
+    collect.add_argument("--dirty", action="store_true", help="accept a tree that differed from its commit")
+    readme = commands.add_parser(
+        "readme", help="bring the figures of README.md and docs/ up to date with bench/results"
+    )
     readme.add_argument(
         "--check", action="store_true", help="change nothing; fail where it is not up to date"
     )
@@ -156,6 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench.compare import compare
 
         return compare(options.before, options.after, options.tolerance, options.all)
+    if options.command == "collect":
+        from bench.collect import collect
+
+        return collect(options.outdir, Path(options.to).resolve() if options.to else None, options.dirty)
     if options.command == "readme":
         from bench.readme import update
 

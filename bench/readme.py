@@ -1,7 +1,8 @@
-"""README.md's figures, from the committed results.
+"""The figures of README.md and of the pages in docs/, from the committed results.
 
 Between `<!-- bench:NAME -->` and `<!-- /bench -->` stand the tables of bench/results/NAME.json; NAME/targets is its targets,
-NAME/rollouts is a line for each rollout, NAME/GROUP the cases of one group, NAME/GROUP/1 the first of them.
+NAME/rollouts is a line for each rollout, NAME/GROUP the cases of one group, NAME/GROUP/1 the first of them. gpu/VIEW is of all
+results from GPUs (bench/gpu_page.py). Pages below docs/benchmarks are filled when the site is built (tools/site_pages.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bench import report, schema
+from bench import gpu_page, report, schema
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -26,6 +27,8 @@ def render(text: str, results: Path = RESULTS) -> str:
 
 def _block(name: str, results: Path) -> str:
     stem, *view = name.split("/")
+    if stem == "gpu" and len(view) == 1:
+        return "\n".join(["", *gpu_page.view(view[0], results), ""])
     path = results / f"{stem}.json"
     if not path.exists():
         raise ValueError(f"<!-- bench:{name} -->: there is no {path}")
@@ -51,14 +54,25 @@ def _block(name: str, results: Path) -> str:
     return "\n".join(["", *body, "", caption, ""]).replace("\n\n\n", "\n\n")
 
 
-def update(check: bool = False, path: Path = ROOT / "README.md") -> int:
-    before = path.read_text(encoding="utf-8")
-    after = render(before)
-    if after == before:
-        return 0
-    if check:
-        print(f"{path} is not up to date with bench/results; run python -m bench readme")
-        return 1
-    path.write_text(after, encoding="utf-8")
-    print(f"{path} brought up to date")
-    return 0
+def pages(root: Path = ROOT) -> list[Path]:
+    """README.md, and those in docs/ that have figures."""
+    found = (
+        path for path in sorted((root / "docs").glob("*.md")) if "<!-- bench:" in path.read_text("utf-8")
+    )
+    return [root / "README.md", *found]
+
+
+def update(check: bool = False, root: Path = ROOT) -> int:
+    stale = 0
+    for path in pages(root):
+        before = path.read_text(encoding="utf-8")
+        after = render(before, root / "bench" / "results")
+        if after == before:
+            continue
+        stale = 1
+        if check:
+            print(f"{path} is not up to date with bench/results; run python -m bench readme")
+        else:
+            path.write_text(after, encoding="utf-8")
+            print(f"{path} brought up to date")
+    return stale if check else 0

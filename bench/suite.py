@@ -101,8 +101,25 @@ def _selected(group: str, device: str, sizes: str, options: argparse.Namespace) 
 def _run_group(group, device, sizes, options, modules, timer, result: schema.Result) -> bool:
     """True where the budget did not last for all cases."""
     done = {case.id for case in result.cases}
-    waiting = [case for case in _selected(group, device, sizes, options) if case.id not in done]
+    selected = list(_selected(group, device, sizes, options))
+    waiting = [case for case in _by_worth(selected) if case.id not in done]
     end = time.monotonic() + options.budget
+    try:
+        return _measure(group, waiting, end, options, modules, timer, result)
+    finally:
+        # As they are listed, whatever the order they were measured in.
+        listed = {case.id: number for number, case in enumerate(selected)}
+        result.cases.sort(key=lambda case: (cases.GROUPS.index(case.group), listed.get(case.id, 0)))
+
+
+def _by_worth(selected: list) -> list:
+    """What a target is judged by, then the first of each kind, then the rest: what a budget should last for."""
+    firsts = {(case.op, case.title): case.id for case in reversed(selected)}
+    main = set(firsts.values())
+    return sorted(selected, key=lambda case: (not case.targets, case.id not in main))
+
+
+def _measure(group, waiting, end, options, modules, timer, result: schema.Result) -> bool:
     for number, case in enumerate(waiting):
         left = end - time.monotonic()
         if left <= 0:

@@ -88,10 +88,24 @@ def test_a_table_gives_ratios_to_torch_the_bare_products_and_the_floor():
     assert "commit 0123456-dirty" in report.provenance(result) and "2 threads" in report.provenance(result)
 
 
-def test_readme_is_up_to_date_with_the_committed_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- bench:" in text
-    assert readme.render(text) == text, "run python -m bench readme"
+def test_readme_and_docs_are_up_to_date_with_the_committed_results():
+    pages = readme.pages()
+    assert {"README.md", "gpu.md"} <= {path.name for path in pages}
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        assert "<!-- bench:" in text
+        assert readme.render(text) == text, f"{path}: run python -m bench readme"
+
+
+def test_a_stale_page_is_named_by_check_and_mended_without_it(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("no figures")
+    page = tmp_path / "docs" / "gpu.md"
+    page.write_text("<!-- bench:gpu/targets -->\nstale\n<!-- /bench -->\n")
+    assert readme.update(check=True, root=tmp_path) == 1 and "stale" in page.read_text()
+    assert f"{page} is not up to date" in capsys.readouterr().out
+    assert readme.update(root=tmp_path) == 0 and "stale" not in page.read_text()
+    assert readme.update(check=True, root=tmp_path) == 0
 
 
 def test_readme_blocks_are_made_anew(tmp_path):

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import report, schema
+from bench import cases, report, schema, suite
 from bench.__main__ import main
 from bench.case import Refused, differentiated
 from bench.peers import clp
@@ -75,6 +75,23 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path):
 def test_a_used_up_budget_leaves_cases_out_and_says_which(run):
     code, result = run("linear_logprob", "--budget", "0")
     assert code == 3 and not result.cases and len(result.settings["left_out"]) == 7
+
+
+def test_what_a_target_is_judged_by_comes_first_then_the_first_of_each_kind():
+    listed = cases.group("multi_lora").cases("cpu", "gpu")
+    order = suite._by_worth(listed)
+    judged = [case for case in listed if case.targets]
+    assert len(judged) >= 2 and order[: len(judged)] == judged
+    assert order[len(judged)] is listed[1] and listed[1].title == "forward"  # the first forward pass, which no target judges
+    assert sorted(order, key=listed.index) == listed
+
+
+def test_a_file_lists_cases_in_their_order_whatever_was_measured_first(run, monkeypatch):
+    monkeypatch.setattr(suite, "_by_worth", lambda selected: selected[::-1])
+    _, result = run("multi_lora", "sampling")
+    _, before = run("sampling", out="other.json")
+    titles = [case.title for case in result.cases]
+    assert titles == ["forward+backward", "forward", *(case.title for case in before.cases)]
 
 
 def break_multi_lora(monkeypatch, forward):
