@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,16 +110,18 @@ def _gain(norm: nn.Module) -> tuple[torch.Tensor, float]:
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or eps is None or weight.dim() != 1 or isinstance(norm, ConditionedLayer):
         raise Unsupported(f"{type(norm).__name__} is not a root-mean-square norm with a gain")
-    x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+    # In float32, whatever the weights are: nothing is rounded then that would have to be allowed for.
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    x = torch.randn(3, weight.shape[0], generator=generator, device="cpu").to(weight.device)
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    for gain in (weight, 1.0 + weight):
+    for gain in (weight.float(), 1.0 + weight.float()):
         if torch.allclose(norm(x), normed * gain, rtol=1e-5, atol=1e-6):
             return gain.detach().clone(), float(eps)
     raise Unsupported(f"{type(norm).__name__} is not a root-mean-square norm with a gain")
 
 
 def _activation(function) -> str:
-    x = torch.linspace(-6, 6, 97)
+    x = torch.linspace(-6, 6, 97, device="cpu")
     known = {"silu": F.silu(x), "gelu_tanh": F.gelu(x, approximate="tanh")}
     y = function(x)
     for name, expected in known.items():
@@ -135,11 +138,12 @@ def _embedding(decoder: nn.Module) -> tuple[torch.Tensor, float]:
     weight = embedding.weight
     if embedding.max_norm is not None:
         raise Unsupported("its embedding renormalises what it looks up")
-    ids = torch.arange(min(8, weight.shape[0]))
-    looked_up, stored = embedding(ids), weight[ids]
+    ids = torch.arange(min(8, weight.shape[0]), device=weight.device)
+    looked_up, stored = embedding(ids).float(), weight[ids].float()
     at = stored.abs().argmax()
     scale = (looked_up.flatten()[at] / stored.flatten()[at]).item() if stored.flatten()[at] else 1.0
-    if not torch.allclose(looked_up, stored * scale, rtol=1e-5, atol=1e-7):
+    rounding = 1e-5 if weight.dtype is torch.float32 else 2 * torch.finfo(weight.dtype).eps
+    if not torch.allclose(looked_up, stored * scale, rtol=rounding, atol=1e-7):
         raise Unsupported(f"its embedding {type(embedding).__name__} does more than look up and scale")
     if type(embedding) is nn.Embedding and type(decoder).__name__.startswith("Gemma"):
         scale = weight.shape[1] ** 0.5  # earlier versions of transformers scale it in the decoder
@@ -156,8 +160,10 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _check_modules(policy: ConditionedPolicy) -> None:
-    """Nothing that would run beside the layers' own computation. Raises Unsupported."""
+def check_modules(
+    policy: ConditionedPolicy, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")
+) -> None:
+    """Nothing that would run beside the layers' own computation, and all base weights of one kind. Raises Unsupported."""
 
     def name(module: nn.Module, part: str = "") -> str:
         found = next((n for n, m in policy.model.named_modules() if m is module), "")
@@ -171,20 +177,25 @@ def _check_modules(policy: ConditionedPolicy) -> None:
         if module.training and isinstance(module, nn.Dropout) and module.p > 0:
             raise Unsupported(f"{name(module)} drops out activations")
         for part, parameter in module._parameters.items():
-            if parameter is not None and (
-                parameter.dtype is not torch.float32 or parameter.device.type != "cpu"
-            ):
+            if parameter is None:
+                continue
+            # Adapters are float32, whatever the base model is.
+            fits = parameter.dtype is dtype or (parameter.requires_grad and parameter.dtype is torch.float32)
+            if not fits or parameter.device.type != device.type:
+                place = "a CPU" if device.type == "cpu" else device
                 raise Unsupported(
-                    f"{name(module, part)} is {parameter.dtype} on {parameter.device}, not torch.float32 on a CPU"
+                    f"{name(module, part)} is {parameter.dtype} on {parameter.device}, not {dtype} on {place}"
                 )
 
 
-def _read(policy: ConditionedPolicy) -> tuple[DecoderWeights, dict[tuple[int, str], nn.Module]]:
-    """The decoder, and its linear layers by their place in it. Raises Unsupported."""
+def read(
+    policy: ConditionedPolicy, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")
+) -> tuple[DecoderWeights, dict[tuple[int, str], nn.Module]]:
+    """The decoder, and its linear layers by their place in it; of one dtype, on one device. Raises Unsupported."""
     backbone, config = policy.backbone, policy.model.config.get_text_config()
     if not isinstance(backbone, CausalBackbone):
         raise Unsupported(f"{type(policy.model).__name__} is an encoder-decoder")
-    _check_modules(policy)
+    check_modules(policy, dtype, device)
     decoder = backbone.decoder
     rotary = [n for n, _ in decoder.named_children() if n.startswith("rotary_emb")]
     _only(
@@ -276,7 +287,7 @@ def _rope_kinds(decoder: nn.Module, types: list) -> list:
     return sorted({_rope_kind(decoder, t) for t in types}, key=str)
 
 
-def _rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(cos, sin), each (positions, rotary), for each kind of layer: the model's own."""
     decoder, config = policy.backbone.decoder, policy.model.config.get_text_config()
     rotary = decoder.rotary_emb
@@ -285,7 +296,7 @@ def _rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.
     if moving:
         raise Unsupported(f"its rotary embedding ({moving.pop()}) depends on how much was read")
     types = getattr(config, "layer_types", None) or [None]
-    ids = torch.arange(positions).unsqueeze(0)
+    ids = torch.arange(positions, device=policy.device).unsqueeze(0)
     like = decoder.embed_tokens.weight[:1]
     tables = []
     for kind in _rope_kinds(decoder, types):
@@ -297,15 +308,17 @@ def _rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.
 # -- the plan of a policy -------------------------------------------------------------------------------------------------
 
 
+def frozen_weights(policy: ConditionedPolicy) -> Iterator[tuple[int, int]]:
+    """What changes when the base weights are others, or were changed in place."""
+    for module in _modules(policy.model):
+        for p in module._parameters.values():
+            if p is not None and not p.requires_grad:
+                yield p.data_ptr(), p._version
+
+
 def _identity(policy: ConditionedPolicy) -> tuple:
-    """Changes when the base weights are others, or were changed in place, or other kernels are in force."""
-    weights = (
-        (p.data_ptr(), p._version)
-        for module in _modules(policy.model)
-        for p in module._parameters.values()
-        if p is not None and not p.requires_grad
-    )
-    return _isa(), *weights
+    """Changes when the base weights do, or other kernels are in force."""
+    return _isa(), *frozen_weights(policy)
 
 
 def plan(policy: ConditionedPolicy) -> Plan:
@@ -317,7 +330,7 @@ def plan(policy: ConditionedPolicy) -> Plan:
             kept = _PLANS[policy] = _make(policy, identity)
     try:
         if kept.packed is not None:
-            _check_modules(policy)
+            check_modules(policy)
     except Unsupported as error:
         return Plan(None, {}, str(error))
     return kept
@@ -329,8 +342,8 @@ def _isa() -> str:
 
 def _make(policy: ConditionedPolicy, identity: tuple) -> Plan:
     try:
-        weights, modules = _read(policy)
-        _rope_tables(policy, 1)
+        weights, modules = read(policy)
+        rope_tables(policy, 1)
         packed = PackedDecoder(weights)
         made = Plan(packed, modules, None, identity)
         _verify(policy, made)
@@ -410,7 +423,7 @@ class NativeDecoding:
             made.packed,
             room=room,
             slots=self._slots,
-            rope=_rope_tables(policy, longest + -(-room // 16) * 16),
+            rope=rope_tables(policy, longest + -(-room // 16) * 16),
             low_rank=self._low_rank(made),
         )
 

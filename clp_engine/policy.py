@@ -25,7 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from clp_engine import native_decoding, peft_format, prompting, slot_decoding, steerable, warm_start
+from clp_engine import (
+    fused_step,
+    native_decoding,
+    peft_format,
+    prompting,
+    slot_decoding,
+    steerable,
+    warm_start,
+)
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
 from clp_engine.backbone import CausalBackbone, find_head, make_backbone
 from clp_engine.base_model import load_base, same_weights
@@ -372,6 +380,8 @@ class ConditionedPolicy(nn.Module):
             found.append(
                 "decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers"
             )
+        elif self.device.type == "cuda" and (reason := fused_step.plan(self).reason) is not None:
+            found.append(f"decoding goes through transformers' modules, in CUDA graphs: {reason}")
         return found
 
     @property
@@ -520,7 +530,7 @@ class ConditionedPolicy(nn.Module):
         and transformers' modules where these cannot serve."""
         arguments = self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room, at_once
         if self.device.type == "cuda" and slot_decoding.serves(self):
-            return SlotDecoding(*arguments)
+            return SlotDecoding(*arguments, fused=fused_step.choose(self))
         native = native_decoding.choose(self)
         return BlendDecoding(*arguments) if native is None else NativeDecoding(*arguments, native)
 

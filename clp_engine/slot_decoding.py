@@ -15,8 +15,9 @@ On a GPU a step is one graph launch. Elsewhere, or where capture fails (said onc
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,8 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AttentionInterface
 
+from clp_engine import fused_step
 from clp_engine.adapters import ConditionedLinear
 from clp_engine.backbone import CausalBackbone
+from clp_engine.fused_step import FusedStep
+from clp_engine.native_decoding import rope_tables
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
@@ -71,6 +75,7 @@ class Slots:
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = field(default_factory=dict)
     parameters: tuple[int, ...] = ()
+    ropes: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rows, like = self.count * self.group, {"device": self.device}
@@ -85,6 +90,14 @@ class Slots:
     @property
     def buckets(self) -> list[int]:
         return sorted({min(1 << i, self.count) for i in range(self.count.bit_length() + 1)})
+
+    def rope(self, policy: ConditionedPolicy) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The model's tables of rotary embeddings for all positions there is room for."""
+        if not self.ropes:
+            self.ropes = [
+                (cos.contiguous(), sin.contiguous()) for cos, sin in rope_tables(policy, self.width + self.room)
+            ]
+        return self.ropes
 
     def allocate(self, layer: int, keys: torch.Tensor) -> None:
         """Room for the keys and values of a layer whose prompts' keys are (P, Hkv, S, D)."""
@@ -233,8 +246,10 @@ class SlotDecoding:
         group: int,
         room: int,
         at_once: int,
+        fused: FusedStep | None = None,
     ):
         self._policy, self._backbone = policy, policy.backbone
+        self._fused = fused
         self._prompts, self._blends, self._group = (prompt_ids, prompt_mask), blend, group
         self._slots = _slots_for(policy, at_once, prompt_ids.shape[1], group, room)
         with torch.no_grad():
@@ -333,15 +348,35 @@ class SlotDecoding:
             logits = self._forward(count)
         return graph, logits
 
-    def _forward(self, count: int) -> torch.Tensor:
+    def compared(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`step`, (logits of the fused step, of transformers' modules)."""
+        s, count = self._slots, self._slots.count
+        s.tokens[self._rows, 0] = tokens
+        found = self._forward(count), self._forward_of_modules(count)
+        s.lengths[self._rows] += 1
+        return tuple(logits[self._rows] for logits in found)
+
+    @contextlib.contextmanager
+    def _blended(self, step: Step) -> Iterator[None]:
         s, policy = self._slots, self._policy
-        step = Step(s, count)
         # A new tensor, so that nothing derived from other coefficients at the same address is used again.
         blend = s.coefficients[: step.rows]
-        factors = {policy.layers[name]: kept for name, kept in s.factors.items()}
+        with policy.blend.use(blend, factors={policy.layers[name]: kept for name, kept in s.factors.items()}):
+            yield
+
+    def _forward(self, count: int) -> torch.Tensor:
+        if self._fused is None:
+            return self._forward_of_modules(count)
+        step = Step(self._slots, count)
+        with self._blended(step):
+            return fused_step.logits(self._policy, self._fused, step)
+
+    def _forward_of_modules(self, count: int) -> torch.Tensor:
+        s = self._slots
+        step = Step(s, count)
         token = _step.set(step)
         try:
-            with policy.blend.use(blend, factors=factors), self._backbone.attention(NAME):
+            with self._blended(step), self._backbone.attention(NAME):
                 hidden = self._backbone.decoder(
                     input_ids=s.tokens[: step.rows], position_ids=step.positions(), use_cache=False
                 ).last_hidden_state

@@ -10,7 +10,7 @@ from devices import PRETENDED
 from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
 from transformers import TrainerCallback
 
-from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate, slot_decoding
+from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate, fused_step, slot_decoding
 from clp_engine.conditions import Conditions
 from clp_engine.rollout import SamplingParams, rollout
 
@@ -24,11 +24,14 @@ WEIGHTS = [[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8], [0.5, 0.5]]
 ROWS = [{"prompt": "w1 w2 w3"}, {"prompt": "w9 w10"}, {"prompt": "w20"}, {"prompt": "w30 w31 w32 w33 w34"}]
 
 
-@pytest.fixture(autouse=True)
-def _quick_on_a_pretended_gpu():
-    """Kernels are rehearsed in their own tests: in the interpreter a training step takes minutes."""
+@pytest.fixture
+def quick_if_pretended():
+    """Kernels are rehearsed in their own tests and in rollouts: in the interpreter a training step takes minutes."""
     with use_backend("reference") if PRETENDED else contextlib.nullcontext():
         yield
+
+
+QUICK = pytest.mark.usefixtures("quick_if_pretended")
 
 
 def mixed(device):
@@ -68,6 +71,7 @@ def test_a_rollout_says_what_it_says_on_a_cpu(name, captured):
     on_gpu(policy)
     drawn = rollout(policy, PROMPTS, mixed("cuda"), **options)
     assert drawn.completion_ids.is_cuda and captured
+    assert (fused_step.plan(policy).reason is None) == (name != "gpt2")
     assert drawn.token_lists() == expected.token_lists()
     torch.testing.assert_close(drawn.logprobs.cpu(), expected.logprobs, rtol=1e-3, atol=1e-3)
 
@@ -90,6 +94,7 @@ def test_graphs_serve_the_rollouts_that_follow_until_parameters_move(captured):
     assert len(captured) > len(graphs) and again.token_lists() == second.token_lists()
 
 
+@QUICK
 def test_scores_are_those_of_a_cpu():
     policy = build_policy("qwen2")
     drawn = rollout(policy, PROMPTS, mixed("cpu"), num_generations=2, sampling=SamplingParams(6), seed=3)
@@ -146,6 +151,7 @@ def trainer(folder, **changes):
     )
 
 
+@QUICK
 @pytest.mark.parametrize(
     "changes",
     [
@@ -173,6 +179,7 @@ def test_training(changes, tmp_path):
     assert "sampling/sampling_logp_difference/max" in logs[0]
 
 
+@QUICK
 def test_the_same_losses_as_on_a_cpu(tmp_path):
     found = {}
     for device in ("cpu", "cuda"):
@@ -187,6 +194,7 @@ def test_the_same_losses_as_on_a_cpu(tmp_path):
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-2, atol=1e-4)
 
 
+@QUICK
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
     whole = trainer(tmp_path / "whole", max_steps=4)
     whole.train()
@@ -200,6 +208,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
         assert torch.equal(parameter, rest.policy.adapter_parameters()[name]), name
 
 
+@QUICK
 def test_evaluating_generating_and_exporting(tmp_path):
     run = trainer(tmp_path)
     run.train()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from clp_kernels import use_backend
 from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
 
-from clp_engine import slot_decoding
+from clp_engine import fused_step, slot_decoding
 from clp_engine.conditions import Conditions
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import SamplingParams, pad_left, rollout
@@ -27,6 +28,70 @@ def with_slots(monkeypatch):
         monkeypatch.setattr(ConditionedPolicy, "decoding", decoding)
 
     return use
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Steps of slots are fused, as on a GPU, where the policy's can be."""
+
+    def decoding(self, prompt_ids, prompt_mask, conditions, *sizes):
+        return SlotDecoding(
+            self,
+            prompt_ids,
+            prompt_mask,
+            self.coefficients(conditions),
+            *sizes,
+            fused=fused_step.choose(self),
+        )
+
+    monkeypatch.setattr(ConditionedPolicy, "decoding", decoding)
+
+
+FUSED = sorted(set(CAUSAL) - {"gpt2"})
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_step_says_what_transformers_modules_say(name, request):
+    pytest.importorskip("triton")
+    policy = build_policy(name)
+    # A window of 6 and completions that outgrow it; prompts that leave at different times.
+    options = {"num_generations": 2, "sampling": SamplingParams(9), "seed": 3, "max_rows": 6}
+    expected = rollout(policy, PROMPTS, MIXED, **options)
+    request.getfixturevalue("fused")
+    calls, logits = [], fused_step.logits
+    request.getfixturevalue("monkeypatch").setattr(
+        fused_step, "logits", lambda *arguments: calls.append(1) or logits(*arguments)
+    )
+    drawn = rollout(policy, PROMPTS, MIXED, **options)
+    assert fused_step.plan(policy).reason is None and calls
+    assert drawn.token_lists() == expected.token_lists()
+    torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_fused_step_cannot_serve_says_why(monkeypatch):
+    pytest.importorskip("triton")
+    assert "embed_tokens" in fused_step.plan(build_policy("gpt2")).reason
+    policy = build_policy("qwen2")
+    policy.backbone.decoder.layers[0].register_forward_hook(lambda *_: None)
+    assert "forward hooks" in fused_step.plan(policy).reason and fused_step.choose(policy) is None
+    for switch in ("use_backend", "environment"):
+        policy = build_policy("qwen2")
+        if switch == "environment":
+            monkeypatch.setenv("CLP_ENGINE_DECODING", "torch")
+        with use_backend("reference" if switch == "use_backend" else "auto"):
+            assert fused_step.choose(policy) is None
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
+def test_a_fused_step_that_computes_something_else_is_not_used(monkeypatch):
+    pytest.importorskip("triton")
+    gated = pytest.importorskip("clp_kernels.triton_kernels.decode_step").gated
+    monkeypatch.setattr(
+        "clp_kernels.triton_kernels.decode_step.gated",
+        lambda gate, up, activation: gated(gate, up, "gelu_tanh"),
+    )
+    assert "computes something else" in fused_step.plan(build_policy("qwen2")).reason
 
 
 @pytest.mark.parametrize("name", sorted(CAUSAL))

@@ -1,0 +1,179 @@
+"""A decode step over slots with few launches: the policy's own linear layers, and one kernel for each thing between them.
+
+transformers' modules take some forty launches a layer for what is here twelve: seven products, and two norms with the residual
+before them, rotary embeddings with the cache, attention, the gated activation (`clp_kernels.triton_kernels.decode_step`). Small
+launches are what a decode step on a GPU is made of, once its products are at the bandwidth of their weights.
+
+Which policies: those that `native_decoding` reads (Llama and what has its structure), of one dtype, where Triton is there. A
+plan is tried before it is used: random tokens through this step and through transformers' must give the same logits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from clp_kernels.backends import backends, forced_backend
+from clp_kernels.decoder import DecoderLayer, DecoderWeights
+from torch import nn
+
+from clp_engine import native_decoding
+from clp_engine.native_decoding import Unsupported
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.slot_decoding import Step
+
+logger = logging.getLogger(__name__)
+
+# Logits of this step and of transformers' modules, as a share of the largest: other orders of sums, other roundings.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """How a policy's step is computed; `reason` says why not, where it is not."""
+
+    weights: DecoderWeights | None
+    modules: dict[tuple[int, str], nn.Module]
+    reason: str | None
+    identity: tuple = ()
+
+
+_PLANS: weakref.WeakKeyDictionary[nn.Module, FusedStep] = weakref.WeakKeyDictionary()
+
+
+def plan(policy: ConditionedPolicy) -> FusedStep:
+    """How this policy's step is computed. Worked out at the first call and kept while the base weights are the same; hooks and
+    such are looked for every time."""
+    identity = tuple(native_decoding.frozen_weights(policy))
+    kept = _PLANS.get(policy)
+    if kept is None or kept.identity != identity:
+        with torch.no_grad():
+            kept = _PLANS[policy] = _make(policy, identity)
+    try:
+        if kept.reason is None:
+            native_decoding.check_modules(policy, _dtype(policy), policy.device)
+    except Unsupported as error:
+        return FusedStep(None, {}, str(error))
+    return kept
+
+
+def choose(policy: ConditionedPolicy) -> FusedStep | None:
+    """The plan of a policy whose step is fused, or None. CLP_ENGINE_DECODING=torch: transformers' modules for everything; so do
+    back-ends forced that are not a GPU's."""
+    if os.environ.get(native_decoding.SWITCH, "") == "torch" or forced_backend() in ("reference", "cpu"):
+        return None
+    made = plan(policy)
+    return made if made.reason is None else None
+
+
+def _dtype(policy: ConditionedPolicy) -> torch.dtype:
+    return policy.backbone.decoder.embed_tokens.weight.dtype
+
+
+def _make(policy: ConditionedPolicy, identity: tuple) -> FusedStep:
+    triton = backends()["triton"]
+    if not triton.available:
+        return FusedStep(None, {}, triton.reason, identity)
+    try:
+        if (dtype := _dtype(policy)) not in _TOLERANCE:
+            raise Unsupported(f"the base model is {dtype}, not float32, float16 or bfloat16")
+        weights, modules = native_decoding.read(policy, dtype, policy.device)
+        native_decoding.rope_tables(policy, 1)
+        for layer in weights.layers:
+            for gain in (layer.q_norm, layer.k_norm):
+                if gain is not None and gain.shape != (weights.head_dim,):
+                    raise Unsupported("the norms of its queries and keys are over all heads at once")
+            if (layer.q_norm is None) != (layer.k_norm is None):
+                raise Unsupported("one of queries and keys has a norm, the other has none")
+        made = FusedStep(weights, modules, None, identity)
+        _verify(policy, made)
+        return made
+    except Unsupported as error:
+        return FusedStep(None, {}, str(error), identity)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        return FusedStep(None, {}, f"{type(policy.model).__name__}: {error}", identity)
+
+
+def _verify(policy: ConditionedPolicy, made: FusedStep) -> None:
+    """Random tokens through both, prompts of different lengths, different blends. Raises Unsupported where they differ."""
+    from clp_engine.rollout import pad_left
+    from clp_engine.slot_decoding import SlotDecoding
+
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    vocab, steps = policy.model.config.get_text_config().vocab_size, 3
+    prompts = [torch.randint(vocab, (n,), generator=generator, device="cpu").tolist() for n in (3, 7, 5)]
+    ids, mask = pad_left(prompts, 0, policy.device)
+    deltas = len(policy.objectives) if policy.conditioning.blended else 1
+    blend = torch.rand(3, deltas, generator=generator, device="cpu")
+    blend[0] = 0
+    before, policy.slots = policy.slots, None
+    try:
+        decoding = SlotDecoding(
+            policy, ids, mask, blend.to(policy.device), 2, steps, len(prompts), fused=made
+        )
+        decoding.add(slice(None))
+        for _ in range(steps):
+            tokens = torch.randint(vocab, (6,), generator=generator, device="cpu")
+            given, expected = decoding.compared(tokens.to(policy.device))
+            difference = (given.float() - expected.float()).abs().max().item()
+            largest = expected.float().abs().max().item()
+            if not difference <= _TOLERANCE[_dtype(policy)] * max(1.0, largest):
+                raise Unsupported(
+                    f"{type(policy.model).__name__} looks like Llama and computes something else (its logits differ by "
+                    f"{difference:.3g})"
+                )
+    finally:
+        policy.slots = before
+
+
+def logits(policy: ConditionedPolicy, made: FusedStep, step: Step) -> torch.Tensor:
+    """(rows, V): as transformers' modules compute them over the step's slots, with its blend in force."""
+    from clp_kernels.triton_kernels import decode_step
+
+    w, slots, rows = made.weights, step.slots, step.rows
+    group, lengths, before = slots.group, slots.lengths[:rows], slots.prompt_lengths[: step.count]
+    tables = slots.rope(policy)
+
+    def linear(i: int, name: str, x: torch.Tensor) -> torch.Tensor:
+        # The interface of a sequence of one token: what a conditioned layer looks its rows up by.
+        return made.modules[i, name](x.unsqueeze(1)).squeeze(1)
+
+    first = w.layers[0]
+    x, n = decode_step.embed(
+        slots.tokens[:rows, 0], w.embedding, w.embedding_scale, first.norm_attention, w.eps
+    )
+    for i, layer in enumerate(w.layers):
+        q = linear(i, "q", n).view(rows, w.heads, w.head_dim)
+        k, v = (linear(i, name, n).view(rows, w.kv_heads, w.head_dim) for name in "kv")
+        (keys, values), gains = slots.own[i], _gains(layer)
+        decode_step.rope_and_store(
+            q, k, v, keys, values, lengths, before, *tables[layer.rope], gains, group, w.eps
+        )
+        prompts = tuple(buffer[: step.count] for buffer in slots.prompts[i])
+        attended = decode_step.attend(
+            q,
+            prompts,
+            (keys, values),
+            lengths,
+            before,
+            group,
+            w.attention_scale,
+            w.attention_softcap,
+            layer.window,
+        )
+        y = linear(i, "o", attended.view(rows, -1))
+        n = decode_step.add_norm(x, y, layer.norm_attended, layer.norm_mlp, w.residual_scale, w.eps)
+        hidden = decode_step.gated(linear(i, "gate", n), linear(i, "up", n), w.activation)
+        after = w.layers[i + 1].norm_attention if i + 1 < len(w.layers) else w.norm
+        n = decode_step.add_norm(x, linear(i, "down", hidden), layer.norm_out, after, w.residual_scale, w.eps)
+    return policy.backbone.head.logits(n)
+
+
+def _gains(layer: DecoderLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
+    return None if layer.q_norm is None else (layer.q_norm, layer.k_norm)
