@@ -585,7 +585,7 @@ def _tuning():
 
 
 def candidates(device: str) -> Iterator[tuple[str, str, torch.dtype, Check]]:
-    """(op, label, dtype, check) for everything that tuning may choose: the first check whose launchers ask for such a choice,
+    """(op, label, dtype, check) for everything that tuning may choose: the largest check whose launchers ask for such a choice,
     with the choice forced. Found by a run in which nothing is launched."""
     tuning = _tuning()
     if tuning is None:
@@ -598,7 +598,9 @@ def candidates(device: str) -> Iterator[tuple[str, str, torch.dtype, Check]]:
         for dtype, check in _chosen(op, device, 1):
 
             def noted(tunable, family, *sizes, here=(op, dtype, check)):
-                askers.setdefault((tunable.kernel, family), here)
+                before = askers.get((tunable.kernel, family))
+                if before is None or _elements(before[2]) < _elements(here[2]):
+                    askers[tunable.kernel, family] = here
                 return choose(tunable, family, *sizes)
 
             unlaunched = mock.patch.object(kind, "run", lambda *a, **options: None)
@@ -610,21 +612,23 @@ def candidates(device: str) -> Iterator[tuple[str, str, torch.dtype, Check]]:
             ):
                 with use_backend(check.backend), check.context():
                     _outputs(check, _inputs(check, dtype, device))
+    declared = {}  # by identity: modules import each other's
     for info in pkgutil.iter_modules(triton_kernels.__path__):
         module = importlib.import_module(f"{triton_kernels.__name__}.{info.name}")
-        for tunable in [v for v in vars(module).values() if isinstance(v, tuning.Tunable)]:
-            for _, family, choice in tunable.possible():
-                if (tunable.kernel, family) not in askers:
-                    print(f"{tunable.kernel}, {family}: no check asks for it")
-                    continue
-                op, dtype, check = askers[tunable.kernel, family]
-                context = functools.partial(_both, check.context, tunable.kernel, family, choice)
-                yield (
-                    op,
-                    f"{tunable.kernel}, {family}, {choice}",
-                    dtype,
-                    replace(check, context=context, graph=False),
-                )
+        declared |= {id(v): v for v in vars(module).values() if isinstance(v, tuning.Tunable)}
+    for tunable in declared.values():
+        for _, family, choice in tunable.possible():
+            if (tunable.kernel, family) not in askers:
+                print(f"{tunable.kernel}, {family}: no check asks for it")
+                continue
+            op, dtype, check = askers[tunable.kernel, family]
+            context = functools.partial(_both, check.context, tunable.kernel, family, choice)
+            label = f"{tunable.kernel}, {family}, {tuple(choice) if isinstance(choice, tuple) else choice}"
+            yield op, label, dtype, replace(check, context=context, graph=False)
+
+
+def _elements(check: Check) -> int:
+    return sum(tensor.numel() for tensor in check.tensors.values())
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def test_a_round_goes_through_its_stages_and_on_from_its_archive(tmp_path):
     assert json.loads((out / "fronts.json").read_text())["agree"] is True
     assert json.loads((out / "docsum_demo.json").read_text())["setup"]["prompts"] == 4
     assert "ncu is not on this machine" in (out / "counters.log").read_text()
-    assert json.loads((out / "sanitizer.all.record.json").read_text())["kernels"]
+    assert json.loads((out / "memcheck.all.record.json").read_text())["kernels"]
     if "rollout" in GROUPS:
         assert schema.load(out / "rollout.json").cases
     else:
