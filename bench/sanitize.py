@@ -291,6 +291,14 @@ def interpolate() -> Iterator[Check]:
         # In float32 alone: which sign a sum of halves near zero has is a matter of rounding.
         yield Check(f"sign consensus, mean {normalize}", tensors, op, dtypes=(SINGLE,), wide=("weights",))
 
+    def table(t: Tensors) -> Tensors:
+        rows = [[1, 1 << 40, -3], [7, 8, 9], [0, 16, 5]]
+        if forced_backend() == "reference":
+            return {"table": torch.tensor(rows)}
+        return {"table": triton_kernels.interpolation._written(rows, t["a"].device)}
+
+    yield Check("a table, as graphs have it", {"a": normal(1)}, table, dtypes=(SINGLE,))
+
 
 def slerp() -> Iterator[Check]:
     def single(t: Tensors) -> Tensors:
@@ -396,11 +404,57 @@ def prefix_attention() -> Iterator[Check]:
         )
 
 
+def decode_step() -> Iterator[Check]:
+    """Two heads to a key head and a size no power of two; keys cut into pieces, and not; rows with one key of their own."""
+    rows, heads, kv_heads, size, group, room = 6, 4, 2, 24, 3, 70
+    lengths, before = torch.tensor([0, 69, 63, 64, 2, 5]), torch.tensor([130, 0])
+
+    def module():
+        return importlib.import_module(
+            "clp_kernels.reference.decode_step"
+            if forced_backend() == "reference"
+            else "clp_kernels.triton_kernels.decode_step"
+        )
+
+    def between(t: Tensors) -> Tensors:
+        step, x = module(), t["y"].clone()
+        embedded, first = step.embed(t["tokens"], t["embedding"], 1.5, t["gain"], 1e-6)
+        n = step.add_norm(x, t["z"], t["gain"], t["gain"], 0.7, 1e-6)
+        gates = {name: step.gated(t["y"], t["z"], name) for name in ("silu", "gelu_tanh")}
+        return {"embedded": embedded, "first": first, "x": x, "n": n, **gates}
+
+    def attention(t: Tensors, whole: bool) -> Tensors:
+        step, q = module(), t["q"].clone()
+        own = tuple(t[name].clone() for name in ("keys", "values"))
+        gains = (t["gain"], t["gain"]) if whole else None
+        place = (t["lengths"], t["before"])
+        step.rope_and_store(q, t["k"], t["v"], *own, *place, t["cos"], t["sin"], gains, group, 1e-6)
+        options = (20.0, 40) if whole else (None, None)
+        out = step.attend(q, (t["prompt_keys"], t["prompt_values"]), own, *place, group, 0.2, *options)
+        return {"q": q, "keys": own[0], "values": own[1], "out": out}
+
+    width = 130
+    rows_of = {name: normal(rows, width) for name in ("y", "z")}
+    vectors = {"tokens": torch.arange(rows) % 4, "embedding": normal(5, width), "gain": torch.rand(width)}
+    yield Check("between products", {**rows_of, **vectors}, between, graph=True, wide=("gain",))
+    tensors = {
+        "q": normal(rows, heads, size), "k": normal(rows, kv_heads, size), "v": normal(rows, kv_heads, size),
+        "keys": normal(rows, kv_heads, room, size), "values": normal(rows, kv_heads, room, size),
+        "prompt_keys": normal(2, kv_heads, width, size), "prompt_values": normal(2, kv_heads, width, size),
+        "cos": normal(256, size), "sin": normal(256, size), "gain": torch.rand(size), "lengths": lengths, "before": before,
+    }  # fmt: skip
+    for whole in (True, False):
+        call = functools.partial(attention, whole=whole)
+        label = "attention, with all" if whole else "attention"
+        yield Check(label, tensors, call, graph=True, wide=("gain",))
+        yield Check(f"{label}, keys in one piece", tensors, call, context=batch_invariant, wide=("gain",))
+
+
 OPS = {
     f.__name__: f
     for f in (
         multi_lora_linear, linear_logprob, vocab_parallel_linear_logprob, logits_logprob, interpolate, slerp, ema_,
-        sparsify, interpolated_linear, sample_tokens, prefix_attention,
+        sparsify, interpolated_linear, sample_tokens, prefix_attention, decode_step,
     )
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ from clp_engine.errors import ConfigError
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
 
+_CPU = torch.device("cpu")
 SWITCH = "CLP_ENGINE_DECODING"
 # Logits of the native decoder and of transformers, as a share of the largest: float32 products in another order.
 _TOLERANCE = 1e-4
@@ -160,9 +161,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def check_modules(
-    policy: ConditionedPolicy, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")
-) -> None:
+def check_modules(policy: ConditionedPolicy, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> None:
     """Nothing that would run beside the layers' own computation, and all base weights of one kind. Raises Unsupported."""
 
     def name(module: nn.Module, part: str = "") -> str:
@@ -189,7 +188,7 @@ def check_modules(
 
 
 def read(
-    policy: ConditionedPolicy, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")
+    policy: ConditionedPolicy, dtype: torch.dtype = torch.float32, device: torch.device = _CPU
 ) -> tuple[DecoderWeights, dict[tuple[int, str], nn.Module]]:
     """The decoder, and its linear layers by their place in it; of one dtype, on one device. Raises Unsupported."""
     backbone, config = policy.backbone, policy.model.config.get_text_config()

@@ -70,6 +70,7 @@ def test_a_run_says_what_is_right_and_keeps_what_was_launched(tmp_path, capsys):
     assert "sparsify: random, float16 [triton]: right" in out and "0 wrong" in out
     saved = json.loads(record.read_text())
     assert saved["ops"] == ["sparsify", "ema_"] and set(saved["kernels"]) == {
+        "interpolation._own",
         "interpolation._sparsify",
         "interpolation._blend",
     }
