@@ -472,3 +472,20 @@ def test_flex_computes_the_same(flex, options, heads, kv_heads):
     got = flex.attention(*tensors.values(), layout, *options, compiled=False)
     expected = ours(tensors, layout, scale=scale, softcap=softcap, window=window)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_compilation_serves_layouts_of_any_size():
+    """Token counts and numbers of sequences differ from step to step; a GPU takes seconds for a compilation. Layouts of one
+    block have one of their own."""
+    triton_kernels = pytest.importorskip("clp_kernels.triton_kernels.prefix_attention")
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    torch.compiler.reset()
+    compiled = torch.compile(flex, dynamic=True, backend="aot_eager")
+    compilations = []
+    for completions in (3, 4, 2, 6, 3):
+        layout = layout_of([140 + 7 * completions, *range(9, 9 + completions)], [-1] + [0] * completions)
+        mask = triton_kernels.block_mask(layout, None, torch.device("cpu"))
+        q, k, v = (torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+        compiled(q, k, v, block_mask=mask, scale=0.25, enable_gqa=True)
+        compilations.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(compilations)) == 1, compilations

@@ -61,7 +61,7 @@ def unsupported(*, device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 def visible(layout: PrefixLayout, window: int | None) -> Tensor:
     """(N, 2, 2) int64 on the host: the tokens [from, to) that each token attends to, of its parent and of its own sequence."""
-    sequence, token = layout.sequences, torch.arange(layout.tokens)
+    sequence, token = layout.sequences, torch.arange(layout.tokens, device="cpu")
     parent = layout.parents[sequence]
     inside = parent.clamp_min(0)
     first, last = layout.starts[:-1], layout.starts[1:]
@@ -79,9 +79,8 @@ def block_lists(layout: PrefixLayout, window: int | None, size: int) -> tuple[Te
     """(partial, full): (blocks, blocks) bool on the host, whether a block of queries sees some of a block of keys, or all of it
     with each of its queries. Blocks that two ranges make full together count as partial, which costs a mask, not a result."""
     blocks = -(-layout.tokens // size)
-    rows = torch.arange(layout.tokens) // size
-    some = torch.zeros(blocks, blocks + 1, dtype=torch.int32)
-    whole = torch.zeros(blocks, blocks + 1, dtype=torch.int32)
+    rows = torch.arange(layout.tokens, device="cpu") // size
+    some, whole = (torch.zeros(blocks, blocks + 1, dtype=torch.int32, device="cpu") for _ in range(2))
     ranges = visible(layout, window)
     for first, last in (ranges[:, 0].unbind(1), ranges[:, 1].unbind(1)):
         for counts, begin, end in (
@@ -89,7 +88,7 @@ def block_lists(layout: PrefixLayout, window: int | None, size: int) -> tuple[Te
             (whole, -(-first // size), last // size),
         ):
             kept = (last > first) & (end > begin)
-            ones = torch.ones(int(kept.sum()), dtype=torch.int32)
+            ones = torch.ones(int(kept.sum()), dtype=torch.int32, device="cpu")
             counts.index_put_((rows[kept], begin[kept]), ones, accumulate=True)
             counts.index_put_((rows[kept], end[kept]), -ones, accumulate=True)
     full = whole.cumsum(1)[:, :-1] == size
