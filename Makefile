@@ -25,7 +25,7 @@ test: install
 	$(PYTEST) $(ARGS)
 
 pretend: install
-	CLP_PRETEND_GPU=1 $(PYTEST) -m gpu $(or $(ARGS),tests/kernels tests/engine)
+	CLP_PRETEND_GPU=1 $(PYTEST) -m gpu $(or $(ARGS),tests)
 
 peers: install
 	@$(PYTHON) tools/environment.py --venv $(VENV) $(OWN_TORCH) --peers

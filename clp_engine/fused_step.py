@@ -2,8 +2,8 @@
 
 transformers' modules, over the same slots, take some fifty launches a layer (counted for Qwen2) for what is here twelve: seven
 products, two norms with the residual before them, rotary embeddings with the cache, attention, the gated activation
-(`clp_kernels.triton_kernels.decode_step`), and one more where rows are so few that their keys are cut into pieces. Small launches
-are what a decode step on a GPU is made of, once its products are at the bandwidth of their weights.
+(`clp_kernels.triton_kernels.decode_step`), and one more where rows are so few that their keys are cut into pieces. Small
+launches are what a decode step on a GPU is made of, once its products are at the bandwidth of their weights.
 
 Which policies: those that `native_decoding` reads (Llama and what has its structure), of one dtype, where Triton is there. A
 plan is tried before it is used: random tokens through this step and through transformers' must give the same logits.

@@ -93,6 +93,8 @@ class OnGpu(torch.Tensor):
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in inside[1]
         ):
             wait(func)
+        for graph in _capturing:
+            graph.remember(inside, named)
         out = func(*inside, **named)
         for graph in _capturing:
             graph.note(func, inside, named, out)
@@ -345,6 +347,25 @@ class _Graph:
 
     def __init__(self) -> None:
         self._done: list = []
+        self._made: list[torch.Tensor] = []  # by what was captured
+        self._before: dict[int, tuple] = {}  # the memory that was there, and what it held
+
+    def remember(self, *operands) -> None:
+        """What the operands hold, before anything is done to them: to capture a launch is not to launch it."""
+        mine = {t.untyped_storage().data_ptr() for t in self._made}
+        for tensor in tree_flatten(operands)[0]:
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).nbytes():
+                if (at := storage.data_ptr()) not in mine and at not in self._before:
+                    self._before[at] = storage, storage.clone()
+
+    def finish(self) -> None:
+        """Memory that was there is as it was, and nothing was written to what was made."""
+        for storage, held in self._before.values():
+            storage.copy_(held)
+        with torch.no_grad():
+            for tensor in self._made:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else tensor.dtype is torch.bool)
+        self._before.clear()
 
     def note(self, func, args, kwargs, out) -> None:
         operands = [
@@ -355,9 +376,11 @@ class _Graph:
         results = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
         if operands and all(t.untyped_storage().data_ptr() in operands for t in results):
             results = []  # a view, or done in place
+        self._made += results
         self._done.append((func, args, kwargs, results))
 
-    def launch(self, run) -> None:
+    def launch(self, run, *operands) -> None:
+        self.remember(*operands)
         self._done.append((run, (), {}, []))
 
     def replay(self) -> None:
@@ -380,6 +403,7 @@ def _graph(graph, *args, **kwargs):
         yield
     finally:
         _capturing.pop()
+        graph.finish()
 
 
 class _Stream:
@@ -495,7 +519,8 @@ def _unwrapped_launches(stack: contextlib.ExitStack) -> None:
 
     def noted(self, *args, **kwargs):
         for graph in _capturing:
-            graph.launch(lambda: launch(self, *args, **kwargs))
+            operands = [t.base if hasattr(t, "base") and hasattr(t, "block_shape") else t for t in args]
+            graph.launch(lambda: launch(self, *args, **kwargs), tree_map(_inner, (operands, kwargs)))
         return launch(self, *args, **kwargs)
 
     stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", noted))
