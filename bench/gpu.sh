@@ -127,7 +127,7 @@ build() {
 }
 
 # What a kernel's user meets first: graphs, streams, the same bits again, decoding.
-tests() { pytest_gpu "gpu and not slow and not traced" tests/kernels/test_{gpu,cuda_decode,decode_step}.py; }
+tests() { pytest_gpu "gpu and not slow and not traced" tests/kernels/test_{gpu_kernels,cuda_decode,decode_step}.py; }
 
 kernel_tests() { pytest_gpu "gpu and not slow and not traced" tests/kernels; }
 

@@ -24,7 +24,7 @@ from clp_kernels.backends import is_batch_invariant
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
 
-_KEYS = 64  # at once
+_KEYS = 64  # at once, of heads of 256 bytes or fewer; of larger ones as many as share the memory of those
 _HEADS = 16  # rows of the smallest matrix product
 _PIECES = 8  # of a row's keys, at most
 
@@ -273,7 +273,7 @@ def attend(
         q, *prompts, *own, lengths, prompt_lengths, partial, tops, sums, rows, kv_heads, width, own[0].shape[2], group, scale,
         softcap, (1 << 62) if window is None else window, pieces, SHARED=shared, D=size,
         BLOCK_H=max(_HEADS, triton.next_power_of_2(shared)), BLOCK_D=max(16, block_d),
-        BLOCK_N=_KEYS if size * q.element_size() <= 256 else _KEYS // 2, num_warps=4, num_stages=2,
+        BLOCK_N=max(16, min(_KEYS, _KEYS * 256 // (block_d * q.element_size()))), num_warps=4, num_stages=2,
     )  # fmt: skip
     if pieces > 1:
         _add_pieces[(rows * heads,)](
