@@ -79,8 +79,7 @@ from=${CLP_GPU_SH_FROM:+$(realpath "$CLP_GPU_SH_FROM")}
 cd "$(dirname "$0")/.."
 deadline=$((SECONDS + ${CLP_GPU_SH_SECONDS:-1000000}))
 groups="multi_lora decode linear_logprob logits_logprob interpolate sampling e2e rollout"
-every="build tests ceilings $groups docsum counters kernel_tests engine_tests traced_tests slow_tests"
-every="$every sanitizer racecheck tune profile"
+every="build tests ceilings $groups docsum counters kernel_tests engine_tests traced_tests slow_tests sanitizer racecheck tune profile"
 # First the targets' own shapes (a budget begins with them), in 560 seconds; then everything.
 plan="build:170 tests:70 linear_logprob:60:100 multi_lora:35:60 decode:35:50 interpolate:25:45 e2e:20:200 rollout:30:90
 docsum:240 ceilings:60 kernel_tests:400 engine_tests:200 counters:200 sanitizer:300 logits_logprob:60 sampling:60 tune:300
