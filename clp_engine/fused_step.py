@@ -11,7 +11,6 @@ plan is tried before it is used: random tokens through this step and through tra
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from clp_engine.native_decoding import Unsupported
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
     from clp_engine.slot_decoding import Step
-
-logger = logging.getLogger(__name__)
 
 # Logits of this step and of transformers' modules, as a share of the largest: other orders of sums, other roundings.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -51,11 +48,7 @@ _PLANS: weakref.WeakKeyDictionary[nn.Module, FusedStep] = weakref.WeakKeyDiction
 def plan(policy: ConditionedPolicy) -> FusedStep:
     """How this policy's step is computed. Worked out at the first call and kept while the base weights are the same; hooks and
     such are looked for every time."""
-    identity = tuple(native_decoding.frozen_weights(policy))
-    kept = _PLANS.get(policy)
-    if kept is None or kept.identity != identity:
-        with torch.no_grad():
-            kept = _PLANS[policy] = _make(policy, identity)
+    kept = native_decoding.current(_PLANS, policy, tuple(native_decoding.frozen_weights(policy)), _make)
     try:
         if kept.reason is None:
             native_decoding.check_modules(policy, _dtype(policy), policy.device)
@@ -78,10 +71,10 @@ def _dtype(policy: ConditionedPolicy) -> torch.dtype:
 
 
 def _make(policy: ConditionedPolicy, identity: tuple) -> FusedStep:
-    triton = backends()["triton"]
-    if not triton.available:
-        return FusedStep(None, {}, triton.reason, identity)
-    try:
+    def make() -> FusedStep:
+        triton = backends()["triton"]
+        if not triton.available:
+            raise Unsupported(triton.reason)
         if (dtype := _dtype(policy)) not in _TOLERANCE:
             raise Unsupported(f"the base model is {dtype}, not float32, float16 or bfloat16")
         weights, modules = native_decoding.read(policy, dtype, policy.device)
@@ -95,40 +88,21 @@ def _make(policy: ConditionedPolicy, identity: tuple) -> FusedStep:
         made = FusedStep(weights, modules, None, identity)
         _verify(policy, made)
         return made
-    except Unsupported as error:
-        return FusedStep(None, {}, str(error), identity)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        return FusedStep(None, {}, f"{type(policy.model).__name__}: {error}", identity)
+
+    return native_decoding.made_or_refused(policy, make, lambda reason: FusedStep(None, {}, reason, identity))
 
 
 def _verify(policy: ConditionedPolicy, made: FusedStep) -> None:
-    """Random tokens through both, prompts of different lengths, different blends. Raises Unsupported where they differ."""
-    from clp_engine.rollout import pad_left
+    """Raises Unsupported where this step and transformers' modules differ over the same slots."""
     from clp_engine.slot_decoding import SlotDecoding
 
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    vocab, steps = policy.model.config.get_text_config().vocab_size, 3
-    prompts = [torch.randint(vocab, (n,), generator=generator, device="cpu").tolist() for n in (3, 7, 5)]
-    ids, mask = pad_left(prompts, 0, policy.device)
-    deltas = len(policy.objectives) if policy.conditioning.blended else 1
-    blend = torch.rand(3, deltas, generator=generator, device="cpu")
-    blend[0] = 0
+    trial = native_decoding.Trial.of(policy)
     before, policy.slots = policy.slots, None
     try:
-        decoding = SlotDecoding(
-            policy, ids, mask, blend.to(policy.device), 2, steps, len(prompts), fused=made
-        )
+        decoding = SlotDecoding(policy, *trial.arguments, fused=made)
         decoding.add(slice(None))
-        for _ in range(steps):
-            tokens = torch.randint(vocab, (6,), generator=generator, device="cpu")
-            given, expected = decoding.compared(tokens.to(policy.device))
-            difference = (given.float() - expected.float()).abs().max().item()
-            largest = expected.float().abs().max().item()
-            if not difference <= _TOLERANCE[_dtype(policy)] * max(1.0, largest):
-                raise Unsupported(
-                    f"{type(policy.model).__name__} looks like Llama and computes something else (its logits differ by "
-                    f"{difference:.3g})"
-                )
+        for tokens in trial.tokens:
+            native_decoding.check_alike(policy, *decoding.compared(tokens), _TOLERANCE[_dtype(policy)])
     finally:
         policy.slots = before
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class Plan:
     packed: PackedDecoder | None
     layers: dict[tuple[int, str], nn.Module]
     reason: str | None
-    weights: tuple = ()
+    identity: tuple = ()
 
 
 # Plans made, and policies that were told why there is none; a policy itself stays free of what cannot be copied.
@@ -323,10 +323,7 @@ def _identity(policy: ConditionedPolicy) -> tuple:
 def plan(policy: ConditionedPolicy) -> Plan:
     """How this policy is decoded. Worked out, and the weights packed, at the first call, and kept while the base weights are
     the same; hooks and such are looked for every time."""
-    kept, identity = _PLANS.get(policy), _identity(policy)
-    if kept is None or kept.weights != identity:
-        with torch.no_grad():
-            kept = _PLANS[policy] = _make(policy, identity)
+    kept = current(_PLANS, policy, _identity(policy), _make)
     try:
         if kept.packed is not None:
             check_modules(policy)
@@ -340,43 +337,103 @@ def _isa() -> str:
 
 
 def _make(policy: ConditionedPolicy, identity: tuple) -> Plan:
-    try:
+    def make() -> Plan:
         weights, modules = read(policy)
         rope_tables(policy, 1)
-        packed = PackedDecoder(weights)
-        made = Plan(packed, modules, None, identity)
+        made = Plan(PackedDecoder(weights), modules, None, identity)
         _verify(policy, made)
         return made
-    except Unsupported as error:
-        return Plan(None, {}, str(error), identity)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        return Plan(None, {}, f"{type(policy.model).__name__}: {error}", identity)
+
+    return made_or_refused(policy, make, lambda reason: Plan(None, {}, reason, identity))
 
 
 def _verify(policy: ConditionedPolicy, made: Plan) -> None:
-    """Random tokens through both, prompts of different lengths, different blends. Raises Unsupported where they differ."""
+    """Raises Unsupported where the native decoder and transformers differ."""
     from clp_engine.decoding import BlendDecoding
-    from clp_engine.rollout import pad_left
 
-    generator = torch.Generator().manual_seed(0)
-    vocab, steps = policy.model.config.get_text_config().vocab_size, 3
-    prompts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in (3, 7, 5)]
-    ids, mask = pad_left(prompts, 0, policy.device)
-    deltas = len(policy.objectives) if policy.conditioning.blended else 1
-    blend = torch.rand(3, deltas, generator=generator)
-    blend[0] = 0
-    arguments = policy, ids, mask, blend, 2, steps, len(prompts)
-    ours, theirs = NativeDecoding(*arguments, made), BlendDecoding(*arguments)
+    trial = Trial.of(policy)
+    ours = NativeDecoding(policy, *trial.arguments, made)
+    theirs = BlendDecoding(policy, *trial.arguments)
     ours.add(slice(None)), theirs.add(slice(None))
-    for _ in range(steps):
-        tokens = torch.randint(vocab, (6,), generator=generator)
-        given, expected = ours.step(tokens), theirs.step(tokens)
-        difference = (given - expected).abs().max().item()
-        if not difference <= _TOLERANCE * max(1.0, expected.abs().max().item()):
-            raise Unsupported(
-                f"{type(policy.model).__name__} looks like Llama and computes something else (its logits differ by "
-                f"{difference:.3g})"
-            )
+    for tokens in trial.tokens:
+        check_alike(policy, ours.step(tokens), theirs.step(tokens), _TOLERANCE)
+
+
+# -- what every plan is made and tried by -----------------------------------------------------------------------------------
+
+
+class Planned(Protocol):
+    """identity: of the base weights that it was made for."""
+
+    identity: tuple
+
+
+P = TypeVar("P", bound=Planned)
+
+
+def current(
+    plans: MutableMapping[nn.Module, P],
+    policy: ConditionedPolicy,
+    identity: tuple,
+    make: Callable[[ConditionedPolicy, tuple], P],
+) -> P:
+    """The policy's plan, made anew where its base weights are others than those it was made for."""
+    kept = plans.get(policy)
+    if kept is None or kept.identity != identity:
+        with torch.no_grad():
+            kept = plans[policy] = make(policy, identity)
+    return kept
+
+
+def made_or_refused(policy: ConditionedPolicy, make: Callable[[], P], refused: Callable[[str], P]) -> P:
+    """What `make` makes, or `refused(reason)`: a model that cannot be read is decoded by transformers."""
+    try:
+        return make()
+    except Unsupported as error:
+        return refused(str(error))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        return refused(f"{type(policy.model).__name__}: {error}")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Random tokens for two ways of decoding a policy: prompts of different lengths, different blends.
+
+    arguments: of a Decoding, behind the policy; tokens: (rows,) for each step.
+    """
+
+    arguments: tuple
+    tokens: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, policy: ConditionedPolicy) -> Trial:
+        from clp_engine.rollout import pad_left
+
+        generator, device = torch.Generator(device="cpu").manual_seed(0), policy.device
+        vocab, steps, group = policy.model.config.get_text_config().vocab_size, 3, 2
+
+        def drawn(count: int) -> torch.Tensor:
+            return torch.randint(vocab, (count,), generator=generator, device="cpu")
+
+        prompts = [drawn(length).tolist() for length in (3, 7, 5)]
+        deltas = len(policy.objectives) if policy.conditioning.blended else 1
+        blend = torch.rand(len(prompts), deltas, generator=generator, device="cpu")
+        blend[0] = 0
+        arguments = *pad_left(prompts, 0, device), blend.to(device), group, steps, len(prompts)
+        return cls(arguments, [drawn(len(prompts) * group).to(device) for _ in range(steps)])
+
+
+def check_alike(
+    policy: ConditionedPolicy, given: torch.Tensor, expected: torch.Tensor, tolerance: float
+) -> None:
+    """Raises Unsupported where logits differ by more than `tolerance` times the largest, which counts as 1 at least."""
+    given, expected = given.float(), expected.float()
+    difference = (given - expected).abs().max().item()
+    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+        raise Unsupported(
+            f"{type(policy.model).__name__} looks like Llama and computes something else (its logits differ by "
+            f"{difference:.3g})"
+        )
 
 
 def choose(policy: ConditionedPolicy) -> Plan | None:
