@@ -35,6 +35,7 @@ import clp_kernels
 import torch
 from clp_kernels import HeadLoRA, PrefixLayout, batch_invariant, expand_gate, triton_kernels, use_backend
 from clp_kernels.backends import forced_backend, interpreting
+from clp_kernels.triton_kernels import tuning
 from torch import Tensor
 
 from bench import accuracy
@@ -630,21 +631,9 @@ class Launches:
 # --- what a table of tuned choices may ask for ------------------------------------------------------------------
 
 
-def _tuning():
-    """The module of tuned choices, or None where these sources have none."""
-    try:
-        return importlib.import_module(f"{triton_kernels.__name__}.tuning")
-    except ImportError:
-        return None
-
-
 def candidates(device: str) -> Iterator[tuple[str, str, torch.dtype, Check]]:
     """(op, label, dtype, check) for everything that tuning may choose: the largest check whose launchers ask for such a choice,
     with the choice forced. Found by a run in which nothing is launched."""
-    tuning = _tuning()
-    if tuning is None:
-        print("these sources have no tuned choices")
-        return
     askers: dict[tuple[str, str], tuple[str, torch.dtype, Check]] = {}
     choose = tuning.Tunable.choice
     kind = type(next(iter(kernels().values())))
@@ -687,7 +676,7 @@ def _elements(check: Check) -> int:
 
 @contextlib.contextmanager
 def _both(context: Callable, kernel: str, family: str, choice) -> Iterator[None]:
-    with context(), _tuning().force(kernel, family, choice):
+    with context(), tuning.force(kernel, family, choice):
         yield
 
 

@@ -26,8 +26,6 @@ def result(**variant):
 def test_every_committed_result_has_the_form(path):
     if "hypervolume" in json.loads(path.read_text(encoding="utf-8")):
         pytest.skip("a Pareto report, which clp_engine.evaluation defines")
-    if path.name.startswith("tune"):
-        pytest.skip("trials of tiles, which bench.tune defines")
     found = schema.load(path)
     assert found.cases and found.environment["device"] and found.environment["commit"]
 

@@ -126,9 +126,6 @@ def test_graphs_alone_are_no_whole_op(tmp_path, capsys):
 def test_every_choice_that_tuning_may_make_has_a_check(capsys):
     found = list(sanitize.candidates("cpu"))
     said = capsys.readouterr().out
-    if sanitize._tuning() is None:
-        assert not found and "no tuned choices" in said
-        return
     # Not asked for on a CPU: other GPUs' families, attention, and when a shared blend is merged.
     left = [line for line in said.split("\n") if "no check asks for it" in line]
     assert not [line for line in left if not any(w in line for w in ("ampere", "hip", "attention", "merge"))]
