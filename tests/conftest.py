@@ -1,10 +1,18 @@
 """With a GPU, the tests of its back-ends make their tensors on it and are marked `gpu`; CLP_PRETEND_GPU=1 rehearses them."""
 
+import signal
+
 import devices
 import pytest
 import torch
 
 import clp_kernels  # isort: skip  (after devices)
+
+
+def pytest_configure():
+    # A shell starts what it puts in the background with SIGINT ignored, which the processes that tests start would inherit.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure():
@@ -45,12 +53,6 @@ def _seeded():
 def instruction_sets():
     """Every instruction set that this processor runs; the one in force is put back after the test."""
     native = pytest.importorskip("clp_kernels._native")
-    before, runnable = native.isa(), []
-    for name in ("portable", "avx2", "avx512", "amx"):
-        try:
-            runnable.append(native.select_isa(name))
-        except ValueError:
-            continue
-    native.select_isa(before)
-    yield runnable
+    before = native.isa()
+    yield native.instruction_sets()
     native.select_isa(before)

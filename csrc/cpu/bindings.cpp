@@ -88,8 +88,15 @@ int64_t sample(uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of clp_kernels. Internal: the checked interface is clp_kernels itself.";
   m.def("isa", [] { return clp::table().name; }, "name of the instruction set in use");
-  m.def("select_isa", &clp::select_isa, py::arg("name"), "force an instruction set: portable, avx2, avx512 or amx");
-  m.def("has_tiles", [] { return clp::table().matmul.tiles; }, "whether matmul runs on AMX tiles");
+  m.def("select_isa", &clp::select_isa, py::arg("name"), "force one of instruction_sets()");
+  m.def("instruction_sets", [] {
+    py::list names;
+    for (const char* isa : clp::kInstructionSets)
+      if (clp::runs(isa)) names.append(isa);
+    return names;
+  }, "those that this build has and this processor runs, the preferred one last");
+  m.def("outruns_blas", [](int dtype) { return clp::table().matmul.outruns_blas[dtype]; }, py::arg("dtype"),
+        "whether matmul is quicker than a BLAS at products of this dtype that end in float32");
   m.def("matmul", &matmul);
   // The GIL is kept where the work is a few microseconds, as releasing it costs one.
   m.def("apply_gate", &apply_gate);

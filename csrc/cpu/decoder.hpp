@@ -7,6 +7,8 @@
 #pragma once
 #include <cstdint>
 
+#include "instruction_sets.hpp"
+
 namespace clp {
 
 // y = x W^T + bias [+ (h * gate[group]) B^T], h the part of the group's x A^T that is this layer's.
@@ -85,9 +87,6 @@ struct DecoderKernels {
   void (*step)(const DecoderModel& model, const DecoderBatch& batch, char* scratch, int threads);
 };
 
-namespace portable { extern const DecoderKernels decoder_kernels; }
-namespace avx2 { extern const DecoderKernels decoder_kernels; }
-namespace avx512 { extern const DecoderKernels decoder_kernels; }
-namespace amx { extern const DecoderKernels decoder_kernels; }
+CLP_IN_EACH_ISA(extern const DecoderKernels decoder_kernels;)
 
 }  // namespace clp

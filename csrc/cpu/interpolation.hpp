@@ -7,6 +7,8 @@
 #pragma once
 #include <cstdint>
 
+#include "instruction_sets.hpp"
+
 namespace clp {
 
 enum class DType : int;
@@ -56,9 +58,6 @@ struct InterpolationKernels {
   void (*sparsify)(const SparseList&, int threads);
 };
 
-namespace portable { extern const InterpolationKernels interpolation_kernels; }
-namespace avx2 { extern const InterpolationKernels interpolation_kernels; }
-namespace avx512 { extern const InterpolationKernels interpolation_kernels; }
-namespace amx { extern const InterpolationKernels interpolation_kernels; }
+CLP_IN_EACH_ISA(extern const InterpolationKernels interpolation_kernels;)
 
 }  // namespace clp

@@ -1,4 +1,4 @@
-// Compiled once per instruction set with CLP_ISA = portable | avx2 | avx512 | amx.
+// Compiled once per instruction set with CLP_ISA = portable | avx2 | avx512 | avx512_bf16 | amx.
 #include "kernels.hpp"
 
 #define CLP_STR2(x) #x

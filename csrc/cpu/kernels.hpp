@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "decoder.hpp"
+#include "instruction_sets.hpp"
 #include "interpolation.hpp"
 #include "matmul.hpp"
 #include "multi_lora.hpp"
@@ -28,11 +29,9 @@ struct KernelTable {
 };
 
 const KernelTable& table();            // chosen at first use: CLP_KERNELS_ISA if set, else the widest this CPU runs
-const char* select_isa(const char*);   // forces one ("portable", "avx2", "avx512", "amx"); returns the name now in force; throws std::invalid_argument
+bool runs(const char* isa);            // whether this build and this processor have it; false for an unknown name
+const char* select_isa(const char*);   // forces one; returns the name now in force; throws std::invalid_argument
 
-namespace portable { const KernelTable& table(); }
-namespace avx2 { const KernelTable& table(); }
-namespace avx512 { const KernelTable& table(); }
-namespace amx { const KernelTable& table(); }
+CLP_IN_EACH_ISA(const KernelTable& table();)
 
 }  // namespace clp

@@ -5,6 +5,9 @@
 #include "matmul.hpp"
 
 #include <cstdlib>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "amx_tiles.hpp"
 #include "kernels.hpp"
@@ -21,13 +24,22 @@ constexpr int64_t kDepth = 512;
 // holds a row's 32 elements side by side; one of B holds them in pairs, (pair, row), which is what the instruction wants.
 constexpr int64_t kPanelA = 32, kPanelB = 32;
 
-CLP_INLINE int64_t steps_of(int64_t depth) { return (depth + kStep - 1) / kStep; }
-CLP_INLINE int64_t panel_bytes_a(int64_t steps, int parts) { return steps * parts * 2 * kTile; }
-CLP_INLINE int64_t panel_bytes_b(int64_t steps, int parts) { return steps * parts * 2 * kTile; }
+// How a product's operands are packed and multiplied: in how many parts each.
+struct Format {
+  int parts_a, parts_b;
+
+  Format(const Matmul& x) : parts_a(parts_of(x.terms[0].a, x)), parts_b(parts_of(x.terms[0].b, x)) {}
+  static int parts_of(const MatmulOperand& operand, const Matmul& x) { return operand.dtype == DType::bf16 ? 1 : x.parts; }
+  CLP_INLINE int64_t steps_of(int64_t depth) const { return (depth + kStep - 1) / kStep; }
+  CLP_INLINE int64_t panel_bytes_a(int64_t steps) const { return steps * parts_a * 2 * kTile; }
+  CLP_INLINE int64_t panel_bytes_b(int64_t steps) const { return steps * parts_b * 2 * kTile; }
+  template <bool RIGHT>
+  void pack(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t step, int64_t steps) const;
+};
 
 template <class T, int PARTS, bool PAIRED>
 void pack_panel(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t part_stride) {
-  const int64_t steps = steps_of(depth);
+  const int64_t steps = (depth + kStep - 1) / kStep;
   const T* data = static_cast<const T*>(x.data) + row * x.row_stride + from * x.depth_stride;
   for (int64_t step = 0; step < steps; ++step)
     for (int64_t half = 0; half < 2; ++half) {
@@ -41,14 +53,16 @@ void pack_panel(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from,
     }
 }
 
-template <bool PAIRED>
-void pack(const MatmulOperand& x, int parts, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t step, int64_t steps) {
+template <bool RIGHT>
+void Format::pack(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t step,
+                  int64_t steps) const {
   const int64_t part_stride = steps * 2 * kTile;
+  const int parts = RIGHT ? parts_b : parts_a;
   to += step * 2 * kTile;
-  if (x.dtype == DType::bf16) return pack_panel<uint16_t, 1, PAIRED>(x, row, rows, from, depth, to, part_stride);
-  if (parts == 3) return pack_panel<float, 3, PAIRED>(x, row, rows, from, depth, to, part_stride);
-  if (parts == 2) return pack_panel<float, 2, PAIRED>(x, row, rows, from, depth, to, part_stride);
-  pack_panel<float, 1, PAIRED>(x, row, rows, from, depth, to, part_stride);
+  if (x.dtype == DType::bf16) return pack_panel<uint16_t, 1, RIGHT>(x, row, rows, from, depth, to, part_stride);
+  if (parts == 3) return pack_panel<float, 3, RIGHT>(x, row, rows, from, depth, to, part_stride);
+  if (parts == 2) return pack_panel<float, 2, RIGHT>(x, row, rows, from, depth, to, part_stride);
+  pack_panel<float, 1, RIGHT>(x, row, rows, from, depth, to, part_stride);
 }
 
 // Tiles 0 to 3 are the accumulators, 4 and 5 a panel of A, 6 and 7 one of B.
@@ -133,16 +147,18 @@ void micro(const char* a, const char* b, int64_t steps, const float* bias, float
 
 using Micro = void (*)(const char*, const char*, int64_t, const float*, float*, int64_t, int64_t, int64_t, bool);
 
-Micro choose(int parts_a, int parts_b) {
+Micro choose(const Format& format) {
   static constexpr Micro table[3][3] = {{micro<1, 1>, micro<1, 2>, micro<1, 3>},
                                         {micro<2, 1>, micro<2, 2>, nullptr},
                                         {micro<3, 1>, nullptr, micro<3, 3>}};
-  return table[parts_a - 1][parts_b - 1];
+  return table[format.parts_a - 1][format.parts_b - 1];
 }
 
 #else
 
-// Float32 panels: of A `kPanelA` rows, (depth, rows); of B kPanelB columns, (depth, columns). The accumulators fill the registers.
+// Panels: of A `kPanelA` rows, (step, rows); of B kPanelB columns, (step, columns). A step is one element of the contraction as
+// float32, or, where the instruction set multiplies bfloat16 and both operands are bfloat16, a pair of them: four bytes either way.
+// The accumulators fill the registers.
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16, kPanelA = 8, kPanelB = 48;
 #elif defined(__AVX2__)
@@ -153,9 +169,23 @@ constexpr int64_t kLanes = 4, kPanelA = 4, kPanelB = 8;
 constexpr int64_t kChain = 64;  // additions in a row: their rounding errors grow with its root
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
-CLP_INLINE int64_t steps_of(int64_t depth) { return depth; }
-CLP_INLINE int64_t panel_bytes_a(int64_t steps, int) { return round_up(steps * kPanelA * 4, 64); }
-CLP_INLINE int64_t panel_bytes_b(int64_t steps, int) { return round_up(steps * kPanelB * 4, 64); }
+#ifdef __AVX512BF16__
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// How a product's operands are packed and multiplied.
+struct Format {
+  bool pairs;
+
+  Format(const Matmul& x) : pairs(kPairs && x.terms[0].a.dtype == DType::bf16 && x.terms[0].b.dtype == DType::bf16) {}
+  CLP_INLINE int64_t steps_of(int64_t depth) const { return pairs ? (depth + 1) / 2 : depth; }
+  CLP_INLINE int64_t panel_bytes_a(int64_t steps) const { return round_up(steps * kPanelA * 4, 64); }
+  CLP_INLINE int64_t panel_bytes_b(int64_t steps) const { return round_up(steps * kPanelB * 4, 64); }
+  template <bool RIGHT>
+  void pack(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t step, int64_t) const;
+};
 
 template <class T, int64_t PANEL>
 void pack_panel(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, float* to) {
@@ -164,14 +194,39 @@ void pack_panel(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from,
     for (int64_t i = 0; i < PANEL; ++i) to[p * PANEL + i] = i < rows ? load(data + i * x.row_stride + p * x.depth_stride) : 0.0f;
 }
 
-template <bool RIGHT>
-void pack(const MatmulOperand& x, int, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t step, int64_t) {
-  constexpr int64_t panel = RIGHT ? kPanelB : kPanelA;
-  float* out = reinterpret_cast<float*>(to) + step * panel;
-  if (x.dtype == DType::bf16) pack_panel<uint16_t, panel>(x, row, rows, from, depth, out);
-  else pack_panel<float, panel>(x, row, rows, from, depth, out);
+// The earlier element of a pair in the low half; zeros beyond the rows and the depth.
+template <int64_t PANEL>
+void pack_pairs(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, uint32_t* to) {
+  const uint16_t* data = static_cast<const uint16_t*>(x.data) + row * x.row_stride + from * x.depth_stride;
+  for (int64_t p = 0; p < depth; p += 2, to += PANEL)
+    for (int64_t i = 0; i < PANEL; ++i) {
+      const uint16_t* at = data + i * x.row_stride + p * x.depth_stride;
+      const uint32_t low = i < rows ? at[0] : 0, high = i < rows && p + 1 < depth ? at[x.depth_stride] : 0;
+      to[i] = low | high << 16;
+    }
 }
 
+template <bool RIGHT>
+void Format::pack(const MatmulOperand& x, int64_t row, int64_t rows, int64_t from, int64_t depth, char* to, int64_t step, int64_t) const {
+  constexpr int64_t panel = RIGHT ? kPanelB : kPanelA;
+  to += step * panel * 4;
+  if (pairs) pack_pairs<panel>(x, row, rows, from, depth, reinterpret_cast<uint32_t*>(to));
+  else if (x.dtype == DType::bf16) pack_panel<uint16_t, panel>(x, row, rows, from, depth, reinterpret_cast<float*>(to));
+  else pack_panel<float, panel>(x, row, rows, from, depth, reinterpret_cast<float*>(to));
+}
+
+template <bool PAIRS>
+CLP_INLINE void multiply_add(Vector& sum, float a, Vector b) {
+#ifdef __AVX512BF16__
+  if constexpr (PAIRS) {
+    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+    return;
+  }
+#endif
+  sum += a * b;
+}
+
+template <bool PAIRS>
 void micro(const char* a_panel, const char* b_panel, int64_t steps, const float* bias, float* c, int64_t stride, int64_t rows,
            int64_t columns, bool add) {
   constexpr int64_t vectors = kPanelB / kLanes;
@@ -186,7 +241,7 @@ void micro(const char* a_panel, const char* b_panel, int64_t steps, const float*
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kPanelA; ++i)
 #pragma GCC unroll 8
-        for (int64_t v = 0; v < vectors; ++v) sums[i][v] += a[i] * b[v];
+        for (int64_t v = 0; v < vectors; ++v) multiply_add<PAIRS>(sums[i][v], a[i], b[v]);
     for (int64_t i = 0; i < rows; ++i) {
       alignas(64) float row[kPanelB];
       std::memcpy(row, sums[i], sizeof row);
@@ -198,7 +253,7 @@ void micro(const char* a_panel, const char* b_panel, int64_t steps, const float*
 }
 
 using Micro = void (*)(const char*, const char*, int64_t, const float*, float*, int64_t, int64_t, int64_t, bool);
-Micro choose(int, int) { return micro; }
+Micro choose(const Format& format) { return format.pairs ? micro<kPairs> : micro<false>; }
 
 struct Tiles {
   Tiles() {}
@@ -211,25 +266,22 @@ constexpr int64_t kRows = 256 / kPanelA * kPanelA, kColumns = 2048 / kPanelB * k
 // A piece of the contraction that is packed and multiplied at a time: kDepth of the first term, the second term with its last piece.
 struct Piece {
   int64_t from[2], depth[2];
-
-  CLP_INLINE int64_t steps() const { return steps_of(depth[0]) + steps_of(depth[1]); }
 };
 
 struct Plan {
   const Matmul& x;
-  int parts_a, parts_b;
+  Format format;
   int64_t pieces, bytes_a, bytes_b;  // bytes of one panel of the deepest piece
   Micro micro;
 
-  explicit Plan(const Matmul& given) : x(given) {
-    parts_a = x.terms[0].a.dtype == DType::bf16 ? 1 : x.parts;
-    parts_b = x.terms[0].b.dtype == DType::bf16 ? 1 : x.parts;
-    micro = choose(parts_a, parts_b);
+  explicit Plan(const Matmul& given) : x(given), format(given), micro(choose(format)) {
     pieces = x.terms[0].k > kDepth ? (x.terms[0].k + kDepth - 1) / kDepth : 1;
-    const int64_t deepest = steps_of(smaller(x.terms[0].k, kDepth)) + steps_of(x.terms[1].k);
-    bytes_a = panel_bytes_a(deepest, parts_a);
-    bytes_b = panel_bytes_b(deepest, parts_b);
+    const int64_t deepest = steps_of({{0, 0}, {smaller(x.terms[0].k, kDepth), x.terms[1].k}});
+    bytes_a = format.panel_bytes_a(deepest);
+    bytes_b = format.panel_bytes_b(deepest);
   }
+
+  CLP_INLINE int64_t steps_of(const Piece& piece) const { return format.steps_of(piece.depth[0]) + format.steps_of(piece.depth[1]); }
 
   Piece piece(int64_t i) const {
     const bool last = i == pieces - 1;
@@ -240,8 +292,8 @@ struct Plan {
   void pack_both(const Piece& piece, int64_t row, int64_t rows, char* to) const {
     for (int t = 0; t < 2; ++t)
       if (piece.depth[t])
-        pack<RIGHT>(RIGHT ? x.terms[t].b : x.terms[t].a, RIGHT ? parts_b : parts_a, row, rows, piece.from[t], piece.depth[t], to,
-                    t ? steps_of(piece.depth[0]) : 0, piece.steps());
+        format.pack<RIGHT>(RIGHT ? x.terms[t].b : x.terms[t].a, row, rows, piece.from[t], piece.depth[t], to,
+                           t ? format.steps_of(piece.depth[0]) : 0, steps_of(piece));
   }
 
   // Rows [row, last) of C, and `columns` of its columns from `column` on, whose panels are `packed`.
@@ -257,7 +309,7 @@ struct Plan {
         alignas(64) float bias[kPanelB] = {};
         if (x.bias && first) std::memcpy(bias, x.bias + column + j, width * sizeof(float));
         for (int64_t i = 0; i < panels; ++i)
-          micro(scratch + i * bytes_a, packed + j / kPanelB * bytes_b, piece.steps(), x.bias && first ? bias : nullptr,
+          micro(scratch + i * bytes_a, packed + j / kPanelB * bytes_b, steps_of(piece), x.bias && first ? bias : nullptr,
                 x.c + (row + i * kPanelA) * x.c_stride + column + j, x.c_stride, smaller(rows - i * kPanelA, kPanelA), width,
                 x.accumulate || !first);
       }
@@ -315,9 +367,9 @@ bool matmul(const Matmul& x) {
 
 }  // namespace
 #ifdef __AMX_BF16__
-const MatmulKernels matmul_kernels = {true, matmul};
+const MatmulKernels matmul_kernels = {{true, true}, matmul};
 #else
-const MatmulKernels matmul_kernels = {false, matmul};
+const MatmulKernels matmul_kernels = {{false, kPairs}, matmul};
 #endif
 
 }  // namespace clp::CLP_ISA

@@ -13,9 +13,14 @@
 //   2 parts   a0b0 + a0b1 + a1b0                        2^-16 of |a||b|: torch.set_float32_matmul_precision("high")
 //   1 part    a0b0                                      2^-8: "medium"; and exact products of bfloat16 operands
 // Tiles do 2048 operations a cycle and AVX-512 64, so six of them cost less than one float32 product. Denormal parts count as zero;
-// an infinite operand gives NaN. Elsewhere products are float32 throughout, and `parts` is ignored.
+// an infinite operand gives NaN.
+//
+// Elsewhere `parts` is ignored. With AVX-512 BF16 two bfloat16 operands are multiplied as they are, a pair of the contraction at a
+// time, into float32 sums (denormals count as zero): 128 operations an instruction, where float32 has 64. All else is float32.
 #pragma once
 #include <cstdint>
+
+#include "instruction_sets.hpp"
 
 namespace clp {
 
@@ -44,13 +49,10 @@ struct Matmul {
 };
 
 struct MatmulKernels {
-  bool tiles;                      // whether this is the AMX version, which outruns a float32 BLAS
+  bool outruns_blas[2];            // products of float32, of bfloat16 (DType): whether this is the quicker way to float32 sums
   bool (*matmul)(const Matmul&);   // false: no memory for the packed operands
 };
 
-namespace portable { extern const MatmulKernels matmul_kernels; }
-namespace avx2 { extern const MatmulKernels matmul_kernels; }
-namespace avx512 { extern const MatmulKernels matmul_kernels; }
-namespace amx { extern const MatmulKernels matmul_kernels; }
+CLP_IN_EACH_ISA(extern const MatmulKernels matmul_kernels;)
 
 }  // namespace clp

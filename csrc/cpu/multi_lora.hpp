@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "instruction_sets.hpp"
+
 namespace clp {
 
 enum class DType : int;
@@ -26,9 +28,6 @@ struct MultiLoraKernels {
                         float* d_gate, int threads);
 };
 
-namespace portable { extern const MultiLoraKernels multi_lora_kernels; }
-namespace avx2 { extern const MultiLoraKernels multi_lora_kernels; }
-namespace avx512 { extern const MultiLoraKernels multi_lora_kernels; }
-namespace amx { extern const MultiLoraKernels multi_lora_kernels; }
+CLP_IN_EACH_ISA(extern const MultiLoraKernels multi_lora_kernels;)
 
 }  // namespace clp

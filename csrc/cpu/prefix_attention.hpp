@@ -9,6 +9,8 @@
 #pragma once
 #include <cstdint>
 
+#include "instruction_sets.hpp"
+
 namespace clp {
 
 enum class DType : int;
@@ -40,9 +42,6 @@ struct PrefixAttentionKernels {
   bool (*backward)(const PrefixAttention&);
 };
 
-namespace portable { extern const PrefixAttentionKernels prefix_attention_kernels; }
-namespace avx2 { extern const PrefixAttentionKernels prefix_attention_kernels; }
-namespace avx512 { extern const PrefixAttentionKernels prefix_attention_kernels; }
-namespace amx { extern const PrefixAttentionKernels prefix_attention_kernels; }
+CLP_IN_EACH_ISA(extern const PrefixAttentionKernels prefix_attention_kernels;)
 
 }  // namespace clp

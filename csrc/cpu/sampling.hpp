@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "instruction_sets.hpp"
+
 namespace clp {
 
 enum class DType : int;
@@ -33,9 +35,6 @@ struct SamplingKernels {
   int64_t (*sample)(const SampleCall& call, int threads);
 };
 
-namespace portable { extern const SamplingKernels sampling_kernels; }
-namespace avx2 { extern const SamplingKernels sampling_kernels; }
-namespace avx512 { extern const SamplingKernels sampling_kernels; }
-namespace amx { extern const SamplingKernels sampling_kernels; }
+CLP_IN_EACH_ISA(extern const SamplingKernels sampling_kernels;)
 
 }  // namespace clp

@@ -24,6 +24,8 @@
 #pragma once
 #include <cstdint>
 
+#include "instruction_sets.hpp"
+
 namespace clp {
 
 enum class DType : int;
@@ -72,9 +74,6 @@ struct TokenStatsKernels {
   void (*backward)(const TokenStatsChunk&);
 };
 
-namespace portable { extern const TokenStatsKernels token_stats_kernels; }
-namespace avx2 { extern const TokenStatsKernels token_stats_kernels; }
-namespace avx512 { extern const TokenStatsKernels token_stats_kernels; }
-namespace amx { extern const TokenStatsKernels token_stats_kernels; }
+CLP_IN_EACH_ISA(extern const TokenStatsKernels token_stats_kernels;)
 
 }  // namespace clp

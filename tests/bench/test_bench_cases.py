@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import accuracy, cases, formulas, peers, runner
+from bench import accuracy, cases, formulas, peers, runner, targets
 from bench.case import Refused
 
 SMALL = [
@@ -34,7 +34,12 @@ def test_the_variants_that_run_are_right(group, number):
         else:
             exact, plain = case.exact(inputs, torch.float64), case.exact(inputs, case.dtype)
         wanted = () if prepared.partial else (*case.outputs, *(f"d_{n}" for n in case.wanted))
-        assert accuracy.complaint(accuracy.errors(outputs, plain, exact), wanted) is None, name
+        found = accuracy.errors(outputs, plain, exact)
+        if name.startswith(targets.OURS):
+            assert accuracy.complaint(found, wanted) is None, name
+        else:  # how exact a peer is depends on the processor, and a run reports it; that it is the same quantity does not
+            assert found.keys() >= set(wanted), name
+            assert all(e.own is not None and e.own < torch.finfo(case.dtype).eps ** 0.5 for e in found.values()), name
         ran.append(name)
     assert len(ran) >= 1
 

@@ -430,12 +430,7 @@ def test_an_interrupt_stops_all_processes_with_a_checkpoint_each(workplace):
         output_dir="stopped", seeds=[0], max_steps=2000, methods={"CLP": {}, "wide": {"rank": 3}}
     )
     (workplace / "stopped.yaml").write_text(json.dumps(config))  # JSON is YAML
-    # A shell starts what it puts in the background with SIGINT ignored, and so would this be if the tests were.
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from clp_engine.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "compare", "stopped.yaml", "--jobs", "2"]
+    command = [sys.executable, "-m", "clp_engine", "compare", "stopped.yaml", "--jobs", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         plan = make_plan(config)

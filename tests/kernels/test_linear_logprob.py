@@ -349,17 +349,40 @@ def test_scoring_takes_a_few_chunks_of_memory(backend):
 
 @NATIVE
 def test_a_frozen_head_gets_no_gradient_and_no_product(backend, monkeypatch):
-    from clp_kernels.cpu.products import Products
+    from clp_kernels.cpu import products
 
-    products = []
-    original = Products.accumulate
+    shapes = []
+    original = products.accumulate
     monkeypatch.setattr(
-        Products,
-        "accumulate",
-        lambda self, a, b, out: (products.append(out.shape), original(self, a, b, out)),
+        products, "accumulate", lambda a, b, out: (shapes.append(out.shape), original(a, b, out))
     )
     run_all(call_linear, head_tensors(6, 8, 60), targets_for(6, 60), ("logprob",), ("hidden",))
-    assert products == [(5, 8)]
+    assert shapes == [(5, 8)]
+
+
+@NATIVE
+def test_bfloat16_products_keep_the_digits_of_a_small_kl(backend, instruction_sets):
+    """Near the reference z - z' is smaller than a bfloat16 logit's rounding: on every instruction set the sums are float32."""
+    rows, width, vocabulary = 40, 96, 700
+    from clp_kernels import _native as native
+
+    hidden, weight = torch.randn(rows, width).bfloat16(), (torch.randn(vocabulary, width) / 8).bfloat16()
+    reference = torch.where(torch.rand(rows, width) < 0.1, hidden + hidden.abs() / 64, hidden)
+    targets, outputs = torch.randint(vocabulary, (rows,)), ("kl", "logprob", "entropy")
+
+    def statistics(dtype):
+        stats = linear_logprob(hidden.to(dtype), weight.to(dtype), targets, ref_hidden=reference.to(dtype), outputs=outputs)
+        return [getattr(stats, name).double().detach() for name in outputs]
+
+    with use_backend("reference"):
+        exact = statistics(torch.float64)
+        plain = statistics(torch.float32)
+    assert 1e-5 < exact[0].mean() < 1e-2
+    for isa in instruction_sets:
+        native.select_isa(isa)
+        for name, truth, torchs, own in zip(outputs, exact, plain, statistics(torch.bfloat16)):
+            allowed = 3 * (torchs - truth).norm() + torch.finfo(torch.float32).eps * truth.norm()
+            assert (own - truth).norm() <= allowed, (isa, name, (own - truth).norm(), allowed)
 
 
 def test_the_reference_back_end_passes_gradcheck():

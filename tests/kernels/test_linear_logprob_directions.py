@@ -229,20 +229,20 @@ def test_a_row_of_directions_does_not_depend_on_its_batch(backend, directions):
 )
 def test_number_of_products(backend, outputs, differentiable, room, count, monkeypatch):
     """As `what_to_keep` counts them, with room for all logits between forward and backward and without."""
-    from clp_kernels.cpu.products import Products
+    from clp_kernels.cpu import products
 
     monkeypatch.setitem(token_stats._WORTH_KEEPING, "cpu", 0)
     if not room:
         monkeypatch.setattr(token_stats, "KEEP_BYTES", 0)
     counted, (rows, width, vocabulary) = [], (60, 16, 800)
     for name in ("multiply", "accumulate"):
-        original = getattr(Products, name)
+        original = getattr(products, name)
 
-        def product(self, a, b, out, original=original):
+        def product(a, b, out, original=original):
             counted.append(a.shape[0] * a.shape[1] * b.shape[1])
-            original(self, a, b, out)
+            original(a, b, out)
 
-        monkeypatch.setattr(Products, name, product)
+        monkeypatch.setattr(products, name, product)
     incoming = {name: torch.ones(rows) for name in differentiable}
     call = functools.partial(call_linear, differentiable=differentiable)
     tensors, targets = head_tensors(rows, width, vocabulary), targets_for(rows, vocabulary, False)

@@ -1,14 +1,15 @@
 """Matrix products that end in float32, whatever the operands' dtype: by the C++ kernels or the BLAS that torch has.
 
-csrc/cpu/matmul.cpp has two versions. On AMX tiles a float32 product is six bfloat16 products of exact parts, 1.6 times as fast
-as float32 BLAS with half its error (measured at 2048 x 1024 x 1024), and a bfloat16 product keeps its float32 sums, which
-torch.mm rounds: 2^-9 of a logit is tens of percent of a KL gradient near the reference. `torch.set_float32_matmul_precision`
-"high" and "medium" take fewer parts, as they do elsewhere in torch. The other version, plain float32, is for
-`batch_invariant()` alone, as BLAS sums in an order that depends on the number of rows.
+csrc/cpu/matmul.cpp multiplies as the instruction set does best. On AMX tiles a float32 product is six bfloat16 products of
+exact parts, 1.6 times as fast as float32 BLAS with half its error (measured at 2048 x 1024 x 1024). With AMX or AVX-512 BF16 a
+bfloat16 product keeps its float32 sums, which torch.mm rounds: 2^-9 of a logit is tens of percent of a KL gradient near the
+reference. `torch.set_float32_matmul_precision` "high" and "medium" take fewer parts on tiles, as they do elsewhere in torch.
+Without such instructions the float32 version is for `batch_invariant()` alone, as BLAS sums in an order that depends on the
+number of rows; bfloat16 operands are then widened, and the product is float32's.
 
-Without tiles, bfloat16 products are done twice where oneDNN has kernels for them (AVX-512 BF16), hi = bf16(ab) and
-lo = bf16(ab - hi) with the subtraction before the rounding, and hi + lo is right to 2^-17; elsewhere the operands are widened.
-(oneDNN's reduced-precision float32 mode is one switch for the whole process, and would catch other threads' products.)
+Tried and rejected: bfloat16 products by oneDNN, hi = bf16(ab) and lo = bf16(ab - hi). Where oneDNN rounds before it subtracts,
+which depends on the processor, lo is lost with one to two digits of the KL. (Its reduced-precision float32 mode is one switch
+for the whole process, and would catch other threads' products.)
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from clp_kernels.cpu.dtypes import DTYPES
 
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
 # Both operands are packed before they are multiplied, which takes rows and columns to pay: measured against MKL at a depth of
-# 512, 64 rows of float32 break even at 4096 columns, 128 at 256. A bfloat16 product replaces two of oneDNN's.
-_WORTH_PACKING = {torch.float32: 160, torch.bfloat16: 16}
+# 512, 64 rows of float32 break even at 4096 columns, 128 at 256. No BLAS gives float32 sums of bfloat16 operands.
+_WORTH_PACKING = {torch.float32: 160, torch.bfloat16: 0}
 
 
 def matmul_serves(dtype: torch.dtype, rows: int, columns: int) -> bool:
     """Whether a product of operands of this dtype goes to the C++ kernels, and not to torch's BLAS."""
     # The sizes first: asking the extension takes longer, and decoding asks often.
-    return is_batch_invariant() or (min(rows, columns) >= _WORTH_PACKING[dtype] and _native.has_tiles())
+    return is_batch_invariant() or (
+        min(rows, columns) >= _WORTH_PACKING[dtype] and _native.outruns_blas(DTYPES[dtype])
+    )
 
 
 def matmul(
@@ -64,45 +67,22 @@ def along(x: Tensor) -> Tensor:
     return x if (column == 1 and row > 0) or (row == 1 and column > 0) else x.contiguous()
 
 
-def splits_bfloat16() -> bool:
-    """Whether torch's bfloat16 product here is done as hi + lo; otherwise its operands are widened to float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def takes(dtype: torch.dtype) -> bool:
+    """Whether `multiply` and `accumulate` take operands of the dtype as they are; those of others are widened to float32."""
+    return dtype is torch.float32 or is_batch_invariant() or _native.outruns_blas(DTYPES[dtype])
 
 
-class Products:
-    """out = a b, or out += a b, in float32; a and b both float32, or both bfloat16 where `takes(bfloat16)`."""
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b in float32, by what is quickest: a (m, k) and b (k, n) of one dtype that `takes` names."""
+    if matmul_serves(a.dtype, a.shape[0], b.shape[1]):
+        matmul(a, b, out)
+    else:
+        torch.mm(a, b, out=out)
 
-    def __init__(self) -> None:
-        self._scratch: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    @staticmethod
-    def takes(dtype: torch.dtype) -> bool:
-        """Whether operands of the dtype are multiplied as they are."""
-        return dtype is torch.float32 or _native.has_tiles() or is_batch_invariant() or splits_bfloat16()
-
-    def multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        if matmul_serves(a.dtype, a.shape[0], b.shape[1]):
-            matmul(a, b, out)
-        elif a.dtype is torch.float32:
-            torch.mm(a, b, out=out)
-        else:
-            hi, lo = self._hi_lo(a, b)
-            out.copy_(hi).add_(lo)
-
-    def accumulate(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        if matmul_serves(a.dtype, a.shape[0], b.shape[1]):
-            matmul(a, b, out, accumulate=True)
-        elif a.dtype is torch.float32:
-            torch.addmm(out, a, b, out=out)
-        else:
-            hi, lo = self._hi_lo(a, b)
-            out.add_(hi).add_(lo)
-
-    def _hi_lo(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (a.shape[0], b.shape[1])
-        if shape not in self._scratch:
-            self._scratch[shape] = (a.new_empty(shape), a.new_empty(shape))
-        hi, lo = self._scratch[shape]
-        torch.mm(a, b, out=hi)
-        torch.addmm(hi, a, b, beta=-1, out=lo)
-        return hi, lo
+def accumulate(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a b, as `multiply`."""
+    if matmul_serves(a.dtype, a.shape[0], b.shape[1]):
+        matmul(a, b, out, accumulate=True)
+    else:
+        torch.addmm(out, a, b, out=out)

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from clp_kernels import _native
 from clp_kernels.backends import is_batch_invariant
+from clp_kernels.cpu import products
 from clp_kernels.cpu.dtypes import DTYPES
 from clp_kernels.cpu.dtypes import unsupported as unsupported
-from clp_kernels.cpu.products import Products, along
+from clp_kernels.cpu.products import along
 from clp_kernels.token_stats import (
     DIRECTED,
     OUTPUTS,
@@ -197,18 +198,17 @@ class _LinearProblem:
             rows.logit_scale,
             rows.ignore_index,
         )
-        self.product_dtype = head.weight.dtype if Products.takes(head.weight.dtype) else torch.float32
+        self.product_dtype = head.weight.dtype if products.takes(head.weight.dtype) else torch.float32
         self.hidden = along(self.pick(head.hidden).to(self.product_dtype))
         self.weight = along(head.weight)
         self.bias = None if head.bias is None else head.bias.float().contiguous()
-        self.products = Products()
         self.lora = head.lora
         if head.lora is not None:
             self.hidden32 = self.hidden.float()
             self.a, self.b = head.lora.a.float(), head.lora.b.float()
             self.gate = self.pick(head.lora.gate).float()
             self.down = self.hidden32.new_empty(self.hidden.shape[0], self.a.shape[0])
-            self.products.multiply(self.hidden32, self.a.t(), self.down)
+            products.multiply(self.hidden32, self.a.t(), self.down)
             self.gated = self.down * self.gate
         self.needs_reference = needs_reference
         if needs_reference:
@@ -261,12 +261,12 @@ class _LinearProblem:
 
     def fill(self, out: Tensor, r0: int, r1: int, c0: int, c1: int, piece: Tensor) -> None:
         """The policy's raw logits, before the bias."""
-        self.products.multiply(self.hidden[r0:r1], piece.t(), out)
+        products.multiply(self.hidden[r0:r1], piece.t(), out)
         if self.lora is not None:
-            self.products.accumulate(self.gated[r0:r1], self.b[c0:c1].t(), out)
+            products.accumulate(self.gated[r0:r1], self.b[c0:c1].t(), out)
 
     def fill_reference(self, out: Tensor, r0: int, r1: int, ref_piece: Tensor) -> None:
-        self.products.multiply(self.ref_hidden[r0:r1], ref_piece.t(), out)
+        products.multiply(self.ref_hidden[r0:r1], ref_piece.t(), out)
 
 
 def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
@@ -308,7 +308,7 @@ class _Terms:
                 if self._narrow is None:
                     self._narrow = torch.empty(place.numel(), dtype=problem.product_dtype)
                 out = _shaped(self._narrow, *place.shape).copy_(place)
-            problem.products.accumulate(out, piece, total[r0:r1, :width])
+            products.accumulate(out, piece, total[r0:r1, :width])
             if problem.lora is not None:
                 torch.addmm(total[r0:r1, width:], place, problem.b[c0:c1], out=total[r0:r1, width:])
 
@@ -449,9 +449,9 @@ def linear_backward(
             state.differentiate(policy, reference, wide_out, r0, c0, problem.bias, problem.ref_bias)
             out = wide_out if narrow is None else _shaped(narrow, r1 - r0, c1 - c0).copy_(wide_out)
             if d_hidden is not None:
-                problem.products.accumulate(out, piece, d_hidden[r0:r1])
+                products.accumulate(out, piece, d_hidden[r0:r1])
             if d_piece is not None:
-                problem.products.accumulate(out.t(), problem.hidden[r0:r1], d_piece)
+                products.accumulate(out.t(), problem.hidden[r0:r1], d_piece)
             if d_bias is not None:
                 d_bias[c0:c1] += wide_out.sum(0)
             if d_gated is not None:
