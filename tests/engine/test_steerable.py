@@ -306,6 +306,7 @@ def test_a_compiled_forward_is_one_graph_with_the_blend_as_its_input(family, con
     assert not dynamo["graph_break"]
 
 
+@pytest.mark.check
 def test_a_mapping_is_read_ahead_of_the_layers_and_is_data_too(dynamo):
     policy = build_policy("llama")
     model = torch.compile(policy.attach(), backend="aot_eager")
@@ -316,6 +317,7 @@ def test_a_mapping_is_read_ahead_of_the_layers_and_is_data_too(dynamo):
         assert dynamo["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.check
 def test_the_default_is_an_input_of_the_graph_as_well(dynamo):
     policy = build_policy("llama")
     attached = policy.attach()

@@ -89,10 +89,10 @@ def test_d_hidden_of_a_row_has_the_same_bits_in_any_batch_and_any_block_of_rows(
 @pytest.mark.parametrize(
     "dtype, outputs, wanted",
     [
-        (torch.float32, OUTPUTS, ("hidden",)),
+        (torch.float32, ("logprob",), ALL),
         *later(
+            (torch.float32, OUTPUTS, ("hidden",)),
             (torch.float16, ("logprob", "entropy"), ("hidden",)),
-            (torch.float32, ("logprob",), ALL),
             (torch.float16, OUTPUTS, ALL),
         ),
     ],
