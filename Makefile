@@ -1,8 +1,12 @@
 # make demo   install, train a steerable summariser on two CPU cores, and draw its Pareto front
-# make test   install, then run the tests, a process for each core (ARGS="-n 0 tests/engine" for some of them in one)
+# make test   install, then run the tests that tell whether the installation is right, a process for each core: every op, back-end
+#             and mode once (ARGS="tests/engine" for some of them)
+# make check  everything that make test leaves out: the tests marked `check`, and the targets below (ARGS="tests/engine" for some
+#             of the marked tests alone)
 # make pretend   the tests that need a GPU, on one that is pretended (tests/pretend_gpu.py); minutes, as kernels are interpreted
-# make docs   install mkdocs, build the documentation into site/
+# make avx2   the numeric tests of the kernels and the engine as on a processor that has AVX2 and nothing newer
 # make peers  install TRL, PEFT, verl and others as well, then run the tests that compare with them (tests/peers)
+# make docs   install mkdocs, build the documentation into site/
 #
 # PYTHON=...  another interpreter. Given by hand, it brings its own torch (for a GPU); otherwise the pinned CPU build is used.
 
@@ -10,9 +14,17 @@ PYTHON ?= python3
 VENV ?= .venv
 OWN_TORCH := $(if $(filter command line,$(origin PYTHON)),--own-torch)
 
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n auto --dist worksteal
+# What the pretended GPU runs in `make check`: `make pretend` alone takes every test of a GPU.
+PRETENDED := tests/test_pretend_gpu.py tests/kernels/test_gpu_kernels.py tests/engine/test_gpu_engine.py
+# `--dist worksteal`: a process that is done takes tests from the other, so that no long file is left to one of them.
+# AVX2 for this project's C++, for torch's own kernels and for the library of its matrix products.
+AVX2 := CLP_KERNELS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+NUMERIC := $(addprefix tests/kernels/test_,matmul.py multi_lora.py linear_logprob.py linear_logprob_directions.py logits_logprob.py \
+  sampling.py interpolation.py interpolated_linear.py prefix_attention.py decoder.py) \
+  $(addprefix tests/engine/test_,native_decoding.py rollout.py estimators.py steerable.py)
 
-.PHONY: demo test pretend peers docs install lint clean
+.PHONY: demo test check pretend avx2 peers docs install lint clean
 
 install:
 	@command -v $(PYTHON) >/dev/null || { echo "clp-engine: $(PYTHON) was not found; Python 3.10 or newer is needed" >&2; exit 1; }
@@ -22,14 +34,28 @@ demo: install
 	$(VENV)/bin/clp-engine demo $(ARGS)
 
 test: install
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not check" $(ARGS)
+
+check: install
+	$(PYTEST) -m check $(ARGS)
+ifndef ARGS
+	$(MAKE) pretend ARGS="$(PRETENDED)"
+	$(MAKE) avx2
+	$(MAKE) peers
+	$(MAKE) lowest
+	$(MAKE) newest
+	$(MAKE) aarch64
+endif
 
 pretend: install
 	CLP_PRETEND_GPU=1 $(PYTEST) -m gpu $(or $(ARGS),tests)
 
+avx2: install
+	$(AVX2) $(PYTEST) -m "not check" -k "not triton" $(or $(ARGS),$(NUMERIC))
+
 peers: install
 	@$(PYTHON) tools/environment.py --venv $(VENV) $(OWN_TORCH) --peers
-	CLP_PEERS=required $(PYTEST) tests/peers $(ARGS)
+	CLP_PEERS=required $(PYTEST) --dist loadfile tests/peers $(ARGS)
 
 docs: install
 	$(VENV)/bin/python -m pip install --quiet -e .[docs] && $(VENV)/bin/python -m mkdocs build --strict

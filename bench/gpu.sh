@@ -3,7 +3,7 @@
 # Before it, where the index is within reach:  bench/gpu.sh wheels
 #
 # Stages: build tests ceilings, the groups of bench/README.md, docsum (the demo's front beside the CPU's), counters (ncu),
-# kernel_tests engine_tests traced_tests slow_tests (tests has the quickest), sanitizer and racecheck (compute-sanitizer), tune,
+# kernel_tests engine_tests traced_tests (tests has the quickest), sanitizer and racecheck (compute-sanitizer), tune,
 # and profile (where the time of a step goes). Without names the plan below: what targets are judged by first, in one call of
 # some nine minutes, then the rest; the same call again goes on. Each stage has a log (OUTDIR/STAGE.log) and an exit code
 # (OUTDIR/STAGE.rc); one that fails does not stop the others. SECONDS is a group's budget, after which it begins no case, LIMIT
@@ -79,11 +79,11 @@ from=${CLP_GPU_SH_FROM:+$(realpath "$CLP_GPU_SH_FROM")}
 cd "$(dirname "$0")/.."
 deadline=$((SECONDS + ${CLP_GPU_SH_SECONDS:-1000000}))
 groups="multi_lora decode linear_logprob logits_logprob interpolate sampling e2e rollout"
-every="build tests ceilings $groups docsum counters kernel_tests engine_tests traced_tests slow_tests sanitizer racecheck tune profile"
+every="build tests ceilings $groups docsum counters kernel_tests engine_tests traced_tests sanitizer racecheck tune profile"
 # First the targets' own shapes (a budget begins with them), in 560 seconds; then everything.
 plan="build:170 tests:70 linear_logprob:60:100 multi_lora:35:60 decode:35:50 interpolate:25:45 e2e:20:200 rollout:30:90
 docsum:240 ceilings:60 kernel_tests:400 engine_tests:200 counters:200 sanitizer:300 logits_logprob:60 sampling:60 tune:300
-traced_tests:400 slow_tests:400 racecheck:400
+traced_tests:400 racecheck:400
 linear_logprob:300 multi_lora:300 decode:200 interpolate:150 e2e:400 rollout:200 logits_logprob:150 sampling:100 profile:300"
 jobs=$(($(nproc) > 2 ? $(nproc) / 2 : 1))
 profiled=${CLP_GPU_SH_PROFILED:-qwen2.5-0.5b qwen2.5-7b}
@@ -126,16 +126,14 @@ build() {
 }
 
 # What a kernel's user meets first: graphs, streams, the same bits again, decoding.
-tests() { pytest_gpu "gpu and not slow and not traced" tests/kernels/test_{gpu_kernels,cuda_decode,decode_step}.py; }
+tests() { pytest_gpu "gpu and not traced" tests/kernels/test_{gpu_kernels,cuda_decode,decode_step}.py; }
 
-kernel_tests() { pytest_gpu "gpu and not slow and not traced" tests/kernels; }
+kernel_tests() { pytest_gpu "gpu and not traced" tests/kernels; }
 
-engine_tests() { pytest_gpu "gpu and not slow and not traced" tests/engine; }
+engine_tests() { pytest_gpu "gpu and not traced" tests/engine; }
 
 # torch.compile, which takes seconds for each.
 traced_tests() { pytest_gpu "gpu and traced"; }
-
-slow_tests() { pytest_gpu "gpu and slow"; }
 
 pytest_gpu() {
     local parallel=""
@@ -303,7 +301,7 @@ archive() {
     fi
 }
 
-export -f build tests kernel_tests engine_tests traced_tests slow_tests pytest_gpu sanitizer racecheck sanitized sanitized_op ceilings group docsum counters tune profile
+export -f build tests kernel_tests engine_tests traced_tests pytest_gpu sanitizer racecheck sanitized sanitized_op ceilings group docsum counters tune profile
 export python device out flags profiled jobs
 stages=${*:-$plan}
 for stage in $stages; do

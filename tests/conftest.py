@@ -10,7 +10,7 @@ import clp_kernels  # isort: skip  (after devices)
 
 
 def pytest_configure():
-    # A shell starts what it puts in the background with SIGINT ignored, which the processes that tests start would inherit.
+    # A shell starts what it puts in the background with SIGINT ignored, which the programs that tests interrupt would inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -47,6 +47,16 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """A command that sets the number of threads does so for its test alone: beside other processes two threads wait for each
+    other ten times as long as they compute."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

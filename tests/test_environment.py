@@ -42,6 +42,7 @@ def test_an_old_python_is_told_so(monkeypatch, capsys):
     assert "Python 9.0 or newer is needed" in capsys.readouterr().err
 
 
+@pytest.mark.check
 def test_an_unreachable_index_is_named_as_the_cause(tmp_path):
     result = run(
         tmp_path,
@@ -56,6 +57,7 @@ def test_an_unreachable_index_is_named_as_the_cause(tmp_path):
     assert "the package index cannot be reached" in result.stderr
 
 
+@pytest.mark.check
 def test_the_source_distribution_holds_sources_model_and_licence(tmp_path):
     code = f"from scikit_build_core.build import build_sdist; print(build_sdist({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=120)

@@ -11,6 +11,7 @@ from bench.__main__ import main
 from bench.case import Refused, differentiated
 from bench.peers import clp
 
+pytestmark = pytest.mark.check
 QUICK = ["--device", "cpu", "--sizes", "tiny", "--quick", "--flush", "1", "--peers", "plain"]
 
 
@@ -157,7 +158,7 @@ def test_an_unknown_group_or_peer_is_refused(tmp_path):
         main(["list", "decode", "--peers", "nonesuch"])
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_training_step_is_measured_with_its_memory(run):
     code, result = run("e2e")
     (case,) = result.cases

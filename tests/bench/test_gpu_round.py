@@ -46,7 +46,7 @@ def plan() -> str:
     return SCRIPT.read_text(encoding="utf-8").partition('plan="')[2].partition('"')[0]
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_round_goes_through_its_stages_and_on_from_its_archive(tmp_path):
     out = tmp_path / "out"
     names = ("build", "sanitizer", "ceilings", "decode", "rollout", "tune", "counters", "docsum", "profile")
@@ -197,5 +197,5 @@ def test_a_profiler_that_refuses_and_a_command_that_is_not_there_are_said_and_pa
     assert done.returncode == 1  # docsum: the stand-in leaves no report
     assert "ncu gave no counters: ==ERROR== ERR_NVGPUCTRPERM" in (out / "counters.log").read_text()
     assert "there is no python -m bench tune" in (out / "tune.log").read_text()
-    assert "-m gpu and not slow and not traced" in (out / "tests.log").read_text()
+    assert "-m gpu and not traced" in (out / "tests.log").read_text()
     assert "clp_engine demo --out" in (out / "docsum.log").read_text() and not (out / "docsum.done").exists()

@@ -10,6 +10,7 @@ from bench.__main__ import main
 from bench.cases import e2e, rollout
 from bench.schema import Case, Floor, Times, Variant
 
+pytestmark = pytest.mark.check
 TINY = rollout.cases("cpu", "tiny")[0]
 RATES = {"copy_bytes": 2.0, "read_bytes": 2.0, "exp_rate": 1.0, "matmul_flops": {"float32": 1.0}}
 MERGED, ONE, THREE = targets.MERGED, targets.of_weightings(1), targets.of_weightings(3)

@@ -30,6 +30,7 @@ def slow_reward(completions, **_):
     return [float(len(c)) for c in completions]
 
 
+@pytest.mark.check
 def test_a_clock_sees_model_kernels_rewards_and_the_rest_of_a_step(case):
     owners = torch, torch.autograd, _native, _native.TokenStatsChunk, token_stats
     before = [dict(vars(owner)) for owner in owners]

@@ -216,7 +216,7 @@ def test_all_of_a_gpus_trials_make_a_table_of_candidates(tmp_path):
 # --- the command
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @in_the_interpreter
 def test_a_rehearsal_goes_from_measuring_to_the_launcher(tmp_path, capsys):
     out, to = tmp_path / "tune.json", tmp_path / "scratch.py"
@@ -255,7 +255,7 @@ def test_a_rehearsal_goes_from_measuring_to_the_launcher(tmp_path, capsys):
         assert chosen in ((64, 64, 128, 4, 4), (128, 64, 64, 4, 5))
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @in_the_interpreter
 @pytest.mark.parametrize("trial", tiny("cpu"), ids=lambda trial: trial.case.id)
 def test_every_kernels_trial_is_right(trial):
@@ -297,7 +297,7 @@ def test_bad_arguments_are_refused(tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_what_was_compiled_ahead_is_what_a_launch_finds(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}

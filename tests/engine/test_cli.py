@@ -220,6 +220,7 @@ def test_a_flag_overrides_the_file_and_an_earlier_run_is_not_replaced_unasked(wo
     assert main([*arguments, "--overwrite"]) == 0
 
 
+@pytest.mark.check
 def test_interrupting_says_where_the_checkpoint_is_and_resuming_gives_the_same_policy(workplace, trained):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "clp_engine", "train", "config.yaml", "--output-dir", "stopped"]

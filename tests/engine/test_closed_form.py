@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from later import later
 
 from clp_engine.estimators import Coefficients, coefficients
 from clp_engine.samplers import build_sampler, simplex_lattice
@@ -52,11 +53,12 @@ def distance(weights, alpha, estimator, **options):
 
 
 @pytest.mark.parametrize("estimator", ["return", "exact", "mixed"])
-@pytest.mark.parametrize("weights, alpha", THREE_TOKENS)
+@pytest.mark.parametrize("weights, alpha", [*THREE_TOKENS[:1], *later(*THREE_TOKENS[1:])])
 def test_unbiased_estimators_reach_the_optimum(weights, alpha, estimator):
     assert distance(weights, alpha, estimator) < BOUND
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("weights, alpha", THREE_TOKENS)
 def test_k3_in_the_loss_misses_the_optimum(weights, alpha):
     assert distance(weights, alpha, "k3") > 5 * BOUND
@@ -69,6 +71,7 @@ def exact_without_score_term(tokens, rewards, kl_coef, reward_scale, group_size,
     return Coefficients(rewards_only.logprob, -kl_coef.unsqueeze(-1) * tokens.mask, rewards_only.advantage)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("weights, alpha", THREE_TOKENS)
 def test_the_exact_kl_without_its_score_term_misses_the_optimum(weights, alpha):
     assert distance(weights, alpha, "exact", estimate=exact_without_score_term) > 2 * BOUND
@@ -79,6 +82,7 @@ def one_token(sampler, **options):
     return train(TabularTask.random(8, 1, 2), sampler, steps=1000, prompts=64, **options)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("estimator", ["return", "exact"])
 def test_one_run_over_all_weightings_reaches_every_optimum(estimator):
     trained = one_token(build_sampler(2, "uniform", kl=0.2), estimator=estimator)
@@ -100,6 +104,7 @@ def test_one_run_over_all_weightings_and_alphas_reaches_every_optimum_with_odds(
     assert over_alpha_and_weights("odds").max() < BOUND
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("kl", [(0.1, 0.6), [0.1, 0.2, 0.4]], ids=["range", "grid"])
 def test_one_run_reaches_every_optimum_of_three_objectives(kl):
     task = TabularTask.random(8, 1, 3)
@@ -109,6 +114,7 @@ def test_one_run_reaches_every_optimum_of_three_objectives(kl):
     assert max(distances) < BOUND
 
 
+@pytest.mark.check
 def test_with_one_token_interpolated_specialists_reach_every_optimum_too():
     """Nothing is gained by conditioning where the optimum's logits are affine in w."""
     task, corners = TabularTask.random(8, 1, 2), torch.eye(2)
@@ -118,6 +124,7 @@ def test_with_one_token_interpolated_specialists_reach_every_optimum_too():
         assert max(mixed.kl_to_optimum(torch.tensor([i / 10, 1 - i / 10]), 0.2) for i in range(11)) < BOUND
 
 
+@pytest.mark.check
 def test_the_linear_form_cannot_represent_the_optima_of_several_alphas():
     """Measured 0.5 at most and 0.13 on average: a gap of the blend, not of the training."""
     gap = over_alpha_and_weights("linear")
@@ -152,18 +159,20 @@ def network_specialists():
     ]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [*SEEDS[:1], *later(*SEEDS[1:])])
 def test_one_conditioned_network_reaches_the_optimum_of_every_weighting(seed):
     """Measured: at most 0.003 over 20 seeds. The bounds for what is affine in w are 0.14 and 0.43."""
     trained = train(dilemma(), EVERY_W, start=network(seed), seed=seed, **NETWORK)
     assert max(shortfall(trained, w) for w in GRID) < 0.02
 
 
+@pytest.mark.check
 def test_network_specialists_reach_their_own_optima(network_specialists):
     for specialists in network_specialists:
         assert all(shortfall(s, torch.ones(1)) < 0.01 for s in specialists)
 
 
+@pytest.mark.check
 def test_a_soup_of_networks_misses_the_optimum_of_the_mixed_reward_with_any_coefficient(network_specialists):
     """Measured (0.35 to 0.41), not proved. At the uniform weighting the model before training is better than the soup."""
     task = dilemma()
@@ -175,6 +184,7 @@ def test_a_soup_of_networks_misses_the_optimum_of_the_mixed_reward_with_any_coef
         assert shortfall(mixed) > 0.25
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("rule", [soup, LogitMixture.of], ids=["tables", "mixed logits"])
 def test_the_bound_on_interpolated_specialists_holds_for_any_coefficients(rule, network_specialists):
     task = dilemma()
@@ -217,6 +227,7 @@ def test_the_bound_on_affine_policies_is_what_a_search_over_all_of_them_finds():
     assert affine_shortfall(task, ALPHA) - 1e-9 <= worst.min() < affine_shortfall(task, ALPHA) + 0.005
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("start", [Tables.of, network(0, output_only=True)], ids=["tables", "output only"])
 def test_a_conditioned_policy_affine_in_the_weighting_trades_off(start):
     """Its worst shortfall cannot be below the bound; on average, which it is trained for, it is better than the soup."""
@@ -227,6 +238,7 @@ def test_a_conditioned_policy_affine_in_the_weighting_trades_off(start):
     assert on_average < 0.7 * of_soup
 
 
+@pytest.mark.check
 def test_one_conditioned_network_reaches_the_optimum_of_every_weighting_and_alpha():
     """With odds; the linear form is four times further away in the worst case."""
     sampler = build_sampler(2, "uniform", corner_probability=0.3, kl=(0.1, 0.6))
@@ -239,6 +251,7 @@ def test_one_conditioned_network_reaches_the_optimum_of_every_weighting_and_alph
     assert worst["odds"] < 0.1 < 0.2 < worst["linear"]
 
 
+@pytest.mark.check
 def test_the_dilemma_of_three_objectives():
     """Measured: at most 0.009 over 8 seeds. Below alpha 0.2 some runs compromise at a corner (docs/results/closed_form.md)."""
     task, alpha, uniform = dilemma(3), 0.2, torch.full((3,), 1 / 3)

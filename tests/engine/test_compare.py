@@ -346,7 +346,7 @@ def test_doing_it_again_does_nothing_and_reports_the_same(finished, monkeypatch)
     assert said == [] and essence("out") == before
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_comparison_killed_in_the_middle_of_runs_ends_as_one_that_never_was(
     finished, workplace, monkeypatch
 ):
@@ -386,7 +386,7 @@ compare(json.load(open("killed.json")))
     assert essence("killed") == essence("out")
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_processes_give_what_one_gives(finished):
     config = methods(soup={"kind": "soup"}) | {"output_dir": "parallel", "seeds": [0]}
     said = []
@@ -424,7 +424,7 @@ def test_what_another_process_is_at_is_left_to_it(finished, workplace):
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_an_interrupt_stops_all_processes_with_a_checkpoint_each(workplace):
     config = changed(
         output_dir="stopped", seeds=[0], max_steps=2000, methods={"CLP": {}, "wide": {"rank": 3}}
@@ -448,6 +448,7 @@ def test_an_interrupt_stops_all_processes_with_a_checkpoint_each(workplace):
             assert checkpoints(plan.run_folder(name)) and not work.is_trained(plan, plan.runs[name])
 
 
+@pytest.mark.check
 def test_a_failing_run_is_named_with_its_log_and_stops_nothing_else(finished, capsys):
     config = methods(
         good={"conditioning": "lora"}, bad={"conditioning": "lora", "target_modules": ["nowhere"]}
@@ -464,6 +465,7 @@ def test_a_failing_run_is_named_with_its_log_and_stops_nothing_else(finished, ca
     assert "good" in captured.out and "bad, seed 0" in Path("failing/comparison.md").read_text()
 
 
+@pytest.mark.check
 def test_a_report_is_made_again_where_its_settings_changed_and_runs_are_not(finished, monkeypatch):
     config = methods(CLP={"conditioning": "lora"}) | {"output_dir": "again", "seeds": [0]}
     first = compare(config, say=lambda line: None)
@@ -666,6 +668,7 @@ def test_reward_against_kl_is_the_area_above_the_base_up_to_the_limit():
 # --- the report --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_report_and_pictures_are_written_for_any_number_of_objectives(tmp_path, count):
     from clp_engine.samplers import simplex_lattice

@@ -38,6 +38,7 @@ def gradients_of_groups(policy: Enumerated, estimator: str, size: int = 2):
     return g.view(len(groups), size, -1).mean(1), probability
 
 
+@pytest.mark.check
 def test_variance_norm_and_bias_are_those_of_an_enumerable_policy():
     policy, estimators = Enumerated.random(3), ("return", "exact", "k2", "k3")
     every = {name: gradients_of_groups(policy, name) for name in estimators}
@@ -97,6 +98,7 @@ def test_what_is_measured_is_the_gradient_that_training_takes(tmp_path, estimato
     torch.testing.assert_close(measured, torch.cat(taken), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.check
 def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_is_not(tmp_path, monkeypatch):
     """60 batches: with the value head, whatever it says, the mean gradient is that of leave-one-out within the noise."""
     from clp_engine import update

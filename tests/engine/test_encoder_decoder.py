@@ -198,6 +198,7 @@ def test_a_run_trains_resumes_to_the_bit_and_evaluates(family, tmp_path):
     assert len(report.points) == 3 and all(point.kl > 0 for point in report.points)
 
 
+@pytest.mark.check
 def test_training_makes_t5_heed_its_weights(tmp_path):
     trainer = trainer_of(
         tmp_path,

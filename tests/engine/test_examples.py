@@ -26,6 +26,7 @@ def test_there_is_a_test_for_every_example():
     assert tested == {path.stem for path in EXAMPLES.glob("*.py")}
 
 
+@pytest.mark.check
 def test_example_kernel_loop(capsys):
     """Each objective's own reward rises where it is asked for, and more than where the other one is."""
     found = load("kernel_loop").main(quick=True)
@@ -67,12 +68,14 @@ def test_the_kernel_loop_has_the_gradient_of_its_objective(monkeypatch):
         assert true.norm() > 1e-3 and (estimated - true).norm() < 1e-4 * true.norm() + 1e-5
 
 
+@pytest.mark.check
 def test_the_kernel_loop_needs_torch_alone():
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); print(sorted({'transformers', 'clp_engine'} & set(sys.modules)))"
     command = [sys.executable, "-c", code, str(EXAMPLES / "kernel_loop.py")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.check
 def test_example_chat_three_rewards(tmp_path, capsys):
     example = load("chat_three_rewards")
     said = example.main(tmp_path / "chat", quick=True)
@@ -97,6 +100,7 @@ def test_the_chat_rewards_disagree():
     assert best[0] == 0 and best[1] == 1 and best[2] != 1
 
 
+@pytest.mark.check
 def test_example_reward_models(tmp_path, capsys):
     example = load("reward_models")
     trainer, errors = example.main(tmp_path, quick=True)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from clp_engine.cli import main
 from clp_engine.tasks.docsum import checkpoint_path
 
+pytestmark = pytest.mark.check
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 
 

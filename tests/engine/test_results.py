@@ -22,6 +22,7 @@ def test_every_committed_configuration_makes_a_plan(config):
     assert len(plan.seeds) >= 3 and plan.output_dir == Path("docs/results") / config.stem
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_committed_comparison_is_made_of_the_committed_reports(name, tmp_path):
     config = yaml.safe_load((RESULTS / f"{name}.yaml").read_text(encoding="utf-8"))

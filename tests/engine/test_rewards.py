@@ -215,6 +215,7 @@ RewardSet([hangs], workers=1)(["p"], ["c"], [[1]], {})
 """
 
 
+@pytest.mark.check
 def test_ctrl_c_ends_a_program_whose_reward_function_hangs():
     process = subprocess.run(
         [sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=120, check=False

@@ -281,6 +281,7 @@ def of_chosen_tokens(tokens, rewards, kl_coef, reward_scale, group_size, **optio
     return select_tokens(c, -tokens.logprob.detach(), tokens.mask, groups, 0.5)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("choose", [of_chosen_rollouts, of_chosen_tokens])
 @pytest.mark.parametrize("weights, alpha", THREE_TOKENS)
 def test_with_the_return_estimator_selections_still_reach_the_optimum(weights, alpha, choose):
@@ -288,6 +289,7 @@ def test_with_the_return_estimator_selections_still_reach_the_optimum(weights, a
     assert distance(weights, alpha, "return", estimate=choose) < BOUND
 
 
+@pytest.mark.check
 def test_with_the_exact_kl_a_selection_of_tokens_stops_elsewhere():
     assert distance(*THREE_TOKENS[0], "exact", estimate=of_chosen_tokens) > 2 * BOUND
 

@@ -461,6 +461,7 @@ def test_before_the_model_is_there_the_answer_says_so():
     assert status == 503 and "being loaded" in answer["error"]
 
 
+@pytest.mark.check
 def test_the_command_serves_until_ctrl_c_also_in_the_middle_of_a_completion(run):
     command = [sys.executable, "-m", "clp_engine", "steer", str(run), "--port", "0", "--no-browser"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

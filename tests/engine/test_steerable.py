@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from engine.conftest import build_model, build_policy, build_tokenizer, model_inputs, plain_logits
+from later import later
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments, pipeline
 
@@ -290,7 +291,7 @@ def dynamo():
 
 
 @pytest.mark.parametrize(
-    ("family", "conditioning"), [("llama", "lora"), ("gpt2", "lora"), ("t5", "lora"), ("llama", "full")]
+    ("family", "conditioning"), [("llama", "lora"), *later(("gpt2", "lora"), ("t5", "lora"), ("llama", "full"))]
 )
 def test_a_compiled_forward_is_one_graph_with_the_blend_as_its_input(family, conditioning, dynamo):
     policy = build_policy(family, conditioning=conditioning, kl_conditioning="linear")
@@ -305,6 +306,7 @@ def test_a_compiled_forward_is_one_graph_with_the_blend_as_its_input(family, con
     assert not dynamo["graph_break"]
 
 
+@pytest.mark.check
 def test_a_mapping_is_read_ahead_of_the_layers_and_is_data_too(dynamo):
     policy = build_policy("llama")
     model = torch.compile(policy.attach(), backend="aot_eager")
@@ -315,6 +317,7 @@ def test_a_mapping_is_read_ahead_of_the_layers_and_is_data_too(dynamo):
         assert dynamo["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.check
 def test_the_default_is_an_input_of_the_graph_as_well(dynamo):
     policy = build_policy("llama")
     attached = policy.attach()
@@ -325,6 +328,7 @@ def test_the_default_is_an_input_of_the_graph_as_well(dynamo):
     assert dynamo["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.check
 def test_a_compiled_backward_pass_has_the_same_gradients(dynamo):
     policy = build_policy("llama").double()
     expected = gradients(policy, policy, "llama")

@@ -337,6 +337,7 @@ def finish(process):
     assert process.returncode == 0, output
 
 
+@pytest.mark.check
 def test_n_steps_a_kill_and_n_more_are_2n_steps_to_the_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     straight, victim = launch(whole, 12), launch(killed, 12)

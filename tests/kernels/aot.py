@@ -1,12 +1,13 @@
-"""Compiles Triton kernels for GPUs that are not there: python aot.py MODULE PROCESSES prints one JSON object per
+"""Compiles Triton kernels for GPUs that are not there: python aot.py PROCESSES WHICH MODULE... prints one JSON object per
 compilation.
 
-The modules list every configuration that a launcher can ask for; CLP_AOT=full compiles all of them (hours), otherwise
-`covering` picks some. A process of its own, as a test process without a GPU has Triton's interpreter switched on, which
-compiles nothing.
+The modules list every configuration that a launcher can ask for. WHICH of them: `first` is each kernel once for each target;
+`covering` every tile and every choice; `full` all of them (hours). A process of its own, as a test process without a GPU has
+Triton's interpreter switched on, which compiles nothing.
 """
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import triton
+from clp_kernels.triton_kernels.aot import recorded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -77,6 +80,22 @@ def covering(specs):
         yield from chosen
 
 
+def first(module, beginning=40, every=13):
+    """For each kernel and target the most demanding of some configurations: a module lists its kinds first, then multitudes."""
+    calls = itertools.count()
+
+    def some(*arguments):
+        call = next(calls)
+        return recorded(*arguments) if call < beginning or call % every == 0 else iter(())
+
+    largest = {}
+    with mock.patch.object(module, "recorded", some):
+        for spec in module.aot_specs():
+            of = spec.kernel.__name__, spec.target
+            largest[of] = max(largest.get(of, spec), spec, key=_demands)
+    return largest.values()
+
+
 def _tile(spec) -> tuple:
     blocks = tuple(
         value for name, value in spec.constants.items() if name.startswith("BLOCK") and value is not None
@@ -96,7 +115,7 @@ def _choices(spec) -> frozenset:
 
 def report(spec) -> dict:
     started = time.perf_counter()
-    result = {"name": spec.name, "target": spec.target, "matrix": spec.matrix, "error": None}
+    result = {"name": spec.name, "kernel": spec.kernel.__name__, "target": spec.target, "matrix": spec.matrix, "error": None}
     try:
         kernel = compiled(spec)
     except Exception as error:  # reported, and failed on, by the test
@@ -118,10 +137,14 @@ def _report_at(place: int) -> dict:
     return report(_SPECS[place])
 
 
-def main(module: str, processes: str) -> None:
+def main(processes: str, which: str, *modules: str) -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    specs = {spec.key: spec for spec in importlib.import_module(module).aot_specs()}.values()
-    _SPECS.extend(specs if os.environ.get("CLP_AOT") == "full" else covering(specs))
+    for module in map(importlib.import_module, modules):
+        if which == "first":
+            _SPECS.extend(first(module))
+            continue
+        specs = {spec.key: spec for spec in module.aot_specs()}.values()
+        _SPECS.extend(specs if which == "full" else covering(specs))
     with multiprocessing.get_context("fork").Pool(int(processes)) as pool:
         for result in pool.imap(_report_at, range(len(_SPECS))):
             print(json.dumps(result), flush=True)

@@ -1,5 +1,5 @@
-"""Every Triton kernel compiles for GPUs that are not there: every tile of its tables for each of them, with every choice of
-a launcher made in every way at least once. CLP_AOT=full compiles every combination, which takes hours."""
+"""Every Triton kernel compiles for GPUs that are not there: once for each of them, and in `make check` with every tile of its
+tables and every choice of a launcher made in every way at least once. CLP_AOT=full compiles every combination, for hours."""
 
 import importlib
 import json
@@ -15,32 +15,33 @@ triton = pytest.importorskip("triton")
 
 import clp_kernels.triton_kernels  # noqa: E402
 
-# Those without aot_specs are parts of others, which compile them.
-MODULES = [
-    m.name
-    for m in pkgutil.iter_modules(clp_kernels.triton_kernels.__path__)
-    if hasattr(importlib.import_module(f"clp_kernels.triton_kernels.{m.name}"), "aot_specs")
-]
+# Each module with aot_specs, and the kernels that it launches; other modules are parts of these.
+MODULES = {
+    "decode_step": {"_add_norm", "_rope_and_store", "_attend", "_add_pieces", "_gated"},
+    "interpolated_linear": {"_mixed"},
+    "interpolation": {"_write", "_own", "_blend", "_inner_products", "_add_up", "_sparsify"},
+    "multi_lora": {"_skinny", "_linear", "_linear_described", "_rank_grad", "_group_sum", "_skinny_end", "_both",
+                   "_sum_splits"},
+    "sampling": {"_sample"},
+    "token_stats": {"_product", "_product_described", "_linear_forward", "_combine", "_linear_gradient", "_logits_forward",
+                    "_logits_gradient"},
+}  # fmt: skip
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # A few registers put aside at the edges of a kernel cost nothing; an accumulator that does not fit is
 # hundreds of bytes.
 SPILLS = 48
 
 
-def compile_all(module):
+def compiled(which, *modules, processes=1):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "aot.py"), f"clp_kernels.triton_kernels.{module}"]
-    processes = str(min(os.cpu_count() or 1, 2))
-    process = subprocess.run([*command, processes], env=environment, capture_output=True, text=True)
+    names = [f"clp_kernels.triton_kernels.{module}" for module in modules]
+    command = [sys.executable, str(Path(__file__).parent / "aot.py"), str(processes), which, *names]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", MODULES)
-def test_compiles_for_every_generation_within_its_shared_memory_and_registers(module):
-    reports = compile_all(module)
-    assert {report["target"] for report in reports} == set(SHARED)
+def assert_fit(reports):
     problems = []
     for report in reports:
         name = report["name"]
@@ -56,3 +57,32 @@ def test_compiles_for_every_generation_within_its_shared_memory_and_registers(mo
         if report["described"] and not report["tma"]:
             problems.append(f"{name}: takes tensor descriptors and does not use the copy engine")
     assert not problems, "\n".join(problems)
+
+
+HEAVIEST = ("token_stats",)  # takes as long as all others
+
+
+@pytest.mark.parametrize("modules", [HEAVIEST, tuple(m for m in MODULES if m not in HEAVIEST)], ids="+".join)
+def test_every_kernel_compiles_for_every_generation(modules):
+    reports = compiled("first", *modules)
+    kernels = {kernel for module in modules for kernel in MODULES[module]}
+    expected = {(kernel, target) for kernel in kernels for target in SHARED}
+    expected -= {(k, t) for k in kernels for t in ("sm_80", "gfx942") if k.endswith("_described")}  # no tensor descriptors
+    assert sorted((report["kernel"], report["target"]) for report in reports) == sorted(expected)
+    assert_fit(reports)
+
+
+def test_every_module_that_lists_its_compilations_is_among_them():
+    modules = [m.name for m in pkgutil.iter_modules(clp_kernels.triton_kernels.__path__)]
+    listing = {m for m in modules if hasattr(importlib.import_module(f"clp_kernels.triton_kernels.{m}"), "aot_specs")}
+    assert listing == set(MODULES)
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_for_every_generation_within_its_shared_memory_and_registers(module):
+    which = "full" if os.environ.get("CLP_AOT") == "full" else "covering"
+    reports = compiled(which, module, processes=min(os.cpu_count() or 1, 2))
+    assert {report["target"] for report in reports} == set(SHARED)
+    assert {report["kernel"] for report in reports} == set(MODULES[module])
+    assert_fit(reports)

@@ -76,7 +76,7 @@ def test_a_report_with_spills_is_read_as_such():
     assert resources(report) == {"_Z1kv": (255, 24, 28, 76, 64)}
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_no_spills_no_stack_and_a_block_fits(compiled, source, target):
@@ -91,7 +91,7 @@ def test_no_spills_no_stack_and_a_block_fits(compiled, source, target):
         assert shared == 0, f"{name}: {shared} bytes of static shared memory"
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "source", [s for s in SOURCES if s.stem != "multi_lora_decode"], ids=lambda path: path.stem

@@ -164,7 +164,7 @@ def sanitized(kind, **patch):
         raise
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("kind", ["address,undefined", "thread"])
 def test_no_access_outside_of_buffers_and_no_race(kind):
     process = run_sanitized(sanitized(kind))
@@ -186,7 +186,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_in_the_kernel_are_noticed(mistake):
     process = run_sanitized(sanitized("thread", patch=MISTAKES[mistake]), [(12, 260, 400, 20, 4, 2, 1)])

@@ -231,6 +231,7 @@ def test_opcheck(backend):
     torch.library.opcheck(ops.sparsify.default, (base, 0.5, False, 2.0, 7))
 
 
+@pytest.mark.check
 def test_compiles_without_graph_breaks():
     def merge(a, b, base, w):
         sparse = sparsify([a.detach(), b.detach()], 0.5, seed=3)
@@ -403,6 +404,7 @@ def test_thresholds_are_those_of_a_sort(backend):
     assert module.thresholds([delta], [2]).item() == delta[delta == delta].abs().max().item()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_results_too_large_for_the_caches(backend):
     """They are written around them, and where out is one of the inputs they are not."""

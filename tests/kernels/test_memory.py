@@ -56,7 +56,7 @@ def assert_passed(process, calls):
     assert int(process.stdout) > calls
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="preloads the sanitiser's library as Linux does"
 )
@@ -76,13 +76,13 @@ def test_sanitizers_find_nothing(request):
     assert_passed(process, 800)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.skipif(os.name != "posix", reason="protects pages with mprotect")
 def test_pages_around_every_tensor_are_not_touched():
     assert_passed(run(sys.executable, "drive.py", "guarded"), 800)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.skipif(os.name != "posix", reason="protects pages with mprotect")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 def test_pages_around_every_tensor_are_not_touched_by_triton():
@@ -90,6 +90,7 @@ def test_pages_around_every_tensor_are_not_touched_by_triton():
     assert_passed(run(sys.executable, "drive.py", "guarded-triton", TRITON_INTERPRET="1"), 200)
 
 
+@pytest.mark.check
 @pytest.mark.skipif(os.name != "posix", reason="protects pages with mprotect")
 @pytest.mark.parametrize("at_end, offset", [(True, 12), (False, -1)])
 def test_a_touched_page_ends_the_process(at_end, offset):
@@ -104,7 +105,7 @@ def test_a_touched_page_ends_the_process(at_end, offset):
     assert process.stdout == "0.0\n" and process.returncode == -signal.SIGSEGV
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("op", ["multi_lora_linear", "linear_logprob", "logits_logprob", "sample_tokens"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from accuracy import TRITON_DTYPES
+from accuracy import TRITON_DTYPES, TRITON_HALVES
 from clp_kernels import batch_invariant
+from later import later
 from test_multi_lora import assert_right, call, inputs, run
 
 pytest.importorskip("triton")
@@ -37,6 +38,7 @@ def test_every_strategy_is_right(backend, dtype, product, dy, monkeypatch):
     assert bool(both) == (dy == "once") and bool(fused) == (product == "fused")
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("dy", ["once", "twice"])
 def test_sizes_of_real_layers_and_sizes_that_no_tile_divides(backend, dy):
     with strategy.force(dy=dy):
@@ -90,7 +92,7 @@ def test_a_gate_index_out_of_range_reaches_the_gradient_of_the_adapters_as_nan(b
     assert grads["x"].isnan().any(-1).sum() == 1
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*TRITON_HALVES, *later(torch.float32)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(backend, dtype, monkeypatch):
     # A GPU so small that at these sizes the number of rows decides how often a contraction is cut.
     monkeypatch.setattr(low_rank, "_FILL", 8)

@@ -28,7 +28,10 @@ from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 # The interpreter's numpy warns of -inf - -inf in columns beyond the vocabulary, whose result is selected away.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.check,
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton"),
+]
 EXPLORE = int(os.environ.get("CLP_EXPLORE", "0"))
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 EVERYWHERE = pytest.mark.parametrize("target", ["reference", *INSTRUCTION_SETS, "triton"])

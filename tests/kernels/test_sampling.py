@@ -4,6 +4,7 @@ import clp_kernels
 import pytest
 import torch
 from clp_kernels import sample_tokens, use_backend
+from later import later
 
 OPTIONS = {
     "plain": {},
@@ -37,7 +38,7 @@ def kept(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("vocab", [1, 300, 1500])
+@pytest.mark.parametrize("vocab", [1, 300, *later(1500)])
 def test_every_backend_draws_the_reference_tokens(backend, vocab, options):
     rows = 16 if backend == "triton" else 200
     logits, seeds = torch.randn(rows, vocab) * 3, torch.arange(rows)
@@ -151,6 +152,7 @@ def test_masked_and_extreme_logits(backend):
     assert (tokens == 7).all() and (logprob == 0).all()
 
 
+@pytest.mark.check
 def test_ties_at_the_threshold_are_all_kept(backend):
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]).repeat(60, 1)
     for options in ({"top_k": 2}, {"top_p": 0.6}):

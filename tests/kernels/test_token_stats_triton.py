@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from accuracy import TRITON_DTYPES
+from accuracy import TRITON_HALVES
 from clp_kernels import token_stats
+from later import later
 from token_cases import (
     OUTPUTS,
     assert_right,
@@ -41,7 +42,7 @@ def described(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("lora", [0, 8, 72])
+@pytest.mark.parametrize("lora", [8, *later(0, 72)])
 @pytest.mark.parametrize("reference", ["none", "shares the weight", "has its own"])
 def test_descriptors_with_ragged_edges(backend, lora, reference, described, monkeypatch):
     """(137, 72) x (72, 700): no tile divides any of them; a rank above one step of the contraction and its two parts."""
@@ -70,7 +71,7 @@ def test_what_a_descriptor_cannot_describe_goes_through_pointers(backend, change
     assert not any(described)
 
 
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*TRITON_HALVES, *later(torch.float32)], ids=str)
 def test_d_hidden_of_a_row_has_the_same_bits_in_any_batch_and_any_block_of_rows(backend, dtype, monkeypatch):
     monkeypatch.setattr(back_end, "CHUNK", 256)
     tensors, targets = head_tensors(300, 16, 600, dtype=dtype), targets_for(300, 600, False)
@@ -88,10 +89,12 @@ def test_d_hidden_of_a_row_has_the_same_bits_in_any_batch_and_any_block_of_rows(
 @pytest.mark.parametrize(
     "dtype, outputs, wanted",
     [
-        (torch.float32, OUTPUTS, ("hidden",)),
-        (torch.float16, ("logprob", "entropy"), ("hidden",)),
         (torch.float32, ("logprob",), ALL),
-        (torch.float16, OUTPUTS, ALL),
+        *later(
+            (torch.float32, OUTPUTS, ("hidden",)),
+            (torch.float16, ("logprob", "entropy"), ("hidden",)),
+            (torch.float16, OUTPUTS, ALL),
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, torch.dtype) else str(len(value)),
 )

@@ -77,6 +77,7 @@ assert not {"numpy", "transformers"} & sys.modules.keys()
 """)
 
 
+@pytest.mark.check
 def test_the_integrations_import_without_the_libraries_and_their_functions_run():
     run("""
 import torch

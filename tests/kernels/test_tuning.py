@@ -216,12 +216,12 @@ def compiled_ahead():
     return json.loads(process.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_an_entry_of_the_table_is_compiled_ahead_for_its_devices_generation(compiled_ahead):
     assert compiled_ahead["entry"] == [["sm_80", 32, 32, 2]]
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("kernel", aot_choices.PLACES)
 def test_a_modules_aot_specs_launch_every_candidate(kernel, compiled_ahead):
     asked, missing = compiled_ahead[kernel]
