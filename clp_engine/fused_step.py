@@ -51,7 +51,7 @@ def plan(policy: ConditionedPolicy) -> FusedStep:
     kept = native_decoding.current(_PLANS, policy, tuple(native_decoding.frozen_weights(policy)), _make)
     try:
         if kept.reason is None:
-            native_decoding.check_modules(policy, _dtype(policy), policy.device)
+            native_decoding.check_modules(policy, native_decoding.base_dtype(policy), policy.device)
     except Unsupported as error:
         return FusedStep(None, {}, str(error))
     return kept
@@ -66,16 +66,12 @@ def choose(policy: ConditionedPolicy) -> FusedStep | None:
     return made if made.reason is None else None
 
 
-def _dtype(policy: ConditionedPolicy) -> torch.dtype:
-    return policy.backbone.decoder.embed_tokens.weight.dtype
-
-
 def _make(policy: ConditionedPolicy, identity: tuple) -> FusedStep:
     def make() -> FusedStep:
         triton = backends()["triton"]
         if not triton.available:
             raise Unsupported(triton.reason)
-        if (dtype := _dtype(policy)) not in _TOLERANCE:
+        if (dtype := native_decoding.base_dtype(policy)) not in _TOLERANCE:
             raise Unsupported(f"the base model is {dtype}, not float32, float16 or bfloat16")
         weights, modules = native_decoding.read(policy, dtype, policy.device)
         native_decoding.rope_tables(policy, 1)
@@ -102,7 +98,7 @@ def _verify(policy: ConditionedPolicy, made: FusedStep) -> None:
         decoding = SlotDecoding(policy, *trial.arguments, fused=made)
         decoding.add(slice(None))
         for tokens in trial.tokens:
-            native_decoding.check_alike(policy, *decoding.compared(tokens), _TOLERANCE[_dtype(policy)])
+            native_decoding.check_alike(policy, *decoding.compared(tokens), _TOLERANCE[native_decoding.base_dtype(policy)])
     finally:
         policy.slots = before
 

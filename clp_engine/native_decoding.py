@@ -5,8 +5,9 @@ Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): recognised by the mod
 few random tokens through the native decoder and through transformers must give the same logits. What differs is decoded by
 transformers, as everything else is.
 
-    policy                  float32 parameters on a CPU; "lora", "logit", "none", with "prompt" or without. Of "full" and
-                            "attention", whose layers have whole weights that differ by row, transformers' modules serve.
+    policy                  a base in float32 or bfloat16 on a CPU, computed in float32; "lora", "logit", "none", with "prompt"
+                            or without. Of "full" and "attention", whose layers have whole weights that differ by row,
+                            transformers' modules serve.
     prefill                 by transformers; its keys and values are kept once for each prompt.
     CLP_ENGINE_DECODING     torch: transformers' modules for everything; native: an error where the native path cannot serve.
 """
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 _CPU = torch.device("cpu")
 SWITCH = "CLP_ENGINE_DECODING"
-# Logits of the native decoder and of transformers, as a share of the largest: float32 products in another order.
-_TOLERANCE = 1e-4
+# Logits of the native decoder and of transformers, as a share of the largest: float32 products in another order; of a bfloat16
+# model, transformers rounds every result, which the native decoder does not.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 # Rotary embeddings whose frequencies depend on the length of what was read so far.
 _MOVING_ROPE = ("dynamic", "longrope")
 
@@ -307,6 +309,17 @@ def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.T
 # -- the plan of a policy -------------------------------------------------------------------------------------------------
 
 
+def base_dtype(policy: ConditionedPolicy) -> torch.dtype:
+    return policy.backbone.decoder.embed_tokens.weight.dtype
+
+
+def _stored(policy: ConditionedPolicy) -> torch.dtype:
+    """The dtype of the base, where the native decoder takes it; float32 where not, so that what differs is named."""
+    embedding = getattr(getattr(policy.backbone, "decoder", None), "embed_tokens", None)
+    dtype = getattr(getattr(embedding, "weight", None), "dtype", torch.float32)
+    return dtype if dtype in _TOLERANCE else torch.float32
+
+
 def frozen_weights(policy: ConditionedPolicy) -> Iterator[tuple[int, int]]:
     """What changes when the base weights are others, or were changed in place."""
     for module in _modules(policy.model):
@@ -326,7 +339,7 @@ def plan(policy: ConditionedPolicy) -> Plan:
     kept = current(_PLANS, policy, _identity(policy), _make)
     try:
         if kept.packed is not None:
-            check_modules(policy)
+            check_modules(policy, _stored(policy))
     except Unsupported as error:
         return Plan(None, {}, str(error))
     return kept
@@ -338,7 +351,7 @@ def _isa() -> str:
 
 def _make(policy: ConditionedPolicy, identity: tuple) -> Plan:
     def make() -> Plan:
-        weights, modules = read(policy)
+        weights, modules = read(policy, _stored(policy))
         rope_tables(policy, 1)
         made = Plan(PackedDecoder(weights), modules, None, identity)
         _verify(policy, made)
@@ -356,7 +369,7 @@ def _verify(policy: ConditionedPolicy, made: Plan) -> None:
     theirs = BlendDecoding(policy, *trial.arguments)
     ours.add(slice(None)), theirs.add(slice(None))
     for tokens in trial.tokens:
-        check_alike(policy, ours.step(tokens), theirs.step(tokens), _TOLERANCE)
+        check_alike(policy, ours.step(tokens), theirs.step(tokens), _TOLERANCE[_stored(policy)])
 
 
 # -- what every plan is made and tried by -----------------------------------------------------------------------------------
@@ -503,7 +516,7 @@ class NativeDecoding:
         skip = ids.shape[1] - int(mask.sum(-1).max())
         with policy.blend.use(None if self._blend is None else self._blend[prompts]):
             hidden, context = policy.backbone.prefill(ids[:, skip:], mask[:, skip:])
-            logits = policy.backbone.head.logits(hidden[:, -1])
+            logits = policy.backbone.head.logits(hidden[:, -1]).float()
         layers = context.cache.layers
         numbers = [
             self._decoding.add_prompt(

@@ -10,8 +10,8 @@ many tokens as it takes until rows have ended, which it draws itself (`Decoding.
 
     norm(x) = x / sqrt(mean x^2 + eps) * gain;  every W x is  W x + b + B (gate * (A x))  where the layer has low-rank factors
 
-Norms, biases, caps and scales that are None are left out. All float32. A row's logits are the same bits whatever other rows are
-in the batch, and on any number of threads.
+Norms, biases, caps and scales that are None are left out. All float32; weights, biases and keys may come as bfloat16, which are
+the same numbers. A row's logits are the same bits whatever other rows are in the batch, and on any number of threads.
 
 Weights are packed once into the panels that the micro-kernels read, and kept beside the model's own: 4 bytes a parameter; with
 AMX tiles, which take a float32 number as three bfloat16 parts (csrc/cpu/matmul.hpp says why that is float32), 6, or 2 where a
@@ -36,6 +36,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 # Which linear layers read the same input, in the order of the native layer.
 _INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 _ALIGN, _PARTS, _LARGE_PAGE = 16, 3, 1 << 21
+_STORED = (torch.float32, torch.bfloat16)  # what weights and keys may come as
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,12 @@ class DecoderWeights:
         return named | {(-1, "head"): self.head}
 
 
-def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+def _refuse(
+    name: str, tensor: Tensor, shape: tuple[int, ...] | None = None, dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> None:
+    if tensor.dtype not in dtypes or tensor.device.type != "cpu":
         raise TypeError(
-            f"Decoder: {name} is {tensor.dtype} on {tensor.device}; expected torch.float32 on a CPU"
+            f"Decoder: {name} is {tensor.dtype} on {tensor.device}; expected {' or '.join(map(str, dtypes))} on a CPU"
         )
     if shape is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"Decoder: {name} is {tuple(tensor.shape)}; expected {shape}")
@@ -137,6 +140,7 @@ def _buffer(count: int) -> Tensor:
 
 def _packed(native, weight: Tensor, parts: int = _PARTS) -> Tensor:
     n, k = weight.shape
+    weight = weight.float()
     packed = _buffer(native.packed_bytes(n, k, parts))
     native.pack_weight(
         weight.data_ptr(), *weight.stride(), n, k, parts, packed.data_ptr(), torch.get_num_threads()
@@ -146,14 +150,15 @@ def _packed(native, weight: Tensor, parts: int = _PARTS) -> Tensor:
 
 def _parts(native, weight: Tensor) -> int:
     """How many bfloat16 parts hold the weight exactly, where it is packed as such: 1, or all."""
-    return 1 if native.packs_parts() and torch.equal(weight, weight.bfloat16().float()) else _PARTS
+    exact = native.packs_parts() and torch.equal(weight, weight.bfloat16().to(weight.dtype))
+    return 1 if exact else _PARTS
 
 
 def _padded(x: Tensor | None) -> Tensor | None:
-    """With zeros up to a multiple of 16."""
+    """In float32, with zeros up to a multiple of 16."""
     if x is None:
         return None
-    out = x.new_zeros(_rounded(x.shape[0]))
+    out = torch.zeros(_rounded(x.shape[0]))
     out[: x.shape[0]] = x.detach()
     return out
 
@@ -190,7 +195,7 @@ class PackedDecoder:
                     by_storage[identity] = _packed(_native, w, parts), parts
                 self.packed[key] = by_storage[identity]
             self.biases = {key: _padded(linear.bias) for key, linear in weights.linears().items()}
-            self.embedding = weights.embedding.detach().contiguous()
+            self.embedding = weights.embedding.detach().float().contiguous()
             self.gains = [
                 {f.name: _padded(getattr(layer, f.name)) for f in fields(layer) if "norm" in f.name}
                 for layer in weights.layers
@@ -225,13 +230,13 @@ class PackedDecoder:
             "down": (hidden, middle),
             "head": (w.embedding.shape[0], hidden),
         }
-        _refuse("embedding", w.embedding)
+        _refuse("embedding", w.embedding, None, _STORED)
         _refuse("norm", w.norm, (hidden,))
         for (i, name), linear in w.linears().items():
             where = name if i < 0 else f"layers[{i}].{name}"
-            _refuse(f"{where}.weight", linear.weight, shapes[name])
+            _refuse(f"{where}.weight", linear.weight, shapes[name], _STORED)
             if linear.bias is not None:
-                _refuse(f"{where}.bias", linear.bias, shapes[name][:1])
+                _refuse(f"{where}.bias", linear.bias, shapes[name][:1], _STORED)
         whole = {self._whole(layer.q_norm, inner) for layer in w.layers} - {None}
         if len(whole) > 1:
             raise ValueError("Decoder: q_norm is over one head in some layers and over all heads in others")
@@ -423,7 +428,7 @@ class Decoding:
         own_values = torch.zeros(len(keys), heads, padded, _rounded(width))
         for i, (k, v) in enumerate(zip(keys, values, strict=True)):
             for name, x in (("keys", k), ("values", v)):
-                _refuse(f"{name}[{i}]", x, (w.kv_heads, length, w.head_dim))
+                _refuse(f"{name}[{i}]", x, (w.kv_heads, length, w.head_dim), _STORED)
             own_keys[i, :, :, :length] = k.transpose(1, 2)
             own_values[i, :, :length, :width] = v
         self._prompts.append((own_keys, own_values))
