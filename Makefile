@@ -42,9 +42,6 @@ ifndef ARGS
 	$(MAKE) pretend ARGS="$(PRETENDED)"
 	$(MAKE) avx2
 	$(MAKE) peers
-	$(MAKE) lowest
-	$(MAKE) newest
-	$(MAKE) aarch64
 endif
 
 pretend: install
