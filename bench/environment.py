@@ -12,7 +12,8 @@ from pathlib import Path
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
 _VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY",
-    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CLP_KERNELS_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CLP_KERNELS_BACKEND", "CLP_KERNELS_ISA", "TRITON_INTERPRET",
+    "MKL_ENABLE_INSTRUCTIONS", "CUDA_VISIBLE_DEVICES",
     "NVIDIA_TF32_OVERRIDE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
 )  # fmt: skip
 
@@ -26,6 +27,15 @@ def cpu_name() -> str:
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
         platform.processor(),
     )
+
+
+def instruction_set() -> str | None:
+    """The one that the C++ kernels use; None where they are not built."""
+    try:
+        from clp_kernels import _native
+    except ImportError:
+        return None
+    return _native.isa()
 
 
 def last_level_cache() -> int:
@@ -65,6 +75,8 @@ def describe(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
         "device_type": device,
+        # Of processors of one name, as those of a cloud are, this tells what their cores can do.
+        "instruction_set": None if on_gpu else instruction_set(),
         "cuda": _cuda_facts() if on_gpu else None,
         "threads": torch.get_num_threads(),
         "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,

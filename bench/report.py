@@ -57,7 +57,8 @@ def provenance(result: Result) -> str:
     )
     commit = e.get("commit") or "unknown"
     short = commit[:7] + ("-dirty" if commit.endswith(("+", "-dirty")) else "")
-    return f"{e['device']}{threads}, {e['date']}, commit {short}, {versions}"
+    cores = f" ({e['instruction_set']})" if e.get("instruction_set") else ""
+    return f"{e['device']}{cores}{threads}, {e['date']}, commit {short}, {versions}"
 
 
 def line(case: Case) -> str:

@@ -28,8 +28,8 @@ def measured(**seconds):
         "variants": variants, "floor": {"flops": 1.0, "bytes": 1.0, "exps": 0.0, "seconds": 0.5, "bound": "compute"},
     }  # fmt: skip
     environment = {
-        "device": "a|b", "device_type": "cpu", "threads": 2, "date": "2026-01-01", "commit": "0123456789-dirty",
-        "versions": {"torch": "2.13"},
+        "device": "a|b", "device_type": "cpu", "instruction_set": "avx2", "threads": 2, "date": "2026-01-01",
+        "commit": "0123456789-dirty", "versions": {"torch": "2.13"},
     }  # fmt: skip
     return schema.read(
         {
@@ -85,7 +85,7 @@ def test_a_table_gives_ratios_to_torch_the_bare_products_and_the_floor():
     case.bare = "bare"
     row = next(line for line in report.case_table(case) if line.startswith("| clp-engine"))
     assert "2.00x" in row and "1.25x" in row and "50%" in row
-    assert "commit 0123456-dirty" in report.provenance(result) and "2 threads" in report.provenance(result)
+    assert "commit 0123456-dirty" in report.provenance(result) and "(avx2), 2 threads" in report.provenance(result)
 
 
 def test_readme_and_docs_are_up_to_date_with_the_committed_results():
