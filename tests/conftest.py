@@ -59,6 +59,16 @@ def _threads():
         torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left():
+    """A group of processes that a test leaves open would fail the next test that opens one, whichever runs in this process."""
+    yield
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("the test left a process group open: torch.distributed.destroy_process_group()")
+
+
 @pytest.fixture
 def instruction_sets():
     """Every instruction set that this processor runs; the one in force is put back after the test."""
