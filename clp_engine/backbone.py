@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -34,11 +35,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clp_engine import packing
 from clp_engine.attention_cache import join_with_room, repeat_rows, repeat_with_room
+from clp_engine.base_model import keep_softcap
 from clp_engine.errors import ConfigError
 from clp_engine.packing import Packed
 
 # Families that scale the last hidden state exactly where the projection is tied, if their config does not say more.
 _SCALED_WHERE_TIED = ("t5", "longt5", "umt5", "switch_transformers")
+
+
+def cache_argument(decoder: nn.Module) -> str:
+    """What a stack of layers calls its cache of keys and values: `past_key_values` until transformers 5.24, then `cache`."""
+    return "cache" if "cache" in inspect.signature(type(decoder).forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,7 @@ def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 def make_backbone(model: PreTrainedModel) -> Backbone:
     """The backbone for a causal or an encoder-decoder language model, tried out. Raises ConfigError for others."""
+    keep_softcap(model)
     if getattr(model.config, "is_encoder_decoder", False):
         from clp_engine.encoder_decoder import EncoderDecoderBackbone
 
@@ -330,8 +338,8 @@ class CausalBackbone(Backbone):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=context.cache,
             use_cache=True,
+            **{cache_argument(self.decoder): context.cache},
         ).last_hidden_state
 
     def packed(self, batch: Packed) -> torch.Tensor:

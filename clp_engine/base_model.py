@@ -34,6 +34,16 @@ def model_location(name_or_path: str | Path) -> str | Path:
     return name_or_path
 
 
+def keep_softcap(model: nn.Module) -> None:
+    """Runs attention eagerly where a layer caps its scores (Gemma 2) and would be given to sdpa, which has no cap: before
+    transformers 5.23 such a model loads with sdpa and leaves the cap out without a word."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) == "sdpa" and any(
+        getattr(module, "attn_logit_softcapping", None) for module in model.modules()
+    ):
+        model.set_attn_implementation("eager")
+
+
 def auto_class(config: PretrainedConfig) -> type:
     """The transformers class that makes the language model of a configuration."""
     encoder_decoder = getattr(config, "is_encoder_decoder", False)

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from clp_engine.attention_cache import repeat_rows, repeat_with_room
-from clp_engine.backbone import Backbone, Context
+from clp_engine.backbone import Backbone, Context, cache_argument
 from clp_engine.errors import ConfigError
 
 # Their attention takes (positions, rows, H): a layer there could not tell which row has which blend.
@@ -96,8 +96,8 @@ class EncoderDecoderBackbone(Backbone):
             attention_mask=self.additive_mask(causal[None, None]),
             encoder_hidden_states=context.states,
             encoder_attention_mask=context.prompt_mask,
-            past_key_values=EncoderDecoderCache(context.own, context.prompt),
             use_cache=True,
+            **{cache_argument(self.decoder): EncoderDecoderCache(context.own, context.prompt)},
         ).last_hidden_state
 
     def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:

@@ -155,11 +155,9 @@ def _embedding(decoder: nn.Module) -> tuple[torch.Tensor, float]:
 
 def _modules(model: nn.Module) -> list[nn.Module]:
     """Every module, in no order. `nn.Module.modules` takes a millisecond for a small model, and each rollout asks."""
-    found, waiting = [], [model]
-    while waiting:
-        module = waiting.pop()
-        found.append(module)
-        waiting += [child for child in module._modules.values() if child is not None]
+    found = [model]
+    for module in found:  # grows while it is read
+        found += [child for child in module._modules.values() if child is not None]
     return found
 
 

@@ -78,11 +78,13 @@ class FlatAdamW(torch.optim.AdamW):
                     f"an adapter is {p.dtype} on {p.device} now, and was {flat.dtype} on {flat.device} when the optimiser was "
                     "made; move the policy before training, or make a new trainer"
                 )
-            data, grad = place.of(flat, p), place.of(flat.grad, p)
-            if p.data_ptr() != data.data_ptr() or p.stride() != data.stride():
+            offset = place.start * flat.element_size()  # to make a view only to look where it lies takes longer than the step
+            if p.data_ptr() != flat.data_ptr() + offset or not p.is_contiguous():
+                data = place.of(flat, p)
                 data.copy_(p)
                 p.data = data
-            if p.grad is None or p.grad.data_ptr() != grad.data_ptr():
+            if p.grad is None or p.grad.data_ptr() != flat.grad.data_ptr() + offset:
+                grad = place.of(flat.grad, p)
                 if p.grad is None:
                     grad.zero_()
                 else:

@@ -96,6 +96,8 @@ def pack_rollout(batch: Rollout, mask: torch.Tensor | None = None, plain: bool =
     prompts = batch.prompt_ids, batch.counts[0]
     if plain and batch.plain_ids is not None:
         prompts = batch.plain_ids, batch.plain_mask.sum(-1).cpu()
+    elif mask is None:
+        return batch.packed
     return pack(*prompts, batch.completion_ids, batch.counts[1] if mask is None else mask.sum(-1).cpu())
 
 

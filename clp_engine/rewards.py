@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from clp_engine.base_model import keep_softcap
 from clp_engine.chat import messages_as_read
 from clp_engine.errors import ConfigError
 from clp_engine.workers import EventLoop, Workers
@@ -48,6 +49,7 @@ class ClassifierReward:
         )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        keep_softcap(model)
         model.config.pad_token_id = tokenizer.pad_token_id
         self.__name__ = (model.config.name_or_path or type(model).__name__).rstrip("/").rsplit("/", 1)[-1]
 

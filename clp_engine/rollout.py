@@ -19,6 +19,7 @@ from clp_engine.decoding import Decoding
 from clp_engine.drawing import Drawing
 from clp_engine.errors import ConfigError
 from clp_engine.native_decoding import NativeDecoding
+from clp_engine.packing import Packed, pack
 from clp_engine.seeds import derive
 
 if TYPE_CHECKING:
@@ -104,11 +105,18 @@ class Rollout:
         steps = torch.arange(len(self.rows)) - (lengths.cumsum(0) - lengths)[self.rows]
         return (self.rows * self.completion_mask.shape[1] + steps).to(self.completion_mask.device)
 
+    @cached_property
+    def packed(self) -> Packed:
+        """Every token in one row, which policy and reference read alike."""
+        return pack(self.prompt_ids, self.counts[0], self.completion_ids, self.counts[1])
+
     def prompts(self, start: int, stop: int) -> Rollout:
-        """The part of prompts [start, stop), trimmed to the longest prompt and completion in it."""
+        """The part of prompts [start, stop), trimmed to the longest prompt and completion in it; itself, if that is all of it."""
         rows = slice(start * self.group, stop * self.group)
         prompt_lengths, lengths = self.counts[0][start:stop], self.counts[1][rows]
         skip, keep = self.prompt_ids.shape[1] - int(prompt_lengths.max()), max(int(lengths.max()), 1)
+        if (stop - start, skip, keep) == (len(self.prompt_ids), 0, self.completion_ids.shape[1]):
+            return self
         plain = (None, None)
         if self.plain_ids is not None:
             longest = int(self.plain_mask[start:stop].sum(-1).max())

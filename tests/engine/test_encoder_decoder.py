@@ -147,11 +147,12 @@ def test_a_decoder_that_computes_the_prompts_keys_again_is_refused():
     model = build_model("bart")
     forward = model.model.decoder.forward
 
-    def forgetful(*args, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            past_key_values.is_updated = {}
-            past_key_values.cross_attention_cache.layers.clear()
-        return forward(*args, past_key_values=past_key_values, **kwargs)
+    def forgetful(*args, **kwargs):
+        cache = kwargs.get("cache") or kwargs.get("past_key_values")
+        if cache is not None:
+            cache.is_updated = {}
+            cache.cross_attention_cache.layers.clear()
+        return forward(*args, **kwargs)
 
     model.model.decoder.forward = forgetful
     with pytest.raises(ConfigError, match="cannot be used"):
