@@ -111,7 +111,7 @@ class Rollout:
         return pack(self.prompt_ids, self.counts[0], self.completion_ids, self.counts[1])
 
     def prompts(self, start: int, stop: int) -> Rollout:
-        """The part of prompts [start, stop), trimmed to the longest prompt and completion in it; itself, if that is all of it."""
+        """The part of prompts [start, stop), trimmed to the longest prompt and completion in it; this one, if that is all."""
         rows = slice(start * self.group, stop * self.group)
         prompt_lengths, lengths = self.counts[0][start:stop], self.counts[1][rows]
         skip, keep = self.prompt_ids.shape[1] - int(prompt_lengths.max()), max(int(lengths.max()), 1)
