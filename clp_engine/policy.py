@@ -466,12 +466,11 @@ class ConditionedPolicy(nn.Module):
             raise ConfigError(
                 "prompt conditioning needs a tokenizer; give one to from_pretrained(tokenizer=...)"
             )
-        shown = []
-        for i, (ids, text) in enumerate(zip(prompt_ids, self._prompt_texts(conditions), strict=True)):
-            written = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-            at = prompting.slot(None if prompts is None else prompts[i], ids, self.tokenizer)
-            shown.append([*ids[:at], *written, *ids[at:]])
-        return shown
+        asked = [None] * len(prompt_ids) if prompts is None else prompts
+        return [
+            prompting.with_weighting(prompt, ids, text, self.tokenizer) if text else list(ids)
+            for prompt, ids, text in zip(asked, prompt_ids, self._prompt_texts(conditions), strict=True)
+        ]
 
     @contextlib.contextmanager
     def blended(self, conditions: Conditions | None) -> Iterator[None]:
