@@ -591,7 +591,8 @@ class ConditionedPolicy(nn.Module):
 
         prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
         `conditions`). stop_strings: texts that end a completion; max_rows: completions decoded at once, see `rollout`. Returns
-        one string per prompt, or one list of `num_return_sequences` strings per prompt where more than one was asked for.
+        one string per prompt, or one list of `num_return_sequences` strings per prompt where more than one was asked for. Any
+        thread may call this; calls run one after another.
         """
         if self.tokenizer is None:
             raise ConfigError("this policy has no tokenizer; give one to from_pretrained(tokenizer=...)")

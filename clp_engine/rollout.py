@@ -7,6 +7,8 @@ depend on what else is in the batch, or on when it joined.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,9 @@ from clp_engine.seeds import derive
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
+
+# Buffers of decoding belong to a policy: threads that draw from the same one take turns.
+_TURNS: weakref.WeakKeyDictionary[ConditionedPolicy, threading.RLock] = weakref.WeakKeyDictionary()
 
 # Steps between looks at who has ended, where looking makes the host wait for the device.
 _LOOK_EVERY = 8
@@ -178,6 +183,8 @@ def rollout(
 
     begun: of the one completion of each prompt (num_generations=1), the tokens that are there already. It goes on after them,
     read as a part of the prompt, with the random numbers of the positions that follow; only what follows is returned.
+
+    Any thread may call this; calls for one policy run one after another.
     """
     sampling = sampling or SamplingParams()
     if len(conditions) != len(prompt_ids):
@@ -198,14 +205,15 @@ def rollout(
     if row_seeds is None:
         row_seeds = derive(seed, torch.arange(len(prompt_ids) * num_generations))
     drawing = Drawing(policy, sampling, row_seeds.to(device), begun)
-    if policy.shares_prompts:
-        at_once = len(prompt_ids) if max_rows is None else max(1, max_rows // num_generations)
-        decoding = policy.decoding(
-            read_ids, read_mask, conditions, num_generations, sampling.max_new_tokens, at_once
-        )
-        _decode(drawing, decoding, len(prompt_ids), num_generations)
-    else:
-        _generate(drawing, policy, read_ids, read_mask, conditions, num_generations)
+    with _TURNS.setdefault(policy, threading.RLock()):
+        if policy.shares_prompts:
+            at_once = len(prompt_ids) if max_rows is None else max(1, max_rows // num_generations)
+            decoding = policy.decoding(
+                read_ids, read_mask, conditions, num_generations, sampling.max_new_tokens, at_once
+            )
+            _decode(drawing, decoding, len(prompt_ids), num_generations)
+        else:
+            _generate(drawing, policy, read_ids, read_mask, conditions, num_generations)
 
     tokens, mask, logprobs, terminated = drawing.completions()
     return Rollout(
