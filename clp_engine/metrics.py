@@ -111,7 +111,7 @@ def reward_metrics(
         given = values[present]
         result[f"rewards/{name}/mean"] = given.mean().item()
         result[f"rewards/{name}/std"] = _std(given)
-        result[f"rewards/{name}/missing"] = 1 - present.float().mean().item()
+        result[f"rewards/{name}/missing"] = 1 - len(given) / len(values)
         for low, high in WEIGHT_BINS:
             weight = conditions.weights[:, i]
             inside = present & (weight >= low) & ((weight <= high) if high == 1 else (weight < high))

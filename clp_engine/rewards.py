@@ -56,7 +56,8 @@ class ClassifierReward:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         keep_softcap(model)
-        model.config.pad_token_id = tokenizer.pad_token_id
+        for config in (model.config, model.config.get_text_config()):  # apart in models of text and images
+            config.pad_token_id = tokenizer.pad_token_id
         self.__name__ = (model.config.name_or_path or type(model).__name__).rstrip("/").rsplit("/", 1)[-1]
 
     @torch.no_grad()
