@@ -308,13 +308,14 @@ def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.T
 
 
 def base_dtype(policy: ConditionedPolicy) -> torch.dtype:
-    return policy.backbone.decoder.embed_tokens.weight.dtype
+    """The dtype of the base; float32 where it has no embedding to tell it, so that what differs is named."""
+    embedding = getattr(getattr(policy.backbone, "decoder", None), "embed_tokens", None)
+    return getattr(getattr(embedding, "weight", None), "dtype", torch.float32)
 
 
 def _stored(policy: ConditionedPolicy) -> torch.dtype:
-    """The dtype of the base, where the native decoder takes it; float32 where not, so that what differs is named."""
-    embedding = getattr(getattr(policy.backbone, "decoder", None), "embed_tokens", None)
-    dtype = getattr(getattr(embedding, "weight", None), "dtype", torch.float32)
+    """`base_dtype` where the native decoder takes it, else float32."""
+    dtype = base_dtype(policy)
     return dtype if dtype in _TOLERANCE else torch.float32
 
 
