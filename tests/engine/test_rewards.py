@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine.conftest import build_tokenizer
 from engine.test_trainer import build_trainer, log_of, low_words
+from transformers import AutoModelForSequenceClassification, Gemma3Config
 
 from clp_engine import ahead, generation
 from clp_engine.rewards import ClassifierReward, RewardSet
@@ -413,3 +414,22 @@ def test_a_cancelled_function_is_named_like_any_that_fails(workers):
     for function in (at_once, later):
         with pytest.raises(RuntimeError, match=f"reward function '{function.__name__}' failed: CancelledError"):
             RewardSet([function], workers=workers)(*BATCH)
+
+
+def test_a_classifier_of_text_and_images_reads_a_short_text_as_it_does_alone():
+    """The padding id belongs to the config of its text model."""
+    text = {
+        "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": None, "sliding_window": 8, "query_pre_attn_scalar": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 8,
+    }  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(
+        Gemma3Config(text_config=text, vision_config=vision, num_labels=1, mm_tokens_per_image=4)
+    )
+    torch.nn.init.normal_(model.score.weight)
+    reward = ClassifierReward(model, build_tokenizer())
+    together = reward(["w1 w2", "w1 w2 w3 w4 w5"], [" w6", " w7 w8"])
+    assert together[0] == pytest.approx(reward(["w1 w2"], [" w6"])[0], abs=1e-5)
