@@ -47,6 +47,7 @@ from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory
 from clp_engine.native_decoding import NativeDecoding
 from clp_engine.peft_reading import Adapter, holds_adapters
+from clp_engine.positions import Room
 from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.scoring import completion_hidden
 from clp_engine.slot_decoding import SlotDecoding, Slots
@@ -109,6 +110,7 @@ class ConditionedPolicy(nn.Module):
         self.slots: Slots | None = None  # of the last rollout, for the next one
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
+        self.room = Room.of(model)
         self.layers = attach(
             model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
         )

@@ -195,6 +195,8 @@ def rollout(
         raise ValueError(f"begun continues one completion per prompt; got num_generations={num_generations}")
     device = policy.device
     shown = policy.shown_prompts(prompt_ids, conditions, prompts)
+    for i, ids in enumerate(prompt_ids if shown is None else shown):
+        policy.room.check(len(ids), sampling.max_new_tokens, f"prompt {i}")
     if begun is not None:
         shown, prompt_ids = (
             None if ids is None else [[*prompt, *tokens] for prompt, tokens in zip(ids, begun, strict=True)]
