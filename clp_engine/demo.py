@@ -76,6 +76,7 @@ def run_demo(
         "max_completion_length": task.max_completion_length,
         "max_prompt_length": task.max_prompt_length,
         "output_dir": str(out),
+        "overwrite_output_dir": True,
         "seed": seed,
     }
     config = CLPConfig.from_dict(settings | ({"max_steps": steps} if steps else {}))
@@ -110,7 +111,7 @@ def as_prompt(text: str, tokenizer) -> str:
 
 
 def _prepare(out: Path, spec: runs.RunSpec) -> bool:
-    """Whether to resume; what a finished or different run left in `out` is removed."""
+    """Whether to resume. Training replaces what a finished or different demo left in `out`."""
     found = runs.RunSpec.load(out)
     if found is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -123,7 +124,6 @@ def _prepare(out: Path, spec: runs.RunSpec) -> bool:
         _say(f"{out} holds an unfinished run with these settings: going on at {saved[-1].name}.")
         return True
     _say(f"{out} holds an earlier demo: starting over.")
-    runs.clear(out)
     return False
 
 
