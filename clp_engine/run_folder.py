@@ -125,6 +125,9 @@ def remove_checkpoint(folder: str | Path, path: Path) -> None:
 
 def _all_checkpoints(folder: str | Path) -> list[tuple[Path, str | None]]:
     """(path, identity of the run) of every checkpoint in a folder, by time; of earlier versions, which noted none, by step."""
+    for name in files.unfinished(folder):
+        if name.startswith("checkpoint-"):
+            files.finish(Path(folder) / name)
     found = []
     for path in Path(folder).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
