@@ -59,7 +59,7 @@ def save(
     value_head: ValueHead | None = None,
     unfinished: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write <output_dir>/checkpoint-<step>; `state` must be JSON. run: its identity; its older ones beyond `keep` go, see
+    """Write <output_dir>/checkpoint-<step>; `state` must be JSON. run: its identity. Its older ones beyond `keep` go, see
     `run_folder.rotate`."""
     path = Path(output_dir) / f"checkpoint-{step}"
     plain, tensors = _random_states()
@@ -75,7 +75,7 @@ def save(
         policy.save_pretrained(temporary / _POLICY)
         save_file(tensors, temporary / _TENSORS)
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    run_folder.rotate(output_dir, run, keep, newest=path)
+    run_folder.rotate(output_dir, keep, newest=path)
     return path
 
 

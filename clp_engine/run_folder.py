@@ -102,14 +102,13 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return [path for path, run in _all_checkpoints(folder) if known is None or run == known.run]
 
 
-def rotate(folder: str | Path, run: str | None, keep: int | None, newest: Path) -> None:
+def rotate(folder: str | Path, keep: int | None, newest: Path) -> None:
     """Remove the run's oldest checkpoints until `keep` are left, of which `newest` is one; none for None, 0 and less, as in
     transformers."""
     if keep is None or keep <= 0:
         return
-    mine = [path for path, of in _all_checkpoints(folder) if of == run]
-    older = [path for path in mine if path.name != newest.name]
-    for path in older[: max(0, len(mine) - keep)]:
+    older = [path for path in checkpoints(folder) if path.name != newest.name]
+    for path in older[: max(0, len(older) + 1 - keep)]:
         remove_checkpoint(folder, path)
 
 

@@ -5,6 +5,7 @@ each that did not end like the run that nothing happened to, then the number of 
 """
 
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -12,18 +13,15 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
-
-torch.set_num_threads(1)  # its threads would not be in a forked process
-
 from engine.conftest import build_model, build_tokenizer
 from engine.test_trainer import ROWS, high_words, low_words, settings
 from safetensors.torch import load_file
 
 from clp_engine import run_folder
 from clp_engine.trainer import CLPTrainer
+
+torch.set_num_threads(1)  # its threads would not be in a forked process
 
 SETTINGS = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 
@@ -69,7 +67,7 @@ def full_at(number):
     ctypes.CDLL(None).faults_after(ctypes.c_long(number))
 
 
-def faults_of(folder, trial, whole):
+def faults_of(folder, whole):
     """What is wrong with the folder after a trial and a training that followed; () for nothing."""
 
     def after():
@@ -103,22 +101,21 @@ def prepare(folder):
         (folder / name).write_text("mine")
 
 
+def broken(folder, end_at, number):
+    end_at(number)
+    train(folder)
+
+
 def main(place, kind):
     place, end_at = Path(place), {"kill": kill_at, "full": full_at}[kind]
     whole = place / "whole"
     prepare(whole)
     assert forked(lambda: train(whole)) == 0
-    number = {"kill": 2, "full": 0}[kind]
+    folder, number = place / "trial", {"kill": 2, "full": 0}[kind]
     while True:
-        folder = place / "trial"
         prepare(folder)
-
-        def work():
-            end_at(number)
-            train(folder)
-
-        status = forked(work)
-        for fault in faults_of(folder, number, whole):
+        status = forked(functools.partial(broken, folder, end_at, number))
+        for fault in faults_of(folder, whole):
             print(f"{kind} at {number}: {fault}", flush=True)
         shutil.rmtree(folder)
         if status == 0:

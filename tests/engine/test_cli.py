@@ -284,7 +284,9 @@ def test_two_trainings_at_once_in_one_folder_are_refused(workplace, trained, cap
     (workplace / "slow_rewards.py").write_text(slow)
     command = ["train", "config.yaml", "--output-dir", "shared", "--max-steps", "200"]
     rewards = ["--rewards", "even=slow_rewards.py:even", "small=slow_rewards.py:small"]
-    first = subprocess.Popen([sys.executable, "-m", "clp_engine", *command, *rewards], stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "clp_engine", *command, *rewards], stdout=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 60
         while not (workplace / "shared" / "run.json").exists() and time.monotonic() < deadline:

@@ -1,5 +1,6 @@
 """Files and locks: whole or not at all after a kill or on a full disk, nobody else's file lost, one writer at a time."""
 
+import functools
 import json
 import os
 import signal
@@ -71,7 +72,7 @@ def test_a_kill_at_any_rename_leaves_the_old_or_the_new_files_once_the_next_proc
         path.parent.mkdir()
         if before:
             write(path, before)
-        lived = killed_at_rename(number, lambda: write(path))
+        lived = killed_at_rename(number, functools.partial(write, path))
         files.finish(path)
         others = {name: text for name, text in before.items() if name not in NEW}
         now = held(path) if path.exists() else {}
