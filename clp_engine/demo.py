@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import runs
+from clp_engine import run_folder, runs
 from clp_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def _prepare(out: Path, spec: runs.RunSpec) -> bool:
     """Whether to resume. Training replaces what a finished or different demo left in `out`."""
     found = runs.RunSpec.load(out)
     if found is None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        began = run_folder.Manifest.read(out) is not None  # and was killed before it had described itself
+        if out.exists() and not began and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
             raise ConfigError(f"{out} is not empty and holds no run; give another folder with --out")
         return False
     if found.command != "demo":

@@ -8,6 +8,7 @@ one of these behind; `finish` removes a `.new`, and moves a `.ready` into place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -115,8 +116,16 @@ def finish(path: str | Path, alone: bool = False) -> None:
     """Finish, or undo, what processes that were killed had begun to write to `path`.
 
     alone: no other process can be writing it now. Otherwise only what processes of this host left that have ended counts.
+    Nothing is done where nothing may be written, as for somebody who only reads.
     """
-    path = Path(path).resolve()
+    try:
+        _finish(Path(path).resolve(), alone)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+
+
+def _finish(path: Path, alone: bool) -> None:
     left: dict[str, list[Path]] = {"ready": [], "old": [], "new": []}
     for entry in path.parent.glob(f".{_literally(path.name)}.*-*"):
         found = _LEFT.fullmatch(entry.name)

@@ -1,8 +1,8 @@
 """The folder of a training run: whose it is, which files in it the engine wrote, and who is writing now.
 
-RUN/manifest.json   the identity of the run, and every file that the engine wrote for it: nothing else is ever removed
-RUN/checkpoint-N/   its trainer_state.json holds the identity of the run that wrote it, and when
-RUN/.lock           while a training is going on: its process and host
+RUN/clp_manifest.json  the identity of the run, and every file that the engine wrote for it: nothing else is ever removed
+RUN/checkpoint-N/      its trainer_state.json holds the identity of the run that wrote it, and when
+RUN/.lock              while a training is going on: its process and host
 
 A run keeps its identity when it is resumed. Checkpoints and manifests of earlier versions have none: their identity is None.
 """
@@ -24,8 +24,9 @@ from clp_engine.locking import Busy, exclusive
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # of a checkpoint
-_MANIFEST = "manifest.json"
-_OF_TRAINING = re.compile(r"checkpoint-\d+|policy|run\.json|log\.jsonl|manifest\.json")
+_MANIFEST = "clp_manifest.json"
+_RECORDS = frozenset({"log.jsonl", "run.json", "completions.jsonl"})  # a new run may replace them unasked
+_OF_TRAINING = re.compile(r"checkpoint-\d+|policy|run\.json|log\.jsonl|clp_manifest\.json")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def note(folder: str | Path, written: Iterable[str | Path]) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: str | Path, name: str) -> Iterator[Path]:
+def writing(folder: str | Path, name: str | Path) -> Iterator[Path]:
     """`files.write_directory` of <folder>/<name>, with its files in the manifest."""
     target = Path(folder) / name
     with files.write_directory(target) as temporary:
@@ -171,12 +172,13 @@ def training_in(folder: str | Path) -> Iterator[None]:
 def check_free(
     folder: str | Path, run: str | None, overwrite: bool, read: Collection[str | Path] = ()
 ) -> None:
-    """Raise ConfigError where the folder holds a policy or a checkpoint of another run, unless that is to be overwritten and
-    none of its files lies in what is being read."""
+    """Raise ConfigError where the folder holds a policy, a checkpoint or a report of another run, unless that is to be
+    overwritten and none of its files lies in what is being read."""
     folder, known = Path(folder), Manifest.read(folder)
     runs = {path: of for path, of in _all_checkpoints(folder)}
     here = set(runs.values()) if known is None else {known.run}
-    if run in here or not (runs or (folder / "policy" / "clp_config.json").is_file()):
+    kept = (set() if known is None else known.files - _RECORDS) | {"policy/clp_config.json"}
+    if run in here or not (runs or any((folder / name).exists() for name in kept)):
         return
     if not overwrite:
         raise ConfigError(

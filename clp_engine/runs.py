@@ -6,7 +6,7 @@ RUN/checkpoint-N/   where training can go on
 RUN/log.jsonl       metrics of training
 RUN/report.json, report.md, pareto.png    written by evaluation
 RUN/variance.json   written by `clp-engine variance`
-RUN/manifest.json   whose these files are, see `run_folder`
+RUN/clp_manifest.json   whose these files are, see `run_folder`
 """
 
 from __future__ import annotations

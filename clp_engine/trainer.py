@@ -789,14 +789,16 @@ class CLPTrainer(ScriptSurface):
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> Path:
         """Write the policy to `output_dir`, by default <args.output_dir>/policy."""
-        if output_dir is not None:
-            self.policy.save_pretrained(output_dir)
-            return Path(output_dir)
-        if not self._has_folder:
-            run_folder.check_free(self.args.output_dir, self.run_id, self.args.overwrite_output_dir)
-        with run_folder.writing(self.args.output_dir, "policy") as temporary:
-            self.policy.save_pretrained(temporary)
-        return Path(self.args.output_dir) / "policy"
+        run = Path(self.args.output_dir)
+        path = run / "policy" if output_dir is None else Path(output_dir)
+        if output_dir is None and not self._has_folder:
+            run_folder.check_free(run, self.run_id, self.args.overwrite_output_dir)
+        if path.resolve().is_relative_to(run.resolve()):
+            with run_folder.writing(run, path.resolve().relative_to(run.resolve())) as temporary:
+                self.policy.save_pretrained(temporary)
+        else:
+            self.policy.save_pretrained(path)
+        return path
 
     _has_folder = False  # output_dir holds the run of this trainer
     _save_pending = False

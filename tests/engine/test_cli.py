@@ -273,7 +273,7 @@ def test_overwriting_replaces_run_and_reports_and_keeps_other_files(trained, tmp
     assert (folder / "report.md").is_file()
     assert main([*train, "--overwrite", "--max-steps", "1", "--save-strategy", "no"]) == 0
     left = {path.relative_to(folder).as_posix() for path in folder.iterdir()}
-    assert left == {"brief", "log.jsonl", "manifest.json", "notes.txt", "policy", "run.json"}
+    assert left == {"brief", "log.jsonl", "clp_manifest.json", "notes.txt", "policy", "run.json"}
     assert (folder / "policy" / "notes.txt").read_text() == (folder / "notes.txt").read_text() == "mine"
     assert runs.RunSpec.load(folder).run not in (None, first)
 

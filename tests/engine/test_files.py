@@ -1,5 +1,6 @@
 """Files and locks: whole or not at all after a kill or on a full disk, nobody else's file lost, one writer at a time."""
 
+import errno
 import functools
 import json
 import os
@@ -102,6 +103,16 @@ def test_what_a_living_process_or_another_host_is_writing_is_left_to_it(tmp_path
     assert len(list(tmp_path.iterdir())) == 2
     files.finish(tmp_path / "policy", alone=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_who_may_only_read_is_not_stopped_by_what_was_left(tmp_path, monkeypatch):
+    (tmp_path / f".policy.new-{os.getpid()}").mkdir()
+
+    def read_only(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(files.shutil, "rmtree", read_only)
+    files.finish(tmp_path / "policy")
 
 
 def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path):

@@ -47,7 +47,7 @@ def test_overwriting_removes_what_the_manifest_says_and_nothing_else(tmp_path):
     now = held(tmp_path)
     assert {path: now[path] for path in before} == before
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"] and "completions.jsonl" not in now
-    assert set(now) == set(before) | run_folder.Manifest.read(tmp_path).files | {"manifest.json"}
+    assert set(now) == set(before) | run_folder.Manifest.read(tmp_path).files | {"clp_manifest.json"}
     assert run_folder.Manifest.read(tmp_path).run == second.run_id != first.run_id
     assert {checkpoint.read_state(tmp_path / name)["run"] for name in names(tmp_path)} == {second.run_id}
 
@@ -85,6 +85,26 @@ def test_what_is_being_read_is_not_overwritten(tmp_path):
     assert held(tmp_path) == before
 
 
+def test_a_report_of_a_run_whose_policy_is_gone_is_in_the_way_and_a_log_is_not(tmp_path):
+    build_trainer(tmp_path, max_steps=1).train()
+    shutil.rmtree(tmp_path / "policy")
+    run_folder.note(tmp_path, [tmp_path / "report.md"])
+    (tmp_path / "report.md").write_text("of the first run")
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        build_trainer(tmp_path, max_steps=1).train()
+    (tmp_path / "report.md").unlink()
+    build_trainer(tmp_path, max_steps=1).train()
+
+
+def test_a_model_saved_into_the_run_s_folder_goes_with_the_run(tmp_path):
+    trainer = build_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path)
+    trainer.save_model(tmp_path / "final")
+    build_trainer(tmp_path, max_steps=1, overwrite_output_dir=True).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clp_manifest.json", "log.jsonl", "policy"]
+
+
 # -- rotation and resuming ---------------------------------------------------------------------------------------------
 
 
@@ -92,7 +112,7 @@ def earlier_run(folder, steps=6):
     """A folder with the last checkpoint of another run in it, and no manifest."""
     build_trainer(folder, max_steps=steps, save_strategy="steps", save_steps=steps).train()
     shutil.rmtree(folder / "policy")
-    (folder / "manifest.json").unlink()
+    (folder / "clp_manifest.json").unlink()
     return held(folder / f"checkpoint-{steps}")
 
 
@@ -173,7 +193,7 @@ def test_a_checkpoint_folder_that_no_engine_wrote_is_none(tmp_path):
 def test_a_run_of_an_earlier_version_is_resumed_and_rotated(tmp_path):
     build_trainer(tmp_path, max_steps=4, **SAVING).train()
     shutil.rmtree(tmp_path / "policy")
-    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "clp_manifest.json").unlink()
     for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4"):
         state = checkpoint.read_state(tmp_path / name)
         del state["run"], state["written"]
