@@ -92,7 +92,12 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: no {STATE_FILE} here; expected a folder checkpoint-<step> of an earlier run"
         )
-    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    if "config" not in state:
+        raise ConfigError(
+            f"{path} was not written by this engine; expected a checkpoint of an earlier run of its own"
+        )
+    return state
 
 
 def load_policy(path: str | Path, policy) -> None:

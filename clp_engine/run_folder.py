@@ -23,7 +23,7 @@ from clp_engine.locking import Busy, exclusive
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"  # of a checkpoint
+STATE_FILE = "trainer_state.json"  # of a checkpoint; transformers has one, too, without a `step`
 _MANIFEST = "clp_manifest.json"
 _RECORDS = frozenset({"log.jsonl", "run.json", "completions.jsonl"})  # a new run may replace them unasked
 _OF_TRAINING = re.compile(r"checkpoint-\d+|policy|run\.json|log\.jsonl|clp_manifest\.json")
@@ -135,7 +135,8 @@ def _all_checkpoints(folder: str | Path) -> list[tuple[Path, str | None]]:
             continue
         try:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-            found.append((state.get("written", 0.0), int(step), path, state.get("run")))
+            if "step" in state:
+                found.append((state.get("written", 0.0), int(step), path, state.get("run")))
         except (ValueError, AttributeError):
             logger.warning("%s cannot be read, and is left alone", path / STATE_FILE)
     return [(path, run) for _, _, path, run in sorted(found, key=lambda entry: entry[:2])]
@@ -178,7 +179,9 @@ def check_free(
     runs = {path: of for path, of in _all_checkpoints(folder)}
     here = set(runs.values()) if known is None else {known.run}
     kept = (set() if known is None else known.files - _RECORDS) | {"policy/clp_config.json"}
-    if run in here or not (runs or any((folder / name).exists() for name in kept)):
+    # Those of transformers count: they would be replaced at a step of the same number.
+    saved = runs or any(folder.glob(f"checkpoint-*/{STATE_FILE}"))
+    if run in here or not (saved or any((folder / name).exists() for name in kept)):
         return
     if not overwrite:
         raise ConfigError(

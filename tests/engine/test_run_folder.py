@@ -190,6 +190,20 @@ def test_a_checkpoint_folder_that_no_engine_wrote_is_none(tmp_path):
     ).is_dir()
 
 
+def test_checkpoints_of_transformers_are_neither_replaced_unasked_nor_resumed(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
+    before = held(tmp_path)
+    for resume, message in (
+        (None, "holds an earlier run"),
+        (True, "no checkpoint to resume from"),
+        (tmp_path / "checkpoint-1", "was not written by this engine"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_trainer(tmp_path, max_steps=1, **SAVING).train(resume_from_checkpoint=resume)
+    assert held(tmp_path) == before
+
+
 def test_a_run_of_an_earlier_version_is_resumed_and_rotated(tmp_path):
     build_trainer(tmp_path, max_steps=4, **SAVING).train()
     shutil.rmtree(tmp_path / "policy")
