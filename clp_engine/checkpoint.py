@@ -72,7 +72,8 @@ def save(
             tensors[f"optimizer.{name}.{slot}"] = value.detach().cpu().clone()
     state = {**state, "step": step, "run": run, "written": time.time(), "random": plain}
     with run_folder.writing(output_dir, path.name) as temporary:
-        policy.save_pretrained(temporary / _POLICY)
+        (temporary / _POLICY).mkdir()
+        policy.write_files(temporary / _POLICY)
         save_file(tensors, temporary / _TENSORS)
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     run_folder.rotate(output_dir, keep, newest=path)

@@ -629,14 +629,18 @@ class ConditionedPolicy(nn.Module):
                     f"{directory} is the folder of the base model, whose tokenizer would be replaced; give another folder"
                 )
         with write_directory(directory) as temporary:
-            spec = json.dumps(asdict(self.spec), indent=2) + "\n"
-            (temporary / _SPEC_FILE).write_text(spec, encoding="utf-8")
-            save_file(
-                {n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()},
-                temporary / _ADAPTER_FILE,
-            )
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
+            self.write_files(temporary)
+
+    def write_files(self, directory: Path) -> None:
+        """Write what `save_pretrained` writes into a directory that is there, file after file."""
+        spec = json.dumps(asdict(self.spec), indent=2) + "\n"
+        (directory / _SPEC_FILE).write_text(spec, encoding="utf-8")
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()},
+            directory / _ADAPTER_FILE,
+        )
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     @classmethod
     def load(

@@ -795,7 +795,7 @@ class CLPTrainer(ScriptSurface):
             run_folder.check_free(run, self.run_id, self.args.overwrite_output_dir)
         if path.resolve().is_relative_to(run.resolve()):
             with run_folder.writing(run, path.resolve().relative_to(run.resolve())) as temporary:
-                self.policy.save_pretrained(temporary)
+                self.policy.write_files(temporary)
         else:
             self.policy.save_pretrained(path)
         return path
