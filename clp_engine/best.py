@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers.trainer_callback import TrainerState
 
-from clp_engine import checkpoint
+from clp_engine import checkpoint, run_folder
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError
 
@@ -38,9 +38,9 @@ def note(
         return
     state.best_metric, state.best_global_step = value, state.global_step
     if args.load_best_model_at_end:
-        path = Path(args.output_dir) / "best"
-        policy.save_pretrained(path / "policy")  # where a checkpoint has it
-        state.best_model_checkpoint = str(path)
+        with run_folder.writing(args.output_dir, "best/policy") as temporary:  # where a checkpoint has it
+            policy.write_files(temporary)
+        state.best_model_checkpoint = str(Path(args.output_dir) / "best")
 
 
 def load(state: TrainerState, policy: ConditionedPolicy) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from clp_engine import files, run_folder
 from clp_engine.errors import ConfigError
-from clp_engine.files import checkpoints, write_directory
 from clp_engine.optimizer import set_slots_of, slots_of
+from clp_engine.run_folder import STATE_FILE, checkpoints
 from clp_engine.value import ValueHead
 
-_STATE, _TENSORS, _POLICY = "trainer_state.json", "training.safetensors", "policy"
+_TENSORS, _POLICY = "training.safetensors", "policy"
 _VALUE = "value."  # in front of the value head's tensors
 _UNFINISHED = "unfinished."  # in front of those of completions that go on (partial.py)
 
@@ -50,6 +51,7 @@ def _restore_random(plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
 def save(
     output_dir: str | Path,
     step: int,
+    run: str | None,
     policy,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
@@ -57,7 +59,8 @@ def save(
     value_head: ValueHead | None = None,
     unfinished: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write <output_dir>/checkpoint-<step>; `state` must be JSON. Older ones beyond `keep` go."""
+    """Write <output_dir>/checkpoint-<step>; `state` must be JSON. run: its identity. Its older ones beyond `keep` go, see
+    `run_folder.rotate`."""
     path = Path(output_dir) / f"checkpoint-{step}"
     plain, tensors = _random_states()
     if value_head is not None:
@@ -67,15 +70,13 @@ def save(
         for slot, value in slots_of(optimizer, parameter).items():
             # Copied: adapters of one buffer share its step count, and a file holds nothing twice.
             tensors[f"optimizer.{name}.{slot}"] = value.detach().cpu().clone()
-    with write_directory(path) as temporary:
-        policy.save_pretrained(temporary / _POLICY)
+    state = {**state, "step": step, "run": run, "written": time.time(), "random": plain}
+    with run_folder.writing(output_dir, path.name) as temporary:
+        (temporary / _POLICY).mkdir()
+        policy.write_files(temporary / _POLICY)
         save_file(tensors, temporary / _TENSORS)
-        (temporary / _STATE).write_text(
-            json.dumps({**state, "step": step, "random": plain}, indent=1) + "\n", encoding="utf-8"
-        )
-    if keep is not None:
-        for old in checkpoints(output_dir)[: -keep or None]:
-            shutil.rmtree(old)
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    run_folder.rotate(output_dir, keep, newest=path)
     return path
 
 
@@ -88,9 +89,16 @@ def trained_parameters(policy, value_head: ValueHead | None = None) -> dict[str,
 def read_state(path: str | Path) -> dict[str, Any]:
     """The JSON state of a checkpoint. Raises ConfigError where there is none."""
     path = Path(path)
-    if not (path / _STATE).is_file():
-        raise ConfigError(f"{path}: no {_STATE} here; expected a folder checkpoint-<step> of an earlier run")
-    return json.loads((path / _STATE).read_text(encoding="utf-8"))
+    if not (path / STATE_FILE).is_file():
+        raise ConfigError(
+            f"{path}: no {STATE_FILE} here; expected a folder checkpoint-<step> of an earlier run"
+        )
+    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    if "config" not in state:
+        raise ConfigError(
+            f"{path} was not written by this engine; expected a checkpoint of an earlier run of its own"
+        )
+    return state
 
 
 def load_policy(path: str | Path, policy) -> None:
@@ -132,10 +140,11 @@ def load(
 
 
 def resolve(output_dir: str | Path, resume: str | Path | bool) -> Path:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or True for the newest of the run."""
+    """The checkpoint that `resume_from_checkpoint` means: a path, or True for the one that the run in the folder wrote last."""
     if resume is not True:
+        files.finish(resume)
         return Path(resume)
     found = checkpoints(output_dir)
     if not found:
-        raise ConfigError(f"{output_dir}: no checkpoint to resume from")
+        raise ConfigError(f"{output_dir}: no checkpoint to resume from; give the path of one, or start anew")
     return found[-1]

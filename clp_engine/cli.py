@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: only commands that use them do.
-from clp_engine import __version__, runs
+from clp_engine import __version__, files, run_folder, runs
 from clp_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -226,7 +226,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="go on from a checkpoint, by default the newest of the run",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
+    parser.add_argument(
+        "--overwrite",
+        "--overwrite-output-dir",
+        dest="overwrite_output_dir",
+        action="store_true",
+        default=None,
+        help="replace an earlier run in the same folder, once this one is built; other files stay",
+    )
     run = parser.add_argument_group("what is trained")
     run.add_argument("--model", help="name or path of a language model (default: the task's)")
     run.add_argument("--task", help="an embedded task instead of dataset and rewards: docsum")
@@ -241,6 +248,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--objectives", help="which rewards, comma-separated (default: all, or the task's)")
     settings = parser.add_argument_group("settings")
     for option in dataclasses.fields(CLPConfig):
+        if option.name == "overwrite_output_dir":
+            continue
         flag = "--" + option.name.replace("_", "-")
         text = option.metadata["help"].replace("%", "%%")
         if option.default is not None:
@@ -395,7 +404,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="of the adapter, at most: cuts deltas to their largest singular values and reports the error",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into DIR though it is not empty: replaces files of the same names, others stay",
+    )
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -471,11 +484,13 @@ def _train(arguments: argparse.Namespace) -> None:
             values[name] = value if isinstance(value, bool) else _read_flag(value, CLPConfig, name)
     given = {name: getattr(arguments, name) for name in runs.RUN_KEYS}
     spec, config = _training(values | {name: value for name, value in given.items() if value is not None})
-    _check_output(Path(config.output_dir), arguments)
+    if not arguments.resume:  # before anything is loaded; training looks again, when it has the folder to itself
+        run_folder.check_free(config.output_dir, "a new one", config.overwrite_output_dir)
     from clp_engine.info import render_training
 
     print("\n".join(render_training(spec, config)))
-    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    aside = ("--overwrite", "--overwrite-output-dir", "--overwrite_output_dir", "--resume")
+    words = [word for word in sys.argv[1:] if word not in aside]
     again = shlex.join(["clp-engine", *words, "--resume"])
     runs.train(spec, config, resume=arguments.resume, again=again)
     print(f"policy: {config.output_dir}/policy\nnext:   clp-engine evaluate {config.output_dir}")
@@ -497,18 +512,6 @@ def _training(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
             **values,
         }
     return spec, CLPConfig.from_dict(values)
-
-
-def _check_output(output: Path, arguments: argparse.Namespace) -> None:
-    if arguments.resume:
-        return
-    if arguments.overwrite:
-        runs.clear(output)
-    elif runs.is_finished(output) or runs.checkpoints(output):
-        raise ConfigError(
-            f"{output} holds an earlier run; give --resume to go on with it, --overwrite to "
-            "replace it, or another --output-dir"
-        )
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -605,6 +608,7 @@ def _variance(arguments: argparse.Namespace) -> None:
     )
     out = arguments.out or str(Path(arguments.run_folder) / "variance.json")
     result.save(out)
+    run_folder.note(Path(out).parent, [out])
     print(f"{diagnostics.table(result)}\n\nnumbers: {out}")
 
 
@@ -710,8 +714,11 @@ def _steer(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     weights = None if arguments.weights is None else parse_assignments(arguments.weights, "weights")
     target = Path(arguments.to)
+    files.refuse_overlap(target, [runs.policy_directory(arguments.run_folder)])
     if target.exists() and not arguments.overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty; give --overwrite to replace it")
+        raise ConfigError(
+            f"{target} exists and is not empty; give --overwrite to write into it, or another folder"
+        )
     if arguments.merged and (arguments.rank is not None or arguments.each):
         raise ConfigError("--rank and --each are of adapters; --merged writes whole weights, leave one out")
     if arguments.each and (weights is not None or arguments.kl is not None):
@@ -727,19 +734,34 @@ def _export(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--weights is missing; the objectives are {', '.join(policy.objectives)}")
     policy.conditions(weights, arguments.kl)
     if arguments.merged:
-        from clp_engine.files import write_directory
-
+        files.refuse_overlap(target, policy.read_from)
         model = policy.merge(weights, arguments.kl)
-        with write_directory(target) as temporary:
+        with files.write_directory(target) as temporary:
             model.save_pretrained(temporary)
             if policy.tokenizer is not None:
                 policy.tokenizer.save_pretrained(temporary)
+            superseded = _superseded(target, temporary)
+        for path in superseded:
+            path.unlink()
         print(f"model: {target}")
     else:
         error = policy.export_adapter(target, weights, arguments.kl, rank=arguments.rank)
         print(f"adapter: {target}{base}{_adapter_notes(target, arguments.rank, error)}")
     if text := policy.prompt_text(weights, arguments.kl):
         print(f"its prompts need this text in them (see blend.json): {text!r}")
+
+
+def _superseded(target: Path, new: Path) -> list[Path]:
+    """Weights in `target` that transformers would load with, or instead of, the new ones: those of an earlier export. Raises
+    ConfigError for an adapter that is not one's."""
+    adapter = [target / name for name in ("adapter_config.json", "adapter_model.safetensors", "blend.json")]
+    if adapter[0].exists() and not adapter[2].exists():
+        raise ConfigError(
+            f"{target} holds an adapter (adapter_config.json), which transformers would load with the merged model; remove it, "
+            "or give another folder"
+        )
+    weights = [*target.glob("model.safetensors*"), *target.glob("model-*.safetensors")]
+    return [path for path in [*adapter, *weights] if path.is_file() and not (new / path.name).exists()]
 
 
 def _adapter_notes(path: Path, asked: int | None, error: float) -> str:

@@ -30,8 +30,8 @@ COUNT_OR_SHARE = (*STEPS, "selected_rollouts")
 # Settings that do not touch what is computed: a resumed run may change them, and runs that differ in them alone are the same.
 WITHOUT_EFFECT = frozenset(
     """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
-    save_total_limit log_completions report_to run_name disable_tqdm per_device_eval_batch_size reward_workers
-    logging_strategy eval_on_start num_generations_eval""".split()
+    save_total_limit overwrite_output_dir log_completions report_to run_name disable_tqdm per_device_eval_batch_size
+    reward_workers logging_strategy eval_on_start num_generations_eval""".split()
 )
 
 
@@ -272,7 +272,12 @@ class CLPConfig:
     load_best_model_at_end: bool = _option(
         False, "end with the policy of the best evaluation, which is kept in <output_dir>/best"
     )
-    save_total_limit: int | None = _option(None, "keep the newest so many checkpoints")
+    save_total_limit: int | None = _option(
+        None, "keep the newest so many checkpoints of the run; None, 0 and less keep all"
+    )
+    overwrite_output_dir: bool = _option(
+        False, "replace an earlier run in output_dir, once this one is built; else it is refused"
+    )
     log_completions: bool = _option(False, "write every step's completions to completions.jsonl")
     report_to: str | list[str] = _option("none", "transformers' reporting callbacks: tensorboard, wandb, ...")
     run_name: str | None = _option(None, "name for the reporting callbacks")

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import runs
+from clp_engine import run_folder, runs
 from clp_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def run_demo(
         "max_completion_length": task.max_completion_length,
         "max_prompt_length": task.max_prompt_length,
         "output_dir": str(out),
+        "overwrite_output_dir": True,
         "seed": seed,
     }
     config = CLPConfig.from_dict(settings | ({"max_steps": steps} if steps else {}))
@@ -110,10 +111,11 @@ def as_prompt(text: str, tokenizer) -> str:
 
 
 def _prepare(out: Path, spec: runs.RunSpec) -> bool:
-    """Whether to resume; what a finished or different run left in `out` is removed."""
+    """Whether to resume. Training replaces what a finished or different demo left in `out`."""
     found = runs.RunSpec.load(out)
     if found is None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        began = run_folder.Manifest.read(out) is not None  # and was killed before it had described itself
+        if out.exists() and not began and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
             raise ConfigError(f"{out} is not empty and holds no run; give another folder with --out")
         return False
     if found.command != "demo":
@@ -123,7 +125,6 @@ def _prepare(out: Path, spec: runs.RunSpec) -> bool:
         _say(f"{out} holds an unfinished run with these settings: going on at {saved[-1].name}.")
         return True
     _say(f"{out} holds an earlier demo: starting over.")
-    runs.clear(out)
     return False
 
 

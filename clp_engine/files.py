@@ -1,12 +1,25 @@
-"""Files that are there whole or not at all: written under a temporary name, flushed, then renamed."""
+"""Files that are there whole or not at all, whatever ends the process; what else a folder holds stays.
+
+What is to be NAME is written beside it as `.NAME.new-HOST-PID`. A folder is then flushed and renamed to `.NAME.ready-HOST-PID`,
+from where it is moved into place: whole, or file by file where the folder in place holds anything else. A killed process leaves
+one of these behind; `finish` removes a `.new`, and moves a `.ready` into place.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from clp_engine.errors import ConfigError
+
+# The host may be missing: earlier versions left it out.
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|ready|old)-(?:(?P<host>.+)-)?(?P<pid>\d+)")
 
 
 def _flush(path: Path) -> None:
@@ -17,57 +30,149 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def write_directory(path: str | Path, keep: bool = False) -> Iterator[Path]:
-    """A temporary directory that takes the place of `path` when the block ends without an error.
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
 
-    An older directory at `path` is moved aside first and removed last, so that one of the two is always whole. keep: where
-    that one holds anything else (a run's folder, somebody's home), it stays, and the new files are moved into it one by one.
+
+@contextlib.contextmanager
+def write_directory(path: str | Path) -> Iterator[Path]:
+    """A temporary directory whose content takes its place at `path` when the block ends without an error.
+
+    Files of the same names are replaced, others stay. Where there are no others, a directory at `path` is moved aside first and
+    removed last, so that one of the two is always whole. Raises ConfigError where `path` is a file.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # the content of a link's target changes, the link stays
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; expected a folder to write into: give another, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    finish(path)
+    temporary, ready = _beside(path, "new"), _beside(path, "ready")
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        new = {entry.name for entry in temporary.iterdir()}
-        if keep and path.is_dir() and any(entry.name not in new for entry in path.iterdir()):
-            for name in sorted(new):
-                if (temporary / name).is_dir():
-                    shutil.copytree(temporary / name, path / name, dirs_exist_ok=True)
-                else:
-                    (temporary / name).replace(path / name)
-        else:
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-        _flush(path.parent)
-    finally:
+        for entry in [*temporary.rglob("*"), temporary]:
+            _flush(entry)
+        temporary.rename(ready)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _place(ready, path)
+
+
+def _place(ready: Path, path: Path) -> None:
+    """Move what was written into place; done again after a kill at any point, it does the rest."""
+    if path.is_dir() and _holds_more(path, ready):
+        _move_files(ready, path)
+    else:
+        old = _beside(path, "old")
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        ready.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    _flush(path.parent)
+
+
+def _holds_more(path: Path, new: Path) -> bool:
+    """Whether there is anything in `path` that a directory of the files in `new` would not replace."""
+    return any(
+        entry.is_symlink()
+        or not (new / entry.name).exists()
+        or (entry.is_dir() and _holds_more(entry, new / entry.name))
+        for entry in path.iterdir()
+    )
+
+
+def _move_files(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            _move_files(entry, target / entry.name)
+        else:
+            entry.replace(target / entry.name)
+    source.rmdir()
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path, "new")
+    try:
+        temporary.write_bytes(content)
+        _flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
+    write_bytes(path, text.encode("utf-8"))
 
 
-def checkpoints(directory: str | Path) -> list[Path]:
-    """Checkpoints of a run folder, oldest first."""
-    found = [
-        (int(p.name.removeprefix("checkpoint-")), p)
-        for p in Path(directory).glob("checkpoint-*")
-        if p.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return [path for _, path in sorted(found)]
+def finish(path: str | Path, alone: bool = False) -> None:
+    """Finish, or undo, what processes that were killed had begun to write to `path`.
+
+    alone: no other process can be writing it now. Otherwise only what processes of this host left that have ended counts.
+    Nothing is done where nothing may be written, as for somebody who only reads.
+    """
+    try:
+        _finish(Path(path).resolve(), alone)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+
+
+def _finish(path: Path, alone: bool) -> None:
+    left: dict[str, list[Path]] = {"ready": [], "old": [], "new": []}
+    for entry in path.parent.glob(f".{_literally(path.name)}.*-*"):
+        found = _LEFT.fullmatch(entry.name)
+        if found and found["name"] == path.name and (alone or _has_ended(found["host"], int(found["pid"]))):
+            left[found["kind"]].append(entry)
+    for ready in sorted(left["ready"], key=lambda entry: entry.stat().st_mtime):
+        _place(ready, path)
+    for old in left["old"]:  # of a version that had no .ready: the newer one may be gone
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(path)
+    for new in left["new"]:
+        shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
+
+
+def unfinished(folder: str | Path) -> set[str]:
+    """Names in a folder that `finish` may have something to do for."""
+    found = (_LEFT.fullmatch(entry.name) for entry in Path(folder).glob(".*"))
+    return {match["name"] for match in found if match}
+
+
+def _literally(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _has_ended(host: str | None, pid: int) -> bool:
+    if host not in (None, socket.gethostname()):
+        return False
+    if pid == os.getpid():  # of an earlier process with our number: this one is only beginning to write
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def refuse_overlap(target: str | Path, read: Iterable[str | Path]) -> None:
+    """Raise ConfigError where `target` is, holds or lies in one of the folders that are being read."""
+    place = Path(target).resolve()
+    for source in read:
+        source = Path(source).resolve()
+        if source.is_relative_to(place) or place.is_relative_to(source):
+            how = "is" if source == place else "holds" if source.is_relative_to(place) else "lies in"
+            raise ConfigError(
+                f"{target} {how} {source}, which is being read; give another folder to write to"
+            )

@@ -22,7 +22,6 @@ from torch.nn import functional
 
 from clp_engine.adapters import ConditionedLayer, ConditionedLinear
 from clp_engine.errors import ConfigError
-from clp_engine.files import write_directory
 from clp_engine.full_weight import InterpolatedLinear
 from clp_engine.low_rank import Cut, cut_matrix, cut_product
 
@@ -53,7 +52,7 @@ def read_rank(path: str | Path) -> int:
 def save(
     path: str | Path, policy: ConditionedPolicy, coefficients: torch.Tensor, rank: int | None = None
 ) -> float:
-    """Write the blend `coefficients` (D,) as one adapter, atomically; returns |written - delta| / |delta| over all layers
+    """Write the blend `coefficients` (D,) as one adapter; returns |written - delta| / |delta| over all layers
     (Frobenius), 0 where it is exact.
 
     `sum_i c_i s_i B_i A_i` is A stacked as it is, without those whose coefficient is 0, and B's columns times c_i s_i;
@@ -150,9 +149,10 @@ def _save(
         "modules_to_save": None,
         "init_lora_weights": True,
     }
-    with write_directory(path) as temporary:
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     lost, size = (sum(getattr(cut, part) for cut in cuts.values()) for part in ("lost", "size"))
     if vllm_rank(common) is None:
         warnings.warn(

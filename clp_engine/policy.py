@@ -42,7 +42,7 @@ from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficient
 from clp_engine.data import encode_prompts
 from clp_engine.decoding import BlendDecoding, Decoding
 from clp_engine.errors import ConfigError
-from clp_engine.files import write_directory, write_text
+from clp_engine.files import finish, refuse_overlap, write_directory
 from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory
 from clp_engine.native_decoding import NativeDecoding
@@ -108,6 +108,7 @@ class ConditionedPolicy(nn.Module):
         self.conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
         self.blend = Blend()
         self.slots: Slots | None = None  # of the last rollout, for the next one
+        self.loaded_from: list[Path] = []  # folders of adapters
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
         self.room = Room.of(model)
@@ -299,6 +300,7 @@ class ConditionedPolicy(nn.Module):
                 layer, _, part = name.rpartition(".")
                 parts = [parameters[name] for parameters in theirs]
                 parameter.copy_(torch.cat(parts, policy.layers[layer].delta_dim(part)))
+        policy.loaded_from = [folder for s in specialists for folder in s.loaded_from]
         return policy
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -621,17 +623,26 @@ class ConditionedPolicy(nn.Module):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the adapters and what is needed to build the policy again from its base model; atomic, except in a folder that
-        holds other things, which stay."""
-        with write_directory(directory, keep=True) as temporary:
-            spec = json.dumps(asdict(self.spec), indent=2) + "\n"
-            (temporary / _SPEC_FILE).write_text(spec, encoding="utf-8")
-            save_file(
-                {n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()},
-                temporary / _ADAPTER_FILE,
-            )
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
+        """Write the adapters and what is needed to build the policy again from its base model. Other files in the directory
+        stay; raises ConfigError for the base model's own folder."""
+        for source in self.read_from:
+            if source not in self.loaded_from and source.resolve() == Path(directory).resolve():
+                raise ConfigError(
+                    f"{directory} is the folder of the base model, whose tokenizer would be replaced; give another folder"
+                )
+        with write_directory(directory) as temporary:
+            self.write_files(temporary)
+
+    def write_files(self, directory: Path) -> None:
+        """Write what `save_pretrained` writes into a directory that is there, file after file."""
+        spec = json.dumps(asdict(self.spec), indent=2) + "\n"
+        (directory / _SPEC_FILE).write_text(spec, encoding="utf-8")
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()},
+            directory / _ADAPTER_FILE,
+        )
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     @classmethod
     def load(
@@ -644,6 +655,7 @@ class ConditionedPolicy(nn.Module):
     ) -> ConditionedPolicy:
         """The policy that `save_pretrained` wrote; base_model: where the base is now, if it has moved."""
         directory = Path(directory)
+        finish(directory)
         if not (directory / _SPEC_FILE).is_file():
             raise ConfigError(
                 f"{directory}: no {_SPEC_FILE} here; expected a directory written by save_pretrained"
@@ -668,7 +680,14 @@ class ConditionedPolicy(nn.Module):
         model, tokenizer, _ = load_base(base_model or spec.base_model, tokenizer, dtype, device)
         policy = cls(model, spec, tokenizer)
         policy.load_adapters(load_file(directory / _ADAPTER_FILE))
+        policy.loaded_from.append(directory)
         return policy
+
+    @property
+    def read_from(self) -> list[Path]:
+        """Folders that this policy was loaded from, and that of its base model, which it needs whenever it is loaded again."""
+        bases = {self.spec.base_model, self.model.config.name_or_path or ""}
+        return [*self.loaded_from, *(Path(base) for base in sorted(bases) if base and Path(base).is_dir())]
 
     def load_adapters(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set every adapter parameter; raises ConfigError where names or shapes differ from this policy's."""
@@ -691,26 +710,30 @@ class ConditionedPolicy(nn.Module):
         not 0): error 0. rank: cut each layer's blended delta to its largest `rank` singular values; the error is
         |written - delta| / |delta| over all layers (Frobenius), 0 where `rank` is R or more. Whole weights of linear layers
         need it; a warning says where R is more than vLLM takes. blend.json says which blend it is and what prompt conditioning
-        writes into the prompt. An adapter on an output projection that shares its weight with the input embedding must not be
-        merged by peft, which would change both: a warning says so; `merge` keeps them apart. Raises ConfigError where a delta
-        has no adapter form (embeddings, norms: `merge` has all).
+        writes into the prompt. Other files in the folder stay. An adapter on an output projection that shares its weight with
+        the input embedding must not be merged by peft, which would change both: a warning says so; `merge` keeps them apart.
+        Raises ConfigError where a delta has no adapter form (embeddings, norms: `merge` has all), and for a path that is, holds
+        or lies in a folder of `read_from`.
         """
+        refuse_overlap(path, self.read_from)
         self._warn_of_tied_head()
         coefficients = self.coefficients(self.conditions(weights, kl))
-        error = peft_format.save(path, self, coefficients[0], rank)
-        self._describe_blend(path, weights, kl)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
+        with write_directory(path) as temporary:
+            error = peft_format.save(temporary, self, coefficients[0], rank)
+            self._describe_blend(temporary, weights, kl)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
         return error
 
     def save_adapters(self, directory: str | Path, *, rank: int | None = None) -> dict[str, float]:
         """Write each objective's delta as a PEFT LoRA adapter, <directory>/<objective>/, and how they are blended,
-        <directory>/clp_blend.json; returns the error of each, as `export_adapter`. Atomic.
+        <directory>/clp_blend.json; returns the error of each, as `export_adapter`. Other files in the directory stay.
 
         Rank and lora_alpha are the objective's own, so that an adapter can be trained on. peft loads each, its
         add_weighted_adapter(combination_type="cat") with the weights c(kl) w_i is the blend, exactly, and `from_adapters` makes
         the policy again. Where there is one delta for all objectives, its folder is "adapter". rank: as of `export_adapter`.
         """
+        refuse_overlap(directory, self.read_from)
         self._warn_of_tied_head()
         with write_directory(directory) as temporary:
             errors = peft_format.save_each(temporary, self, rank)
@@ -731,7 +754,7 @@ class ConditionedPolicy(nn.Module):
         """Whether the output projection is changed apart from the input embedding that it shares its weight with."""
         return "logit" in self.conditioning.carriers and is_tied(self.model)
 
-    def _describe_blend(self, path: str | Path, weights, kl) -> None:
+    def _describe_blend(self, path: Path, weights, kl) -> None:
         condition = self.conditions(weights, kl)
         blend = {
             "weights": dict(zip(self.objectives, condition.weights[0].tolist())),
@@ -739,7 +762,7 @@ class ConditionedPolicy(nn.Module):
             "conditioning": self.spec.conditioning,
             "prompt_text": self.prompt_text(weights, kl),
         }
-        write_text(Path(path) / "blend.json", json.dumps(blend, indent=2) + "\n")
+        (path / "blend.json").write_text(json.dumps(blend, indent=2) + "\n", encoding="utf-8")
 
     def merge(self, weights=None, kl=None) -> PreTrainedModel:
         """An ordinary transformers model whose weights are the blend at (weights, kl); this policy is left as it was.

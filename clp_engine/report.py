@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clp_engine.files import write_text
+from clp_engine.files import write_bytes, write_text
+from clp_engine.run_folder import note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,15 +49,14 @@ def write_report(report: ParetoReport, directory: str | Path) -> list[Path]:
     if figure is not None:
         written.append(directory / "pareto.png")
         write_png(figure, written[-1])
+    note(directory, written)
     return written
 
 
 def write_png(figure: Figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
-    temporary.write_bytes(image.getvalue())
-    temporary.replace(path)
+    write_bytes(path, image.getvalue())
 
 
 # --- text ---------------------------------------------------------------------------------------------------

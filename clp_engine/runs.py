@@ -6,6 +6,7 @@ RUN/checkpoint-N/   where training can go on
 RUN/log.jsonl       metrics of training
 RUN/report.json, report.md, pareto.png    written by evaluation
 RUN/variance.json   written by `clp-engine variance`
+RUN/clp_manifest.json   whose these files are, see `run_folder`
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clp_engine.errors import ConfigError
-from clp_engine.files import checkpoints, write_text
+from clp_engine.files import finish, write_text
+from clp_engine.run_folder import checkpoints, note
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
@@ -30,16 +31,6 @@ if TYPE_CHECKING:
     from clp_engine.trainer import CLPTrainer
 
 RUN_KEYS = ("model", "task", "dataset", "eval_dataset", "rewards", "objectives")
-_PRODUCTS = (
-    "policy",
-    "run.json",
-    "log.jsonl",
-    "completions.jsonl",
-    "report.json",
-    "report.md",
-    "pareto.png",
-    "variance.json",
-)
 
 
 class Interrupted(Exception):
@@ -55,6 +46,7 @@ class RunSpec:
     command: what made it, train or demo.
     rewards: objective -> "module:function", "file.py:function", or the name or path of a sequence classifier.
     config: the settings of training. train_seconds: how long it took, None where that is not known.
+    run: the identity of the run, see `run_folder`.
     """
 
     model: str
@@ -66,6 +58,7 @@ class RunSpec:
     config: dict[str, Any] = field(default_factory=dict)
     train_seconds: float | None = None
     command: str = "train"
+    run: str | None = None
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunSpec:
@@ -113,14 +106,17 @@ class RunSpec:
             raise ConfigError(f"{path} cannot be read: {error}") from error
 
     def save(self, directory: str | Path) -> None:
-        write_text(Path(directory) / "run.json", json.dumps(asdict(self), indent=2) + "\n")
+        path = Path(directory) / "run.json"
+        note(directory, [path])
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     def same_training(self, other: RunSpec) -> bool:
         """Whether both describe the same training; where it is written and how long it took do not count."""
 
         def essence(spec: RunSpec) -> RunSpec:
-            config = {k: v for k, v in spec.config.items() if k not in ("output_dir", "disable_tqdm")}
-            return replace(spec, config=config, train_seconds=None)
+            aside = ("output_dir", "overwrite_output_dir", "disable_tqdm")
+            config = {k: v for k, v in spec.config.items() if k not in aside}
+            return replace(spec, config=config, train_seconds=None, run=None)
 
         return essence(self) == essence(other)
 
@@ -247,6 +243,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def policy_directory(run: str | Path) -> Path:
     """The policy of a run folder, a checkpoint, or a policy folder itself."""
     run = Path(run)
+    finish(run / "policy")
     for candidate in (run / "policy", run):
         if (candidate / "clp_config.json").is_file():
             return candidate
@@ -273,16 +270,8 @@ def quiet_transformers() -> None:
 
 
 def is_finished(directory: str | Path) -> bool:
+    finish(Path(directory) / "policy")
     return (Path(directory) / "policy" / "clp_config.json").is_file()
-
-
-def clear(directory: str | Path) -> None:
-    """Remove what a run wrote into its folder, and nothing else."""
-    for path in [*checkpoints(directory), *(Path(directory) / name for name in _PRODUCTS)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def train(
@@ -291,14 +280,25 @@ def train(
     """Train and leave the policy in config.output_dir. again: the command that resumes, for Interrupted to
     say."""
     quiet_transformers()
+    from transformers import TrainerCallback
+
     from clp_engine.trainer import CLPTrainer
+
+    class Description(TrainerCallback):
+        """Writes run.json when training begins, and not before: a run that is refused must not have changed it."""
+
+        def on_train_begin(self, args, state, control, **_):
+            describe()
 
     held_out = spec.eval_rows() if config.eval_strategy != "no" else None
     trainer = CLPTrainer(
         spec.model, spec.reward_functions(), config, spec.train_rows(limit, config.seed), held_out
     )
-    spec = replace(spec, config=config.to_dict())
-    spec.save(config.output_dir)
+
+    def describe(**more: Any) -> None:
+        replace(spec, config=config.to_dict(), run=trainer.run_id, **more).save(config.output_dir)
+
+    trainer.add_callback(Description)
     try:
         result = trainer.train(resume_from_checkpoint=resume or None)
     except KeyboardInterrupt:
@@ -306,5 +306,5 @@ def train(
         where = f"the last checkpoint is {found[-1]}; go on with: {again}" if found else "no checkpoint yet"
         raise Interrupted(f"interrupted; {where}") from None
     if not resume:  # a resumed run knows the time of its last part only
-        replace(spec, train_seconds=round(result.metrics["train_runtime"], 1)).save(config.output_dir)
+        describe(train_seconds=round(result.metrics["train_runtime"], 1))
     return trainer

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,12 +25,13 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clp_engine import best, callback_states, chat_template, checkpoint, init_kwargs, lora_config
+from clp_engine import best, callback_states, chat_template, checkpoint, init_kwargs, lora_config, run_folder
 from clp_engine.conditioning import Conditioning
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.data import Prompts
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
+from clp_engine.files import write_text
 from clp_engine.generation import Collector, Generation
 from clp_engine.loader import PromptLoader
 from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
@@ -113,6 +115,7 @@ class CLPTrainer(ScriptSurface):
                     "environments)"
                 )
         self.args = args or CLPConfig()
+        self.run_id: str | None = uuid.uuid4().hex  # of the run that it goes on with, where it resumes one
         self.rewards = RewardSet(reward_funcs, reward_processing_classes, self.args.reward_workers)
         if condition_sampler is not None and self.args.reward_weights is not None:
             raise ConfigError(
@@ -532,10 +535,12 @@ class CLPTrainer(ScriptSurface):
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing")
-        a, output = self.args, Path(self.args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
+        with run_folder.training_in(self.args.output_dir):
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | Path | bool | None) -> TrainOutput:
         self._prepare(resume_from_checkpoint)
-        state = self.state
+        a, state = self.args, self.state
         self.control = self.callback_handler.on_train_begin(a, state, self.control)
         started, first_step, losses = time.time(), state.global_step, []
         if a.eval_on_start and state.global_step == 0:
@@ -599,11 +604,21 @@ class CLPTrainer(ScriptSurface):
             a.steps_per_rollout * a.gradient_accumulation_steps,
             a.seed if a.shuffle_dataset else None,
         )
+        read = self.policy.read_from
         if resume_from_checkpoint:
-            self._restore(checkpoint.resolve(a.output_dir, resume_from_checkpoint))
+            path = checkpoint.resolve(a.output_dir, resume_from_checkpoint)
+            read, self.run_id = [*read, path], checkpoint.read_state(path).get("run")
+        run_folder.check_free(a.output_dir, self.run_id, a.overwrite_output_dir, read)
+        if resume_from_checkpoint:
+            self._restore(path)
         else:
             set_seed(a.seed)  # nothing here draws from the global generators, but reward functions may
         self.state.max_steps = self.budget.max_steps(self.state.global_step, self.num_generated_tokens)
+        # Nothing in the folder has changed so far: what is refused leaves it as it was.
+        run_folder.begin(a.output_dir, self.run_id)
+        self._has_folder = True
+        if a.log_completions:
+            run_folder.note(a.output_dir, [Path(a.output_dir) / "completions.jsonl"])
         self._open_log(resumed=bool(resume_from_checkpoint))
 
     def _step(self, bar) -> float:
@@ -767,16 +782,25 @@ class CLPTrainer(ScriptSurface):
 
     def _open_log(self, resumed: bool) -> None:
         """Start log.jsonl anew, or keep of it what happened up to the checkpoint."""
-        path = Path(self.args.output_dir) / "log.jsonl"
         history = self.state.log_history if resumed else []
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+        write_text(
+            Path(self.args.output_dir) / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history)
+        )
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> Path:
         """Write the policy to `output_dir`, by default <args.output_dir>/policy."""
-        path = Path(output_dir or Path(self.args.output_dir) / "policy")
-        self.policy.save_pretrained(path)
+        run = Path(self.args.output_dir)
+        path = run / "policy" if output_dir is None else Path(output_dir)
+        if output_dir is None and not self._has_folder:
+            run_folder.check_free(run, self.run_id, self.args.overwrite_output_dir)
+        if path.resolve().is_relative_to(run.resolve()):
+            with run_folder.writing(run, path.resolve().relative_to(run.resolve())) as temporary:
+                self.policy.write_files(temporary)
+        else:
+            self.policy.save_pretrained(path)
         return path
 
+    _has_folder = False  # output_dir holds the run of this trainer
     _save_pending = False
 
     def _save_when_whole(self) -> None:
@@ -788,6 +812,7 @@ class CLPTrainer(ScriptSurface):
         checkpoint.save(
             self.args.output_dir,
             self.state.global_step,
+            self.run_id,
             self.policy,
             self.optimizer,
             {

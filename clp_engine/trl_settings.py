@@ -15,7 +15,6 @@ FORMER = {
     "logging_dir": "gone from transformers, too: TENSORBOARD_LOGGING_DIR in the environment",
     "evaluation_strategy": "its name is eval_strategy",
     "no_cuda": "its name is use_cpu",
-    "overwrite_output_dir": "gone from transformers, too: output_dir is written to, checkpoints of another run are not resumed",
     "save_safetensors": "gone from transformers, too: everything is written as safetensors",
     "use_peft": "give peft_config= to the trainer",
     "ref_model": "the reference is the base model of the policy",

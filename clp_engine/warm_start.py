@@ -93,6 +93,7 @@ def build(
     )
     policy.spec = dataclasses.replace(policy.spec, base_model=name)
     _fill(policy.layers, found)
+    policy.loaded_from = [Path(source) for source in opened if Path(source).is_dir()]
     return policy
 
 

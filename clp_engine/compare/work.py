@@ -10,20 +10,19 @@ they can be kept elsewhere, and a comparison goes on from them with what is miss
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import runs
+from clp_engine import locking, runs
 from clp_engine.compare.plan import Evaluation, Plan, Run
 from clp_engine.config import WITHOUT_EFFECT
 from clp_engine.errors import ConfigError
-from clp_engine.files import checkpoints, write_directory, write_text
+from clp_engine.files import finish, write_directory, write_text
+from clp_engine.locking import Busy
+from clp_engine.run_folder import checkpoints, remove_checkpoint
 
 if TYPE_CHECKING:
     from clp_engine.evaluation import ParetoReport
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
 
 BASE = "base"  # the evaluation of the base model, which sets the reference point
 _INPUTS = "inputs.json"
-
-
-class Busy(Exception):
-    """Another process is at this piece."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +92,17 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
         if is_trained(plan, run):
             return
         config = CLPConfig.from_dict(
-            {**run.config, "disable_tqdm": not progress or run.config["disable_tqdm"]}
+            {
+                **run.config,
+                "disable_tqdm": not progress or run.config["disable_tqdm"],
+                "overwrite_output_dir": True,  # the folder is the comparison's: a policy without a record is made again
+            }
         )
         trainer = runs.train(run.spec, config, resume=bool(checkpoints(folder)), again="the same command")
         _write_json(plan.training_record(run.name), asdict(_training(trainer)))
         if not plan.keep_checkpoints:
             for path in checkpoints(folder):
-                shutil.rmtree(path)
+                remove_checkpoint(folder, path)
 
 
 def _training(trainer: CLPTrainer) -> Training:
@@ -220,19 +219,14 @@ def _assemble(plan: Plan, evaluation: Evaluation):
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a piece, `.<name>.lock` beside its folder; Busy where another process has it.
-
-    The system gives the lock back when its holder ends, however it ends: a killed process leaves none behind.
-    """
+    """Hold the lock of a piece, `.<name>.lock` beside its folder; Busy where another process has it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Busy(f"another process is at {folder}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+            stack.enter_context(locking.exclusive(folder.with_name(f".{folder.name}.lock")))
+        except Busy as holder:
+            raise Busy(f"{holder} is at {folder}") from None
+        finish(folder)
         yield
 
 

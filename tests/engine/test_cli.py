@@ -198,6 +198,110 @@ def test_export_writes_an_adapter_or_a_model_and_does_not_replace_a_folder_unask
     assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
 
 
+EXPORTS = {
+    "adapter": ["--weights", "0.5,0.5"],
+    "model": ["--weights", "0.5,0.5", "--merged"],
+    "each": ["--each"],
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_overwriting_an_export_keeps_other_files(trained, tmp_path, kind):
+    target = tmp_path / "out"
+    (target / "even").mkdir(parents=True)
+    for name in ("notes.txt", "even/notes.txt", "adapter_model.bin"):
+        (target / name).write_text("mine")
+    arguments = ["export", "run", *EXPORTS[kind], "--to", str(target), "--overwrite"]
+    for _ in range(2):
+        assert main(arguments) == 0
+    for name in ("notes.txt", "even/notes.txt", "adapter_model.bin"):
+        assert (target / name).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize(
+    ("target", "how"),
+    [("run", "holds"), ("run/policy", "is"), ("run/policy/out", "lies in"), ("base", "is"), (".", "holds")],
+)
+def test_an_export_into_what_it_reads_is_refused_and_changes_nothing(
+    workplace, trained, capsys, kind, target, how
+):
+    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.is_file()}
+    message = refused(["export", "run", *EXPORTS[kind], "--to", target, "--overwrite"], capsys)
+    assert f"{target} {how} {workplace}" in message and "is being read; give another folder" in message
+    assert before == {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.is_file()}
+
+
+def test_a_merged_model_replaces_the_weights_of_an_earlier_export_and_no_adapter_of_somebody_else(
+    trained, tmp_path, capsys
+):
+    target, model = tmp_path / "out", [*EXPORTS["model"], "--overwrite"]
+    assert main(["export", "run", *EXPORTS["adapter"], "--to", str(target)]) == 0
+    (target / "model.safetensors.index.json").write_text("{}")  # of a model in parts
+    assert main(["export", "run", "--to", str(target), *model]) == 0
+    assert not {"adapter_config.json", "model.safetensors.index.json"} & {p.name for p in target.iterdir()}
+    (target / "adapter_config.json").write_text("mine")
+    before = (target / "model.safetensors").stat().st_mtime_ns
+    assert "holds an adapter" in refused(["export", "run", "--to", str(target), *model], capsys)
+    assert (target / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("wrong", [["--model", "no-such-model"], ["--rewards", "even=toy_rewards.py:od"]])
+def test_overwriting_with_a_mistake_costs_nothing(trained, capsys, wrong):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    refused(["train", "config.yaml", "--overwrite", *wrong], capsys)
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_a_refused_resume_leaves_the_description_of_the_run(trained, capsys):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    message = refused(["train", "config.yaml", "--resume", "--learning-rate", "1"], capsys)
+    assert "other settings for learning_rate" in message
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_overwriting_replaces_run_and_reports_and_keeps_other_files(trained, tmp_path, workplace):
+    folder = tmp_path / "run"
+    train = ["train", "config.yaml", "--output-dir", str(folder), "--max-steps", "2"]
+    small = ["--prompts", "2", "--bootstrap", "10", "--grid", "2"]
+    assert main(train) == 0 and main(["evaluate", str(folder), *small]) == 0
+    first = runs.RunSpec.load(folder).run
+    for name in ("notes.txt", "policy/notes.txt"):
+        (folder / name).write_text("mine")
+    assert main(["export", str(folder), *EXPORTS["adapter"], "--to", str(folder / "brief")]) == 0
+    assert (folder / "report.md").is_file()
+    assert main([*train, "--overwrite", "--max-steps", "1", "--save-strategy", "no"]) == 0
+    left = {path.relative_to(folder).as_posix() for path in folder.iterdir()}
+    assert left == {"brief", "log.jsonl", "clp_manifest.json", "notes.txt", "policy", "run.json"}
+    assert (folder / "policy" / "notes.txt").read_text() == (folder / "notes.txt").read_text() == "mine"
+    assert runs.RunSpec.load(folder).run not in (None, first)
+
+
+@pytest.mark.check
+def test_two_trainings_at_once_in_one_folder_are_refused(workplace, trained, capsys):
+    slow = "import time\n" + REWARDS.replace("    return [sum(i <", "    time.sleep(0.3); return [sum(i <")
+    (workplace / "slow_rewards.py").write_text(slow)
+    command = ["train", "config.yaml", "--output-dir", "shared", "--max-steps", "200"]
+    rewards = ["--rewards", "even=slow_rewards.py:even", "small=slow_rewards.py:small"]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "clp_engine", *command, *rewards], stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (workplace / "shared" / "run.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        message = refused([*command, "--overwrite"], capsys)
+        assert f"process {first.pid} on" in message and "is training in this folder; wait" in message
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert (workplace / "shared" / ".lock").exists()
+    assert main([*command, "--max-steps", "1", "--overwrite"]) == 0
+    assert not (workplace / "shared" / ".lock").exists()
+
+
 def test_a_flag_overrides_the_file_and_an_earlier_run_is_not_replaced_unasked(workplace, trained, capsys):
     assert "earlier run" in refused(["train", "config.yaml"], capsys)
     arguments = [

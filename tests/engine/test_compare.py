@@ -24,8 +24,8 @@ from clp_engine.compare.plan import Method
 from clp_engine.compare.summary import Estimate, Front, dominated, summarise, t_probability, t_quantile
 from clp_engine.errors import ConfigError
 from clp_engine.evaluation import Base, Interval, ParetoReport
-from clp_engine.files import checkpoints
 from clp_engine.mixtures import LogitMixture
+from clp_engine.run_folder import checkpoints
 from clp_engine.trainer import CLPTrainer
 
 REWARDS = """

@@ -132,7 +132,7 @@ def test_a_generator_is_read_as_far_as_the_run_needs_and_ends_it_where_it_ends(t
             read.append(i)
             yield ROWS[i % len(ROWS)]
 
-    stream_trainer(tmp_path, endless(), max_steps=2).train()
+    stream_trainer(tmp_path / "endless", endless(), max_steps=2).train()
     assert len(read) == 8
     with caplog.at_level(logging.WARNING):
         trainer = stream_trainer(tmp_path, iter(ROWS[:10]), max_steps=9)
@@ -175,7 +175,7 @@ def test_a_source_that_shuffles_is_asked_to_where_the_run_shuffles(tmp_path):
         CLPTrainer(
             build_model("qwen2"),
             watching,
-            settings(tmp_path, **changes),
+            settings(tmp_path / str(shuffle), **changes),
             Shuffling(),
             processing_class=build_tokenizer(),
         ).train()

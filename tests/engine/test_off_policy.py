@@ -96,7 +96,7 @@ def test_one_optimiser_step_per_rollout_is_the_default(tmp_path):
     adapters = []
     for steps in (None, 2):
         trainer = build_trainer(
-            tmp_path,
+            tmp_path / str(steps),
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
             steps_per_generation=steps,

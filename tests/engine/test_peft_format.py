@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from engine.conftest import build_model, build_policy, model_inputs
+from engine.conftest import build_model, build_policy, build_tokenizer, model_inputs
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -192,3 +192,43 @@ def test_all_layers_of_an_adapter_have_one_rank_as_vllm_reads_it(tmp_path):
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {t.shape[0] for key, t in tensors.items() if "lora_A" in key} == {config["r"]} == {20}
     assert config["rank_pattern"] == {} and config["lora_alpha"] == 20
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+WRITES = {
+    "export_adapter": lambda policy, folder: policy.export_adapter(folder, weights=[0.5, 0.5]),
+    "save_adapters": lambda policy, folder: policy.save_adapters(folder),
+    "save_pretrained": lambda policy, folder: policy.save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_other_files_in_the_folder_stay(tmp_path, write):
+    policy = build_policy("llama")
+    for name in ("notes.txt", "a/notes.txt"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    for _ in range(2):
+        write(policy, tmp_path / "out")
+    for name in ("notes.txt", "a/notes.txt"):
+        assert (tmp_path / "out" / name).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_nothing_is_written_into_a_base_model_or_over_adapters_that_were_read(tmp_path, write):
+    build_model("llama").save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    policy = ConditionedPolicy.from_pretrained(tmp_path / "base", ("a", "b"))
+    policy.save_adapters(tmp_path / "adapters")
+    policy.save_pretrained(tmp_path / "policy")
+    again = ConditionedPolicy.from_adapters(tmp_path / "base", tmp_path / "adapters")
+    loaded = ConditionedPolicy.load(tmp_path / "policy")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = [(policy, "base"), (again, "adapters"), (loaded, "policy"), (policy, ".")]
+    for written, folder in refused[:1] if write is WRITES["save_pretrained"] else refused:
+        with pytest.raises(ConfigError, match="give another folder"):
+            write(written, tmp_path / folder)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -295,7 +295,7 @@ def test_what_is_kept_of_the_reference_does_not_change_the_gradient(tmp_path, mo
     for most in (1 << 30, 0):
         monkeypatch.setattr(ahead, "MAX_BYTES", most)
         trainer = build_trainer(
-            tmp_path, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=4
+            tmp_path / str(most), max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=4
         )
         trainer.train()
         adapters.append(torch.cat([p.flatten() for p in trainer.policy.adapter_parameters().values()]))

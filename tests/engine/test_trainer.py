@@ -151,7 +151,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
         {"per_device_train_batch_size": 16},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     ):
-        trainer = build_trainer(tmp_path, max_steps=2, max_grad_norm=0, **split)
+        trainer = build_trainer(tmp_path, max_steps=2, max_grad_norm=0, overwrite_output_dir=True, **split)
         trainer.train()
         adapters.append(
             torch.cat([p.detach().flatten() for p in trainer.policy.adapter_parameters().values()])
