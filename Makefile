@@ -5,6 +5,8 @@
 #             of the marked tests alone)
 # make pretend   the tests that need a GPU, on one that is pretended (tests/pretend_gpu.py); minutes, as kernels are interpreted
 # make avx2   the numeric tests of the kernels and the engine as on a processor that has AVX2 and nothing newer
+# make aarch64   cross-compile the C++ kernels for aarch64 and run their tests there, emulated by qemu (tools/aarch64.py). Needs Debian
+#             and a cross compiler; ARGS="-k matmul" for some of the tests
 # make peers  install TRL, PEFT, verl and others as well, then run the tests that compare with them (tests/peers)
 # make docs   install mkdocs, build the documentation into site/
 #
@@ -24,7 +26,7 @@ NUMERIC := $(addprefix tests/kernels/test_,matmul.py multi_lora.py linear_logpro
   sampling.py interpolation.py interpolated_linear.py prefix_attention.py decoder.py) \
   $(addprefix tests/engine/test_,native_decoding.py rollout.py estimators.py steerable.py)
 
-.PHONY: demo test check pretend avx2 peers docs install lint clean
+.PHONY: demo test check pretend avx2 aarch64 peers docs install lint clean
 
 install:
 	@command -v $(PYTHON) >/dev/null || { echo "clp-engine: $(PYTHON) was not found; Python 3.10 or newer is needed" >&2; exit 1; }
@@ -41,6 +43,7 @@ check: install
 ifndef ARGS
 	$(MAKE) pretend ARGS="$(PRETENDED)"
 	$(MAKE) avx2
+	$(MAKE) aarch64 ARGS=--or-skip
 	$(MAKE) peers
 endif
 
@@ -49,6 +52,9 @@ pretend: install
 
 avx2: install
 	$(AVX2) $(PYTEST) -m "not check" -k "not triton" $(or $(ARGS),$(NUMERIC))
+
+aarch64: install
+	$(VENV)/bin/python tools/aarch64.py $(ARGS)
 
 peers: install
 	@$(PYTHON) tools/environment.py --venv $(VENV) $(OWN_TORCH) --peers
