@@ -8,6 +8,9 @@
 # make aarch64   cross-compile the C++ kernels for aarch64 and run their tests there, emulated by qemu (tools/aarch64.py). Needs Debian
 #             and a cross compiler; ARGS="-k matmul" for some of the tests
 # make peers  install TRL, PEFT, verl and others as well, then run the tests that compare with them (tests/peers)
+# make lowest   the engine's and the kernels' main tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+#             (constraints-lowest.txt; on x86-64 Linux, PyPI's torch of that age comes with 4 GB of CUDA)
+# make newest   the same with the newest versions that there are, in .venv-newest (constraints-newest.txt)
 # make docs   install mkdocs, build the documentation into site/
 #
 # PYTHON=...  another interpreter. Given by hand, it brings its own torch (for a GPU); otherwise the pinned CPU build is used.
@@ -16,17 +19,21 @@ PYTHON ?= python3
 VENV ?= .venv
 OWN_TORCH := $(if $(filter command line,$(origin PYTHON)),--own-torch)
 
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n auto --dist worksteal
+# `--dist worksteal`: a process that is done takes tests from the other, so that no long file is left to one of them.
+pytest = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n auto --dist worksteal
+PYTEST := $(call pytest,$(VENV))
 # What the pretended GPU runs in `make check`: `make pretend` alone takes every test of a GPU.
 PRETENDED := tests/test_pretend_gpu.py tests/kernels/test_gpu_kernels.py tests/engine/test_gpu_engine.py
-# `--dist worksteal`: a process that is done takes tests from the other, so that no long file is left to one of them.
 # AVX2 for this project's C++, for torch's own kernels and for the library of its matrix products.
 AVX2 := CLP_KERNELS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 NUMERIC := $(addprefix tests/kernels/test_,matmul.py multi_lora.py linear_logprob.py linear_logprob_directions.py logits_logprob.py \
   sampling.py interpolation.py interpolated_linear.py prefix_attention.py decoder.py) \
   $(addprefix tests/engine/test_,native_decoding.py rollout.py estimators.py steerable.py)
 
-.PHONY: demo test check pretend avx2 aarch64 peers docs install lint clean
+# What other versions of the libraries may change: everything of the engine, and of the kernels what torch and Triton run.
+VERSIONED := tests/engine tests/tasks $(filter tests/kernels/%,$(NUMERIC)) tests/kernels/test_composition.py
+
+.PHONY: demo test check pretend avx2 aarch64 lowest newest peers docs install lint clean
 
 install:
 	@command -v $(PYTHON) >/dev/null || { echo "clp-engine: $(PYTHON) was not found; Python 3.10 or newer is needed" >&2; exit 1; }
@@ -44,6 +51,8 @@ ifndef ARGS
 	$(MAKE) pretend ARGS="$(PRETENDED)"
 	$(MAKE) avx2
 	$(MAKE) aarch64 ARGS=--or-skip
+	$(MAKE) lowest
+	$(MAKE) newest
 	$(MAKE) peers
 endif
 
@@ -56,6 +65,10 @@ avx2: install
 aarch64: install
 	$(VENV)/bin/python tools/aarch64.py $(ARGS)
 
+lowest newest:
+	@$(PYTHON) tools/environment.py --venv $(VENV)-$@ --constraints constraints-$@.txt
+	$(call pytest,$(VENV)-$@) -m "not check" $(or $(ARGS),$(VERSIONED))
+
 peers: install
 	@$(PYTHON) tools/environment.py --venv $(VENV) $(OWN_TORCH) --peers
 	CLP_PEERS=required $(PYTEST) --dist loadfile tests/peers $(ARGS)
@@ -67,4 +80,4 @@ lint: install
 	$(VENV)/bin/python -m pip install --quiet ruff && $(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) build runs .pytest_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build runs .pytest_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +23,8 @@ from clp_engine.errors import ConfigError
 
 
 @dataclass
-class Blend:
-    """The blend in force, shared by every conditioned layer of one policy.
+class Blend(threading.local):
+    """The blend in force, shared by every conditioned layer of one policy; each thread has its own. A copy starts with none.
 
     coefficients: (rows, D), a coefficient for each of D deltas; None means the base model, at no extra cost. A row of them per
     sequence of the batch, or, where the batch is one row of packed tokens, index (N,): which row each token has.
@@ -37,6 +38,9 @@ class Blend:
     _gates: dict[tuple, torch.Tensor] = field(default_factory=dict)
     _groups: tuple[torch.Tensor, torch.Tensor | None] | None = None
     _last: tuple | None = None
+
+    def __reduce__(self) -> tuple:
+        return Blend, ()
 
     @contextlib.contextmanager
     def use(

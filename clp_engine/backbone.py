@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -38,6 +39,9 @@ from clp_engine.attention_cache import join_with_room, repeat_rows, repeat_with_
 from clp_engine.base_model import keep_softcap
 from clp_engine.errors import ConfigError
 from clp_engine.packing import Packed
+
+# Held by a pass through a decoder: which attention it runs stands in the model's config, which threads share.
+_ATTENTION = threading.RLock()
 
 # Families that scale the last hidden state exactly where the projection is tied, if their config does not say more.
 _SCALED_WHERE_TIED = ("t5", "longt5", "umt5", "switch_transformers")
@@ -334,13 +338,14 @@ class CausalBackbone(Backbone):
         keys_valid, positions = context.admit(ids.shape[1], valid)
         mask = self._mask(keys_valid, ids.shape[1], context.padded)
         context.padded = context.padded or valid is not None
-        return self.decoder(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{cache_argument(self.decoder): context.cache},
-        ).last_hidden_state
+        with _ATTENTION:
+            return self.decoder(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                **{cache_argument(self.decoder): context.cache},
+            ).last_hidden_state
 
     def packed(self, batch: Packed) -> torch.Tensor:
         with self._attending(batch.layout):
@@ -352,12 +357,13 @@ class CausalBackbone(Backbone):
     def attention(self, name: str) -> Iterator[None]:
         """Inside, the decoder's attention is the function registered with transformers under this name."""
         config = self.decoder.config
-        before = config._attn_implementation_internal
-        config._attn_implementation_internal = name
-        try:
-            yield
-        finally:
-            config._attn_implementation_internal = before
+        with _ATTENTION:
+            before = config._attn_implementation_internal
+            config._attn_implementation_internal = name
+            try:
+                yield
+            finally:
+                config._attn_implementation_internal = before
 
     @contextlib.contextmanager
     def _attending(self, layout: PrefixLayout) -> Iterator[None]:

@@ -34,11 +34,11 @@ def model_location(name_or_path: str | Path) -> str | Path:
     return name_or_path
 
 
-def keep_softcap(model: nn.Module) -> None:
+def keep_softcap(model: PreTrainedModel) -> None:
     """Runs attention eagerly where a layer caps its scores (Gemma 2) and would be given to sdpa, which has no cap: before
     transformers 5.23 such a model loads with sdpa and leaves the cap out without a word."""
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) == "sdpa" and any(
+    config = model.config.get_text_config()
+    if config._attn_implementation == "sdpa" and any(
         getattr(module, "attn_logit_softcapping", None) for module in model.modules()
     ):
         model.set_attn_implementation("eager")

@@ -100,10 +100,10 @@ def _spread(values: torch.Tensor) -> dict[str, float]:
 def reward_metrics(
     names: Sequence[str], rewards: torch.Tensor, scalar: torch.Tensor, conditions: Conditions, group: int
 ) -> dict[str, float]:
-    """rewards/{name}/{mean,std}, rewards/{name}/weight_{low}_{high}, reward (w.R), reward_std and frac_reward_zero_std.
+    """rewards/{name}/{mean,std,missing}, rewards/{name}/weight_{low}_{high}, reward (w.R), reward_std and frac_reward_zero_std.
 
-    rewards: (B, M), NaN = does not apply; scalar: (B,) w.R; conditions: B rows. As TRL does, reward and reward_std are those of
-    all rows together, and standard deviations have n - 1 in the denominator.
+    missing: the share of rows without a reward. rewards: (B, M), NaN = does not apply; scalar: (B,) w.R; conditions: B rows. As
+    TRL does, reward and reward_std are those of all rows together, and standard deviations have n - 1 in the denominator.
     """
     result = {}
     for i, name in enumerate(names):
@@ -111,6 +111,7 @@ def reward_metrics(
         given = values[present]
         result[f"rewards/{name}/mean"] = given.mean().item()
         result[f"rewards/{name}/std"] = _std(given)
+        result[f"rewards/{name}/missing"] = 1 - len(given) / len(values)
         for low, high in WEIGHT_BINS:
             weight = conditions.weights[:, i]
             inside = present & (weight >= low) & ((weight <= high) if high == 1 else (weight < high))

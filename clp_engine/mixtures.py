@@ -28,6 +28,7 @@ from clp_kernels import TokenStats
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
+from clp_engine.positions import Room
 from clp_engine.rollout import Rollout
 from clp_engine.scoring import completion_hidden
 
@@ -129,6 +130,10 @@ class LogitMixture:
     @property
     def kl_is_beta(self) -> bool:
         return self.policy.kl_is_beta
+
+    @property
+    def room(self) -> Room:
+        return self.policy.room
 
     @property
     def moves_hidden(self) -> bool:

@@ -29,6 +29,7 @@ from torch import nn
 from clp_engine.adapters import ConditionedLayer, ConditionedLinear
 from clp_engine.backbone import CausalBackbone
 from clp_engine.errors import ConfigError
+from clp_engine.positions import moving_rope
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
@@ -38,8 +39,6 @@ SWITCH = "CLP_ENGINE_DECODING"
 # Logits of the native decoder and of transformers, as a share of the largest: float32 products in another order; of a bfloat16
 # model, transformers rounds every result, which the native decoder does not.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
-# Rotary embeddings whose frequencies depend on the length of what was read so far.
-_MOVING_ROPE = ("dynamic", "longrope")
 
 _NORMS = {  # names of a layer's norms, in the order norm_attention, norm_attended, norm_mlp, norm_out
     frozenset({"input_layernorm", "post_attention_layernorm"}): (
@@ -290,10 +289,8 @@ def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.T
     """(cos, sin), each (positions, rotary), for each kind of layer: the model's own."""
     decoder, config = policy.backbone.decoder, policy.model.config.get_text_config()
     rotary = decoder.rotary_emb
-    kinds = getattr(rotary, "rope_type", "default")
-    moving = set(kinds.values() if isinstance(kinds, dict) else [kinds]) & set(_MOVING_ROPE)
-    if moving:
-        raise Unsupported(f"its rotary embedding ({moving.pop()}) depends on how much was read")
+    if moving := moving_rope(rotary):
+        raise Unsupported(f"its rotary embedding ({moving[0]}) depends on how much was read")
     types = getattr(config, "layer_types", None) or [None]
     ids = torch.arange(positions, device=policy.device).unsqueeze(0)
     like = decoder.embed_tokens.weight[:1]
@@ -308,13 +305,14 @@ def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.T
 
 
 def base_dtype(policy: ConditionedPolicy) -> torch.dtype:
-    return policy.backbone.decoder.embed_tokens.weight.dtype
+    """The dtype of the base; float32 where it has no embedding to tell it, so that what differs is named."""
+    embedding = getattr(getattr(policy.backbone, "decoder", None), "embed_tokens", None)
+    return getattr(getattr(embedding, "weight", None), "dtype", torch.float32)
 
 
 def _stored(policy: ConditionedPolicy) -> torch.dtype:
-    """The dtype of the base, where the native decoder takes it; float32 where not, so that what differs is named."""
-    embedding = getattr(getattr(policy.backbone, "decoder", None), "embed_tokens", None)
-    dtype = getattr(getattr(embedding, "weight", None), "dtype", torch.float32)
+    """`base_dtype` where the native decoder takes it, else float32."""
+    dtype = base_dtype(policy)
     return dtype if dtype in _TOLERANCE else torch.float32
 
 

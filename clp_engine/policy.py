@@ -47,6 +47,7 @@ from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory
 from clp_engine.native_decoding import NativeDecoding
 from clp_engine.peft_reading import Adapter, holds_adapters
+from clp_engine.positions import Room
 from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.scoring import completion_hidden
 from clp_engine.slot_decoding import SlotDecoding, Slots
@@ -109,6 +110,7 @@ class ConditionedPolicy(nn.Module):
         self.slots: Slots | None = None  # of the last rollout, for the next one
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
+        self.room = Room.of(model)
         self.layers = attach(
             model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
         )
@@ -466,12 +468,11 @@ class ConditionedPolicy(nn.Module):
             raise ConfigError(
                 "prompt conditioning needs a tokenizer; give one to from_pretrained(tokenizer=...)"
             )
-        shown = []
-        for i, (ids, text) in enumerate(zip(prompt_ids, self._prompt_texts(conditions), strict=True)):
-            written = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-            at = prompting.slot(None if prompts is None else prompts[i], ids, self.tokenizer)
-            shown.append([*ids[:at], *written, *ids[at:]])
-        return shown
+        asked = [None] * len(prompt_ids) if prompts is None else prompts
+        return [
+            prompting.with_weighting(prompt, ids, text, self.tokenizer) if text else list(ids)
+            for prompt, ids, text in zip(asked, prompt_ids, self._prompt_texts(conditions), strict=True)
+        ]
 
     @contextlib.contextmanager
     def blended(self, conditions: Conditions | None) -> Iterator[None]:
@@ -592,7 +593,8 @@ class ConditionedPolicy(nn.Module):
 
         prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
         `conditions`). stop_strings: texts that end a completion; max_rows: completions decoded at once, see `rollout`. Returns
-        one string per prompt, or one list of `num_return_sequences` strings per prompt where more than one was asked for.
+        one string per prompt, or one list of `num_return_sequences` strings per prompt where more than one was asked for. Any
+        thread may call this; calls run one after another.
         """
         if self.tokenizer is None:
             raise ConfigError("this policy has no tokenizer; give one to from_pretrained(tokenizer=...)")

@@ -1,17 +1,17 @@
 """Prompt conditioning: the weighting written into the prompt.
 
-The text is put in front of a plain prompt (after its first special token, if it starts with one), and in front of the last user
-message of a chat, as tokens of their own: a prompt that is cut from the left keeps it.
+A plain prompt gets the text in front (after its first special token, if it starts with one), as tokens of their own. A chat
+gets it at the beginning of its last user message, before the chat template is applied: templates trim messages and write around
+them, so that no place in the rendered chat is sure. A prompt that is cut from the left keeps it.
 """
 
 from __future__ import annotations
 
-import copy
 import string
 from collections.abc import Sequence
 from typing import Any
 
-from clp_engine.chat import messages_as_read
+from clp_engine.chat import encode_chat, messages_as_read
 from clp_engine.errors import ConfigError
 
 DEFAULT_TEMPLATE = "{weights}\n"
@@ -41,22 +41,56 @@ def weighting_text(template: str, objectives: Sequence[str], weights: Sequence[f
     return template.format(weights=listed, kl=f"{kl:.3g}")
 
 
-def slot(prompt: Any, token_ids: Sequence[int], tokenizer) -> int:
-    """Where in token_ids the text goes. prompt: what they were made from, text or chat messages; None if that is not known."""
-    if isinstance(prompt, str) or prompt is None:
-        special = set(tokenizer.all_special_ids)
-        return int(len(token_ids) > 1 and token_ids[0] in special)
-    last_user = max((i for i, message in enumerate(prompt) if message.get("role") == "user"), default=None)
-    if last_user is None:
-        return 0
-    marked = copy.deepcopy(messages_as_read(prompt, tokenizer))
-    content = marked[last_user]["content"]
-    if isinstance(content, str):
-        marked[last_user]["content"] = _MARK + content
-    else:  # parts
-        marked[last_user]["content"] = [{"type": "text", "text": _MARK}, *content]
-    rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
-    before, _, after = rendered.rpartition(_MARK)
-    # Counted from the end: what was cut off lies at the start.
-    behind = len(tokenizer(after, add_special_tokens=False)["input_ids"])
-    return max(len(token_ids) - behind, 0)
+def with_weighting(prompt: Any, token_ids: Sequence[int], text: str, tokenizer) -> list[int]:
+    """The tokens of a prompt with `text` in it.
+
+    prompt: what token_ids were made from, a text or chat messages; None if that is not known. token_ids: of the prompt, or what
+    is left of them where they were cut from the left: as many tokens are cut here, and none of the text. Raises ConfigError for
+    a chat template that does not show what a user message begins with.
+    """
+    messages = None if prompt is None or isinstance(prompt, str) else messages_as_read(prompt, tokenizer)
+    users = [i for i, message in enumerate(messages or ()) if message.get("role") == "user"]
+    if not users:
+        special = messages is None and len(token_ids) > 1 and token_ids[0] in set(tokenizer.all_special_ids)
+        written = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*token_ids[:special], *written, *token_ids[special:]]
+    cut = len(encode_chat(messages, tokenizer)) - len(token_ids)
+
+    def rendered_with(begin: str) -> str:
+        shown = [*messages]
+        shown[users[-1]] = _beginning_with(begin, messages[users[-1]])
+        return tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
+
+    rendered, shown = rendered_with(text), text.strip()
+    before, mark, _ = rendered_with(_MARK + text).partition(_MARK)
+    earlier = before.count(shown)  # the chat may have said the same before
+    parts = rendered.split(shown, earlier + 1)
+    if not mark or len(parts) != earlier + 2:
+        raise ConfigError(
+            f"prompt conditioning writes {text!r} into the last user message, and the tokenizer's chat template does not show "
+            "it; change prompt_template or tokenizer.chat_template"
+        )
+    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    if cut <= 0:
+        return ids
+    start = len(rendered) - len(parts[-1]) - len(shown)
+    first = _tokens_up_to(start, rendered, tokenizer)
+    if cut <= first:
+        return ids[cut:]
+    behind = _tokens_up_to(start + len(shown), rendered, tokenizer, whole=True)
+    return [*ids[first:behind], *ids[behind + cut - first :]]
+
+
+def _beginning_with(text: str, message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    if content is None or isinstance(content, str):
+        return {**message, "content": text + (content or "")}
+    return {**message, "content": [{"type": "text", "text": text}, *content]}
+
+
+def _tokens_up_to(place: int, rendered: str, tokenizer, whole: bool = False) -> int:
+    """How many tokens of the rendered chat lie before a place in it; whole: with the one that the place lies in."""
+    if not tokenizer.is_fast:
+        return len(tokenizer(rendered[:place], add_special_tokens=False)["input_ids"])
+    spans = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return sum(start < place if whole else end <= place for start, end in spans)

@@ -16,12 +16,14 @@ more workers, take their numbers in whatever order they come to it: give each a 
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import functools
 import inspect
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from typing import Any
 
@@ -37,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 
+_LARGEST = 1e18  # the square of a larger one, in a standard deviation or a gradient norm, overflows float32
+_SHORT = type(None) | bool | int | float
+_FAILURES = (Exception, asyncio.CancelledError)  # of a function; anything else ends the program
+
 
 class ClassifierReward:
     """A sequence classifier as a reward: `logits[:, 0]` of prompt and completion (a chat template joins messages)."""
@@ -50,7 +56,8 @@ class ClassifierReward:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         keep_softcap(model)
-        model.config.pad_token_id = tokenizer.pad_token_id
+        for config in (model.config, model.config.get_text_config()):  # apart in models of text and images
+            config.pad_token_id = tokenizer.pad_token_id
         self.__name__ = (model.config.name_or_path or type(model).__name__).rstrip("/").rsplit("/", 1)[-1]
 
     @torch.no_grad()
@@ -98,8 +105,9 @@ class RewardSet:
     """M rewards under their names.
 
     reward_funcs: one or a list of: a function (sync or async) called with keywords only (`prompts`, `completions`,
-    `completion_ids`, every dataset column, `trainer_state`, `log_extra`, `log_metric`) that returns one float or None per
-    row; a sequence classifier; or the name or path of one. A mapping gives the names itself; otherwise a function's
+    `completion_ids`, every dataset column, `trainer_state`, `log_extra`, `log_metric`) that returns one number or None per
+    row (a list, an array or a tensor, also of shape (rows, 1); NaN counts as None); a sequence classifier; or the name or path
+    of one. Each function has its own copy of the lists it is given. A mapping gives the names itself; otherwise a function's
     `__name__` and a model's own name are taken. workers: threads for functions that are not async (module docstring).
     """
 
@@ -132,6 +140,7 @@ class RewardSet:
             )
         self._workers = Workers(workers) if workers else None
         self._loop = EventLoop()
+        self._warned: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.functions)
@@ -162,18 +171,19 @@ class RewardSet:
         calls = [_Call(name, f, self._loop) for name, f in zip(self.names, self.functions)]
         here = []
         for call in calls:  # what waits first, so that it waits for as long as possible
+            own = {name: _copied(value) for name, value in arguments.items()}
             if _is_async(call.function):
-                call.run(arguments)
+                call.run(own)
             elif self._workers is None or isinstance(call.function, ClassifierReward | torch.nn.Module):
-                here.append(call)
+                here.append((call, own))
             else:
                 call.on_worker = True
-                self._workers.submit(_in_context_of_caller(call, arguments))
-        for call in here:
-            call.run(arguments)
+                self._workers.submit(_in_context_of_caller(call, own))
+        for call, own in here:
+            call.run(own)
             if call.failed:
                 call.value()  # raises
-        return PendingRewards(calls, len(completions))
+        return PendingRewards(calls, len(completions), self._warned)
 
     def __call__(
         self,
@@ -190,16 +200,16 @@ class RewardSet:
 class PendingRewards:
     """The calls of one batch of completions, on their way."""
 
-    def __init__(self, calls: list[_Call], rows: int):
-        self._calls, self._rows = calls, rows
+    def __init__(self, calls: list[_Call], rows: int, warned: set[str]):
+        self._calls, self._rows, self._warned = calls, rows, warned
 
     def result(self) -> torch.Tensor:
         """Wait for them: (rows, M) float32, NaN where a function gave None.
 
-        Raises ValueError where a function returns another number of rewards than rows, RuntimeError naming the function
-        where one fails, with the function's own error as its cause.
+        Raises ValueError naming the function where it returns something else than a finite number or None per row, or logs
+        another number of values; RuntimeError naming it where it fails, with its own error as the cause.
         """
-        rewards = torch.stack([self._column(call.name, call.value()) for call in self._calls], -1)
+        rewards = torch.stack([self._column(call, call.value()) for call in self._calls], -1)
         unrewarded = rewards.isnan().all(-1).nonzero().flatten().tolist()
         if unrewarded:
             logger.warning(
@@ -210,13 +220,54 @@ class PendingRewards:
             )
         return rewards
 
-    def _column(self, name: str, values: Any) -> torch.Tensor:
-        values = values.tolist() if isinstance(values, torch.Tensor) else list(values)
-        if len(values) != self._rows:
+    def _column(self, call: _Call, returned: Any) -> torch.Tensor:
+        what = f"reward function {call.name!r}"
+        values = self._per_row(returned)
+        if values is None:
+            given = repr(returned) if isinstance(returned, _SHORT) else f"a {type(returned).__name__}"
+            hint = "; is its return statement missing?" if returned is None else ""
             raise ValueError(
-                f"reward function {name!r} returned {len(values)} rewards for {self._rows} completions"
+                f"{what} returned {given}; expected a list, an array or a tensor of {self._rows} numbers, one for each "
+                f"completion{hint}"
             )
-        return torch.tensor([float("nan") if v is None else float(v) for v in values], dtype=torch.float32)
+        if len(values) != self._rows:
+            raise ValueError(f"{what} returned {len(values)} rewards for {self._rows} completions")
+        numbers = []
+        for row, value in enumerate(values):
+            number = math.nan if value is None else _number(value)
+            if number is None or abs(number) > _LARGEST:
+                raise ValueError(
+                    f"{what} returned {value!r:.80} for completion {row}; expected a number of at most {_LARGEST:g} in size, "
+                    "or None where it does not apply"
+                )
+            if value is not None and math.isnan(number) and call.name not in self._warned:
+                self._warned.add(call.name)
+                logger.warning(
+                    "%s returned NaN for completion %d; NaN counts as None (said once; rewards/%s/missing is the share)",
+                    what,
+                    row,
+                    call.name,
+                )
+            numbers.append(number)
+        for column, logged in call.columns.items():
+            if isinstance(logged, str) or not hasattr(logged, "__len__") or len(logged) != self._rows:
+                length = len(logged) if hasattr(logged, "__len__") else "no"
+                raise ValueError(
+                    f"{what} gave log_extra {length} values for {column!r} ({type(logged).__name__}); expected a list of "
+                    f"{self._rows}, one for each completion"
+                )
+        return torch.tensor(numbers, dtype=torch.float32)
+
+    @staticmethod
+    def _per_row(returned: Any) -> list | None:
+        """What was returned as a list; None where it is no list of any kind. Trailing dimensions of 1 are dropped."""
+        if hasattr(returned, "tolist") and hasattr(returned, "ndim"):
+            if returned.ndim == 0:
+                return None
+            return returned.reshape(returned.shape[: _dimensions(returned.shape)]).tolist()
+        if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable):
+            return None
+        return list(returned)
 
     # What follows is whole once `result` has returned, and in the order of the functions, whichever ended first.
 
@@ -268,7 +319,7 @@ class _Call:
             )
         except BaseException as error:
             self._end(error)
-            if not isinstance(error, Exception):
+            if not isinstance(error, _FAILURES):
                 raise
         else:
             if inspect.isawaitable(value):
@@ -302,11 +353,38 @@ class _Call:
         """Wait for what the function returns, or raise what it raised."""
         try:
             return self._done.result()
-        except Exception as error:
+        except _FAILURES as error:
             hint = ""
             if self.on_worker and "thread" in str(error):
                 hint = "; it ran on a worker thread: reward_workers=0 calls it in the main one"
             raise RuntimeError(f"reward function {self.name!r} failed: {error!r}{hint}") from error
+
+
+def _number(value: Any) -> float | None:
+    """A number, also as an array or a tensor of one; None for anything else."""
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _dimensions(shape: Sequence[int]) -> int:
+    """How many dimensions are left without trailing ones of size 1; the first is always there."""
+    count = len(shape)
+    while count > 1 and shape[count - 1] == 1:
+        count -= 1
+    return count
+
+
+def _copied(value: Any) -> Any:
+    """Lists and dicts anew, all the way down, so that a function that edits them edits its own; everything else as it is."""
+    if type(value) is list:
+        if value and type(value[0]) in (int, float, str):  # of one kind: nothing below to copy
+            return value[:]
+        return [_copied(v) for v in value]
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def _wrapped(function: RewardFunction) -> RewardFunction:

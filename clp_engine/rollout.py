@@ -7,6 +7,8 @@ depend on what else is in the batch, or on when it joined.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,9 @@ from clp_engine.seeds import derive
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
+
+# Buffers of decoding belong to a policy: threads that draw from the same one take turns.
+_TURNS: weakref.WeakKeyDictionary[ConditionedPolicy, threading.RLock] = weakref.WeakKeyDictionary()
 
 # Steps between looks at who has ended, where looking makes the host wait for the device.
 _LOOK_EVERY = 8
@@ -111,7 +116,7 @@ class Rollout:
         return pack(self.prompt_ids, self.counts[0], self.completion_ids, self.counts[1])
 
     def prompts(self, start: int, stop: int) -> Rollout:
-        """The part of prompts [start, stop), trimmed to the longest prompt and completion in it; itself, if that is all of it."""
+        """The part of prompts [start, stop), trimmed to the longest prompt and completion in it; this one, if that is all."""
         rows = slice(start * self.group, stop * self.group)
         prompt_lengths, lengths = self.counts[0][start:stop], self.counts[1][rows]
         skip, keep = self.prompt_ids.shape[1] - int(prompt_lengths.max()), max(int(lengths.max()), 1)
@@ -178,6 +183,8 @@ def rollout(
 
     begun: of the one completion of each prompt (num_generations=1), the tokens that are there already. It goes on after them,
     read as a part of the prompt, with the random numbers of the positions that follow; only what follows is returned.
+
+    Any thread may call this; calls for one policy run one after another.
     """
     sampling = sampling or SamplingParams()
     if len(conditions) != len(prompt_ids):
@@ -188,6 +195,8 @@ def rollout(
         raise ValueError(f"begun continues one completion per prompt; got num_generations={num_generations}")
     device = policy.device
     shown = policy.shown_prompts(prompt_ids, conditions, prompts)
+    for i, ids in enumerate(prompt_ids if shown is None else shown):
+        policy.room.check(len(ids), sampling.max_new_tokens, f"prompt {i}")
     if begun is not None:
         shown, prompt_ids = (
             None if ids is None else [[*prompt, *tokens] for prompt, tokens in zip(ids, begun, strict=True)]
@@ -198,14 +207,15 @@ def rollout(
     if row_seeds is None:
         row_seeds = derive(seed, torch.arange(len(prompt_ids) * num_generations))
     drawing = Drawing(policy, sampling, row_seeds.to(device), begun)
-    if policy.shares_prompts:
-        at_once = len(prompt_ids) if max_rows is None else max(1, max_rows // num_generations)
-        decoding = policy.decoding(
-            read_ids, read_mask, conditions, num_generations, sampling.max_new_tokens, at_once
-        )
-        _decode(drawing, decoding, len(prompt_ids), num_generations)
-    else:
-        _generate(drawing, policy, read_ids, read_mask, conditions, num_generations)
+    with _TURNS.setdefault(policy, threading.RLock()):
+        if policy.shares_prompts:
+            at_once = len(prompt_ids) if max_rows is None else max(1, max_rows // num_generations)
+            decoding = policy.decoding(
+                read_ids, read_mask, conditions, num_generations, sampling.max_new_tokens, at_once
+            )
+            _decode(drawing, decoding, len(prompt_ids), num_generations)
+        else:
+            _generate(drawing, policy, read_ids, read_mask, conditions, num_generations)
 
     tokens, mask, logprobs, terminated = drawing.completions()
     return Rollout(

@@ -86,7 +86,7 @@ def main(out: Path, quick: bool = False) -> tuple[CLPTrainer, dict[str, float]]:
     held_out = docsum.load_dataset("validation", limit=16 if quick else 200, max_prompt_tokens=PROMPT_TOKENS)
     errors = {}
     for name, examples in (("relevance", relevance_examples), ("concise", concise_examples)):
-        folder = fit(out / name, examples(rows), steps=8 if quick else 150)
+        folder = fit(out / name, examples(rows), steps=16 if quick else 150)
         errors[name] = error(folder, examples(held_out))
         print(f"{folder}: mean squared error {errors[name]:.3f} on held-out summaries")
 

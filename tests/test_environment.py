@@ -7,6 +7,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "environment.py"
@@ -77,3 +79,22 @@ def test_the_source_distribution_holds_sources_model_and_licence(tmp_path):
     }
     assert needed <= names, needed - names
     assert not any(name.endswith((".so", ".pyc")) for name in names)
+
+
+def test_the_lowest_versions_that_are_tried_are_those_that_pyproject_allows():
+    """constraints-lowest.txt, which `make lowest` installs, pins every library at its floor, and nothing else."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    wanted += [line for extra in ("plot", "test") for line in project["project"]["optional-dependencies"][extra]]
+    floors = {}
+    for requirement in map(Requirement, wanted):
+        for bound in requirement.specifier:
+            assert bound.operator == ">=", requirement
+            assert floors.setdefault(requirement.name, bound.version) == bound.version, requirement
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = {r.name: r.specifier for r in map(Requirement, [line for line in lines if line[:1] not in ("", "#")])}
+    for name, floor in floors.items():
+        (pin,) = pins.pop(name)
+        assert pin.operator == "==" and Version(pin.version) == Version(floor), name
+    assert not pins

@@ -1,8 +1,9 @@
 """Makes the checkout's virtual environment and installs clp-engine into it, once; says in plain words what is missing.
 
-    python3 tools/environment.py [--venv .venv] [--own-torch] [--extras plot,test] [--peers]
+    python3 tools/environment.py [--venv .venv] [--constraints constraints.txt] [--own-torch] [--extras plot,test] [--peers]
 
 Only the standard library, and syntax that old interpreters can read far enough to be told that they are too old.
+--constraints: the file of the versions that are installed.
 --own-torch: use the packages this interpreter already has (a GPU build of torch, say) instead of the pinned CPU ones.
 --peers: also the libraries that tests/peers compares with.
 """
@@ -17,7 +18,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OLDEST = (3, 10)
 # What the installed package depends on: a change of any of these installs again. Python sources are used in place.
-INPUTS = ("pyproject.toml", "CMakeLists.txt", "constraints.txt", "csrc")
+INPUTS = ("pyproject.toml", "CMakeLists.txt", "csrc")
 PEERS, PEERS_ALONE = "tests/peers/requirements.txt", "tests/peers/requirements-alone.txt"
 
 
@@ -67,8 +68,12 @@ def fingerprint(options, inputs):
     return digest.hexdigest()
 
 
-def pip(python, arguments):
+def pip(python, constraints, arguments):
     # The output goes through as it comes, and is kept so that the cause of a failure can be told.
+    environment = dict(os.environ)
+    if constraints:
+        # Of what is installed, and of what builds it: older versions of pip read the one name for both.
+        environment.update(PIP_CONSTRAINT=constraints, PIP_BUILD_CONSTRAINT=constraints)
     command = [
         python,
         "-m",
@@ -78,7 +83,9 @@ def pip(python, arguments):
         "--progress-bar",
         "off",
     ] + arguments
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     kept = []
     for line in process.stdout:
         text = line.decode(errors="replace")
@@ -119,8 +126,7 @@ def explain(output):
         fail(
             "installing failed: "
             + wanted.replace("ERROR: ", "")
-            + ". Pinned versions are in constraints.txt; they are for "
-            "CPython 3.11 and newer on Linux."
+            + ". Pinned versions are in constraints.txt; they are for CPython 3.11 and newer on Linux."
         )
     fail("installing failed; the reason is in the lines above.")
 
@@ -141,13 +147,14 @@ def main():
     check_python()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", default=".venv")
+    parser.add_argument("--constraints", default="constraints.txt")
     parser.add_argument("--extras", default="plot,test")
     parser.add_argument("--own-torch", action="store_true")
     parser.add_argument("--peers", action="store_true")
     options = parser.parse_args()
     folder = os.path.join(ROOT, options.venv)
     python = os.path.join(folder, "bin", "python")
-    constraints = [] if options.own_torch else ["-c", "constraints.txt"]
+    constraints = None if options.own_torch else os.path.join(ROOT, options.constraints)
 
     def install():
         check_compiler()
@@ -157,19 +164,20 @@ def main():
             if subprocess.call([sys.executable, "-m", "venv"] + flags + [folder]):
                 fail("making the virtual environment failed; the reason is in the lines above.")
         print("installing clp-engine and what it needs (a few minutes the first time)")
-        pip(python, constraints + ["-e", ".[%s]" % options.extras])
+        pip(python, constraints, ["-e", ".[%s]" % options.extras])
 
     def install_peers():
         print("installing the libraries that clp-engine is compared with")
-        pip(python, constraints + ["-r", PEERS])
-        pip(python, ["--no-deps", "-r", PEERS_ALONE])
+        pip(python, constraints, ["-r", PEERS])
+        pip(python, constraints, ["--no-deps", "-r", PEERS_ALONE])
 
     chosen = [options.extras, options.own_torch, options.venv]
+    inputs = INPUTS + (() if options.own_torch else (options.constraints,))
     if not os.path.exists(python):
         for stamp in ("clp-engine.installed", "clp-engine.peers"):
             if os.path.exists(os.path.join(folder, stamp)):
                 os.remove(os.path.join(folder, stamp))
-    once(folder, "clp-engine.installed", fingerprint(chosen, INPUTS), install)
+    once(folder, "clp-engine.installed", fingerprint(chosen, inputs), install)
     if options.peers:
         once(folder, "clp-engine.peers", fingerprint(chosen, (PEERS, PEERS_ALONE)), install_peers)
 

@@ -176,22 +176,8 @@ class Session:
         return _Prompt(prompt, token_ids, note)
 
     def _check_room(self, token_ids: list[int], request: GenerateRequest, conditions: Conditions, prompt) -> None:
-        room = getattr(self.policy.config, "max_position_embeddings", None)
-        if room is None:
-            return
         shown = self.policy.shown_prompts([token_ids], conditions, [prompt])
-        read = len(token_ids if shown is None else shown[0])
-        # An encoder-decoder counts prompt and completion apart.
-        needed = (
-            max(read, request.max_new_tokens)
-            if self.policy.config.is_encoder_decoder
-            else read + request.max_new_tokens
-        )
-        if needed > room:
-            raise ConfigError(
-                f"the text has {read} tokens and the completion up to {request.max_new_tokens}; this model has room for "
-                f"{room}: shorten the text or the completion"
-            )
+        self.policy.room.check(len(token_ids if shown is None else shown[0]), request.max_new_tokens, "the text")
 
     def _base_completion(self, prompt: _Prompt, sampling: SamplingParams, seed: int) -> dict[str, Any]:
         key = tuple(prompt.token_ids), sampling, seed

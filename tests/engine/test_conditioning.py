@@ -14,6 +14,7 @@ from engine.conftest import (
 )
 
 from clp_engine import prompting
+from clp_engine.chat import encode_chat
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
@@ -411,21 +412,58 @@ def test_a_policy_answers_chat_messages():
     assert policy.generate([]) == []
 
 
-def test_the_text_follows_a_leading_special_token_and_stands_before_the_last_user_message():
+def test_the_text_follows_a_leading_special_token_of_a_plain_prompt():
     tokenizer = build_tokenizer()
-    assert prompting.slot("w1 w2", [tokenizer.bos_token_id, 5, 6], tokenizer) == 1
-    assert prompting.slot("w1 w2", [5, 6], tokenizer) == 0
+    (w3,) = tokenizer("w3")["input_ids"]
+    bos = tokenizer.bos_token_id
+    assert prompting.with_weighting("w1 w2", [bos, 5, 6], "w3", tokenizer) == [bos, w3, 5, 6]
+    assert prompting.with_weighting("w1 w2", [5, 6], "w3", tokenizer) == [w3, 5, 6]
+    assert prompting.with_weighting(None, [5], "w3", tokenizer) == [w3, 5]
+    assert prompting.with_weighting([{"role": "system", "content": "w1"}], [5, 6], "w3", tokenizer) == [w3, 5, 6]
+
+
+TEMPLATES = {
+    "plain": "{{ ' <bos> ' + m['content'] + ' <eos> ' }}",
+    "trims": "{{ ' <bos> ' + m['content'] | trim + ' <eos> ' }}",
+    "trims all": "{{ ' <bos> \\n' + (m['content'] | trim) + '\\n\\n <eos>' }}",
+    "parts": "{% for p in m['content'] %}{{ ' <bos> ' + p['text'] | trim + ' <eos> ' }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("content", ["w1 w2", "  w1\n w2 \n", "w5 w6 w1"])
+def test_a_chat_s_last_user_message_begins_with_the_text_whatever_the_template_trims(template, content):
+    tokenizer = build_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ ' <bos> ' + m['content'] }}{% endfor %}"
+        f"{{% for m in messages %}}{TEMPLATES[template]}{{% endfor %}}"
         "{% if add_generation_prompt %}{{ ' <unk> ' }}{% endif %}"
     )
-    chat = [{"role": "system", "content": "w3"}, {"role": "user", "content": "w1 w2"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
+    chat = [
+        {"role": "system", "content": "  w3 w3 "},
+        {"role": "user", "content": "w4"},
+        {"role": "user", "content": content},
     ]
-    at = prompting.slot(chat, ids, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(ids[at:]) == ["w1", "w2", "<unk>"]
-    assert prompting.slot(chat, ids[2:], tokenizer) == at - 2  # cut from the left
+    if template == "parts":
+        chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+    ids = encode_chat(chat, tokenizer)
+    shown = {
+        cut: tokenizer.convert_ids_to_tokens(prompting.with_weighting(chat, ids[cut:], " w5 w6\n", tokenizer))
+        for cut in range(len(ids))
+    }
+    text = ["w5", "w6"] if template != "parts" else ["w5", "w6", "<eos>", "<bos>"]
+    whole = ["<bos>", "w3", "w3", "<eos>", "<bos>", "w4", "<eos>", "<bos>", *text, *content.split(), "<eos>", "<unk>"]
+    assert shown[0] == whole
+    for cut in range(len(ids)):
+        # What is cut from the prompt is cut from what is shown; the text stays.
+        assert shown[cut][-2:] == whole[-2:] if cut < len(ids) - 1 else shown[cut][-1:] == whole[-1:]
+        assert shown[cut] == (whole[cut:] if cut <= 8 else ["w5", "w6", *whole[cut + 2 :]])
+
+
+def test_a_template_that_hides_the_text_is_refused():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | replace('w5', 'w6') }}{% endfor %}"
+    with pytest.raises(ConfigError, match="chat template does not show it; change prompt_template"):
+        prompting.with_weighting([{"role": "user", "content": "w1"}], [5], "w5 ", tokenizer)
 
 
 @pytest.mark.parametrize(

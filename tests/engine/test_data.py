@@ -262,9 +262,8 @@ def test_parts_of_text_are_read_whatever_the_template_knows(template):
         {"role": "user", "content": [{"type": "text", "text": "w9"}, {"type": "text", "text": " w8"}]},
     ]
     assert encode_chat(parts, tokenizer) == tokenizer("w1 w5 w1 w9 w8 w2").input_ids
-    ids = encode_chat(parts, tokenizer)
-    at = prompting.slot(parts, ids, tokenizer)
-    assert tokenizer.decode(ids[at:]).startswith("w9")  # where prompt conditioning writes
+    shown = prompting.with_weighting(parts, encode_chat(parts, tokenizer), "w7 ", tokenizer)
+    assert shown == tokenizer("w1 w5 w1 w7 w9 w8 w2").input_ids
 
 
 @pytest.mark.parametrize(

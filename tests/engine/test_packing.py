@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from engine.conftest import CAUSAL, build_policy
-from transformers import AutoModelForCausalLM, GPTJConfig
+from transformers import AutoModelForCausalLM, XGLMConfig
 
 from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
@@ -139,8 +139,8 @@ def test_parts_within_a_budget_cover_all_prompts_and_exceed_it_only_alone():
 
 def test_a_model_with_attention_of_its_own_is_padded_and_says_so_once(tmp_path, caplog):
     torch.manual_seed(0)
-    config = GPTJConfig(
-        vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, eos_token_id=2
+    config = XGLMConfig(
+        vocab_size=67, d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, eos_token_id=2
     )
     policy = ConditionedPolicy.from_pretrained(AutoModelForCausalLM.from_config(config), ["a", "b"])
     assert "plain ones" in policy.backbone.packing_fault

@@ -1,11 +1,13 @@
 """The policy is what it says: a per-row blend, exactly the base at zero, exportable to PEFT and mergeable."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from engine.conftest import ENCODER_DECODER, VOCAB, build_model, build_policy, build_tokenizer, model_inputs
 
+from clp_engine import native_decoding
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
@@ -207,3 +209,29 @@ def test_alpha_1_is_the_reference_to_the_bit_where_the_blend_heeds_alpha(kl_cond
     mixed = score(policy, drawn, Conditions(rows, torch.tensor([1.0, 0.1])), outputs=("logprob",)).logprob
     assert torch.equal(mixed[:3], base[:3]) == (kl_conditioning != "none")
     assert not torch.equal(mixed[3:], base[3:])
+
+
+@pytest.mark.parametrize("path", ["torch", "auto"])
+def test_threads_that_generate_at_once_get_what_they_would_get_alone(path, monkeypatch):
+    """16 threads under 16 weightings, while another scores completions under a 17th."""
+    monkeypatch.setenv(native_decoding.SWITCH, path)
+    policy = build_policy("llama")
+    weightings = [[i / 15, 1 - i / 15] for i in range(16)]
+
+    def generated(weights):
+        return [policy.generate("w5 w6 w7", weights, max_new_tokens=12, seed=s)[0] for s in range(3)]
+
+    conditions = policy.conditions([0.3, 0.7])
+    drawn = rollout(policy, [[5, 6, 7]], conditions, num_generations=2, sampling=SamplingParams(6))
+
+    def scored(_):
+        return [score(policy, drawn, conditions).logprob for _ in range(10)]
+
+    alone = [generated(weights) for weights in weightings]
+    expected = scored(None)[0]
+    assert len({text for texts in alone for text in texts}) > 24  # the weighting decides
+    with ThreadPoolExecutor(17) as pool:
+        scores = pool.submit(scored, None)
+        together = list(pool.map(generated, weightings))
+    assert together == alone
+    assert all(torch.equal(found, expected) for found in scores.result())

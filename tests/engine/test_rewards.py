@@ -10,10 +10,12 @@ import threading
 import time
 import traceback
 
+import numpy
 import pytest
 import torch
 from engine.conftest import build_tokenizer
 from engine.test_trainer import build_trainer, log_of, low_words
+from transformers import AutoModelForSequenceClassification, Gemma3Config
 
 from clp_engine import ahead, generation
 from clp_engine.rewards import ClassifierReward, RewardSet
@@ -311,3 +313,123 @@ def test_ctrl_c_during_a_reward_function_finishes_the_step(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build_trainer(tmp_path, rewards=[interrupted], processing_class=build_tokenizer()).train()
     assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def returning(value):
+    return RewardSet({"given": lambda **_: value})(*BATCH)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1, 2.0, None],
+        (1.0, 2.0, None),
+        iter([1.0, 2.0, None]),
+        numpy.array([1.0, 2.0, numpy.nan]),
+        numpy.array([[1.0], [2.0], [numpy.nan]]),
+        torch.tensor([1.0, 2.0, torch.nan]),
+        torch.tensor([[1.0], [2.0], [torch.nan]], requires_grad=True),
+        [numpy.float32(1), torch.tensor([2.0]), torch.tensor(torch.nan)],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_rewards_are_read_from_whatever_holds_one_number_for_each_row(value):
+    torch.testing.assert_close(returning(value), torch.tensor([[1.0], [2.0], [torch.nan]]), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (None, "returned None; expected a list.* of 3 numbers.*is its return statement missing"),
+        (1.5, "returned 1.5; expected a list"),
+        (True, "returned True; expected a list"),
+        ("123", "returned a str; expected a list"),
+        (b"123", "returned a bytes; expected a list"),
+        ({"r": 1.0, "s": 1.0, "t": 1.0}, "returned a dict; expected a list"),
+        ({1.0, 2.0, 3.0}, "returned a set; expected a list"),
+        (torch.tensor(1.0), "returned a Tensor; expected a list"),
+        (numpy.float64(1.0), "returned 1.0; expected a list|returned np.float64.1.0.; expected a list"),
+        (([1.0, 2.0, 3.0], {"info": 1}), "returned 2 rewards for 3 completions"),
+        (([1.0] * 3, [2.0] * 3, [3.0] * 3), r"returned \[1.0, 1.0, 1.0\] for completion 0; expected a number"),
+        (torch.ones(3, 2), r"returned \[1.0, 1.0\] for completion 0; expected a number"),
+        (torch.ones(1, 3), "returned 1 rewards for 3 completions"),
+        ([1.0, "0.5", 1.0], "returned '0.5' for completion 1; expected a number"),
+        ([1.0, 1.0, float("inf")], "returned inf for completion 2; expected a number of at most 1e[+]18"),
+        ([1.0, -3e38, 1.0], "returned -3e[+]38 for completion 1; expected a number"),
+        ([10**400, 1, 1], "returned 1000.* for completion 0; expected a number"),
+    ],
+)
+def test_what_is_no_list_of_finite_numbers_is_refused_by_function_and_row(value, message):
+    with pytest.raises(ValueError, match=f"reward function 'given' {message}"):
+        returning(value)
+
+
+def test_nan_counts_as_none_and_is_said_once(caplog):
+    rewards = RewardSet({"broken": lambda **_: [1.0, float("nan"), 1.0], "other": constant(1.0)})
+    for _ in range(2):
+        assert rewards(*BATCH)[:, 0].isnan().tolist() == [False, True, False]
+    assert len(caplog.messages) == 1
+    assert "'broken' returned NaN for completion 1" in caplog.text and "rewards/broken/missing" in caplog.text
+
+
+def test_a_function_that_edits_what_it_is_given_edits_its_own_copy():
+    def editing(prompts, completions, completion_ids, extra, **_):
+        completions[0][0]["content"] = "edited"
+        completions.pop(), completion_ids[0].clear(), prompts.clear(), extra[0]["seen"].append(1)
+        return [0.0] * 3
+
+    seen = {}
+
+    def reading(**given):
+        seen.update(given)
+        return [0.0] * 3
+
+    completions = [[{"role": "assistant", "content": text}] for text in "abc"]
+    batch = ["p"] * 3, completions, [[1], [2], [3]], {"extra": [{"seen": []} for _ in "abc"]}
+    RewardSet([editing, reading])(*batch)
+    assert [c[0]["content"] for c in seen["completions"]] == ["a", "b", "c"] == [c[0]["content"] for c in completions]
+    assert seen["completion_ids"] == [[1], [2], [3]] and seen["prompts"] == ["p"] * 3
+    assert seen["extra"] == [{"seen": []}] * 3
+
+
+@pytest.mark.parametrize("logged", [[1.0], "abc", 1.0, [1.0] * 4])
+def test_a_logged_column_of_another_length_is_refused_by_name(logged):
+    def function(log_extra, **_):
+        log_extra("score", logged)
+        return [0.0] * 3
+
+    with pytest.raises(ValueError, match="'function' gave log_extra .* values for 'score' .*; expected a list of 3"):
+        RewardSet([function])(*BATCH)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cancelled_function_is_named_like_any_that_fails(workers):
+    def at_once(**_):
+        raise asyncio.CancelledError
+
+    async def later(**_):
+        asyncio.current_task().cancel()
+        await asyncio.sleep(0)
+
+    for function in (at_once, later):
+        with pytest.raises(RuntimeError, match=f"reward function '{function.__name__}' failed: CancelledError"):
+            RewardSet([function], workers=workers)(*BATCH)
+
+
+def test_a_classifier_of_text_and_images_reads_a_short_text_as_it_does_alone():
+    """The padding id belongs to the config of its text model."""
+    text = {
+        "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": None, "sliding_window": 8, "query_pre_attn_scalar": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 8,
+    }  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(
+        Gemma3Config(text_config=text, vision_config=vision, num_labels=1, mm_tokens_per_image=4)
+    )
+    torch.nn.init.normal_(model.score.weight)
+    reward = ClassifierReward(model, build_tokenizer())
+    together = reward(["w1 w2", "w1 w2 w3 w4 w5"], [" w6", " w7 w8"])
+    assert together[0] == pytest.approx(reward(["w1 w2"], [" w6"])[0], abs=1e-5)

@@ -232,7 +232,7 @@ def test_a_long_text_is_cut_as_in_training_and_the_answer_says_so(tmp_path):
 
 def test_a_text_without_room_for_its_completion_is_refused(client):
     status, answer = client.generate(text="w1 " * 125, max_new_tokens=6)
-    assert status == 400 and "room for 128" in answer["error"] and "shorten" in answer["error"]
+    assert status == 400 and "has room for 128 (max_position_embeddings" in answer["error"] and "shorten" in answer["error"]
 
 
 def test_a_document_longer_than_docsum_reads_is_cut_and_the_answer_says_so():

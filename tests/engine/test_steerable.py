@@ -4,7 +4,14 @@ import warnings
 
 import pytest
 import torch
-from engine.conftest import build_model, build_policy, build_tokenizer, model_inputs, plain_logits
+from engine.conftest import (
+    add_adapter,
+    build_model,
+    build_policy,
+    build_tokenizer,
+    model_inputs,
+    plain_logits,
+)
 from later import later
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments, pipeline
@@ -353,9 +360,7 @@ def quantised(policy):
 def with_peft(policy):
     from peft import LoraConfig
 
-    model = build_model("llama")
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    return policy.attach(model)
+    return policy.attach(add_adapter(build_model("llama"), LoraConfig(target_modules=["q_proj"])))
 
 
 def narrower(policy):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from engine.conftest import build_model, build_policy, build_tokenizer, model_inputs
+from engine.conftest import add_adapter, build_model, build_policy, build_tokenizer, model_inputs
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from clp_engine import CLPConfig, CLPTrainer
@@ -194,8 +194,7 @@ def test_a_single_adapter_is_where_every_objective_begins():
 
 
 def test_adapters_of_transformers_own_integration_count_too():
-    model = build_model("llama")
-    model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"]))
+    model = add_adapter(build_model("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     randomise(model)
     expected = log_probs(model.eval(), "llama")
     policy = ConditionedPolicy.from_pretrained(model, ["a"])
@@ -288,8 +287,7 @@ def merged():
 
 
 def test_a_base_with_adapters_in_it_and_an_adapter_for_a_base_are_told_apart(tmp_path):
-    model = build_model("llama")
-    model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"]))
+    model = add_adapter(build_model("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     with pytest.raises(
         ConfigError, match="the base model holds adapters of PEFT; give it to ConditionedPolicy.from_pre"
     ):
