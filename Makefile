@@ -5,6 +5,8 @@
 #             of the marked tests alone)
 # make pretend   the tests that need a GPU, on one that is pretended (tests/pretend_gpu.py); minutes, as kernels are interpreted
 # make avx2   the numeric tests of the kernels and the engine as on a processor that has AVX2 and nothing newer
+# make aarch64   cross-compile the C++ kernels for aarch64 and run their tests there, emulated by qemu (tools/aarch64.py). Needs Debian
+#             and a cross compiler; ARGS="-k matmul" for some of the tests
 # make peers  install TRL, PEFT, verl and others as well, then run the tests that compare with them (tests/peers)
 # make lowest   the engine's and the kernels' main tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 #             (constraints-lowest.txt; on x86-64 Linux, PyPI's torch of that age comes with 4 GB of CUDA)
@@ -31,7 +33,7 @@ NUMERIC := $(addprefix tests/kernels/test_,matmul.py multi_lora.py linear_logpro
 # What other versions of the libraries may change: everything of the engine, and of the kernels what torch and Triton run.
 VERSIONED := tests/engine tests/tasks $(filter tests/kernels/%,$(NUMERIC)) tests/kernels/test_composition.py
 
-.PHONY: demo test check pretend avx2 lowest newest peers docs install lint clean
+.PHONY: demo test check pretend avx2 aarch64 lowest newest peers docs install lint clean
 
 install:
 	@command -v $(PYTHON) >/dev/null || { echo "clp-engine: $(PYTHON) was not found; Python 3.10 or newer is needed" >&2; exit 1; }
@@ -48,6 +50,7 @@ check: install
 ifndef ARGS
 	$(MAKE) pretend ARGS="$(PRETENDED)"
 	$(MAKE) avx2
+	$(MAKE) aarch64 ARGS=--or-skip
 	$(MAKE) lowest
 	$(MAKE) newest
 	$(MAKE) peers
@@ -58,6 +61,9 @@ pretend: install
 
 avx2: install
 	$(AVX2) $(PYTEST) -m "not check" -k "not triton" $(or $(ARGS),$(NUMERIC))
+
+aarch64: install
+	$(VENV)/bin/python tools/aarch64.py $(ARGS)
 
 lowest newest:
 	@$(PYTHON) tools/environment.py --venv $(VENV)-$@ --constraints constraints-$@.txt

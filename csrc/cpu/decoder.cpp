@@ -447,15 +447,15 @@ struct Step {
     if (m.logit_scale == 1.0f && m.logit_softcap <= 0) return;
     const int64_t panels = panels_of(m.vocab), from = team.first(panels) * kPanelColumns;
     const int64_t to = smaller(team.last(panels) * kPanelColumns, m.vocab);
-    const float inverse = m.logit_softcap > 0 ? 1.0f / m.logit_softcap : 0.0f;
+    const float scale = m.logit_scale, cap = m.logit_softcap, inverse = cap > 0 ? 1.0f / cap : 0.0f;
     for (int64_t row = 0; row < b.rows; ++row) {
       float* z = b.logits + row * b.logit_stride;
-      if (m.logit_softcap > 0) {
+      if (cap > 0) {
 #pragma omp simd
-        for (int64_t i = from; i < to; ++i) z[i] = m.logit_softcap * tanh_approx(z[i] * m.logit_scale * inverse);
+        for (int64_t i = from; i < to; ++i) z[i] = cap * tanh_approx(z[i] * scale * inverse);
       } else {
 #pragma omp simd
-        for (int64_t i = from; i < to; ++i) z[i] *= m.logit_scale;
+        for (int64_t i = from; i < to; ++i) z[i] *= scale;
       }
     }
   }

@@ -222,7 +222,10 @@ void sparsify(const SparseList& list, int threads) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) keep[i] = hash_of(state, static_cast<uint64_t>(at + i)) < kept ? 1u : 0u;
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) result[i] = keep[i] ? scale * load(from + i) : 0.0f;
+      for (int64_t i = 0; i < n; ++i) {
+        const float x = scale * load(from + i);
+        result[i] = keep[i] ? x : 0.0f;
+      }
     } else {
       const float threshold = bits_float(static_cast<uint32_t>(item[3]));
 #pragma omp simd

@@ -163,6 +163,8 @@ Micro choose(const Format& format) {
 constexpr int64_t kLanes = 16, kPanelA = 8, kPanelB = 48;
 #elif defined(__AVX2__)
 constexpr int64_t kLanes = 8, kPanelA = 6, kPanelB = 16;
+#elif defined(__aarch64__)
+constexpr int64_t kLanes = 4, kPanelA = 8, kPanelB = 12;
 #else
 constexpr int64_t kLanes = 4, kPanelA = 4, kPanelB = 8;
 #endif
@@ -237,11 +239,13 @@ void micro(const char* a_panel, const char* b_panel, int64_t steps, const float*
     Vector sums[kPanelA][vectors] = {};
     if (bias)
       for (int64_t i = 0; i < kPanelA; ++i) std::memcpy(sums[i], bias, sizeof sums[i]);
-    for (int64_t p = from; p < smaller(steps, from + kChain); ++p, a += kPanelA, b += vectors)
+    for (int64_t p = from; p < smaller(steps, from + kChain); ++p, a += kPanelA, b += vectors) {
+      const LaneFactors<kPanelA> left(a);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kPanelA; ++i)
 #pragma GCC unroll 8
-        for (int64_t v = 0; v < vectors; ++v) multiply_add<PAIRS>(sums[i][v], a[i], b[v]);
+        for (int64_t v = 0; v < vectors; ++v) multiply_add<PAIRS>(sums[i][v], left[i], b[v]);
+    }
     for (int64_t i = 0; i < rows; ++i) {
       alignas(64) float row[kPanelB];
       std::memcpy(row, sums[i], sizeof row);

@@ -139,6 +139,8 @@ CLP_INLINE Micro choose(int64_t rows, int64_t columns, int parts) {
 constexpr int64_t kLanes = 16, kPanelRows = 8, kPanelColumns = 48;
 #elif defined(__AVX2__)
 constexpr int64_t kLanes = 8, kPanelRows = 6, kPanelColumns = 16;
+#elif defined(__aarch64__)
+constexpr int64_t kLanes = 4, kPanelRows = 8, kPanelColumns = 12;
 #else
 constexpr int64_t kLanes = 4, kPanelRows = 4, kPanelColumns = 8;
 #endif
@@ -196,13 +198,14 @@ void micro(const char* rows_a, const char* columns_b, int64_t steps, const char*
     const float* b = reinterpret_cast<const float*>(columns_b);
     for (int64_t p = 0; p < steps; ++p, a += kPanelRows, b += VECTORS * kLanes) {
       fetch_ahead(reinterpret_cast<const char*>(b), VECTORS * kLanes * sizeof(float));
+      const LaneFactors<ROWS> row(a);
       Vector column[VECTORS];
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) column[v] = load_vector(b + v * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) sums[i][v] += a[i] * column[v];
+        for (int v = 0; v < VECTORS; ++v) sums[i][v] += row[i] * column[v];
     }
     rows_a = more_a, columns_b = more_b, steps = more;
   }

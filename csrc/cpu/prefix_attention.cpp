@@ -26,6 +26,10 @@ constexpr int tile_rows(int w) { return w == 4 ? 6 : w == 3 ? 8 : 12; }
 constexpr int64_t kLanes = 8;
 constexpr int kGroup = 2;
 constexpr int tile_rows(int) { return 6; }
+#elif defined(__aarch64__)
+constexpr int64_t kLanes = 4;
+constexpr int kGroup = 4;
+constexpr int tile_rows(int w) { return w == 4 ? 6 : 8; }
 #else
 constexpr int64_t kLanes = 4;
 constexpr int kGroup = 2;

@@ -70,17 +70,18 @@ CLP_INLINE Sums accumulate(const float* zp, const float* zq, float m_p, float m_
   float s_p = 0, a_p = 0, d_p = 0, s_q = 0, d_q = 0;
 #pragma omp simd reduction(+ : s_p, a_p, d_p, s_q, d_q)
   for (int64_t j = 0; j < n; ++j) {
-    const float shifted = zp[j] - m_p;
+    const float z = zp[j], shifted = z - m_p, difference = REFERENCE ? z - zq[j] : 0.0f;
     const float e = exp_approx(shifted);
     es[j] = e;
     s_p += e;
     // e == 0 covers masked columns, where the factor is infinite or NaN; a NaN logit still reaches s_p and so every output.
-    if (ENTROPY) a_p += e > 0.0f ? e * shifted : 0.0f;
-    if (KL) d_p += e > 0.0f ? e * (zp[j] - zq[j]) : 0.0f;
+    // Factors are chosen, and loaded before that: compilers without masked vectors make a branch of `e > 0 ? e * x : 0`.
+    if (ENTROPY) a_p += e * (e > 0.0f ? shifted : 0.0f);
+    if (KL) d_p += e * (e > 0.0f ? difference : 0.0f);
     if (REFERENCE) {
       const float f = exp_approx(zq[j] - m_q);
       s_q += f;
-      if (REVERSE) d_q += f > 0.0f ? f * (zq[j] - zp[j]) : 0.0f;
+      if (REVERSE) d_q -= f * (f > 0.0f ? difference : 0.0f);
     }
   }
   return {s_p, a_p, d_p, s_q, d_q};
@@ -132,7 +133,10 @@ struct TermRow {
     if (target >= 0 && target < n) slope[target] = 0.0f;
     if (d)
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) d[at + j] = es[j] > 0.0f ? es[j] * ((zp[j] - zq[j]) - centre) * slope[j] : 0.0f;
+      for (int64_t j = 0; j < n; ++j) {
+        const float e = es[j], difference = (zp[j] - zq[j]) - centre;
+        d[at + j] = e * (e > 0.0f ? difference : 0.0f) * slope[j];
+      }
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) p[at + j] = es[j] * slope[j];
   }

@@ -44,8 +44,9 @@ CLP_INLINE float exp_approx(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   float y = bits_float(float_bits(p) + (float_bits(t) << 23));  // times 2^n: n is in t's low bits, the rest is shifted out
-  y = x < lowest ? 0.0f : y;
-  y = x > highest ? std::numeric_limits<float>::infinity() : y;
+  // Each comparison is false for NaN, as a vector's are: NEON needs six instructions for one that is true.
+  y = x >= lowest ? y : 0.0f;
+  y = x <= highest ? y : std::numeric_limits<float>::infinity();
   return x == x ? y : x;
 }
 
@@ -62,6 +63,25 @@ CLP_INLINE float tanh_approx(float x) {
   const float far = 1.0f - 2.0f / (exp_approx(2.0f * magnitude) + 1.0f);
   return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
 }
+
+// N floats from an address on, each a factor of whole vectors. NEON multiplies by a lane of a register, so that four of them are
+// one load; elsewhere a factor is spread over a vector as it is loaded. May read up to the next multiple of four.
+#ifdef __aarch64__
+template <int64_t N>
+struct LaneFactors {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef float Unaligned __attribute__((vector_size(16), aligned(4)));
+  Four lanes[(N + 3) / 4];
+  CLP_INLINE explicit LaneFactors(const float* from) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < (N + 3) / 4; ++i) lanes[i] = *reinterpret_cast<const Unaligned*>(from + 4 * i);
+  }
+  CLP_INLINE float operator[](int64_t i) const { return lanes[i / 4][i % 4]; }
+};
+#else
+template <int64_t N>
+using LaneFactors = const float*;
+#endif
 
 CLP_INLINE float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
 
