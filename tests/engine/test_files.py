@@ -147,9 +147,12 @@ HOLD = """
 import os, sys, time
 from clp_engine.locking import exclusive
 with exclusive(sys.argv[1]):
+    there, ready = os.pipe()
     if os.fork() == 0:  # a child that outlives its parent
+        os.write(ready, b"x")
         time.sleep(60)
         os._exit(0)
+    os.read(there, 1)
     print(os.getpid(), flush=True)
     input()
 """

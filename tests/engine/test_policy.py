@@ -1,11 +1,13 @@
 """The policy is what it says: a per-row blend, exactly the base at zero, exportable to PEFT and mergeable."""
 
+import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from engine.conftest import ENCODER_DECODER, VOCAB, build_model, build_policy, build_tokenizer, model_inputs
+from transformers import AutoModelForCausalLM, Gemma2PreTrainedModel
 
 from clp_engine import native_decoding
 from clp_engine.conditions import Conditions
@@ -235,3 +237,24 @@ def test_threads_that_generate_at_once_get_what_they_would_get_alone(path, monke
         together = list(pool.map(generated, weightings))
     assert together == alone
     assert all(torch.equal(found, expected) for found in scores.result())
+
+
+def test_attention_that_caps_its_scores_is_not_left_to_one_that_does_not(monkeypatch):
+    """Gemma 2 loads with sdpa before transformers 5.23, and is another model with it."""
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    config = build_model("gemma2").config
+    config.attn_logit_softcapping = 0.1
+    models = {
+        name: AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=name).eval()
+        for name in ("sdpa", "eager")
+    }
+    with torch.no_grad():
+        for parameter in models["sdpa"].parameters():
+            parameter.mul_(6.0 if parameter.dim() == 2 else 1.0)  # initial weights are so small that attention is uniform
+    models["eager"].load_state_dict(models["sdpa"].state_dict())
+    given = model_inputs("gemma2")
+    with torch.no_grad():
+        uncapped, expected = (models[name](**given).logits for name in ("sdpa", "eager"))
+        policy = ConditionedPolicy.from_pretrained(models["sdpa"], ["a"], rank=2)
+        assert (uncapped - expected).abs().max() > 1e-4
+        torch.testing.assert_close(policy(**given).logits, expected)
