@@ -155,7 +155,7 @@ def test_only_the_named_layers_are_conditioned_and_the_head_may_be_one_of_them()
             "no linear layer of .* is called 'no_such_proj'; it has .*q_proj",
         ),
         ({"target_modules": ["lm_head"]}, "shares its weight with the input embedding"),
-        ({"rank": 0}, "rank=0: expected a positive integer"),
+        ({"rank": 0}, "rank=0: expected a whole number, at least 1"),
         ({"rank": (1, 2, 3)}, "rank has 3 entries for 2 objectives"),
         ({"conditioning": "magic"}, "conditioning='magic'"),
         ({"kl_conditioning": "cubic"}, "kl_conditioning='cubic': expected one of none, linear, odds"),
