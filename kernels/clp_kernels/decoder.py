@@ -516,7 +516,8 @@ class Decoding:
         given |= {"length": self._lengths, "prompt_keys": self._prompt_keys, "prompt_values": self._prompt_values}
         given |= {"keys": self._keys, "values": self._values, "logits": self._logits}
         numbers = {"room": self._room, "logit_stride": self._logits.stride(0), "stop_count": len(draws.stop_ids)}
-        numbers |= {n: getattr(draws, n) for n in ("temperature", "top_k", "top_p", "min_p")}
+        numbers |= {n: getattr(draws, n) for n in ("temperature", "top_p", "min_p")}
+        numbers["top_k"] = min(draws.top_k, vocab)
         left = self._native_decoder.write(
             {name: t.data_ptr() for name, t in given.items()} | numbers, count, leave, torch.get_num_threads()
         )

@@ -85,6 +85,8 @@ def sample_tokens(
         "0 (greedy) or more",
     )
     top_k = _option("top_k", top_k, 0, torch.int64, logits, lambda k: k >= 0, "0 or more")
+    if not isinstance(top_k, Tensor):
+        top_k = min(top_k, logits.shape[1])  # an int64 from here on
     top_p = _option("top_p", top_p, 1.0, torch.float32, logits, lambda p: 0 < p <= 1, "0 < top_p <= 1")
     min_p = _option("min_p", min_p, 0.0, torch.float32, logits, lambda p: 0 <= p <= 1, "0 <= min_p <= 1")
     if seeds is None:

@@ -359,7 +359,7 @@ def test_an_occupied_port_is_named_before_the_model_is_loaded(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--port", "70000"], "expected 0 (any that is free) to 65535"),
+        (["--port", "70000"], "--port: 70000: expected a whole number from 0 to 65535"),
         (["--host", "no.such.host.invalid"], "is not known here"),
         (["--host", "0.0.0.0"], "--allow-remote"),
     ],
