@@ -131,7 +131,7 @@ def load_base(
             f"the base model is a {type(name_or_path).__name__}; expected a name, a path, or a loaded transformers model"
         )
     path = model_location(name_or_path)
-    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     try:
         config = AutoConfig.from_pretrained(path)
         refuse_quantised(config)

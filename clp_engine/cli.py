@@ -128,6 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough (| head). Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        return _complain(f"error: {error.filename}: {error.strerror}", 2)
     except runs.Interrupted as error:
         return _complain(str(error), 130)
     except KeyboardInterrupt:
@@ -504,6 +508,7 @@ def _train(arguments: argparse.Namespace) -> None:
             values[name] = value if isinstance(value, bool) else read_flag(value, CLPConfig, name)
     given = {name: getattr(arguments, name) for name in runs.RUN_KEYS}
     spec, config = _training(values | {name: value for name, value in given.items() if value is not None})
+    check_folder("output_dir", config.output_dir)
     _check_output(Path(config.output_dir), arguments)
     from clp_engine.info import render_training
 

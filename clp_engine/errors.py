@@ -20,4 +20,4 @@ def shown(value: Any) -> str:
     try:
         return _SHORT.repr(value)
     except ValueError:  # Python prints no integer of thousands of digits
-        return f"a {type(value).__name__} of {value.bit_length() * 3 // 10:,} digits"
+        return f"a number of {value.bit_length() * 3 // 10:,} digits"

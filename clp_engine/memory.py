@@ -74,10 +74,11 @@ def check_size(what: str, needed: int, device: torch.device | str | None = None)
     room, where = _LARGEST, "any machine has"
     if device is not None:
         device = torch.device(device)
-        room, where = _LARGEST, f"{device} has"
         if device.type == "cuda":
+            where = f"{device} has"
             room = torch.cuda.get_device_properties(device).total_memory
         elif device.type == "cpu" and hasattr(os, "sysconf"):
+            where = "this machine has"
             room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > room:
         raise ConfigError(f"{what}: that takes {size(needed)} of memory, more than {where} ({size(room)}); ask for less")

@@ -23,7 +23,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from clp_engine.errors import ConfigError, shown
-from clp_engine.files import check_folder, checkpoints, write_text
+from clp_engine.files import checkpoints, write_text
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
@@ -310,7 +310,6 @@ def train(
 ) -> CLPTrainer:
     """Train and leave the policy in config.output_dir. again: the command that resumes, for Interrupted to
     say."""
-    check_folder("output_dir", config.output_dir)
     quiet_transformers()
     from clp_engine.trainer import CLPTrainer
 

@@ -20,12 +20,21 @@ class _Loader(yaml.SafeLoader):
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, Hashable):
                 continue  # the loader says so itself
-            if key in lines and key_node.tag != "tag:yaml.org,2002:merge":
-                raise ConfigError(
-                    f"{shown(key)} stands in lines {lines[key]} and {line}; one of them would be lost, leave one out"
-                )
+            if key in lines:
+                raise ConfigError(f"lines {lines[key]} and {line} both give {shown(key)}; leave one out")
             lines[key] = line
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:
+            if isinstance(error, ConfigError) or not isinstance(node, yaml.ScalarNode):
+                raise
+            # A date that there is not (2024-99-99), digits by the thousand.
+            raise ConfigError(
+                f"line {node.start_mark.line + 1}: {shown(node.value)} cannot be read ({error}); a text belongs in quotes"
+            ) from error
 
 
 def read_file(path: str) -> dict[str, Any]:
@@ -69,7 +78,7 @@ def _parsed(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{source} is not YAML of settings: it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: 2024-99-99, digits by the thousand
+    except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {error}") from error
 
 

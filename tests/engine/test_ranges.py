@@ -172,7 +172,7 @@ def test_what_no_machine_has_room_for_is_refused_at_once_with_the_memory_it_take
         ),
     ]
     for attempt in tried:
-        with pytest.raises(ConfigError, match=r"takes [\d.e+]+ [TPE]iB of memory, more than cpu has"):
+        with pytest.raises(ConfigError, match=r"takes [\d.e+]+ [TPE]iB of memory, more than this machine has"):
             attempt()
     check_size("nothing", 0, "cpu")
 
