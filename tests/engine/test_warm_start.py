@@ -416,7 +416,7 @@ def test_names_and_expressions_match_as_peft_has_them():
 
 
 def test_a_layer_whose_alpha_is_zero_adds_nothing_and_divides_nothing(tmp_path):
-    path = save(tmp_path / "a", alpha_pattern={"q_proj": 0})
+    path = save(tmp_path / "a", alpha_pattern={"down_proj": 0})
     policy = ConditionedPolicy.from_adapters(build_model("llama"), {"a": path, "b": None})
     ours = log_probs(policy, "llama", weights=[1.0, 0.0])
     torch.testing.assert_close(ours, theirs("llama", path), rtol=1e-4, atol=1e-5)
