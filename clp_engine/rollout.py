@@ -47,6 +47,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         ranges.check_fields(ranges.SAMPLING, self)
+        for name, values in ranges.SAMPLING.items():  # plain numbers, for reports: numpy's are no JSON
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, values.kind(value))
         texts = self.stop_strings
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
             raise ConfigError(f"stop_strings={shown(texts)}: expected a list of texts, none of them empty")

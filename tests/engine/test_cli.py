@@ -519,6 +519,25 @@ def test_a_mistake_in_a_dataset_names_the_line(content, complaint, tmp_path):
         runs.read_rows(tmp_path / "rows.jsonl")
 
 
+def test_a_split_that_the_task_does_not_have_is_named_with_those_it_has():
+    spec = runs.RunSpec.from_values({"task": "docsum"})
+    with pytest.raises(ConfigError, match="unknown split 'nope': DocSum has .*test"):
+        spec.eval_rows(2, split="nope")
+    assert spec.eval_rows(2) == spec.eval_rows(2, split="test")
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "load_policy", None)
+    (tmp_path / "file").write_text("")
+    for argv in (
+        ["train", "config.yaml", "--model", "nowhere", "--output-dir", str(tmp_path / "file" / "run")],
+        ["evaluate", "run", "--out", str(tmp_path / "file")],
+        ["export", "run", "--weights", "1,0", "--to", str(tmp_path / "file" / "adapter")],
+    ):
+        assert "cannot write there (Not a directory)" in refused(argv, capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_traceback_is_shown_where_it_is_asked_for(monkeypatch):
     with pytest.raises(ConfigError):
         main(["generate", "nowhere", "--prompt", "w1", "--traceback"])

@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import typing
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_policy
 
-from clp_engine import ConditionedPolicy, ranges
+from clp_engine import ConditionedPolicy, native_decoding, ranges
 from clp_engine.compare.plan import EvaluationSettings
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError, shown
@@ -139,9 +141,15 @@ def test_what_switches_truncation_off_is_taken_and_draws_as_without_it():
     assert all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
+def test_numbers_of_numpy_become_plain_ones():
+    sampling = SamplingParams(np.int64(4), np.float32(0.5), np.int32(3), np.float64(0.9))
+    assert json.loads(json.dumps(dataclasses.asdict(sampling)))["temperature"] == 0.5
+    assert CLPConfig(learning_rate=np.float32(0.5)).to_dict()["learning_rate"] == 0.5
+
+
 @pytest.mark.parametrize("decoder", ["native", "torch"])
 def test_both_decoders_draw_at_the_ends_of_the_ranges(monkeypatch, decoder):
-    monkeypatch.setenv("CLP_DECODER", decoder)
+    monkeypatch.setenv(native_decoding.SWITCH, decoder)
     policy = build_policy("qwen2")
     ends = {name: _ends(values) for name, values in ranges.SAMPLING.items() if name != "max_new_tokens"}
     for name, value in [(n, v) for n, both in ends.items() for v in both]:
