@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
 from clp_engine.peft_reading import holds_adapters
 
 
@@ -96,6 +96,20 @@ def refuse_quantised(model: nn.Module | PretrainedConfig) -> None:
         )
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """Raises ConfigError for a device that this machine, or this torch, does not have."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ConfigError(
+            f"device={shown(device)} cannot be used ({str(error).splitlines()[0][:100]}); this machine has "
+            + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        ) from error
+    return found
+
+
 def load_base(
     name_or_path, tokenizer, dtype, device, attention: str | None = None
 ) -> tuple[PreTrainedModel, object, str]:
@@ -110,14 +124,14 @@ def load_base(
             )
         refuse_quantised(model)
         if device is not None:
-            model = model.to(device)
+            model = model.to(usable_device(device))
         return model, tokenizer, model.config.name_or_path or ""
     if not isinstance(name_or_path, str | Path):
         raise ConfigError(
             f"the base model is a {type(name_or_path).__name__}; expected a name, a path, or a loaded transformers model"
         )
     path = model_location(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     try:
         config = AutoConfig.from_pretrained(path)
         refuse_quantised(config)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 # torch and transformers take seconds to import: only commands that use them do.
 from clp_engine import __version__, files, run_folder, runs
 from clp_engine.errors import ConfigError
+from clp_engine.files import check_folder, read_json
+from clp_engine.ranges import COMMANDS, EVALUATION, GENERATION, SAMPLING, TRAINING, Range
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
@@ -126,6 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough (| head). Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        return _complain(f"error: {error.filename}: {error.strerror}", 2)
     except runs.Interrupted as error:
         return _complain(str(error), 130)
     except KeyboardInterrupt:
@@ -208,9 +214,13 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         help="rewards to be steered between (default: %(default)s)",
     )
     which.add_argument("--faithfulness", action="store_true", help="coverage, brevity and faithfulness")
-    parser.add_argument("--steps", type=int, help="optimiser steps of training")
-    parser.add_argument("--prompts", type=int, help="held-out documents to evaluate on")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--steps", type=_in(COMMANDS["steps"]), help="optimiser steps of training")
+    parser.add_argument(
+        "--prompts", type=_in(COMMANDS["prompts"]), help="held-out documents to evaluate on"
+    )
+    parser.add_argument(
+        "--seed", type=_in(COMMANDS["seed"]), default=0, help="of everything random (default: %(default)s)"
+    )
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +262,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
             continue
         flag = "--" + option.name.replace("_", "-")
         text = option.metadata["help"].replace("%", "%%")
+        if option.name in TRAINING:
+            text += f"; {TRAINING[option.name].described}"
         if option.default is not None:
             text += f" (default: {option.default})"
         hint = CLPConfig.__annotations__[option.name]  # HfArgumentParser replaces option.type
@@ -265,61 +277,61 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
 
-    def number(flag: str, kind: type, default: float, help: str) -> None:
+    def number(name: str, default: float, help: str) -> None:
         parser.add_argument(
-            flag,
-            type=kind,
+            "--" + name.replace("_", "-"),
+            type=_in(EVALUATION[name]),
             default=default,
-            metavar=kind.__name__.upper(),
+            metavar="N" if EVALUATION[name].kind is int else "X",
             help=f"{help} (default: {default})",
         )
 
-    number("--prompts", int, 100, "held-out prompts")
-    parser.add_argument("--split", default="test", help="of the task's data (default: %(default)s)")
+    number("prompts", 100, "held-out prompts")
+    parser.add_argument("--split", help="of the task's data (default: test)")
     parser.add_argument(
         "--grid",
-        type=int,
+        type=_in(EVALUATION["grid"]),
         metavar="N",
         help="weightings along an edge of the simplex (default: 11 for two or three)",
     )
     parser.add_argument(
         "--kl",
-        type=_numbers,
+        type=_kls,
         metavar="A,B",
         help="KL coefficient of all points, or several: every weighting at each (default: that of training)",
     )
     parser.add_argument(
         "--kl-limit",
-        type=float,
+        type=_in(EVALUATION["kl_limit"]),
         metavar="NATS",
         help="KL up to which reward is compared with KL, where there are several coefficients (default: the largest)",
     )
-    number("--num-generations", int, 1, "completions per prompt and weighting")
-    number("--margin", float, 0.1, "the hypervolume's reference point is the base's mean reward minus this")
+    number("num_generations", 1, "completions per prompt and weighting")
+    number("margin", 0.1, "the hypervolume's reference point is the base's mean reward minus this")
     parser.add_argument("--reference-point", metavar="A=X,B=Y", help="the reference point by objective")
-    number("--bootstrap", int, 1000, "resamples for the intervals")
-    number("--batch-rows", int, 128, "completions decoded together")
+    number("bootstrap", 1000, "resamples for the intervals")
+    number("batch_rows", 128, "completions decoded together")
     parser.add_argument("--out", metavar="DIR", help="folder of the report (default: RUN)")
     parser.add_argument("--task", help="where RUN is a policy alone: an embedded task")
     parser.add_argument("--dataset", metavar="FILE", help="prompts to evaluate on, as for train")
     parser.add_argument(
         "--rewards", nargs="+", metavar="NAME=REWARD", help="where RUN is a policy alone: as for train"
     )
-    _add_sampling(parser)
+    _add_sampling(parser, EVALUATION["seed"])
 
 
 def _add_variance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="run folder; each of its checkpoints is measured")
     parser.add_argument(
         "--batches",
-        type=int,
+        type=_in(COMMANDS["batches"]),
         default=16,
         metavar="N",
         help="batches for each checkpoint (default: %(default)s)",
     )
     parser.add_argument(
         "--completions",
-        type=int,
+        type=_in(COMMANDS["completions"]),
         metavar="N",
         help="completions of a batch (default: those of a training step)",
     )
@@ -331,9 +343,15 @@ def _add_variance(parser: argparse.ArgumentParser) -> None:
         "--baselines", metavar="A,B", help="which baselines (default: all; value where the run has it)"
     )
     parser.add_argument(
-        "--bootstrap", type=int, default=1000, metavar="N", help="resamples for the intervals"
+        "--bootstrap",
+        type=_in(COMMANDS["bootstrap"]),
+        default=1000,
+        metavar="N",
+        help="resamples for the intervals",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the batches (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_in(COMMANDS["seed"]), default=0, help="of the batches (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", metavar="FILE", help="where to write the numbers (default: RUN/variance.json)"
     )
@@ -342,29 +360,36 @@ def _add_variance(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
     parser.add_argument("--weights", help=f"{_WEIGHTS_HELP} (default: equal)")
-    parser.add_argument("--kl", type=float, help="KL coefficient, for policies conditioned on it")
+    parser.add_argument("--kl", type=_in(EVALUATION["kl"]), help="KL coefficient, for policies conditioned on it")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="one prompt; - reads it from the standard input")
     given.add_argument("--prompts", metavar="FILE", help="one prompt per line, or JSON lines with prompts")
     given.add_argument(
         "--examples",
-        type=int,
+        type=_in(COMMANDS["examples"]),
         metavar="N",
         help="N held-out documents of the run's task (without a prompt: 3)",
     )
     parser.add_argument(
-        "--num-return-sequences", type=int, default=1, metavar="N", help="completions per prompt"
+        "--num-return-sequences",
+        type=_in(GENERATION["num_return_sequences"]),
+        default=1,
+        metavar="N",
+        help="completions per prompt",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
-    _add_sampling(parser)
+    _add_sampling(parser, GENERATION["seed"])
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, help="default: as in training, or 128")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; default: as in training, or 1")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the nucleus of this mass")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+def _add_sampling(parser: argparse.ArgumentParser, seeds: Range) -> None:
+    for name, text in (
+        ("max_new_tokens", "default: as in training, or 128"),
+        ("temperature", "0 is greedy; default: as in training, or 1"),
+        ("top_k", "draw from the k likeliest tokens"),
+        ("top_p", "draw from the nucleus of this mass"),
+    ):
+        parser.add_argument("--" + name.replace("_", "-"), type=_in(SAMPLING[name]), metavar="N", help=text)
+    parser.add_argument("--seed", type=_in(seeds), default=0, help="default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 
@@ -372,7 +397,7 @@ def _add_steer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
     parser.add_argument(
         "--port",
-        type=int,
+        type=_in(COMMANDS["port"]),
         default=8765,
         metavar="N",
         help="where to listen; 0 is any that is free (default: %(default)s)",
@@ -390,7 +415,7 @@ def _add_steer(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help=_RUN_HELP)
     parser.add_argument("--weights", help=_WEIGHTS_HELP)
-    parser.add_argument("--kl", type=float, help="KL coefficient, for policies conditioned on it")
+    parser.add_argument("--kl", type=_in(EVALUATION["kl"]), help="KL coefficient, for policies conditioned on it")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--merged", action="store_true", help="a transformers model instead of an adapter")
     parser.add_argument(
@@ -400,7 +425,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rank",
-        type=int,
+        type=_in(COMMANDS["rank"]),
         metavar="R",
         help="of the adapter, at most: cuts deltas to their largest singular values and reports the error",
     )
@@ -419,7 +444,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", metavar="0,1", help="do these of the file's seeds alone")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="processes, each with its share of the cores"
+        "--jobs",
+        type=_in(COMMANDS["jobs"]),
+        default=1,
+        metavar="N",
+        help="processes, each with its share of the cores",
     )
     parser.add_argument("--report-only", action="store_true", help="write the report of what is there")
     parser.add_argument(
@@ -427,14 +456,21 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _numbers(text: str) -> list[float]:
+def _in(values: Range) -> Callable[[str], float]:
+    """What argparse reads a number in this range with."""
+
+    def read(text: str) -> float:
+        try:
+            return values.parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def _kls(text: str) -> list[float]:
     """'0.01,0.1' as a list."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a number, or several such as 0.01,0.1"
-        ) from None
+    return [_in(EVALUATION["kl"])(part) for part in text.split(",")]
 
 
 def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
@@ -476,14 +512,16 @@ def _train(arguments: argparse.Namespace) -> None:
     import dataclasses
 
     from clp_engine.config import CLPConfig
+    from clp_engine.yaml_reading import read_file, read_flag
 
-    values = _read_yaml(arguments.config) if arguments.config else {}
+    values = read_file(arguments.config) if arguments.config else {}
     own = {f.name for f in dataclasses.fields(CLPConfig)}
     for name, value in vars(arguments).items():
         if value is not None and name in own:
-            values[name] = value if isinstance(value, bool) else _read_flag(value, CLPConfig, name)
+            values[name] = value if isinstance(value, bool) else read_flag(value, CLPConfig, name)
     given = {name: getattr(arguments, name) for name in runs.RUN_KEYS}
     spec, config = _training(values | {name: value for name, value in given.items() if value is not None})
+    check_folder("output_dir", config.output_dir)
     if not arguments.resume:  # before anything is loaded; training looks again, when it has the folder to itself
         run_folder.check_free(config.output_dir, "a new one", config.overwrite_output_dir)
     from clp_engine.info import render_training
@@ -514,32 +552,6 @@ def _training(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
     return spec, CLPConfig.from_dict(values)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected names and values, such as 'max_steps: 500'")
-    return {str(name): value for name, value in values.items()}
-
-
-def _read_flag(text: str, config: type, name: str) -> Any:
-    """A flag's text as the YAML value it stands for; 'a,b' where the setting takes a list."""
-    import yaml
-
-    hint = str(config.__annotations__[name])
-    if hint.startswith("dict"):
-        return yaml.safe_load(text)
-    if "list" in hint and "," in text or hint.startswith("list"):
-        element = (lambda part: part) if "list[str]" in hint else yaml.safe_load
-        return [element(part.strip()) for part in text.split(",")]
-    return text if "str" in hint else yaml.safe_load(text)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -551,16 +563,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         reference = parse_assignments(arguments.reference_point, "reference-point")
         if not isinstance(reference, dict):
             raise ConfigError("reference-point: give the numbers by objective, such as a=0.1,b=0.2")
+    if arguments.dataset is not None and arguments.split is not None:
+        raise ConfigError("--dataset and --split were both given; splits are of a task's data, give one")
     rows = (
-        runs.read_rows(arguments.dataset)[: arguments.prompts]
-        if arguments.dataset
-        else spec.eval_rows(arguments.prompts, split=arguments.split)
+        spec.eval_rows(arguments.prompts, split=arguments.split)
+        if arguments.dataset is None
+        else runs.read_rows(arguments.dataset)[: arguments.prompts]
     )
+    out = arguments.run_folder if arguments.out is None else arguments.out
+    check_folder("out", out)
     policy = runs.load_policy(arguments.run_folder, arguments.device)
     rewards = spec.reward_functions()
     from clp_engine.evaluation import evaluate
 
-    out = arguments.out or arguments.run_folder
     result = evaluate(
         policy,
         rewards,
@@ -591,8 +606,11 @@ def _variance(arguments: argparse.Namespace) -> None:
         steps = None if arguments.steps is None else [int(part) for part in listed(arguments.steps)]
     except ValueError:
         raise ConfigError(f"steps={arguments.steps!r}: expected step numbers such as 0,100,200") from None
-    if arguments.bootstrap < 1:
-        raise ConfigError(f"bootstrap={arguments.bootstrap}: expected at least 1")
+    out = str(Path(arguments.run_folder) / "variance.json") if arguments.out is None else arguments.out
+    if arguments.out is not None:
+        if Path(out).is_dir():
+            raise ConfigError(f"out={out!r} is a folder; expected a file to write")
+        check_folder("out", Path(out).parent)
     runs.RunSpec.load(arguments.run_folder)  # a file that cannot be read is reported before torch is imported
     from clp_engine import diagnostics
 
@@ -606,7 +624,6 @@ def _variance(arguments: argparse.Namespace) -> None:
         bootstrap=arguments.bootstrap,
         seed=arguments.seed,
     )
-    out = arguments.out or str(Path(arguments.run_folder) / "variance.json")
     result.save(out)
     run_folder.note(Path(out).parent, [out])
     print(f"{diagnostics.table(result)}\n\nnumbers: {out}")
@@ -623,7 +640,7 @@ def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
                 "--dataset and --rewards"
             )
         return spec
-    objectives = json.loads((policy / "clp_config.json").read_text(encoding="utf-8"))["objectives"]
+    objectives = read_json(policy / "clp_config.json").get("objectives")
     return runs.RunSpec.from_values(
         {
             "model": "unused",
@@ -643,7 +660,9 @@ def _sampling(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> Sampl
         arguments.temperature if arguments.temperature is not None else trained.get("temperature", 1.0)
     )
     return SamplingParams(
-        arguments.max_new_tokens or trained.get("max_completion_length", 128),
+        trained.get("max_completion_length", 128)
+        if arguments.max_new_tokens is None
+        else arguments.max_new_tokens,
         temperature,
         arguments.top_k,
         arguments.top_p,
@@ -687,7 +706,7 @@ def _generation_rows(arguments: argparse.Namespace, spec: runs.RunSpec | None, t
     elif arguments.prompt is not None:
         rows = [{"prompt": sys.stdin.read() if arguments.prompt == "-" else arguments.prompt}]
     elif in_task:
-        return spec.eval_rows(arguments.examples or 3)
+        return spec.eval_rows(3 if arguments.examples is None else arguments.examples)
     else:
         raise ConfigError("give --prompt TEXT or --prompts FILE")
     if in_task:
@@ -723,6 +742,7 @@ def _export(arguments: argparse.Namespace) -> None:
         raise ConfigError("--rank and --each are of adapters; --merged writes whole weights, leave one out")
     if arguments.each and (weights is not None or arguments.kl is not None):
         raise ConfigError("--each writes every objective's adapter unblended; leave out --weights and --kl")
+    check_folder("to", target.parent)
     policy = runs.load_policy(arguments.run_folder, "cpu")
     base = f"  (base model: {policy.spec.base_model})"
     if arguments.each:
@@ -778,8 +798,9 @@ def _adapter_notes(path: Path, asked: int | None, error: float) -> str:
 def _compare(arguments: argparse.Namespace) -> int | None:
     from clp_engine import compare as comparing
     from clp_engine.compare import report as rendering
+    from clp_engine.yaml_reading import read_file
 
-    config = _read_yaml(arguments.config)
+    config = read_file(arguments.config)
     if arguments.output_dir is not None:
         config["output_dir"] = arguments.output_dir
     only = None if arguments.only is None else [n.strip() for n in arguments.only.split(",") if n.strip()]
@@ -824,7 +845,9 @@ def _info(arguments: argparse.Namespace) -> None:
 def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
     """What a configuration file or a run folder trains."""
     if not Path(path).is_dir():
-        return _training(_read_yaml(path))
+        from clp_engine.yaml_reading import read_file
+
+        return _training(read_file(path))
     from clp_engine.config import CLPConfig
 
     spec = runs.RunSpec.load(path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from clp_engine.errors import ConfigError, shown
 
 KL_CONDITIONING = ("none", "linear", "odds")
 
@@ -42,6 +45,20 @@ class Conditions:
     def reference(rows: int, num_objectives: int) -> Conditions:
         """Rows whose blend is zero: the base model itself."""
         return Conditions(torch.zeros(rows, num_objectives), torch.zeros(rows))
+
+
+def check_objectives(names: Sequence[str]) -> None:
+    """Raises ConfigError for names of objectives that no weighting could be written with: a=0.7,b=0.3."""
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"objectives={shown(list(names))}: expected at least one name, no name twice")
+    for name in names:
+        if not isinstance(name, str) or not name or name != name.strip() or not name.isprintable():
+            raise ConfigError(f"objective {shown(name)}: expected a name, without blanks around it")
+        if {"=", ","} & set(name):
+            raise ConfigError(
+                f"objective {shown(name)}: = and , separate the weights of objectives (a=0.7,b=0.3); give it a name without "
+                "them, such as " + repr(re.sub("[=,]+", "_", name))
+            )
 
 
 def blend_coefficients(

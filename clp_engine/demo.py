@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import run_folder, runs
+from clp_engine import ranges, run_folder, runs
 from clp_engine.errors import ConfigError
+from clp_engine.files import check_folder
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
@@ -65,8 +66,9 @@ def run_demo(
     """
     started = time.perf_counter()
     for name, value in (("steps", steps), ("prompts", prompts)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}: expected at least 1")
+        if value is not None:
+            ranges.check(ranges.COMMANDS, **{name: value})
+    check_folder("out", out)
     spec = runs.RunSpec.from_values({"task": TASK, "objectives": list(objectives)})
     task = runs.find_task(TASK)
     from clp_engine.config import CLPConfig

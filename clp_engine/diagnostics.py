@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import checkpoint, pareto, runs, seeds
+from clp_engine import checkpoint, pareto, ranges, runs, seeds
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import ESTIMATORS
@@ -212,7 +212,7 @@ def measure(
 
     Needs memory for batches * variants gradients in float32.
     """
-    _check_batches(batches)
+    ranges.check(ranges.COMMANDS, batches=batches, bootstrap=bootstrap)
     variants = list(variants or variants_of(trainer))
     taken = []
     for i in range(batches):
@@ -247,7 +247,7 @@ def along_run(
     checkpoints.
     """
     start = time.perf_counter()
-    _check_batches(batches)
+    ranges.check(ranges.COMMANDS, batches=batches, bootstrap=bootstrap)
     spec = runs.RunSpec.load(run)
     if spec is None:
         raise ConfigError(f"{run} has no run.json; expected the folder of a training run")
@@ -276,11 +276,6 @@ def along_run(
         versions(),
         source_commit(),
     )
-
-
-def _check_batches(batches: int) -> None:
-    if batches < 3:
-        raise ConfigError(f"batches={batches}: at least 3 are needed for an interval")
 
 
 def _trainer(spec: runs.RunSpec, seed: int, completions: int | None) -> CLPTrainer:

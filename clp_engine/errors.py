@@ -1,5 +1,23 @@
 """Errors a user can act on. The command line prints them as one line; from Python they are ordinary ValueErrors."""
 
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
 
 class ConfigError(ValueError):
     """A setting, file or argument that cannot be used: what was given, what was expected, what to do."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 8
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: its repr, cut where it is long."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no integer of thousands of digits
+        return f"a number of {value.bit_length() * 3 // 10:,} digits"

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import __version__, pareto
+from clp_engine import __version__, pareto, ranges
 from clp_engine.conditions import Conditions
 from clp_engine.data import PromptBatch, PromptDataset, completion_texts
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
+from clp_engine.memory import check_size
 from clp_engine.rewards import RewardSet
 from clp_engine.rollout import Rollout, SamplingParams, rollout
 from clp_engine.samplers import simplex_lattice
@@ -250,18 +252,34 @@ def evaluate(
     """
     start = time.perf_counter()
     sampling = sampling or SamplingParams()
+    given = {"max_prompt_length": max_prompt_length, "kl_limit": kl_limit}
+    ranges.check(
+        ranges.EVALUATION,
+        num_generations=num_generations,
+        batch_rows=batch_rows,
+        bootstrap=bootstrap,
+        seed=seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
     rewards = _reward_set(reward_funcs, policy.objectives)
     rows = [{"prompt": row} if isinstance(row, str) else row for row in prompts]
     dataset = PromptDataset(rows, policy.tokenizer, max_prompt_length)
-    if num_generations < 1 or bootstrap < 1:
-        raise ConfigError(f"num_generations={num_generations}, bootstrap={bootstrap}: expected at least 1")
     weightings = _weightings(policy, grid)
     kls = _kl_coefficients(policy, kl)
-    if kl_limit is not None and not kl_limit > 0:
-        raise ConfigError(f"kl_limit={kl_limit}: expected a positive number of nats")
     # All weightings at the first coefficient, then all at the second.
     repeated = [value for value in kls for _ in weightings]
     conditions = policy.conditions(weightings * len(kls), repeated, len(repeated))
+    points, objectives = len(conditions) + 1, len(policy.objectives)
+    check_size(
+        f"num_generations={num_generations:,} completions of {len(rows):,} prompts at {points:,} points",
+        8 * points * len(rows) * num_generations * (objectives + 3),
+        "cpu",
+    )
+    check_size(
+        f"bootstrap={bootstrap:,} resamples of {len(rows):,} prompts at {points:,} points",
+        8 * bootstrap * (len(rows) + points * objectives),
+        "cpu",
+    )
     margins = _by_objective(margin, policy.objectives, "margin")
     if reference_point is not None:
         reference_point = _by_objective(reference_point, policy.objectives, "reference_point")
@@ -335,10 +353,11 @@ def _reward_set(reward_funcs, objectives: Sequence[str]) -> RewardSet:
 def _weightings(policy: ConditionedPolicy, grid) -> list:
     if grid is None:
         return default_grid(len(policy.objectives)).tolist()
-    if isinstance(grid, int):
-        if grid < 2:
-            raise ConfigError(f"grid={grid}: expected at least 2 points per edge")
+    if isinstance(grid, numbers.Real):
+        ranges.EVALUATION["grid"].check("grid", grid)
         return simplex_lattice(len(policy.objectives), grid).tolist()
+    if isinstance(grid, str) or not isinstance(grid, Iterable):
+        raise ConfigError(f"grid={shown(grid)}: expected points per edge, or a list of weightings")
     grid = grid.tolist() if hasattr(grid, "tolist") else list(grid)
     if not grid:
         raise ConfigError("grid is empty; give at least one weighting")
@@ -348,7 +367,8 @@ def _weightings(policy: ConditionedPolicy, grid) -> list:
 def _kl_coefficients(policy: ConditionedPolicy, kl: float | Sequence[float] | None) -> list[float]:
     if kl is None:
         return [policy.spec.default_kl]
-    kls = [float(value) for value in kl] if isinstance(kl, Sequence | np.ndarray) else [float(kl)]
+    several = isinstance(kl, Sequence | np.ndarray) and not isinstance(kl, str)
+    kls = [float(ranges.EVALUATION["kl"].check("kl", value)) for value in (kl if several else [kl])]
     if not kls or len(set(kls)) < len(kls):
         raise ConfigError(f"kl={list(kls)}: expected at least one KL coefficient, none of them twice")
     return kls
@@ -356,11 +376,10 @@ def _kl_coefficients(policy: ConditionedPolicy, kl: float | Sequence[float] | No
 
 def _by_objective(value, objectives: Sequence[str], name: str) -> np.ndarray:
     """(M,) from one number or a mapping by objective."""
-    if not isinstance(value, Mapping):
-        return np.full(len(objectives), float(value))
-    if set(value) != set(objectives):
-        raise ConfigError(f"{name} is for {', '.join(value) or 'nothing'}; expected {', '.join(objectives)}")
-    return np.array([float(value[o]) for o in objectives])
+    values = value if isinstance(value, Mapping) else dict.fromkeys(objectives, value)
+    if set(values) != set(objectives):
+        raise ConfigError(f"{name} is for {', '.join(values) or 'nothing'}; expected {', '.join(objectives)}")
+    return np.array([float(ranges.EVALUATION[name].check(name, values[o])) for o in objectives])
 
 
 # --- measuring

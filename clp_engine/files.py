@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    import torch
 
 # The host may be missing: earlier versions left it out.
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|ready|old)-(?:(?P<host>.+)-)?(?P<pid>\d+)")
@@ -105,6 +111,62 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _exists(path: Path) -> bool:
+    """Whether anything is at `path`; OSError for a path that nothing can be at."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def check_folder(name: str, path: str | Path) -> None:
+    """Raises ConfigError where no file could be written into the folder `path`, which need not be there yet. name: of the
+    setting or flag, for the message."""
+    try:
+        folder = Path(path)
+        while not _exists(folder):
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{name}={shown(str(path))}: cannot write there ({reason}); give a folder that can be made and written to"
+        ) from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError naming the file where it holds something else."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged or no JSON ({error}); write or copy it again") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {shown(raw)}; expected names and values. Write or copy it again")
+    return raw
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file, all of them finite floating-point numbers. Raises ConfigError naming the file where it
+    holds something else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged or no safetensors file ({error}); write or copy it again") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+            raise ConfigError(
+                f"{path}: {name} has {tensor.dtype} numbers, not all of them finite; write or copy it again"
+                if tensor.is_floating_point()
+                else f"{path}: {name} has {tensor.dtype} numbers; expected floating-point ones"
+            )
+    return tensors
 
 
 def write_text(path: str | Path, text: str) -> None:

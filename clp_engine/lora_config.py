@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from clp_engine import ranges
 from clp_engine.adapters import check_targets
 from clp_engine.errors import ConfigError
 
@@ -73,6 +75,7 @@ def described(config: LoraConfig) -> dict[str, Any]:
     Raises ConfigError for a field that could not take effect exactly, with what to do instead.
     """
     _check(config)
+    ranges.check({"r": ranges.COUNT, "lora_alpha": ranges.POSITIVE}, r=config.r, lora_alpha=config.lora_alpha)
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     return {
         "rank": config.r,
@@ -121,6 +124,7 @@ def _chooser(config: LoraConfig) -> Callable[[PreTrainedModel], list[str]]:
                 "exclude_modules, or conditioning='full'"
             )
         _check_patterns(config, list(modules))
+        _warn_of_idle(rules, config, model, list(modules))
         check_targets(model, list(modules))
         return list(modules)
 
@@ -152,6 +156,47 @@ def _check_task(config: LoraConfig, model: PreTrainedModel) -> None:
     expected = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     if task is not None and str(getattr(task, "value", task)) != expected:
         raise ConfigError(f"peft_config has task_type={task!r}; {type(model).__name__} is a {expected}")
+
+
+def _warn_of_idle(rules: LoraConfig, config: LoraConfig, model: PreTrainedModel, chosen: list[str]) -> None:
+    """Warn of each entry that chooses, leaves out or describes no layer: one LoraConfig may serve several models, and it may be
+    misspelt. rules: `config` with the names of its target_modules; chosen: the layers."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    def chooses(**changed) -> bool:
+        one = dataclasses.replace(rules, **changed)
+        return any(check_target_module_exists(one, name) for name in names)
+
+    names = [name for name, _ in model.named_modules() if name]
+    idle: list[str] = []
+    for field in ("target_modules", "layers_to_transform", "layers_pattern"):
+        entries = getattr(config, field)
+        if isinstance(entries, list | tuple | set):
+            without = {} if field != "target_modules" else {"exclude_modules": None}
+            idle += [
+                f"{field} {e!r}" for e in sorted(entries, key=str) if not chooses(**{field: [e]}, **without)
+            ]
+    excluded = config.exclude_modules
+    for entry in [excluded] if isinstance(excluded, str) else sorted(excluded or ()):
+        alone = dataclasses.replace(
+            rules,
+            target_modules=entry if isinstance(excluded, str) else [entry],
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        if not any(check_target_module_exists(alone, name) for name in names):
+            idle.append(f"exclude_modules {entry!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, field) or {}
+        idle += [f"{field} {k!r}" for k in keys if all(get_pattern_key([k], n) == n != k for n in chosen)]
+    if idle:
+        warnings.warn(
+            f"peft_config: {', '.join(idle)} match{'es' if len(idle) == 1 else ''} no layer of {type(model).__name__}; leave "
+            "out what is not meant for it",
+            stacklevel=4,
+        )
 
 
 def _check_patterns(config: LoraConfig, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from clp_engine.errors import ConfigError
 from clp_engine.layers import attention_layers, is_whole, lora_targets, unconditioned
 
 _FLOAT32 = 4
+# Bytes that a rollout keeps of each token it may draw: its seed, the token, its log-prob, whether it is there and the last.
+BOOKKEEPING = 8 + 8 + 4 + 1 + 1
+_LARGEST = 2**44  # what no machine has
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,25 @@ class Memory:
 
 def size(count: int) -> str:
     """Bytes for people: 12.3 MiB."""
-    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    value, units = min(count, 10**30), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.3g} {units[0]}" if value < 1000 else f"{value:.0f} {units[0]}"
+
+
+def check_size(what: str, needed: int, device: torch.device | str | None = None) -> None:
+    """Raises ConfigError where `needed` bytes are more than the device has, or any machine where there is no device to ask."""
+    room, where = _LARGEST, "any machine has"
+    if device is not None:
+        device = torch.device(device)
+        if device.type == "cuda":
+            where = f"{device} has"
+            room = torch.cuda.get_device_properties(device).total_memory
+        elif device.type == "cpu" and hasattr(os, "sysconf"):
+            where = "this machine has"
+            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > room:
+        raise ConfigError(f"{what}: that takes {size(needed)} of memory, more than {where} ({size(room)}); ask for less")
 
 
 def skeleton(name_or_path: str | Path) -> PreTrainedModel:

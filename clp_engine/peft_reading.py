@@ -11,26 +11,36 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from clp_engine.adapters import place
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
+from clp_engine.files import read_json, read_tensors
+from clp_engine.ranges import COUNT, MAPPINGS, Range
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<part>[AB])\.weight$")
 _BASE_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>(?:(?!lora_).)+?)(?:\.base_layer)?\.weight$")
+
+_NAME = re.compile(r"[\w.-]+")
+_PATIENCE = 10
+_MATCH = """import json, re, sys
+keys, layers = json.load(sys.stdin)
+patterns = [re.compile(rf"(.*\\.)?({key})$") for key in keys]
+print(json.dumps([next((i for i, p in enumerate(patterns) if p.match(layer)), None) for layer in layers]))
+"""
 
 # Fields of a LoraConfig that change no number once an adapter is trained, or that are read here.
 _FOLLOWED = frozenset(
@@ -80,17 +90,19 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """The one that most layers have."""
-        return Counter(f.scaling for f in self.layers.values()).most_common(1)[0][0]
+        """The one that most layers have, of those whose delta is not zero."""
+        return Counter(f.scaling for f in self.layers.values() if f.scaling).most_common(1)[0][0]
 
 
 def read_adapter(location: str | Path) -> Adapter:
     """The adapter in a directory, or of a repository of the model hub. Raises ConfigError for what is missing or cannot be
     followed."""
     source = f"adapter {str(location)!r}"
-    config = json.loads(_file(location, CONFIG_FILE).read_text(encoding="utf-8"))
+    path = _file(location, CONFIG_FILE)
+    config = read_json(path)
     _check_config(source, config)
-    tensors = load_file(_file(location, WEIGHTS_FILE))
+    _check_numbers(path, config)
+    tensors = read_tensors(_file(location, WEIGHTS_FILE))
     parts: dict[str, dict[str, torch.Tensor]] = {}
     base_weights = {}
     for key, tensor in tensors.items():
@@ -103,17 +115,18 @@ def read_adapter(location: str | Path) -> Adapter:
                 f"{source}: {key} is no factor of a linear layer and cannot be blended with those of other adapters; {_MERGE}"
             )
     layers = {}
+    ranks = _by_layer(path, config, "rank_pattern", "r", list(parts))
+    alphas = _by_layer(path, config, "alpha_pattern", "lora_alpha", list(parts))
     for name, pair in parts.items():
-        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        matrices = pair.keys() == {"A", "B"} and all(t.dim() == 2 for t in pair.values())
+        if not matrices or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = ", ".join(f"lora_{part} {tuple(t.shape)}" for part, t in sorted(pair.items()))
             raise ConfigError(f"{source}: {name} has {shapes}; expected lora_A (r, K) and lora_B (N, r)")
         rank = pair["A"].shape[0]
-        said = _of_layer(config.get("rank_pattern"), name, config["r"])
-        if rank != said:
-            raise ConfigError(f"{source}: {name} has rank {rank}, its {CONFIG_FILE} says {said}")
-        alpha = _of_layer(config.get("alpha_pattern"), name, config["lora_alpha"])
+        if rank != ranks[name]:
+            raise ConfigError(f"{source}: {name} has rank {rank}, its {CONFIG_FILE} says {ranks[name]}")
         layers[name] = _factors(
-            pair["A"], pair["B"], alpha / (rank**0.5 if config.get("use_rslora") else rank)
+            pair["A"], pair["B"], alphas[name] / (rank**0.5 if config.get("use_rslora") else rank)
         )
     return _adapter(source, config, layers, base_weights)
 
@@ -190,6 +203,11 @@ def _adapter(
 ) -> Adapter:
     if not layers:
         raise ConfigError(f"{source} has no factors of linear layers")
+    if not any(f.scaling for f in layers.values()):
+        raise ConfigError(
+            f"{source} computes nothing: its lora_alpha is 0; leave it out (None for its objective), or write what it was "
+            "trained with"
+        )
     return Adapter(source, config.get("base_model_name_or_path") or "", layers, base_weights or {})
 
 
@@ -207,13 +225,57 @@ def _file(location: str | Path, name: str) -> Path:
         raise ConfigError(f"adapter {str(location)!r}: no {name}; {remedy}") from error
 
 
-def _of_layer(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """The entry of rank_pattern or alpha_pattern for a layer: the first whose key, an expression, matches the end of its name
-    at a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return default
+def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    for name, pattern, values in (("r", "rank_pattern", COUNT), ("lora_alpha", "alpha_pattern", Range(float))):
+        if name not in config:
+            raise ConfigError(f"{path}: {name} is missing; expected a configuration that PEFT's save_pretrained wrote")
+        values.check(f"{path}: {name}", config[name])
+        if entries := config.get(pattern):
+            if not isinstance(entries, Mapping):
+                raise ConfigError(f"{path}: {pattern}={shown(entries)}: expected a number for each expression")
+            values.check(f"{path}: {pattern}", entries, MAPPINGS)
+
+
+def _by_layer(
+    path: Path, config: Mapping[str, Any], pattern: str, common: str, layers: Sequence[str]
+) -> dict[str, Any]:
+    """What rank_pattern or alpha_pattern says of each layer: the value of the first key, an expression, that matches the end of
+    its name at a dot, or the common one."""
+    entries = dict(config.get(pattern) or {})
+    if all(_NAME.fullmatch(key) for key in entries):
+        found = [next((i for i, key in enumerate(entries) if _ends_in(layer, key)), None) for layer in layers]
+    else:
+        found = _matched(f"{path}: {pattern}", list(entries), layers)
+    values = list(entries.values())
+    return {layer: config[common] if i is None else values[i] for layer, i in zip(layers, found)}
+
+
+def _ends_in(layer: str, key: str) -> bool:
+    """Whether `(.*\\.)?(key)$` matches, for a key that is a name; a dot in it stands for any character."""
+    before, tail = layer[: -len(key)], layer[-len(key) :]
+    same = len(tail) == len(key) and all(k in (".", c) for k, c in zip(key, tail))
+    return same and (not before or before.endswith("."))
+
+
+def _matched(where: str, keys: Sequence[str], layers: Sequence[str]) -> list[int | None]:
+    """The first of the expressions that matches each layer. An expression may take longer than anyone lives, and nothing stops
+    Python's matching but the end of its process: another one does it, for _PATIENCE seconds."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=json.dumps([keys, layers]),
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"{where}: matching its expressions takes more than {_PATIENCE} s; write the names of layers instead"
+        ) from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it ended early"])[-1]
+        raise ConfigError(f"{where}: {shown(list(keys))} are no regular expressions ({reason})")
+    return json.loads(done.stdout)
 
 
 def _check_config(source: str, config: Mapping[str, Any]) -> None:

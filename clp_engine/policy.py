@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from clp_kernels import HeadLoRA, TokenStats, interpolate, linear_logprob
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -30,6 +30,7 @@ from clp_engine import (
     native_decoding,
     peft_format,
     prompting,
+    ranges,
     slot_decoding,
     steerable,
     warm_start,
@@ -38,13 +39,19 @@ from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, plac
 from clp_engine.backbone import CausalBackbone, find_head, make_backbone
 from clp_engine.base_model import load_base, same_weights
 from clp_engine.conditioning import Conditioning
-from clp_engine.conditions import KL_CONDITIONING, Conditions, blend_coefficients, parse_weights
+from clp_engine.conditions import (
+    KL_CONDITIONING,
+    Conditions,
+    blend_coefficients,
+    check_objectives,
+    parse_weights,
+)
 from clp_engine.data import encode_prompts
 from clp_engine.decoding import BlendDecoding, Decoding
-from clp_engine.errors import ConfigError
-from clp_engine.files import finish, refuse_overlap, write_directory
+from clp_engine.errors import ConfigError, shown
+from clp_engine.files import finish, read_json, read_tensors, refuse_overlap, write_directory
 from clp_engine.layers import attach, is_tied, lora_targets, untie
-from clp_engine.memory import Memory
+from clp_engine.memory import Memory, check_size
 from clp_engine.native_decoding import NativeDecoding
 from clp_engine.peft_reading import Adapter, holds_adapters
 from clp_engine.positions import Room
@@ -83,6 +90,26 @@ class PolicySpec:
     @property
     def scalings(self) -> tuple[float, ...]:
         return tuple(alpha / rank for alpha, rank in zip(self.lora_alphas, self.ranks))
+
+
+def _read_spec(path: Path) -> PolicySpec:
+    raw = read_json(path)
+    names = {field.name for field in dataclasses.fields(PolicySpec)}
+    if unknown := sorted(set(raw) - names):
+        raise ConfigError(
+            f"{path} has settings this version does not know ({', '.join(unknown)}); it was written by a newer one"
+        )
+    try:
+        spec = PolicySpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()})
+        ranges.ADAPTER["rank"].check("ranks", spec.ranks, several=ranges.LISTS)
+        ranges.ADAPTER["lora_alpha"].check("lora_alphas", spec.lora_alphas, several=ranges.LISTS)
+        ranges.check(ranges.ADAPTER, default_kl=spec.default_kl)
+        lists = (spec.objectives, spec.target_modules)
+        if not all(isinstance(t, tuple) and all(isinstance(name, str) for name in t) for t in lists):
+            raise TypeError(f"objectives and target_modules are {shown(lists)}")
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); write or copy the policy again") from error
+    return spec
 
 
 def _per_delta(value, deltas: Sequence[str], name: str) -> tuple:
@@ -183,8 +210,7 @@ class ConditionedPolicy(nn.Module):
                 seed=seed,
             )
         objectives = tuple(objectives)
-        if not objectives or len(set(objectives)) != len(objectives):
-            raise ConfigError(f"objectives={list(objectives)}: expected at least one name, no name twice")
+        check_objectives(objectives)
         parsed = Conditioning.parse(conditioning, carrier)
         if prompt_template is not None and not parsed.prompt:
             raise ConfigError(
@@ -199,13 +225,17 @@ class ConditionedPolicy(nn.Module):
             )
         deltas = objectives if parsed.blended else ("one delta for all",)
         ranks = _per_delta(warm_start.DEFAULT_RANK if rank is None else rank, deltas, "rank")
-        if not all(isinstance(r, int) and r > 0 for r in ranks):
-            raise ConfigError(f"rank={rank!r}: expected a positive integer, or one per objective")
-        alphas = (
-            tuple(2.0 * r for r in ranks)
-            if lora_alpha is None
-            else tuple(map(float, _per_delta(lora_alpha, deltas, "lora_alpha")))
-        )
+        for r in ranks:
+            ranges.check(ranges.ADAPTER, rank=r)
+        ranges.check(ranges.ADAPTER, default_kl=default_kl)
+        if min_kl is not None:
+            ranges.check(ranges.ADAPTER, min_kl=min_kl)
+        alphas = tuple(2.0 * r for r in ranks)
+        if lora_alpha is not None:
+            alphas = _per_delta(lora_alpha, deltas, "lora_alpha")
+            for value in alphas:
+                ranges.check(ranges.ADAPTER, lora_alpha=value)
+            alphas = tuple(map(float, alphas))
         model, tokenizer, base = load_base(name_or_path, tokenizer, dtype, device, attention)
         spec = PolicySpec(
             base,
@@ -220,6 +250,13 @@ class ConditionedPolicy(nn.Module):
             kl_is_beta,
             carrier,
             prompt_template,
+        )
+        head = model.get_output_embeddings()  # a rank beyond the hidden size makes it whole
+        layers = [layer for name in spec.target_modules if (layer := model.get_submodule(name)) is not head]
+        check_size(
+            f"rank={max(ranks):,} for {len(deltas)} deltas",
+            4 * sum(ranks) * sum(sum(layer.weight.shape) for layer in layers),
+            model.device,
         )
         return cls(model, spec, tokenizer, seed)
 
@@ -600,6 +637,9 @@ class ConditionedPolicy(nn.Module):
         """
         if self.tokenizer is None:
             raise ConfigError("this policy has no tokenizer; give one to from_pretrained(tokenizer=...)")
+        ranges.check(ranges.GENERATION, num_return_sequences=num_return_sequences, seed=seed)
+        if max_rows is not None:
+            ranges.check(ranges.GENERATION, max_rows=max_rows)
         one = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], Mapping)
         prompts = [prompts] if one else list(prompts)
         if not prompts:
@@ -610,7 +650,7 @@ class ConditionedPolicy(nn.Module):
             encoded,
             self.conditions(weights, kl, len(prompts)),
             num_generations=num_return_sequences,
-            sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, tuple(stop_strings)),
+            sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, stop_strings),
             seed=seed,
             prompts=prompts,
             max_rows=max_rows,
@@ -660,18 +700,11 @@ class ConditionedPolicy(nn.Module):
             raise ConfigError(
                 f"{directory}: no {_SPEC_FILE} here; expected a directory written by save_pretrained"
             )
-        raw = json.loads((directory / _SPEC_FILE).read_text(encoding="utf-8"))
-        unknown = sorted(set(raw) - {f.name for f in dataclasses.fields(PolicySpec)})
-        if unknown:
-            raise ConfigError(
-                f"{directory / _SPEC_FILE} has settings this version does not know ({', '.join(unknown)}); "
-                "it was written by a newer one"
-            )
+        spec = _read_spec(directory / _SPEC_FILE)
         if not (directory / _ADAPTER_FILE).is_file():
             raise ConfigError(f"{directory}: {_ADAPTER_FILE} is missing")
-        if base_model is None and not raw["base_model"]:
+        if base_model is None and not spec.base_model:
             raise ConfigError(f"{directory} was saved from a model in memory; give it with base_model=")
-        spec = PolicySpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
         tokenizer = (
             AutoTokenizer.from_pretrained(directory)
             if (directory / "tokenizer_config.json").is_file()
@@ -679,7 +712,10 @@ class ConditionedPolicy(nn.Module):
         )
         model, tokenizer, _ = load_base(base_model or spec.base_model, tokenizer, dtype, device)
         policy = cls(model, spec, tokenizer)
-        policy.load_adapters(load_file(directory / _ADAPTER_FILE))
+        try:
+            policy.load_adapters(read_tensors(directory / _ADAPTER_FILE))
+        except ConfigError as error:
+            raise ConfigError(f"{directory / _ADAPTER_FILE}: {error}") from error
         policy.loaded_from.append(directory)
         return policy
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from clp_engine import ranges
 from clp_engine.conditions import Conditions
 from clp_engine.decoding import Decoding
 from clp_engine.drawing import Drawing
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
+from clp_engine.memory import BOOKKEEPING, check_size
 from clp_engine.native_decoding import NativeDecoding
 from clp_engine.packing import Packed, pack
 from clp_engine.seeds import derive
@@ -49,14 +51,14 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature={self.temperature}: expected 0 (greedy) or more")
-        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
-            raise ConfigError(
-                f"stop_strings={self.stop_strings!r}: expected a list of texts, none of them empty"
-            )
+        ranges.check_fields(ranges.SAMPLING, self)
+        for name, values in ranges.SAMPLING.items():  # plain numbers, for reports: numpy's are no JSON
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, values.kind(value))
+        texts = self.stop_strings
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+            raise ConfigError(f"stop_strings={shown(texts)}: expected a list of texts, none of them empty")
+        object.__setattr__(self, "stop_strings", tuple(texts))  # a key of caches
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Rollout:
         return pack(self.prompt_ids, self.counts[0], self.completion_ids, self.counts[1])
 
     def prompts(self, start: int, stop: int) -> Rollout:
-        """The part of prompts [start, stop), trimmed to the longest prompt and completion in it; this one, if that is all."""
+        """The part of prompts [start, stop), trimmed to its longest prompt and completion; itself, if that is all of it."""
         rows = slice(start * self.group, stop * self.group)
         prompt_lengths, lengths = self.counts[0][start:stop], self.counts[1][rows]
         skip, keep = self.prompt_ids.shape[1] - int(prompt_lengths.max()), max(int(lengths.max()), 1)
@@ -191,6 +193,12 @@ def rollout(
         raise ValueError(
             f"conditions has {len(conditions)} rows for {len(prompt_ids)} prompts; expected one per prompt"
         )
+    rows = len(prompt_ids) * num_generations
+    check_size(
+        f"{rows:,} completions of up to {sampling.max_new_tokens:,} tokens",
+        rows * sampling.max_new_tokens * BOOKKEEPING,
+        policy.device,
+    )
     if begun is not None and num_generations != 1:
         raise ValueError(f"begun continues one completion per prompt; got num_generations={num_generations}")
     device = policy.device
@@ -205,7 +213,7 @@ def rollout(
     plain = pad_left(prompt_ids, policy.pad_token_id, device)
     read_ids, read_mask = plain if shown is None else pad_left(shown, policy.pad_token_id, device)
     if row_seeds is None:
-        row_seeds = derive(seed, torch.arange(len(prompt_ids) * num_generations))
+        row_seeds = derive(seed, torch.arange(rows))
     drawing = Drawing(policy, sampling, row_seeds.to(device), begun)
     with _TURNS.setdefault(policy, threading.RLock()):
         if policy.shares_prompts:

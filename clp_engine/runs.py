@@ -14,13 +14,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
 from clp_engine.files import finish, write_text
 from clp_engine.run_folder import checkpoints, note
 
@@ -65,6 +67,9 @@ class RunSpec:
         """From the values of RUN_KEYS, None where not given. Raises ConfigError for what is missing or
         contradicts."""
         values = {name: value for name, value in values.items() if value is not None}
+        for name in ("model", "task", "dataset", "eval_dataset"):
+            if name in values and (not isinstance(values[name], str | Path) or not str(values[name]).strip()):
+                raise ConfigError(f"{name}={shown(values[name])}: expected a text")
         task_name, objectives = values.get("task"), _names(values.get("objectives"))
         if task_name is not None:
             for other in ("dataset", "rewards"):
@@ -82,7 +87,7 @@ class RunSpec:
             raise ConfigError(f"unknown objective {unknown[0]!r}; the rewards are {', '.join(rewards)}")
         rewards = {name: rewards[name] for name in objectives or rewards}
         for name in ("dataset", "eval_dataset"):
-            if name in values and not Path(values[name]).is_file():
+            if name in values and not os.path.isfile(values[name]):
                 raise ConfigError(f"{name}: there is no file {values[name]}")
         return cls(
             str(values["model"]),
@@ -133,10 +138,17 @@ class RunSpec:
             return task.load_dataset(task.rl_split, limit=limit, seed=seed)
         return read_rows(self.dataset)[:limit]
 
-    def eval_rows(self, limit: int | None = None, seed: int = 0, split: str = "test") -> list[dict[str, Any]]:
-        """Held-out rows: of the task's split, or the first of eval_dataset."""
+    def eval_rows(
+        self, limit: int | None = None, seed: int = 0, split: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Held-out rows: of the task's split ("test" unless given), or the first of eval_dataset."""
         if self.task is not None:
-            return find_task(self.task).load_dataset(split, limit=limit, seed=seed)
+            try:
+                return find_task(self.task).load_dataset(split or "test", limit=limit, seed=seed)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        if split is not None:
+            raise ConfigError(f"split {split!r}: splits are of a task's data, and this run has a dataset; leave --split out")
         if self.eval_dataset is None:
             raise ConfigError("this run has no eval_dataset; give prompts to evaluate on with --dataset FILE")
         return read_rows(self.eval_dataset)[:limit]
@@ -144,6 +156,8 @@ class RunSpec:
 
 def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
     """Names from 'a,b' or a list."""
+    if not isinstance(value, str | list | tuple | NoneType) or not all(isinstance(n, str) for n in value or ()):
+        raise ConfigError(f"objectives={shown(value)}: expected names of rewards, such as coverage,brevity")
     parts = value.split(",") if isinstance(value, str) else list(value or ())
     return tuple(str(part).strip() for part in parts if str(part).strip())
 
@@ -170,14 +184,20 @@ def _select(task: Task, names: Iterable[str]) -> dict[str, Callable]:
 def _reward_specs(value: Any) -> dict[str, str]:
     """objective -> specification, from a mapping, or a list of 'name=specification' or of specifications
     alone."""
-    if isinstance(value, Mapping):
-        return {str(name): str(spec) for name, spec in value.items()}
+    entries = [value] if isinstance(value, str) else value
+    texts = entries.values() if isinstance(entries, Mapping) else entries
+    if not isinstance(entries, list | tuple | Mapping) or not all(isinstance(t, str) and t for t in texts):
+        raise ConfigError(
+            f"rewards={shown(value)}: expected a reward by name (module:function, file.py:function or a classifier), or a list"
+        )
+    if isinstance(entries, Mapping):
+        return {str(name): spec for name, spec in entries.items()}
     specs: dict[str, str] = {}
-    for entry in [value] if isinstance(value, str) else value:
-        name, equals, spec = str(entry).partition("=")
+    for entry in entries:
+        name, equals, spec = entry.partition("=")
         if not equals:
             # "module:function" is called function, "owner/model" is called model.
-            name, spec = str(entry).rstrip("/").replace(":", "/").rsplit("/", 1)[-1], str(entry)
+            name, spec = entry.rstrip("/").replace(":", "/").rsplit("/", 1)[-1], entry
         if name in specs:
             raise ConfigError(f"two rewards are called {name!r}; name them: --rewards first=... second=...")
         specs[name] = spec

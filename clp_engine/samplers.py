@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from clp_engine.conditions import Conditions
+from clp_engine.memory import check_size
 
 
 def simplex_lattice(num_objectives: int, points_per_edge: int) -> torch.Tensor:
@@ -30,6 +31,12 @@ def simplex_lattice(num_objectives: int, points_per_edge: int) -> torch.Tensor:
             f"got {num_objectives} and {points_per_edge}"
         )
     steps = points_per_edge - 1
+    count = math.comb(steps + num_objectives - 1, num_objectives - 1)
+    check_size(
+        f"a lattice of {points_per_edge:,} points per edge, {count:,} weightings",
+        count * (64 + 16 * num_objectives),
+        "cpu",
+    )
 
     def compositions(parts: int, total: int) -> list[tuple[int, ...]]:
         if parts == 1:

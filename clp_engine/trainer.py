@@ -27,13 +27,15 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from clp_engine import best, callback_states, chat_template, checkpoint, init_kwargs, lora_config, run_folder
 from clp_engine.conditioning import Conditioning
+from clp_engine.conditions import check_objectives
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.data import Prompts
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
-from clp_engine.files import write_text
+from clp_engine.files import check_folder, write_text
 from clp_engine.generation import Collector, Generation
 from clp_engine.loader import PromptLoader
+from clp_engine.memory import BOOKKEEPING, check_size
 from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
 from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
@@ -121,6 +123,8 @@ class CLPTrainer(ScriptSurface):
             raise ConfigError(
                 "reward_weights fix the objective, and condition_sampler draws it; give one of the two"
             )
+        check_objectives(self.rewards.names)
+        self._check_room()
         self.sampler = condition_sampler or self._build_sampler()
         self.policy = self._build_policy(model, processing_class, peft_config)
         if self.policy.device.type == "cpu" and not self.args.use_cpu and torch.cuda.is_available():
@@ -169,6 +173,15 @@ class CLPTrainer(ScriptSurface):
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
 
     # -- construction -------------------------------------------------------------------------------------------------
+
+    def _check_room(self) -> None:
+        """Before anything is loaded: the rollouts fit into this machine."""
+        a = self.args
+        check_size(
+            f"a rollout of {a.rollout_size:,} completions of up to max_completion_length = {a.max_completion_length:,} tokens",
+            a.rollout_size * a.max_completion_length * BOOKKEEPING,
+            "cuda" if torch.cuda.is_available() and not a.use_cpu else "cpu",
+        )
 
     def _training_prompts(self, rows) -> Prompts:
         a = self.args
@@ -535,6 +548,7 @@ class CLPTrainer(ScriptSurface):
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing")
+        check_folder("output_dir", self.args.output_dir)
         with run_folder.training_in(self.args.output_dir):
             return self._train(resume_from_checkpoint)
 

@@ -7,7 +7,8 @@ import enum
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
+from clp_engine.ranges import COUNT
 from clp_engine.trl_fields import ACCEPTED, FIELDS, TRANSLATED
 
 # Names that scripts for earlier versions of TRL and transformers use.
@@ -84,15 +85,15 @@ def _check_passes(name: str, value: Any) -> None:
         return
     if field.fate == ACCEPTED:
         expected = " or ".join(map(repr, field.accepts))
-        raise ConfigError(f"{name}={value!r}: expected {expected}; {field.note}")
-    raise ConfigError(f"{name}={value!r} (a setting of TRL's) is not here: {field.note}")
+        raise ConfigError(f"{name}={shown(value)}: expected {expected}; {field.note}")
+    raise ConfigError(f"{name}={shown(value)} (a setting of TRL's) is not here: {field.note}")
 
 
 def _unknown(names: list[str], known: Collection[str]) -> None:
     for name in names:
         if name in FORMER:
             raise ConfigError(f"{name} (of earlier TRL and transformers): {FORMER[name]}")
-    close = difflib.get_close_matches(names[0], [*known, *FIELDS], 1)
+    close = difflib.get_close_matches(str(names[0])[:60], [*known, *FIELDS], 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ConfigError(f"unknown setting{'s' if len(names) > 1 else ''} {', '.join(names)}{hint}")
 
@@ -100,7 +101,7 @@ def _unknown(names: list[str], known: Collection[str]) -> None:
 def _translate(settings: dict[str, Any], trl: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """TRL's values in this project's terms, in place."""
     for name, nothing in (("top_k", 0), ("top_p", 1.0)):
-        if name in settings and settings[name] == nothing:
+        if name in settings and settings[name] == nothing and not isinstance(settings[name], bool):
             settings[name] = None
     for name in ("disable_tqdm", "output_dir"):
         if name in settings and settings[name] is None:
@@ -132,9 +133,9 @@ def _translate_generation_batch(size: Any, settings: dict[str, Any], defaults: M
         raise ConfigError(
             "generation_batch_size and steps_per_generation were both given; they say one thing, give one"
         )
-    if not isinstance(size, int) or size < 1 or size % rows:
+    if size not in COUNT or rows not in COUNT or size % rows:
         raise ConfigError(
-            f"generation_batch_size={size!r}: expected a multiple of per_device_train_batch_size = {rows}"
+            f"generation_batch_size={shown(size)}: expected a multiple of per_device_train_batch_size = {shown(rows)}"
         )
     settings["steps_per_generation"] = size // rows
 

@@ -9,7 +9,6 @@ adapter's own, and training can use them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from clp_engine.adapters import ConditionedLinear, find_targets
 from clp_engine.base_model import load_base, model_location
 from clp_engine.conditioning import Conditioning
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
+from clp_engine.files import read_json
 from clp_engine.layers import head_name
 from clp_engine.peft_format import BLEND_FILE, BLEND_SETTINGS
 from clp_engine.peft_reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters
@@ -119,7 +119,15 @@ def read_blend(directory: Path) -> tuple[dict[str, Path], dict[str, Any]]:
             f"{directory}: no {BLEND_FILE} here; expected a directory written by save_adapters, or a mapping from each "
             "objective to its adapter"
         )
-    raw = json.loads((directory / BLEND_FILE).read_text(encoding="utf-8"))
+    raw = read_json(directory / BLEND_FILE)
+    missing = [name for name in ("conditioning", "carrier", "adapters", *BLEND_SETTINGS) if name not in raw]
+    adapters = raw.get("adapters")
+    if missing or not isinstance(adapters, Mapping) or not all(isinstance(p, str) for p in adapters.values()):
+        raise ConfigError(
+            f"{directory / BLEND_FILE} is damaged: "
+            + (f"{', '.join(missing)} missing" if missing else f"adapters={shown(adapters)}")
+            + "; write it again with save_adapters"
+        )
     settings = {name: raw[name] for name in BLEND_SETTINGS}
     if raw["conditioning"] in ("none", "prompt"):
         settings |= {"conditioning": raw["conditioning"]}

@@ -52,11 +52,14 @@ def _api(package: str) -> str:
 
 def _settings(_) -> str:
     from clp_engine.config import CLPConfig
+    from clp_engine.ranges import TRAINING
 
-    rows = ["| setting | type | default | |", "|---|---|---|---|"]
+    rows = ["| setting | type | numbers | default | |", "|---|---|---|---|---|"]
     for option in dataclasses.fields(CLPConfig):
         kind = option.type.replace(" | ", "` or `")
-        cells = (f"`{option.name}`", f"`{kind}`", f"`{option.default}`", option.metadata["help"].replace("|", "\\|"))
+        numbers = TRAINING[option.name].described if option.name in TRAINING else ""
+        text = option.metadata["help"].replace("|", "\\|")
+        cells = (f"`{option.name}`", f"`{kind}`", numbers, f"`{option.default}`", text)
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

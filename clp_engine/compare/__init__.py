@@ -14,11 +14,12 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from clp_engine import ranges
 from clp_engine.compare import report, schedule
 from clp_engine.compare.plan import Plan, make_plan, slug
 from clp_engine.compare.summary import Comparison, collect
 from clp_engine.errors import ConfigError
-from clp_engine.files import write_text
+from clp_engine.files import check_folder, write_text
 
 __all__ = ["CompareFailed", "Comparison", "Plan", "compare", "make_plan"]
 
@@ -68,8 +69,8 @@ def compare(
     """
     plan = make_plan(config)
     chosen_methods, chosen_seeds = select(plan, only, seeds)
-    if not isinstance(jobs, int) or jobs < 1:
-        raise ConfigError(f"jobs={jobs!r}: expected at least 1")
+    ranges.check(ranges.COMMANDS, jobs=jobs)
+    check_folder("output_dir", plan.output_dir)
     outcome = schedule.Outcome()
     if not report_only:
         write_text(schedule.plan_file(plan), json.dumps(dict(config), indent=2) + "\n")

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clp_engine import runs
+from clp_engine import ranges, runs
 from clp_engine.conditions import parse_weights
 from clp_engine.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
 from clp_engine.samplers import simplex_lattice
 
 KINDS = ("clp", "specialists", "soup", "logit_mixing", "kl_specialists")
@@ -74,31 +74,22 @@ class EvaluationSettings:
     def from_values(cls, values: Mapping[str, Any] | None) -> EvaluationSettings:
         values = _mapping("evaluation", values or {})
         known = {f.name for f in dataclasses.fields(cls)}
-        for name, value in values.items():
+        for name in values:
             if name not in known:
                 raise ConfigError(f"evaluation: unknown setting {name}; expected {', '.join(sorted(known))}")
-            if name in ("prompts", "num_generations", "batch_rows", "bootstrap", "max_new_tokens") and (
-                value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
-            ):
-                raise ConfigError(f"evaluation: {name}={value!r}: expected a whole number, at least 1")
-        settings = cls(**values)
-        settings._check()
-        return settings
+        return cls(**values)
 
-    def _check(self) -> None:
-        """kl, grid and the objectives of margin are checked where they are used."""
-        margins = self.margin.values() if isinstance(self.margin, Mapping) else [self.margin]
-        numbers = {"temperature": self.temperature, "kl_limit": self.kl_limit}
-        numbers |= {f"margin ({i})": m for i, m in enumerate(margins)}
-        for name, value in numbers.items():
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or value < 0
-            ):
-                raise ConfigError(f"evaluation: {name}={value!r}: expected a number, at least 0")
+    def __post_init__(self) -> None:
+        """The weightings of grid and the objectives of margin are checked where they are used."""
+        table = dict(ranges.EVALUATION)
+        if isinstance(self.grid, list | tuple):
+            del table["grid"]
+        try:
+            ranges.check_fields(table, self)
+        except ConfigError as error:
+            raise ConfigError(f"evaluation: {error}") from error
         if not isinstance(self.split, str):
-            raise ConfigError(f"evaluation: split={self.split!r}: expected the name of a split")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ConfigError(f"evaluation: seed={self.seed!r}: expected a whole number")
+            raise ConfigError(f"evaluation: split={shown(self.split)}: expected the name of a split")
 
 
 @dataclass(frozen=True)
@@ -354,9 +345,9 @@ def _settings(values: Mapping[str, Any], where: str) -> CLPConfig:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
-    good = isinstance(value, list | tuple) and value and all(type(s) is int and s >= 0 for s in value)
+    good = isinstance(value, list | tuple) and value and all(seed in ranges.SEED for seed in value)
     if not good or len(set(value)) < len(value):
-        given = "seeds is missing" if value is None else f"seeds={value!r}"
+        given = "seeds is missing" if value is None else f"seeds={shown(value)}"
         raise ConfigError(f"{given}; expected a list of different whole numbers, such as [0, 1, 2]")
     return tuple(value)
 
@@ -371,8 +362,7 @@ def _budget(tokens: Any, shared: Mapping[str, Any]) -> dict[str, int]:
         return {}
     if "max_steps" in shared:
         raise ConfigError("budget_tokens and max_steps were both given; a full budget is one of them")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ConfigError(f"budget_tokens={tokens!r}: expected a whole number, at least 1")
+    ranges.COUNT.check("budget_tokens", tokens)
     return {"max_generated_tokens": tokens}
 
 
@@ -440,10 +430,8 @@ def _kls(name: str, values: dict[str, Any], objectives: Sequence[str]) -> dict[s
     if len(objectives) != 1:
         raise ConfigError(f"method {name!r}: kl_specialists takes one objective; got {', '.join(objectives)}")
     key, kls = given[0]
-    try:
-        return {"kl_name": key[:-1], "kls": tuple(float(k) for k in kls)}
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"method {name!r}: {key}={kls!r}: expected numbers") from error
+    ranges.TRAINING[key[:-1]].check(f"method {name!r}: {key}", kls, several=ranges.LISTS)
+    return {"kl_name": key[:-1], "kls": tuple(float(k) for k in kls)}
 
 
 def _references(value: Any, methods: Sequence[Method]) -> tuple[str, ...]:
@@ -469,9 +457,7 @@ def _grid(grid: Any, objectives: Sequence[str], added: Sequence[Weighting]) -> t
 
     if grid is None:
         weightings = default_grid(len(objectives)).tolist()
-    elif isinstance(grid, int) and not isinstance(grid, bool):
-        if grid < 2:
-            raise ConfigError(f"evaluation: grid={grid}: expected at least 2 points per edge")
+    elif isinstance(grid, int):
         weightings = simplex_lattice(len(objectives), grid).tolist()
     elif isinstance(grid, list | tuple) and grid:
         try:
@@ -485,10 +471,7 @@ def _grid(grid: Any, objectives: Sequence[str], added: Sequence[Weighting]) -> t
 
 def _kl_grid(kl: Any, added: Sequence[float]) -> float | tuple[float, ...] | None:
     given = () if kl is None else tuple(kl) if isinstance(kl, list | tuple) else (kl,)
-    try:
-        values = tuple(sorted({float(k) for k in (*given, *added)}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"evaluation: kl={kl!r}: expected a number or a list") from error
+    values = tuple(sorted({float(k) for k in (*given, *added)}))
     return values if len(values) > 1 else values[0] if values else None
 
 

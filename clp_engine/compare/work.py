@@ -164,7 +164,7 @@ def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -
         report = measuring.evaluate(
             policy,
             spec.reward_functions(),
-            spec.eval_rows(settings.prompts, seed=settings.seed, split=settings.split),
+            spec.eval_rows(settings.prompts, seed=settings.seed, split=settings.split if plan.spec.task else None),
             # One weighting of an untrained policy: the base model, and once more the base model.
             grid=[list(w) for w in (_anywhere(plan) if evaluation is None else evaluation.grid)],
             kl=list(kl) if isinstance(kl, tuple) else kl,

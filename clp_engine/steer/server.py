@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from clp_engine import __version__
-from clp_engine.errors import ConfigError
+from clp_engine import __version__, ranges
+from clp_engine.errors import ConfigError, shown
 from clp_engine.steer.jobs import Full, Jobs
 from clp_engine.steer.request import MAX_CHARACTERS, GenerateRequest
 from clp_engine.steer.session import Session
@@ -75,8 +75,7 @@ def serve(
 
 def listen(host: str, port: int, allow_remote: bool, jobs: Jobs) -> SteerServer:
     """A server that listens, and answers once it has a session. Raises ConfigError as `serve` does."""
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port {port}: expected 0 (any that is free) to 65535")
+    ranges.check(ranges.COMMANDS, port=port)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
@@ -98,6 +97,7 @@ class SteerServer(ThreadingHTTPServer):
     """Threads answer; completions are `jobs`, done one after another elsewhere."""
 
     daemon_threads = True
+    request_queue_size = 128  # a browser opens several connections at once; socketserver's 5 would turn some away
     block_on_close = False  # a browser keeps its connections open
 
     def __init__(self, family: socket.AddressFamily, address: tuple, allow_remote: bool, jobs: Jobs):
@@ -162,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, method: str) -> None:
         try:
             self._check_sender()
-            path = urlsplit(self.path).path
+            path = self._path()
             route = {"/": ("GET", self._page), "/api/model": ("GET", self._model), "/api/generate": ("POST", self._generate)}
             if path not in route:
                 raise Refused(HTTPStatus.NOT_FOUND, f"there is no {path} here")
@@ -182,6 +182,12 @@ class Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             message = f"{type(error).__name__}: {error} (the terminal of clp-engine steer has more)"
             self._send_json({"error": message}, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def _path(self) -> str:
+        try:
+            return urlsplit(self.path).path
+        except ValueError:
+            raise Refused(HTTPStatus.BAD_REQUEST, f"{shown(self.path)} is no address") from None
 
     # -- who may ask --------------------------------------------------------------------------------------------------
 
@@ -255,13 +261,14 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
-        if int(length) > _MAX_BODY:
+        size = int(length.lstrip("0")[:19] or 0)  # int() refuses digits by the thousand; a cut number is still too large
+        if size > _MAX_BODY:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the request has {int(length):,} bytes; a text has at most {MAX_CHARACTERS:,} characters",
+                f"the request has {size:,} bytes; a text has at most {MAX_CHARACTERS:,} characters",
             )
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
+        body = self.rfile.read(size)
+        if len(body) < size:
             raise ConnectionAbortedError("the client hung up before its request was whole")
         try:
             return json.loads(body)

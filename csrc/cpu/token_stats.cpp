@@ -21,7 +21,7 @@ constexpr int64_t kPiece = kBlock;
 #else
 constexpr int64_t kPiece = 64;
 #endif
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr float kInf = std::numeric_limits<float>::infinity(), kMinusInf = -kInf;
 
 struct Transform {
   const float* bias;
@@ -102,8 +102,9 @@ CLP_INLINE Sums accumulate_as_asked(int flags, const float* zp, const float* zq,
   }
 }
 
-// Where a row is masked so far, the maximum is -inf, and -inf - -inf would be NaN: any finite stand-in gives e = 0.
-CLP_INLINE float finite_or_zero(float m) { return m == kMinusInf ? 0.0f : m; }
+// Where a row is masked so far, the maximum is -inf, and -inf - -inf would be NaN: any finite stand-in gives e = 0. Where the
+// maximum is +inf it gives e = inf, so that s is inf there, and NaN only where a logit is.
+CLP_INLINE float finite_or_zero(float m) { return m == kMinusInf || m == kInf ? 0.0f : m; }
 
 // The factor that brings sums relative to `from` to the new maximum `to`.
 CLP_INLINE double rescale(double from, double to) { return from == to ? 1.0 : std::exp(from - to); }
@@ -164,11 +165,7 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
     const int64_t n = c.cols - j0 < kBlock ? c.cols - j0 : kBlock;
     const Transform fp{c.bias ? c.bias + j0 : nullptr, c.logit_scale, c.softcap, c.inv_temperature[row]};
     const float top_p = transform(policy + j0, fp, n, zp, tanhs);
-    if (c.top1 && (top_p > state[kMp * S] || c.top1[row] < 0)) {
-      int64_t j = 0;
-      while (j < n - 1 && zp[j] != top_p) ++j;
-      c.top1[row] = c.first_column + j0 + j;
-    }
+    const bool higher = top_p > state[kMp * S], nan_before = state[kSp * S] != state[kSp * S];
     const float m_p = top_p > state[kMp * S] ? top_p : static_cast<float>(state[kMp * S]);
     float m_q = 0.0f;
     if (with_reference) {
@@ -202,6 +199,14 @@ void forward_row(const TokenStatsChunk& c, int64_t row) {
       state[kDp * S] += sums.d_p;
       state[kSq * S] += sums.s_q;
       state[kDq * S] += sums.d_q;
+    }
+    if (c.top1 && !nan_before) {  // the first NaN counts as the largest, as in torch's argmax
+      const bool nan = state[kSp * S] != state[kSp * S];
+      if (nan || higher || c.top1[row] < 0) {
+        int64_t j = 0;
+        while (j < n - 1 && (nan ? zp[j] == zp[j] : zp[j] != top_p)) ++j;
+        c.top1[row] = c.first_column + j0 + j;
+      }
     }
     const int64_t at = c.targets ? target - c.first_column - j0 : -1;
     if (at >= 0 && at < n) {

@@ -32,6 +32,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from clp_kernels.sampling import checked_number
+
 ACTIVATIONS = ("silu", "gelu_tanh")
 # Which linear layers read the same input, in the order of the native layer.
 _INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -516,7 +518,8 @@ class Decoding:
         given |= {"length": self._lengths, "prompt_keys": self._prompt_keys, "prompt_values": self._prompt_values}
         given |= {"keys": self._keys, "values": self._values, "logits": self._logits}
         numbers = {"room": self._room, "logit_stride": self._logits.stride(0), "stop_count": len(draws.stop_ids)}
-        numbers |= {n: getattr(draws, n) for n in ("temperature", "top_k", "top_p", "min_p")}
+        options = ("temperature", "top_k", "top_p", "min_p")
+        numbers |= {n: checked_number("Decoding", n, getattr(draws, n)) for n in options}
         left = self._native_decoder.write(
             {name: t.data_ptr() for name, t in given.items()} | numbers, count, leave, torch.get_num_threads()
         )

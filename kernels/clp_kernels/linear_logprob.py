@@ -91,7 +91,8 @@ def linear_logprob(
     hidden       (..., H); the leading dimensions are the rows
     weight       (V, H), in hidden's dtype;  bias (V,) or None
     targets      hidden's leading shape, int64; may be None unless logprob or ref_logprob is asked for
-    temperature  a number, or a tensor that broadcasts to the rows; of the policy and the reference alike; a constant
+    temperature  a number, at least 2^-126, or a tensor that broadcasts to the rows; of the policy and the reference alike; a
+                 constant
     ref_hidden   (..., H') rows of the reference; ref_weight (V, H') and ref_bias (V,) default to weight and
                  to bias, each on its own
     lora         a `HeadLoRA` that conditions the output projection, of the policy only

@@ -68,7 +68,8 @@ def logits_logprob(
 
     logits       (..., V); the leading dimensions are the rows; -inf masks a token
     targets      logits' leading shape, int64; may be None unless logprob or ref_logprob is asked for
-    temperature  a number, or a tensor that broadcasts to the rows; of the policy and the reference alike; a constant
+    temperature  a number, at least 2^-126, or a tensor that broadcasts to the rows; of the policy and the reference alike; a
+                 constant
     ref_logits   logits' shape and dtype, a constant: no gradient reaches it
     outputs      names; kl is KL(policy || reference), reverse_kl KL(reference || policy), both exact over the vocabulary
     differentiable

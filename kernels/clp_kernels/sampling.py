@@ -75,18 +75,10 @@ def sample_tokens(
     if not logits.dtype.is_floating_point:
         raise TypeError(f"sample_tokens: logits is {logits.dtype}; expected a floating-point dtype")
     rows = logits.shape[0]
-    temperature = _option(
-        "temperature",
-        temperature,
-        1.0,
-        torch.float32,
-        logits,
-        lambda t: 0 <= t < float("inf"),
-        "0 (greedy) or more",
-    )
-    top_k = _option("top_k", top_k, 0, torch.int64, logits, lambda k: k >= 0, "0 or more")
-    top_p = _option("top_p", top_p, 1.0, torch.float32, logits, lambda p: 0 < p <= 1, "0 < top_p <= 1")
-    min_p = _option("min_p", min_p, 0.0, torch.float32, logits, lambda p: 0 <= p <= 1, "0 <= min_p <= 1")
+    temperature = _option("temperature", temperature, 1.0, torch.float32, logits)
+    top_k = _option("top_k", top_k, 0, torch.int64, logits)
+    top_p = _option("top_p", top_p, 1.0, torch.float32, logits)
+    min_p = _option("min_p", min_p, 0.0, torch.float32, logits)
     if seeds is None:
         draws = torch.rand(rows, dtype=torch.float64, device=logits.device, generator=generator)
     else:
@@ -125,15 +117,36 @@ def sample_tokens(
     return tokens, logprob
 
 
-def _option(name, value, unset, dtype, logits, allowed, expected):
+_MOST, _LEAST = torch.finfo(torch.float32).max, 2.0**-149  # of float32's positive numbers
+_NUMBERS = {
+    "temperature": (lambda t: 0 <= t <= _MOST, "0 (greedy) or more"),
+    "top_k": (lambda k: k >= 0 and k == int(k), "a whole number, 0 or more"),
+    "top_p": (lambda p: 0 < p <= 1, "0 < top_p <= 1"),
+    "min_p": (lambda p: 0 <= p <= 1, "0 <= min_p <= 1"),
+}
+
+
+def checked_number(op: str, name: str, value: float) -> float:
+    """An option given as a number, as every back-end takes it: one that a float32 holds, positive if it is, or for top_k an
+    int64. Raises ValueError."""
+    allowed, expected = _NUMBERS[name]
+    try:
+        fine = allowed(value)
+    except (TypeError, ValueError, OverflowError):
+        fine = False
+    if not fine:
+        raise ValueError(f"{op}: {name} is {value}; expected {expected}")
+    if name == "top_k":
+        return min(int(value), 2**63 - 1)
+    return max(float(value), _LEAST) if value > 0 else 0.0
+
+
+def _option(name, value, unset, dtype, logits):
     """The option as a number, or as a contiguous (rows,) tensor of `dtype`."""
     if value is None:
         return unset
     if not isinstance(value, Tensor):
-        number = type(unset)(value)
-        if number != value or not allowed(number):
-            raise ValueError(f"sample_tokens: {name} is {value}; expected {expected}")
-        return number
+        return checked_number("sample_tokens", name, value)
     if tuple(value.shape) != (logits.shape[0],) or value.device != logits.device or value.dtype is torch.bool:
         raise ValueError(
             f"sample_tokens: {name} is {tuple(value.shape)} {value.dtype} on {value.device}; "

@@ -35,7 +35,9 @@ NEED_REFERENCE = ("ref_logprob", "kl", "reverse_kl")
 class TokenStats(NamedTuple):
     """One number per token for each output that was asked for, in the shape of the rows; None for the others.
 
-    float32 (float64 where the inputs are), top1 int64. Everything is 0 where the target is ignore_index.
+    float32 (float64 where the inputs are), top1 int64. Everything is 0 where the target is ignore_index. Logits that are not
+    finite are taken as torch takes them: top1 is the first NaN where there is one, lse NaN there and inf where a logit is
+    +inf, and the others are NaN in both.
     """
 
     logprob: Tensor | None = None
@@ -127,6 +129,7 @@ class Sums(NamedTuple):
 
     m = max z   s = sum e^(z-m)   a = sum e^(z_p-m_p) (z_p-m_p)   d_p = sum e^(z_p-m_p) (z_p-z_q)
     d_q = sum e^(z_q-m_q) (z_q-z_p)   t = z at the target
+    An infinite m stands for 0 in the exponents: s is inf where m is +inf, and NaN where a z is NaN.
     """
 
     m_p: Tensor
@@ -140,6 +143,7 @@ class Sums(NamedTuple):
     t_q: Tensor
 
 
+_LEAST_TEMPERATURE = 2.0**-126  # float32 holds its inverse
 KEEP_BYTES = 64 << 20  # of what the CPU back-end keeps between forward and backward without being asked, where all fits
 # Width (H) from which keeping a logit is faster than computing it again: 8 bytes of traffic against 2 H operations, at 10 GB/s
 # and 0.3 TFLOP/s on two CPU cores, 4.3 TB/s and 790 TFLOP/s on an H200.
@@ -157,7 +161,7 @@ def merge(pieces: Sums) -> Sums:
     """
 
     def finite(m: Tensor) -> Tensor:
-        return m.masked_fill(m == -torch.inf, 0)  # a stand-in: -inf - -inf would be NaN
+        return m.masked_fill(m.isinf(), 0)  # a stand-in: the difference of two infinities would be NaN
 
     def added(*fields: Tensor) -> tuple[Tensor, ...]:
         return functools.reduce(torch.add, torch.stack(fields, 1).unbind()).unbind()
@@ -174,9 +178,13 @@ def merge(pieces: Sums) -> Sums:
     return Sums(m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q)
 
 
-def merge_top1(m_p: Tensor, top1: Tensor) -> Tensor:
-    """The lowest of the columns top1 (pieces, rows) in whose piece the row's largest z is; m_p (pieces, rows)."""
-    return top1.masked_fill(m_p < m_p.amax(0), torch.iinfo(top1.dtype).max).amin(0)
+def merge_top1(m_p: Tensor, s_p: Tensor, top1: Tensor) -> Tensor:
+    """The lowest of the columns top1 (pieces, rows) in whose piece the row's largest z is, NaN being larger than all others;
+    m_p, s_p (pieces, rows)."""
+    nan = s_p.isnan()
+    m_p = m_p.masked_fill(nan, torch.inf)
+    others = (m_p < m_p.amax(0)) | (nan.any(0) & ~nan)
+    return top1.masked_fill(others, torch.iinfo(top1.dtype).max).amin(0)
 
 
 def statistics(
@@ -187,6 +195,12 @@ def statistics(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], Tensor]:
     """-> the outputs in the order of OUTPUTS (empty where not asked), and the (SAVED, rows) tensor of the backward pass."""
+    lse = sums.m_p + sums.s_p.log()
+    # Nothing but lse is defined where a z is +inf.
+    sums = sums._replace(
+        s_p=sums.s_p.masked_fill(sums.s_p == torch.inf, torch.nan),
+        s_q=None if sums.s_q is None else sums.s_q.masked_fill(sums.s_q == torch.inf, torch.nan),
+    )
     log_s_p = sums.s_p.log()
     mean_a, mean_d = sums.a_p / sums.s_p, sums.d_p / sums.s_p
     log_ratio = None
@@ -201,7 +215,7 @@ def statistics(
         "ref_logprob": lambda: (sums.t_q - sums.m_q) - log_s_q,
         "kl": lambda: mean_d - log_ratio,
         "reverse_kl": lambda: sums.d_q / sums.s_q + log_ratio,
-        "lse": lambda: sums.m_p + log_s_p,
+        "lse": lambda: lse,
         "top1": lambda: top1,
     }
     outputs = []
@@ -317,9 +331,10 @@ def check_rows(
                 f"broadcasts to {tuple(lead)}, one per row"
             ) from None
         return targets, per_row.reshape(-1).reciprocal().contiguous()
-    if not temperature > 0:
+    if not _LEAST_TEMPERATURE <= temperature < math.inf:
         raise ValueError(
-            f"{op}: temperature is {temperature}; expected a positive number (top1 gives the greedy token)"
+            f"{op}: temperature is {temperature}; expected a positive number, at least {_LEAST_TEMPERATURE:.3g} (top1 gives "
+            "the greedy token)"
         )
     return targets, torch.full((rows,), 1.0 / temperature, dtype=torch.float32, device=device)
 

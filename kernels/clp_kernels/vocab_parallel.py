@@ -346,7 +346,7 @@ def _gather(sums: Sums | None, top1: Tensor | None, call: _Call, ranks: _Ranks) 
     pieces = {field: every[:, place] for place, field in enumerate(fields)}
     whole_top1 = every.new_zeros(count, dtype=torch.int64)
     if asks_top1:
-        whole_top1 = merge_top1(pieces["m_p"], every[:, -1].view(bits)).long()
+        whole_top1 = merge_top1(pieces["m_p"], pieces["s_p"], every[:, -1].view(bits)).long()
     for field, piece in pieces.items():
         own = None if sums is None else getattr(sums, field)
         if own is not None and own.requires_grad:

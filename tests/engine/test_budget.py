@@ -106,7 +106,7 @@ def test_the_budget_by_itself():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_generated_tokens": 0}, "max_generated_tokens=0: expected a positive number"),
+        ({"max_generated_tokens": 0}, "max_generated_tokens=0: expected a whole number, at least 1"),
         ({"max_generated_tokens": 10, "warmup_steps": 3}, "give warmup_ratio, a share of them"),
         ({"max_steps": -1, "num_train_epochs": 0}, "one must be positive"),
     ],

@@ -448,7 +448,7 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["generate", "run", "--prompt", "w1", "--weights", "0.5"], "1 entries; expected 2"),
         (["generate", "run", "--prompt", "w1", "--weights", "even"], "expected numbers by objective"),
         (["generate", "run", "--prompt", "w1", "--kl", "7"], "alpha between 0 and 1"),
-        (["generate", "run", "--prompt", "w1", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "run", "--prompt", "w1", "--temperature", "-1"], "--temperature: -1.0: expected a number from 0"),
         (["generate", "run"], "give --prompt TEXT or --prompts FILE"),
         (["generate", "run", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
         (["generate", "nowhere", "--prompt", "w1"], "there is no folder nowhere"),
@@ -472,8 +472,8 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
             ["evaluate", "run/policy", "--rewards", "even=toy_rewards.py:even", "--dataset", "prompts.jsonl"],
             "unknown objective 'small'",
         ),
-        (["evaluate", "run", "--prompts", "many"], "invalid int value: 'many'"),
-        (["evaluate", "run", "--kl", "0.1,much"], "'0.1,much': expected a number, or several"),
+        (["evaluate", "run", "--prompts", "many"], "--prompts: 'many': expected a whole number, at least 1"),
+        (["evaluate", "run", "--kl", "0.1,much"], "--kl: 'much': expected a number, at least 0"),
         (["variance", "base"], "base has no run.json"),
         (
             ["variance", "run", "--steps", "0,3"],
@@ -486,7 +486,7 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         ),
         (["variance", "run", "--baselines", "value"], "with leave_one_out, group_mean, none"),
         (["variance", "run", "--estimators", "k3"], "measured against return and exact"),
-        (["variance", "run", "--steps", "0", "--batches", "2"], "at least 3 are needed"),
+        (["variance", "run", "--steps", "0", "--batches", "2"], "--batches: 2: expected a whole number, at least 3"),
         (["train"], "model is missing; give a task, or model, dataset and rewards"),
         (["train", "nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
         (["train", "prompts.txt"], "expected names and values"),
@@ -495,7 +495,7 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["train", "--task", "docsum", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
         (["train", "config.yaml", "--objectives", "even,rhyme"], "unknown objective 'rhyme'; the rewards"),
         (["train", "config.yaml", "--alpha", "0.1", "--beta", "0.1"], "alpha and beta were both given"),
-        (["train", "config.yaml", "--alpha", "1.5"], "between 0 and 1"),
+        (["train", "config.yaml", "--alpha", "1.5"], "alpha=1.5: expected a number from 0 to 1"),
         (["train", "config.yaml", "--max-steps", "many"], "max_steps='many': expected int"),
         (["train", "config.yaml", "--kl-estimator", "k4"], "kl_estimator='k4': expected one of return"),
         (["train", "config.yaml", "--dataset", "nowhere.jsonl"], "dataset: there is no file nowhere.jsonl"),
@@ -510,7 +510,58 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["demo", "--objectives", "coverage,rhyme"], "unknown objective 'rhyme'"),
         (["demo", "--out", "base"], "base is not empty and holds no run"),
         (["demo", "--out", "run"], "run holds a run of yours"),
-        (["demo", "--steps", "0"], "--steps 0: expected at least 1"),
+        (["demo", "--steps", "0"], "--steps: 0: expected a whole number, at least 1"),
+        (["evaluate", "run", "--prompts", "-5"], "--prompts: -5: expected a whole number, at least 1"),
+        (["evaluate", "run", "--batch-rows", "0"], "--batch-rows: 0: expected a whole number, at least 1"),
+        (["evaluate", "run", "--margin", "nan"], "--margin: nan: expected a number, at least 0"),
+        (["evaluate", "run", "--margin", "1e999"], "--margin: inf: expected"),
+        (["evaluate", "run", "--kl", "0.1,nan"], "--kl: nan: expected"),
+        (["evaluate", "run", "--kl-limit", "0"], "--kl-limit: 0.0: expected a number above 0"),
+        (["evaluate", "run", "--grid", "1"], "--grid: 1: expected a whole number, at least 2"),
+        (["evaluate", "run", "--grid", "1000000000000"], "a lattice of 1,000,000,000,000 points per edge"),
+        (["evaluate", "run", "--bootstrap", "1000000000000"], "bootstrap=1,000,000,000,000 resamples"),
+        (["evaluate", "run", "--seed", "-1"], "--seed: -1: expected"),
+        (["evaluate", "run", "--split", "nope"], "split 'nope': splits are of a task's data"),
+        (["evaluate", "run", "--dataset", ""], "cannot read"),
+        (["evaluate", "run", "--dataset", "prompts.txt", "--split", "x"], "--dataset and --split were both given"),
+        (["evaluate", "run", "--device", "nope"], "device='nope' cannot be used"),
+        (["evaluate", "run", "--device", "cuda:99"], "device='cuda:99' cannot be used"),
+        (["evaluate", "run", "--device", "meta"], "device='meta' cannot be used"),
+        (["evaluate", "run", "--out", "prompts.txt"], "out='prompts.txt': cannot write there (Not a directory)"),
+        (["evaluate", "run", "--out", "prompts.txt/x"], "cannot write there (Not a directory)"),
+        (["evaluate", "run", "--reference-point", "even=nan,small=0"], "reference_point=nan: expected a number"),
+        (["variance", "run", "--out", "run"], "out='run' is a folder; expected a file"),
+        (["variance", "run", "--completions", "0"], "--completions: 0: expected"),
+        (["generate", "run", "--prompt", "w1", "--num-return-sequences", "0"], "--num-return-sequences: 0"),
+        (["generate", "run", "--prompt", "w1", "--max-new-tokens", "0"], "--max-new-tokens: 0: expected"),
+        (["generate", "run", "--examples", "-1"], "--examples: -1: expected a whole number, at least 1"),
+        (["generate", "run", "--examples", "0"], "--examples: 0: expected"),
+        (["generate", "run", "--prompt", "w1", "--top-p", "0"], "--top-p: 0.0: expected a number above 0"),
+        (["generate", "run", "--prompt", "w1", "--top-k", "-1"], "--top-k: -1: expected"),
+        (["generate", "run", "--prompt", "w1", "--kl", "nan"], "--kl: nan: expected"),
+        (["generate", "run", "--prompt", "w1", "--seed", "9" * 5000], "--seed: '99999"),
+        (["generate", "run", "--prompt", "w1", "--device", ""], "device='' cannot be used"),
+        (["generate", "x" * 300, "--prompt", "w1"], "File name too long"),
+        (["export", "run", "--weights", "1,0", "--to", "prompts.txt/x"], "to='prompts.txt': cannot write there"),
+        (["export", "run", "--weights", "1,0", "--to", "x", "--rank", "0"], "--rank: 0: expected"),
+        (["steer", "run", "--port", "-1"], "--port: -1: expected a whole number from 0 to 65535"),
+        (["steer", "run", "--device", "nope", "--no-browser", "--port", "0"], "device='nope' cannot be used"),
+        (["demo", "--prompts", "0"], "--prompts: 0: expected"),
+        (["demo", "--out", "prompts.txt"], "out='prompts.txt': cannot write there"),
+        (["demo", "--seed", "x"], "--seed: 'x': expected a whole number from 0"),
+        (["train", "config.yaml", "--rank", "["], "rank is not YAML"),
+        (["train", "config.yaml", "--rank", "2024-99-99"], "'2024-99-99' cannot be read (month must be in 1..12)"),
+        (["train", "config.yaml", "--rank", "2024-09-09"], "rank=datetime.date(2024, 9, 9): expected int"),
+        (["train", "config.yaml", "--rank", "[" * 5000], "nested too deeply"),
+        (["train", "config.yaml", "--lr-scheduler-kwargs", "{a: 1, a: 2}"], "lines 1 and 1 both give 'a'"),
+        (["train", "config.yaml", "--output-dir", ""], "output_dir='': expected a folder"),
+        (["train", "config.yaml", "--output-dir", "prompts.txt"], "cannot write there (Not a directory)"),
+        (["train", "config.yaml", "--output-dir", "prompts.txt/x"], "cannot write there (Not a directory)"),
+        (["train", "config.yaml", "--output-dir", "x" * 300], "cannot write there (File name too long)"),
+        (["train", "config.yaml", "--output-dir", "/proc/x"], "output_dir='/proc/x': cannot write there"),
+        (["train", "config.yaml", "--top-p", "nan"], "top_p=nan: expected a number above 0"),
+        (["train", "config.yaml", "--rewards", "a,b=toy_rewards.py:even", "--output-dir", "x"], "objective 'a,b'"),
+        (["train", "config.yaml", "--max-completion-length", "9999999999", "--output-dir", "x"], "more than this machine has"),
         (["dmeo"], "invalid choice: 'dmeo'"),
         ([], "required: COMMAND"),
     ],
@@ -525,6 +576,32 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, complaint, trained, capsys)
         ("max_stepps: 3", "unknown setting max_stepps; did you mean max_steps?"),
         ("alpha: 0.1\nbeta: 0.2", "alpha and beta were both given"),
         ("task: [", "is not YAML"),
+        ("rank: 4\nalpha: 0.1\nrank: 8", "lines 1 and 3 both give 'rank'"),
+        ("lr_scheduler_kwargs:\n  a: 1\n  a: 1", "lines 2 and 3 both give 'a'"),
+        ("1: a\n1: b", "lines 1 and 2 both give 1"),
+        ("task: docsum\nrank: 2024-99-99", "line 2: '2024-99-99' cannot be read"),
+        ("rank: " + "9" * 5000, "line 1: '999"),
+        ("rank: 0x" + "f" * 5000, "rank=a number of 6,000 digits: expected a whole number"),
+        ("rank: " + "[" * 5000, "nested too deeply"),
+        ("rank: " + "[" * 100 + "]" * 100, "rank=[[[[...]]]]: expected int"),
+        ("rank: &x [*x]", "more than 100,000 values"),
+        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+            f"{n}: &{n} [{', '.join(['*' + m] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi")), "more than 100,000"),
+        ("? [1, 2]\n: 3", "unhashable key"),
+        ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("<<: 5", "is not YAML"),
+        ("rank: .nan", "rank=nan: expected int"),
+        ("model: m\ndataset: prompts.jsonl\nrewards: 5", "rewards=5: expected a reward by name"),
+        ("model: m\ndataset: prompts.jsonl\nrewards: [5]", "rewards=[5]: expected a reward by name"),
+        ("model: m\ndataset: prompts.jsonl\nrewards: {a: }", "rewards={'a': None}: expected"),
+        ("model: m\ndataset: prompts.jsonl\nrewards: []", "rewards is empty"),
+        ("model: [m]\ndataset: prompts.jsonl\nrewards: a", "model=['m']: expected a text"),
+        ("model: ''\ndataset: prompts.jsonl\nrewards: a", "model='': expected a text"),
+        ("model: m\ndataset: 5\nrewards: a", "dataset=5: expected a text"),
+        ("task: {a: 1}", "task={'a': 1}: expected a text"),
+        ("task: docsum\nobjectives: 5", "objectives=5: expected names"),
+        ("task: docsum\nobjectives: [[a]]", "objectives=[['a']]: expected names"),
+        ("output_dir: 5", "output_dir=5: expected str"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line_too(line, complaint, tmp_path, capsys):
@@ -544,6 +621,25 @@ def test_a_mistake_in_a_dataset_names_the_line(content, complaint, tmp_path):
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=complaint):
         runs.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_split_that_the_task_does_not_have_is_named_with_those_it_has():
+    spec = runs.RunSpec.from_values({"task": "docsum"})
+    with pytest.raises(ConfigError, match="unknown split 'nope': DocSum has .*test"):
+        spec.eval_rows(2, split="nope")
+    assert spec.eval_rows(2) == spec.eval_rows(2, split="test")
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "load_policy", None)
+    (tmp_path / "file").write_text("")
+    for argv in (
+        ["train", "config.yaml", "--model", "nowhere", "--output-dir", str(tmp_path / "file" / "run")],
+        ["evaluate", "run", "--out", str(tmp_path / "file")],
+        ["export", "run", "--weights", "1,0", "--to", str(tmp_path / "file" / "adapter")],
+    ):
+        assert "cannot write there (Not a directory)" in refused(argv, capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_traceback_is_shown_where_it_is_asked_for(monkeypatch):

@@ -159,7 +159,7 @@ def test_only_the_named_layers_are_conditioned_and_the_head_may_be_one_of_them()
             "no linear layer of .* is called 'no_such_proj'; it has .*q_proj",
         ),
         ({"target_modules": ["lm_head"]}, "shares its weight with the input embedding"),
-        ({"rank": 0}, "rank=0: expected a positive integer"),
+        ({"rank": 0}, "rank=0: expected a whole number, at least 1"),
         ({"rank": (1, 2, 3)}, "rank has 3 entries for 2 objectives"),
         ({"conditioning": "magic"}, "conditioning='magic'"),
         ({"kl_conditioning": "cubic"}, "kl_conditioning='cubic': expected one of none, linear, odds"),
@@ -240,7 +240,7 @@ def test_threads_that_generate_at_once_get_what_they_would_get_alone(path, monke
 
 
 def test_attention_that_caps_its_scores_is_not_left_to_one_that_does_not(monkeypatch):
-    """Gemma 2 loads with sdpa before transformers 5.23, and is another model with it."""
+    """Gemma 2 loads with sdpa before transformers 5.23, and is another model with it; later versions refuse."""
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
     config = build_model("gemma2").config
     config.attn_logit_softcapping = 0.1
@@ -254,7 +254,6 @@ def test_attention_that_caps_its_scores_is_not_left_to_one_that_does_not(monkeyp
     models["eager"].load_state_dict(models["sdpa"].state_dict())
     given = model_inputs("gemma2")
     with torch.no_grad():
-        uncapped, expected = (models[name](**given).logits for name in ("sdpa", "eager"))
+        expected = models["eager"](**given).logits
         policy = ConditionedPolicy.from_pretrained(models["sdpa"], ["a"], rank=2)
-        assert (uncapped - expected).abs().max() > 1e-4
         torch.testing.assert_close(policy(**given).logits, expected)

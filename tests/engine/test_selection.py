@@ -331,7 +331,7 @@ def test_the_advantages_of_sampling_are_those_of_training(tmp_path):
             {"rollout_selection": "max_variance", "selected_rollouts": 1.5},
             "expected a share, above 0 and at most",
         ),
-        ({"token_selection": "advantage_entropy", "selected_tokens": 0.0}, "expected a share, above 0"),
+        ({"token_selection": "advantage_entropy", "selected_tokens": 0.0}, "expected a number above 0 and up to 1"),
         ({"token_selection": "advantage_entropy"}, "selected_tokens=None: give both or neither"),
         ({"selection_schedule": "linear"}, "selection_schedule='linear': nothing is selected"),
         (

@@ -1,5 +1,6 @@
 """clp-engine steer: who may ask, what is answered, and that completions are written one after another."""
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -321,6 +322,8 @@ def test_a_mistake_in_a_request_is_named(client, body, complaint):
         ("POST", "/api/generate", {"Content_Type": "application/json"}, 411),
         ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "-1"}, 411),
         ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": str(10**9)}, 413),
+        ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "9" * 5000}, 413),
+        ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "0" * 5000}, 400),
     ],
 )
 def test_only_this_machines_own_page_may_ask(client, method, path, headers, status):
@@ -329,6 +332,23 @@ def test_only_this_machines_own_page_may_ask(client, method, path, headers, stat
     if status >= 400:
         assert json.loads(content)["error"]
         assert "Access-Control-Allow-Origin" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"GET http://[/ HTTP/1.1", 400),
+        (b"GET http://[::1/ HTTP/1.1", 400),
+        (b"POST http://[/ HTTP/1.1", 400),
+        (b"GET /%zz\xff HTTP/1.1", 404),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1", 414),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_request_line_that_is_none_is_answered_as_such(client, line, status):
+    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as connection:
+        connection.sendall(line + b"\r\nHost: localhost\r\n\r\n")
+        assert int(connection.recv(4096).split()[1]) == status
 
 
 def test_the_pages_own_origin_may_ask(client):
@@ -345,6 +365,15 @@ def test_a_host_that_others_can_reach_is_refused_unless_asked_for():
     server.server_close()
 
 
+def test_a_browser_s_connections_wait_their_turn(monkeypatch):
+    """Nobody accepts here: as many as the backlog holds are connected all the same, the others would be turned away."""
+    server = listen("127.0.0.1", 0, False, Jobs())
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.server_close)
+        for _ in range(60):
+            stack.enter_context(socket.create_connection(server.server_address[:2], timeout=5))
+
+
 def test_an_occupied_port_is_named_before_the_model_is_loaded(tmp_path, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -359,7 +388,7 @@ def test_an_occupied_port_is_named_before_the_model_is_loaded(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--port", "70000"], "expected 0 (any that is free) to 65535"),
+        (["--port", "70000"], "--port: 70000: expected a whole number from 0 to 65535"),
         (["--host", "no.such.host.invalid"], "is not known here"),
         (["--host", "0.0.0.0"], "--allow-remote"),
     ],

@@ -287,12 +287,48 @@ def test_peft_s_scaling_is_used_whichever_form_it_has(tmp_path):
             "rank_pattern gives model.layers.0.self_attn.q_proj 2 instead of 4",
         ),
         ({"alpha_pattern": {"layers.1.*": 2}}, "alpha_pattern gives model.layers.1"),
+        ({"lora_alpha": 0}, "lora_alpha=0: expected a number above 0"),
+        ({"lora_alpha": -4}, "lora_alpha=-4: expected a number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan: expected"),
     ],
 )
 def test_what_a_lora_config_asks_for_and_cannot_have_is_refused(tmp_path, options, message):
     config = LoraConfig(**{"r": 4, "target_modules": "all-linear", **options})
     with pytest.raises(ConfigError, match=message):
         build_trainer(tmp_path, peft_config=config)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ["q_proj", "qproj"]}, "target_modules 'qproj' matches no layer"),
+        ({"target_modules": ["q_proj", "b", "a"]}, "target_modules 'a', target_modules 'b' match no layer"),
+        ({"exclude_modules": ["lm_haed"]}, "exclude_modules 'lm_haed' matches no layer"),
+        ({"exclude_modules": ".*haed"}, r"exclude_modules '\.\*haed' matches no layer"),
+        ({"rank_pattern": {"qproj": 2}}, "rank_pattern 'qproj' matches no layer"),
+        ({"alpha_pattern": {r"layers\.9\..*": 2}}, "alpha_pattern '.*' matches no layer"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 99]}, "layers_to_transform 99 matches no layer"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["layers", "blocks"]},
+            "layers_pattern 'blocks' matches no layer",
+        ),
+    ],
+)
+def test_a_part_of_a_lora_config_that_matches_nothing_is_said(tmp_path, options, said):
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options})
+    with pytest.warns(UserWarning, match=said):
+        build_trainer(tmp_path, peft_config=config)
+
+
+@pytest.mark.filterwarnings("error:peft_config")
+def test_a_lora_config_that_matches_is_taken_without_a_word(tmp_path):
+    for options in (
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"target_modules": "all-linear", "exclude_modules": ["lm_head", "k_proj"]},
+        {"target_modules": r".*\.q_proj", "rank_pattern": {"q_proj": 4, r".*\.1\..*q_proj": 4}},
+        {"target_modules": None},
+    ):
+        build_trainer(tmp_path, peft_config=LoraConfig(r=4, **options))
 
 
 def test_adapters_are_described_once(tmp_path):

@@ -110,7 +110,7 @@ def test_trl_s_values_are_translated(given, settings):
         ({"model_init_kwargs": {"novel": 1}}, "only dtype and attn_implementation"),
         ({"reward_weights": [1, -1]}, "a reward function that returns minus it"),
         ({"reward_weights": [0, 0]}, "one above 0"),
-        ({"reward_weights": []}, "one above 0"),
+        ({"reward_weights": []}, r"reward_weights=\[\]: expected a number"),
         (
             {"reward_weights": [1, 1], "conditioning": "lora+prompt"},
             "is for several; give conditioning='none'",

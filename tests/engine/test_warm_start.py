@@ -8,7 +8,7 @@ import torch
 from engine.conftest import add_adapter, build_model, build_policy, build_tokenizer, model_inputs
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from clp_engine import CLPConfig, CLPTrainer
+from clp_engine import CLPConfig, CLPTrainer, peft_reading
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 
@@ -316,6 +316,17 @@ def test_a_base_with_adapters_in_it_and_an_adapter_for_a_base_are_told_apart(tmp
         ({"change": {"peft_type": "IA3"}}, "peft_type is IA3; expected LORA"),
         ({"change": {"shiny_new_option": 3}}, "shiny_new_option=3 is no part of plain LoRA"),
         ({"change": {"rank_pattern": {"q_proj": 7}}}, "has rank 4, its adapter_config.json says 7"),
+        ({"change": {"rank_pattern": {".*q_p(ro)+j": 7}}}, "has rank 4, its adapter_config.json says 7"),
+        ({"change": {"rank_pattern": {"(": 7}}}, r"adapter_config.json: rank_pattern: \['\('\] are no regular expr"),
+        ({"change": {"rank_pattern": [1]}}, r"adapter_config.json: rank_pattern=\[1\]: expected a number for each"),
+        ({"change": {"rank_pattern": {"q_proj": "4"}}}, "adapter_config.json: rank_pattern=.*: expected a whole number"),
+        ({"change": {"alpha_pattern": {"q_proj": None}}}, "adapter_config.json: alpha_pattern=.*: expected a number"),
+        ({"change": {"r": "4"}}, "adapter_config.json: r='4': expected a whole number, at least 1"),
+        ({"change": {"r": 0}}, "adapter_config.json: r=0: expected a whole number, at least 1"),
+        ({"change": {"lora_alpha": float("nan")}}, "adapter_config.json: lora_alpha=nan: expected a number"),
+        ({"change": {"lora_alpha": None}}, "adapter_config.json: lora_alpha=None: expected a number"),
+        ({"change": {"lora_alpha": 0}}, "computes nothing: its lora_alpha is 0; leave it out"),
+        ({"lora_alpha": 0}, "computes nothing: its lora_alpha is 0; leave it out"),
     ],
     ids=str,
 )
@@ -377,6 +388,82 @@ def test_missing_files_are_named_and_no_pickle_is_opened(tmp_path):
         ConditionedPolicy.from_adapters(build_model("llama"), {"a": path})
     with pytest.raises(ConfigError, match="adapters is empty"):
         ConditionedPolicy.from_adapters(build_model("llama"), {})
+
+
+def test_an_expression_that_takes_for_ever_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_reading, "_PATIENCE", 1)
+    hostile = {"rank_pattern": {"(([a-z_.0-9]+)+)+!": 4}}
+    path = save(tmp_path / "a", change=hostile)
+    with pytest.raises(ConfigError, match="rank_pattern: matching its expressions takes more than 1 s; write the names"):
+        ConditionedPolicy.from_adapters(build_model("llama"), {"a": path})
+
+
+def test_names_and_expressions_match_as_peft_has_them():
+    from peft.utils.other import get_pattern_key
+
+    layers = ["model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.q_proj", "q_proj", "model.xq_proj"]
+    keys = ["q_proj", "0.self_attn.q_proj", "q.proj", "model.layers.1", "layers.10.self_attn.q_proj", "_proj", "xq_proj"]
+    for key in [*keys, *(f"(?:{key})" for key in keys), r"layers\\.\\d0\\..*", ".*", ""]:
+        config = {"r": 1, "rank_pattern": {key: 2}}
+        ours = peft_reading._by_layer("here", config, "rank_pattern", "r", layers)
+        peft_s = {
+            layer: config["rank_pattern"].get(get_pattern_key(config["rank_pattern"].keys(), layer), 1)
+            for layer in layers
+        }
+        assert ours == peft_s, key
+
+
+def test_a_layer_whose_alpha_is_zero_adds_nothing_and_divides_nothing(tmp_path):
+    path = save(tmp_path / "a", alpha_pattern={"down_proj": 0})
+    policy = ConditionedPolicy.from_adapters(build_model("llama"), {"a": path, "b": None})
+    ours = log_probs(policy, "llama", weights=[1.0, 0.0])
+    torch.testing.assert_close(ours, theirs("llama", path), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_file_of_an_adapter_is_named_with_the_remedy(tmp_path, name):
+    path = save(tmp_path / "a")
+    whole = (path / name).read_bytes()
+    for damage in damages(whole):
+        (path / name).write_bytes(damage)
+        with pytest.raises(ConfigError, match=rf"{name}.*(again|expected)|peft_type is") as caught:
+            ConditionedPolicy.from_adapters(build_model("llama"), {"a": path})
+        assert str(path) in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["clp_config.json", "adapters.safetensors"])
+def test_so_is_one_of_a_policy(tmp_path, name):
+    policy = build_policy("llama")
+    policy.save_pretrained(tmp_path / "p")
+    base = policy._plain_copy()
+    whole = (tmp_path / "p" / name).read_bytes()
+    for damage in damages(whole):
+        (tmp_path / "p" / name).write_bytes(damage)
+        with pytest.raises(ConfigError, match=rf"{name}"):
+            ConditionedPolicy.load(tmp_path / "p", base_model=base)
+    for change in ({"ranks": [0, 4]}, {"lora_alphas": "x"}, {"objectives": 5}, {"default_kl": None}):
+        if name == "clp_config.json":
+            (tmp_path / "p" / name).write_text(json.dumps({**json.loads(whole), **change}))
+            with pytest.raises(ConfigError, match="clp_config.json is damaged .* copy the policy again"):
+                ConditionedPolicy.load(tmp_path / "p", base_model=base)
+    (tmp_path / "p" / name).write_bytes(whole)
+    with pytest.raises(ConfigError, match="layers|adapters do not fit|target"):
+        ConditionedPolicy.load(tmp_path / "p", base_model=build_model("gpt2"))
+
+
+def damages(whole: bytes):
+    """Cut, empty, foreign, and with its first bytes or a tensor's numbers changed."""
+    yield from (whole[: len(whole) // 2], whole[:7], b"", b"{}", b"[1, 2]", b"null", b"\xff" * 64, b"[" * 10**5)
+    yield bytes([whole[0] ^ 0x40]) + whole[1:]
+    if whole[:1] != b"{":
+        yield whole[:-4] + b"\x00\x00\xc0\x7f"  # NaN
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b'{"adapters": 5}', b'{"adapters": {"a": 5}}'])
+def test_so_is_the_description_of_a_blend(tmp_path, content):
+    (tmp_path / "clp_blend.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="clp_blend.json .*again"):
+        ConditionedPolicy.from_adapters(build_model("llama"), tmp_path)
 
 
 def test_dropout_and_another_base_model_are_said(tmp_path):

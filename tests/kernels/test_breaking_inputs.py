@@ -158,3 +158,103 @@ def test_a_temperature_near_zero_is_greedy(backend):
         tokens, logprob = sample_tokens(logits, temperature=temperature, seeds=torch.arange(3))
         assert torch.equal(tokens, logits.argmax(-1)), temperature
         assert (logprob.abs() < 1e-6).all(), temperature
+
+
+# -- NaN and the infinities --------------------------------------------------------------------------------------------
+
+
+def broken_rows(vocabulary):
+    """Rows with NaN, +inf and -inf in the first and last columns, in one block of columns and in several."""
+    nan, inf, last = torch.nan, torch.inf, vocabulary - 1
+    places = [
+        {}, {3: nan}, {3: inf}, {3: -inf}, {2: inf, last: nan}, {2: nan, last: inf}, {5: inf, 9: inf}, {last: nan},
+        {last: inf}, {0: nan, last: nan}, {0: -inf, last: -inf}, {2: -inf, 4: nan, 6: inf}, {last // 2: nan, last: inf},
+    ]  # fmt: skip
+    rows = torch.randn(len(places) + 4, vocabulary)
+    for row, at in zip(rows, places):
+        for column, value in at.items():
+            row[column] = value
+    for row, value in zip(rows[len(places) :], (nan, inf, -inf, 0.0)):
+        row[:] = value
+    return rows
+
+
+def assert_as_reference(backend, op, *arguments, **options):
+    with use_backend("reference"):
+        want = op(*arguments, **options)
+    with use_backend(backend):
+        got = op(*arguments, **options)
+    for name in options["outputs"]:
+        one, other = getattr(got, name), getattr(want, name)
+        assert torch.allclose(one, other, equal_nan=True, rtol=1e-4, atol=1e-4), (name, one, other)
+
+
+@pytest.mark.parametrize("vocabulary", [37, 1500, 9000])
+def test_statistics_of_logits_that_are_not_finite_are_the_reference_s(backend, vocabulary):
+    logits = broken_rows(vocabulary)
+    targets = torch.full((len(logits),), 7)
+    for outputs in (("top1",), ("lse",), ("lse", "top1", "logprob", "entropy")):
+        for temperature in (1.0, 2e-38) if vocabulary == 37 else (1.0,):
+            assert_as_reference(backend, logits_logprob, logits, targets, temperature=temperature, outputs=outputs)
+    outputs = ("logprob", "ref_logprob", "kl", "reverse_kl", "lse", "top1")
+    finite = torch.randn_like(logits)
+    for policy, reference in ((logits, finite), (finite, logits)):
+        assert_as_reference(backend, logits_logprob, policy, targets, ref_logits=reference, outputs=outputs)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_so_are_those_of_a_projection(backend, value):
+    hidden, weight = torch.randn(5, 24), torch.randn(1500, 24)
+    targets = torch.tensor([0, 4, 700, 1499, -100])
+    for column in (4, 1499):
+        bias = torch.zeros(1500)
+        bias[column] = value
+        outputs = ("lse", "top1", "logprob", "entropy")
+        assert_as_reference(backend, linear_logprob, hidden, weight, targets, bias=bias, outputs=outputs)
+
+
+def test_a_gradient_of_logits_that_are_not_finite_is_not_finite_either(backend):
+    for value in (torch.nan, torch.inf):
+        logits = torch.randn(2, 50)
+        logits[0, 3] = value
+        logits.requires_grad_()
+        with use_backend(backend):
+            stats = logits_logprob(logits, torch.tensor([1, 1]), outputs=("logprob", "lse"))
+            (stats.logprob.sum() + stats.lse.sum()).backward()
+        assert not logits.grad[0].isfinite().all() and logits.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-300, 0.0, -1.0, torch.nan, torch.inf])
+def test_a_temperature_whose_inverse_no_float32_holds_is_refused(backend, temperature):
+    with use_backend(backend), pytest.raises(ValueError, match="expected a positive number, at least 1.18e-38"):
+        logits_logprob(torch.randn(2, 5), torch.tensor([1, 1]), temperature=temperature)
+    with use_backend(backend), pytest.raises(ValueError, match="expected a positive number, at least 1.18e-38"):
+        linear_logprob(torch.randn(2, 5), torch.randn(7, 5), torch.tensor([1, 1]), temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1e-39}, {"temperature": 1e-300}, {"temperature": 3e38}, {"top_k": 2**63}, {"top_k": 10**30},
+     {"top_k": 2**63 - 1}, {"top_p": 1e-300}, {"min_p": 1e-300}, {"top_p": 1e-45}],
+    ids=str,
+)  # fmt: skip
+def test_numbers_at_the_ends_of_their_types_draw_as_in_the_reference(backend, options):
+    logits, seeds = torch.randn(6, 300), torch.arange(6)
+    with use_backend("reference"):
+        want = sample_tokens(logits, seeds=seeds, **options)
+    with use_backend(backend):
+        got = sample_tokens(logits, seeds=seeds, **options)
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{name: value} for name in ("temperature", "top_k", "top_p", "min_p") for value in (torch.nan, torch.inf, -1, "3")]
+    + [{"top_k": 1.5}, {"top_p": 0}, {"min_p": 1.5}, {"temperature": 1e39}],
+    ids=str,
+)
+def test_numbers_outside_are_a_value_error_that_names_the_option(backend, options):
+    (name,) = options
+    with use_backend(backend), pytest.raises(ValueError, match=f"sample_tokens: {name} is .*expected"):
+        sample_tokens(torch.randn(2, 5), seeds=torch.arange(2), **options)

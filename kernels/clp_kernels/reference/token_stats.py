@@ -123,7 +123,7 @@ def linear_sums(head: Head, rows: Rows) -> tuple[Sums, Tensor]:
 
     def exponential(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e^(z - m), z - m, and where z = -inf, which adds nothing, to the gradient either."""
-        shifted = z - m.masked_fill(m == -torch.inf, 0)[:, None]
+        shifted = z - m.masked_fill(m.isinf(), 0)[:, None]
         return shifted.exp(), shifted, z == -torch.inf
 
     def total(value: Tensor, masked: Tensor) -> Tensor:

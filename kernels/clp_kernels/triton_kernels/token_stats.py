@@ -115,7 +115,7 @@ def linear_sums(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | No
     if not flags(asked)["REFERENCE"]:
         fields = fields._replace(m_q=None, s_q=None, d_q=None, t_q=None)  # which the kernel has not written
     top = partial.sums.new_zeros(partial.sums.shape[2], dtype=torch.int32)
-    return merge(fields), top if partial.top is None else merge_top1(fields.m_p, partial.top)
+    return merge(fields), top if partial.top is None else merge_top1(fields.m_p, fields.s_p, partial.top)
 
 
 def _chunk(vocabulary: int) -> int:

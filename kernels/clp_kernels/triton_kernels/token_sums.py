@@ -50,8 +50,9 @@ def _transform(raw, bias, column, V, logit_scale, softcap, inv_temperature):
 
 @triton.jit
 def _finite(m):
-    """A stand-in for the maximum of a row that is masked so far: -inf - -inf would be NaN."""
-    return tl.where(m == float("-inf"), 0.0, m)
+    """A stand-in for the maximum of a row that is masked so far: -inf - -inf would be NaN. For +inf it makes e^(z - m) and
+    its sum inf, so that the sum is NaN only where a z is."""
+    return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 
 @triton.jit
@@ -72,8 +73,13 @@ def _fold(
     is_target = place == _within(target, first, BLOCK_V)[:, None]
     highest = tl.max(z_p, 1)
     if TOP1:
-        best = (tl.min(tl.where(z_p == highest[:, None], place, BLOCK_V), 1) + first).to(tl.int32)
-        top = tl.where((highest > m_p) | (top < 0), best, top)
+        # The first NaN counts as the largest, as in torch's argmax; s_p is NaN from there on.
+        nan = z_p != z_p
+        first_nan = tl.min(tl.where(nan, place, BLOCK_V), 1)
+        has_nan = first_nan < BLOCK_V
+        largest = tl.min(tl.where(z_p == highest[:, None], place, BLOCK_V), 1)
+        best = (tl.where(has_nan, first_nan, largest) + first).to(tl.int32)
+        top = tl.where((s_p == s_p) & (has_nan | (highest > m_p) | (top < 0)), best, top)
     m_new = tl.maximum(m_p, highest)
     scale = tl.exp(m_p - _finite(m_new))
     shifted = z_p - _finite(m_new)[:, None]
@@ -194,7 +200,8 @@ def _combine(
         s = tl.load(at + size, mask=mask, other=1.0)
         if partial_top is not None:
             column = tl.load(partial_top + split * size + row, mask=mask, other=0)
-            top = tl.where((m > m_p) | (split == 0), column, top)
+            better = (s_p == s_p) & ((s != s) | (m > m_p))
+            top = tl.where(better | (split == 0), column, top)
         m_new = tl.maximum(m_p, m)
         old, new = tl.exp(m_p - _finite(m_new)), tl.exp(m - _finite(m_new))
         a = tl.load(at + 2 * size, mask=mask, other=0.0)
@@ -221,11 +228,14 @@ def _combine(
         inside = (target >= 0) & (target < V)
         t_p = tl.where(inside, t_p, float("nan"))
         t_q = tl.where(inside, t_q, float("nan"))
+    _store_output(lse, row, T, m_p + tl.log(s_p), ignored)
+    # Nothing but lse is defined where a z is +inf.
+    s_p = tl.where(s_p == float("inf"), float("nan"), s_p)
+    s_q = tl.where(s_q == float("inf"), float("nan"), s_q)
     log_s = tl.log(s_p)
     mean_a, mean_d = a_p / s_p, d_p / s_p
     _store_output(logprob, row, T, (t_p - m_p) - log_s, ignored)
     _store_output(entropy, row, T, log_s - mean_a, ignored)
-    _store_output(lse, row, T, m_p + log_s, ignored)
     if top1 is not None:
         tl.store(top1 + row, tl.where(ignored, 0, top).to(tl.int64), mask=mask)
     tl.store(saved + row, m_p, mask=mask)
