@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
 
 MAX_CHARACTERS = 200_000
 MAX_NEW_TOKENS = 2048
@@ -71,8 +71,8 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} is {_kind(value)}; expected a number")
     if not low <= value <= high:  # also catches NaN; an integer too large for a float compares as it is
-        shown = f"{value:g}" if isinstance(value, float) else str(value)[:20]
-        raise ConfigError(f"{name}={shown}: expected {low:g} to {high:g}")
+        given = f"{value:g}" if isinstance(value, float) else shown(value)
+        raise ConfigError(f"{name}={given}: expected {low:g} to {high:g}")
     return float(value)
 
 

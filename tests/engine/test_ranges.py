@@ -20,6 +20,7 @@ from clp_engine.memory import check_size
 from clp_engine.ranges import Range
 from clp_engine.rollout import SamplingParams, rollout
 from clp_engine.samplers import simplex_lattice
+from clp_engine.steer.request import GenerateRequest
 from clp_engine.trainer import CLPTrainer
 
 CLASSES = {CLPConfig: ranges.TRAINING, SamplingParams: ranges.SAMPLING, EvaluationSettings: ranges.EVALUATION}
@@ -225,3 +226,12 @@ def test_a_value_is_shown_short():
     deep = list(itertools.accumulate(range(40), lambda inner, _: [inner] * 2, initial=0))[-1]
     for value in (deep, "x" * 10**6, 10**5000, [[]] * 10**5, {i: i for i in range(10**5)}):
         assert len(shown(value)) < 300
+
+
+@pytest.mark.parametrize("name", ["kl", "temperature", "max_new_tokens", "seed"])
+def test_so_does_a_request_to_the_steering_page(name):
+    for value in (*NEVER, -1, True, 10**12):
+        if (name, value) == ("seed", 10**12) or value is None:
+            continue
+        with pytest.raises(ConfigError, match=rf"^{name}\b"):
+            GenerateRequest.parse({"text": "w1", name: value})
