@@ -177,7 +177,7 @@ TRAINING = {
     "eval_steps": POSITIVE,
     "eval_delay": NOT_NEGATIVE,
     "save_steps": POSITIVE,
-    "save_total_limit": Range(int, 1, off="None"),
+    "save_total_limit": Range(int, off="None, 0 or less"),
 }
 
 EVALUATION = {

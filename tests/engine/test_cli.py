@@ -131,6 +131,8 @@ def test_evaluate_takes_a_policy_alone_with_dataset_and_rewards(trained, tmp_pat
                 "2",
                 "--bootstrap",
                 "5",
+                "--max-new-tokens",
+                "8",
                 "--grid",
                 "2",
                 "--rewards",

@@ -119,7 +119,6 @@ def _ends(values: Range) -> list[float]:
         ({"corner_probability": 1.01}, "corner_probability=1.01"),
         ({"epsilon_high": -0.1}, "epsilon_high=-0.1"),
         ({"eval_delay": math.nan}, "eval_delay=nan"),
-        ({"save_total_limit": 0}, "save_total_limit=0"),  # once: every checkpoint removed, the newest as well
         ({"seed": -1}, "seed=-1"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0"),
         ({"per_device_train_batch_size": 10**12}, r"1,000,000,000,000 completions .* takes 10 PiB of memory"),
