@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from clp_engine import files, run_folder
+from clp_engine import files, fingerprint, run_folder
 from clp_engine.errors import ConfigError
+from clp_engine.files import read_json
 from clp_engine.optimizer import set_slots_of, slots_of
 from clp_engine.run_folder import STATE_FILE, checkpoints
 from clp_engine.value import ValueHead
@@ -102,7 +103,16 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def load_policy(path: str | Path, policy) -> None:
-    """Set the policy's adapters to those of a checkpoint."""
+    """Set the policy's adapters to those of a checkpoint. Raises ConfigError for one of another base model, or of other
+    objectives."""
+    folder = Path(path) / _POLICY
+    fingerprint.check(folder, policy)
+    objectives = read_json(folder / "clp_config.json").get("objectives")
+    if objectives is not None and tuple(objectives) != policy.objectives:
+        raise ConfigError(
+            f"{path} has the objectives {', '.join(objectives)}, in this order, and this run {', '.join(policy.objectives)}; "
+            "give the rewards as they were given then"
+        )
     policy.load_adapters(load_file(Path(path) / _POLICY / "adapters.safetensors"))
 
 
