@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine.conftest import build_model, build_policy, build_tokenizer
 from engine.test_trainer import build_trainer
+from safetensors.torch import load_file, save_file
 
 from clp_engine import fingerprint
 from clp_engine.errors import ConfigError
@@ -98,3 +99,47 @@ def test_a_run_resumes_on_its_own_model_with_its_own_rewards_alone(tmp_path):
     merged(trainer.policy.model)
     with pytest.raises(ConfigError, match=OTHER):
         trainer.train(resume_from_checkpoint=True)
+
+
+def without_a_tensor(tensors):
+    return {n: t for n, t in tensors.items() if n != next(n for n in tensors if n.endswith("exp_avg"))}
+
+
+def with_one_row(tensors):
+    name = next(n for n, t in tensors.items() if n.endswith("exp_avg") and t.dim() == 2)
+    return {**tensors, name: tensors[name][:1].contiguous()}
+
+
+def with_a_stranger(tensors):
+    return {**tensors, "optimizer.nobody.exp_avg": torch.zeros(2)}
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["with digests", "as earlier versions wrote it"])
+@pytest.mark.parametrize("damage", [without_a_tensor, with_one_row, with_a_stranger])
+def test_a_damaged_optimiser_is_refused_before_anything_is_restored(damage, noted, tmp_path):
+    build_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    save_file(damage(load_file(folder / "training.safetensors")), folder / "training.safetensors")
+    if not noted:
+        state = json.loads((folder / "trainer_state.json").read_text())
+        del state["sha256"]
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    trainer = build_trainer(tmp_path, max_steps=2)
+    before = {name: p.detach().clone() for name, p in trainer.policy.adapter_parameters().items()}
+    expected = "is not as it was written" if noted else "fits no parameter of this run|is not whole"
+    with pytest.raises(ConfigError, match=rf"training.safetensors.*({expected}).*another checkpoint"):
+        trainer.train(resume_from_checkpoint=folder)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.policy.adapter_parameters().items())
+
+
+def test_damaged_adapters_and_cut_files_of_a_checkpoint_are_refused(tmp_path):
+    build_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    whole = (folder / "policy" / "adapters.safetensors").read_bytes()
+    (folder / "policy" / "adapters.safetensors").write_bytes(whole[:-4] + bytes(4))
+    with pytest.raises(ConfigError, match="adapters.safetensors is not as it was written"):
+        build_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=folder)
+    (folder / "policy" / "adapters.safetensors").write_bytes(whole)
+    (folder / "trainer_state.json").write_text("{")
+    with pytest.raises(ConfigError, match="trainer_state.json is damaged or no JSON"):
+        build_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=folder)
