@@ -16,6 +16,9 @@ def check_prompt(prompt: Any, where: str) -> None:
     chat template reads, and no content (None) where they say it all (tool calls of an earlier turn).
     """
     if isinstance(prompt, str):
+        _check_text(prompt, where)
+        if not prompt:
+            raise ConfigError(f"{where}: its prompt is empty; mend or remove it")
         return
     if not isinstance(prompt, list | tuple) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
         raise ConfigError(
@@ -29,6 +32,7 @@ def check_prompt(prompt: Any, where: str) -> None:
             )
         content = message["content"]
         if content is None or isinstance(content, str):
+            _check_text(content or "", where)
             continue
         for part in content if isinstance(content, list | tuple) else [content]:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -37,6 +41,19 @@ def check_prompt(prompt: Any, where: str) -> None:
                     f"{where}: a message has a part of type {kind!r}; prompts are text here, parts of type 'text' only "
                     "(train a model for images, audio or video with TRL)"
                 )
+            if not isinstance(part.get("text"), str):
+                raise ConfigError(f"{where}: a message has a part of type 'text' without a text; got {part!r:.80}")
+            _check_text(part["text"], where)
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: its text has half of a character ({text[error.start]!r} at {error.start}), which no tokenizer reads; "
+            "mend or remove it"
+        ) from None
 
 
 def messages_as_read(messages: list, tokenizer) -> list[dict[str, Any]]:

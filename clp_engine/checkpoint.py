@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
@@ -10,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clp_engine import files, run_folder
+from clp_engine import files, fingerprint, run_folder
 from clp_engine.errors import ConfigError
+from clp_engine.files import read_json, read_tensors
 from clp_engine.optimizer import set_slots_of, slots_of
 from clp_engine.run_folder import STATE_FILE, checkpoints
 from clp_engine.value import ValueHead
 
 _TENSORS, _POLICY = "training.safetensors", "policy"
+_ADAPTERS = f"{_POLICY}/adapters.safetensors"
 _VALUE = "value."  # in front of the value head's tensors
 _UNFINISHED = "unfinished."  # in front of those of completions that go on (partial.py)
 
@@ -75,6 +79,7 @@ def save(
         (temporary / _POLICY).mkdir()
         policy.write_files(temporary / _POLICY)
         save_file(tensors, temporary / _TENSORS)
+        state["sha256"] = {name: _digest(temporary / name) for name in (_TENSORS, _ADAPTERS)}
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     run_folder.rotate(output_dir, keep, newest=path)
     return path
@@ -93,7 +98,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: no {STATE_FILE} here; expected a folder checkpoint-<step> of an earlier run"
         )
-    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    state = read_json(path / STATE_FILE)
     if "config" not in state:
         raise ConfigError(
             f"{path} was not written by this engine; expected a checkpoint of an earlier run of its own"
@@ -102,13 +107,23 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def load_policy(path: str | Path, policy) -> None:
-    """Set the policy's adapters to those of a checkpoint."""
-    policy.load_adapters(load_file(Path(path) / _POLICY / "adapters.safetensors"))
+    """Set the policy's adapters to those of a checkpoint. Raises ConfigError for one of another base model, or of other
+    objectives."""
+    folder = Path(path) / _POLICY
+    fingerprint.check(folder, policy)
+    objectives = read_json(folder / "clp_config.json").get("objectives")
+    if objectives is not None and tuple(objectives) != policy.objectives:
+        raise ConfigError(
+            f"{path} has the objectives {', '.join(objectives)}, in this order, and this run {', '.join(policy.objectives)}; "
+            "give the rewards as they were given then"
+        )
+    _verify(path, _ADAPTERS)
+    policy.load_adapters(read_tensors(Path(path) / _ADAPTERS))
 
 
 def load_value_head(path: str | Path, value_head: ValueHead) -> None:
     """Restore the head as it was; raises ConfigError where the run had none."""
-    tensors = load_file(Path(path) / _TENSORS)
+    tensors = _training_tensors(path)
     own = {name.removeprefix(_VALUE): t for name, t in tensors.items() if name.startswith(_VALUE)}
     if not own:
         raise ConfigError(f"{path} holds no value head; its run had another baseline")
@@ -117,26 +132,71 @@ def load_value_head(path: str | Path, value_head: ValueHead) -> None:
 
 def load_unfinished(path: str | Path) -> dict[str, torch.Tensor]:
     """What `save` was given as `unfinished`."""
-    tensors = load_file(Path(path) / _TENSORS)
+    tensors = _training_tensors(path)
     return {name.removeprefix(_UNFINISHED): t for name, t in tensors.items() if name.startswith(_UNFINISHED)}
 
 
 def load(
     path: str | Path, policy, optimizer: torch.optim.Optimizer, value_head: ValueHead | None = None
 ) -> None:
-    """Restore adapters, value head, optimiser and random states."""
+    """Restore adapters, value head, optimiser and random states. Raises ConfigError, before anything is changed, where a file
+    is not as it was written, or is another run's."""
     path = Path(path)
-    state = read_state(path)
+    state, tensors = read_state(path), _training_tensors(path)
+    parameters = trained_parameters(policy, value_head)
+    slots = _optimizer_slots(path, parameters, tensors)
     load_policy(path, policy)
     if value_head is not None:
         load_value_head(path, value_head)
-    tensors = load_file(path / _TENSORS)
-    for name, parameter in trained_parameters(policy, value_head).items():
-        prefix = f"optimizer.{name}."
-        slots = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        slots = {slot: value.to(parameter.device) for slot, value in slots.items()}
-        set_slots_of(optimizer, parameter, slots)
+    for name, parameter in parameters.items():
+        set_slots_of(optimizer, parameter, {slot: t.to(parameter.device) for slot, t in slots[name].items()})
     _restore_random(state["random"], tensors)
+
+
+def _optimizer_slots(
+    path: Path, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Each parameter's slots: of all the same names, each of the parameter's shape or a single number."""
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            name, _, slot = key.removeprefix("optimizer.").rpartition(".")
+            if name not in found or tensor.shape not in (parameters[name].shape, torch.Size()):
+                raise ConfigError(
+                    f"{path / _TENSORS}: {key} of shape {list(tensor.shape)} fits no parameter of this run; resume with the "
+                    "settings of that run, or from another checkpoint"
+                )
+            found[name][slot] = tensor
+    names = {frozenset(slots) for slots in found.values()}
+    if len(names) > 1:
+        lacking = next(name for name, slots in found.items() if set(slots) != set().union(*names))
+        raise ConfigError(
+            f"{path / _TENSORS}: the optimiser's state of {lacking} is not whole; resume from another checkpoint"
+        )
+    return found
+
+
+def _training_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    _verify(path, _TENSORS)
+    try:
+        return load_file(Path(path) / _TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{Path(path) / _TENSORS} is damaged ({error}); resume from another checkpoint") from error
+
+
+def _verify(path: str | Path, name: str) -> None:
+    """Raises ConfigError where a file of a checkpoint is not as it was written; earlier versions noted no digests."""
+    digest = read_state(path).get("sha256", {}).get(name)
+    if digest is not None and (not (Path(path) / name).is_file() or _digest(Path(path) / name) != digest):
+        raise ConfigError(f"{Path(path) / name} is not as it was written; resume from another checkpoint")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def resolve(output_dir: str | Path, resume: str | Path | bool) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,9 @@ from clp_engine import seeds
 from clp_engine.chat import check_prompt, encode_chat
 from clp_engine.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+_AT_THE_START, _AT_ONCE = 100_000, 1000  # rows that are encoded at the start, and in one call of a tokenizer
 _SHUFFLE = 1  # counter that keeps this use of the seed apart from others
 # Columns that no reward function receives (as in TRL), and names under which it receives something else.
 _WITHHELD = ("prompt", "completion", "completion_ids")
@@ -58,11 +63,33 @@ class Prompts(ABC):
 
     def __init__(self, tokenizer, max_prompt_length: int | None = None):
         self.tokenizer, self.max_prompt_length = tokenizer, max_prompt_length
+        self.skipped = 0  # rows that could not be used, where they are left out
 
-    def encode(self, prompts: Sequence[str | list]) -> list[list[int]]:
-        """Tokens of each prompt, the last `max_prompt_length` of them."""
-        encoded = encode_prompts(prompts, self.tokenizer)
+    def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> list[list[int]]:
+        """Tokens of each row's prompt, the last `max_prompt_length` of them. Raises ConfigError naming the row, by its number,
+        whose prompt cannot be encoded or has no tokens."""
+        try:
+            encoded = encode_prompts([row["prompt"] for row in rows], self.tokenizer)
+        except Exception as error:  # tokenizers and chat templates raise what they like
+            if len(rows) > 1:
+                encoded = [self.encode([row], [number])[0] for row, number in zip(rows, numbers)]
+            else:
+                raise ConfigError(
+                    f"{_named(numbers[0])}: its prompt cannot be encoded ({_first_line(error)}); mend or remove it"
+                ) from error
+        for ids, number in zip(encoded, numbers):
+            if not ids:
+                raise ConfigError(f"{_named(number)}: its prompt has no tokens; mend or remove it")
         return [ids[-self.max_prompt_length :] for ids in encoded] if self.max_prompt_length else encoded
+
+    def _fault(self, row: Any, number: int) -> str | None:
+        """Why the row cannot be used, or None."""
+        try:
+            check_row(row, _named(number))
+            self.encode([row], [number])
+        except ConfigError as error:
+            return str(error)
+        return None
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:
         """The prompts of these rows. Raises ConfigError for a row that cannot be used."""
@@ -97,20 +124,30 @@ class Prompts(ABC):
 
     def _made(self, rows: list, numbers: list[int]) -> PromptBatch:
         for row, number in zip(rows, numbers):
-            check_row(row, f"row {number} of the dataset")
+            check_row(row, _named(number))
         names = dict.fromkeys(name for row in rows for name in row if name not in _WITHHELD)
         columns = {name: [row.get(name) for row in rows] for name in names}
-        prompts = [row["prompt"] for row in rows]
-        return PromptBatch(prompts, self.encode(prompts), columns)
+        return PromptBatch([row["prompt"] for row in rows], self._ids(rows, numbers), columns)
+
+    def _ids(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> list[list[int]]:
+        return self.encode(rows, numbers)
 
 
 class PromptDataset(Prompts):
     """Rows by index: a list of dicts, a `datasets.Dataset`, anything with a length and rows that are mappings.
 
-    Raises ConfigError where it is none, or empty, or its first row cannot be used.
+    The rows of a list are looked at, and up to 100,000 prompts encoded, at the start; those of anything else when they are
+    reached, but for the first. skip_bad_rows: rows that cannot be used are left out, of whatever it is. Raises ConfigError
+    where it is none, or has no row, or one that cannot be used.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer, max_prompt_length: int | None = None):
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer,
+        max_prompt_length: int | None = None,
+        skip_bad_rows: bool = False,
+    ):
         super().__init__(tokenizer, max_prompt_length)
         if not has_rows(rows):
             raise ConfigError(
@@ -119,9 +156,34 @@ class PromptDataset(Prompts):
             )
         if len(rows) == 0:
             raise ConfigError("the dataset is empty")
-        check_row(rows[0], "row 0 of the dataset")
+        self._encoded: dict[int, array] = {}  # of a list, by row
+        if skip_bad_rows:
+            faults = [self._fault(row, number) for number, row in enumerate(rows)]
+            if any(faults):
+                rows = [row for row, fault in zip(rows, faults) if fault is None]
+                self.skipped = len(faults) - len(rows)
+                first = next(filter(None, faults))
+                logger.warning("%d of %d rows are left out; the first: %s", self.skipped, len(faults), first)
+                if not rows:
+                    raise ConfigError(f"no row of the dataset can be used; {first}")
+        if isinstance(rows, list | tuple):
+            self._encoded = self._encode_all(rows)
+        else:
+            check_row(rows[0], _named(0))
         self.rows = rows
         self._order: tuple[tuple, list[int]] | None = None
+
+    def _encode_all(self, rows: Sequence[Mapping[str, Any]]) -> dict[int, array]:
+        """Every prompt's tokens; none where there are too many rows to wait for that."""
+        for number, row in enumerate(rows):
+            check_row(row, _named(number))
+        numbers = range(len(rows) if len(rows) <= _AT_THE_START else 0)
+        parts = [numbers[start : start + _AT_ONCE] for start in numbers[::_AT_ONCE]]
+        encoded = (zip(part, self.encode([rows[n] for n in part], part)) for part in parts)
+        return {n: array("i", ids) for pairs in encoded for n, ids in pairs}
+
+    def _ids(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> list[list[int]]:
+        return [self._encoded[n].tolist() for n in numbers] if self._encoded else super()._ids(rows, numbers)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,6 +221,14 @@ class PromptDataset(Prompts):
                 torch.randperm(len(self), generator=seeds.generator(seed, _SHUFFLE, epoch)).tolist(),
             )
         return self._order[1]
+
+
+def _named(number: int) -> str:
+    return f"row {number} of the dataset"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def has_rows(rows: Any) -> bool:

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from clp_engine import (
+    fingerprint,
     fused_step,
     native_decoding,
     peft_format,
@@ -681,6 +682,7 @@ class ConditionedPolicy(nn.Module):
             {n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()},
             directory / _ADAPTER_FILE,
         )
+        fingerprint.write(directory, self)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -693,7 +695,8 @@ class ConditionedPolicy(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
     ) -> ConditionedPolicy:
-        """The policy that `save_pretrained` wrote; base_model: where the base is now, if it has moved."""
+        """The policy that `save_pretrained` wrote; base_model: where the base is now, if it has moved. Raises ConfigError where
+        that is another model than the policy was saved over, see `fingerprint`."""
         directory = Path(directory)
         finish(directory)
         if not (directory / _SPEC_FILE).is_file():
@@ -712,6 +715,7 @@ class ConditionedPolicy(nn.Module):
         )
         model, tokenizer, _ = load_base(base_model or spec.base_model, tokenizer, dtype, device)
         policy = cls(model, spec, tokenizer)
+        fingerprint.check(directory, policy)
         try:
             policy.load_adapters(read_tensors(directory / _ADAPTER_FILE))
         except ConfigError as error:
@@ -757,6 +761,7 @@ class ConditionedPolicy(nn.Module):
         with write_directory(path) as temporary:
             error = peft_format.save(temporary, self, coefficients[0], rank)
             self._describe_blend(temporary, weights, kl)
+            fingerprint.write(temporary, self)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
         return error
@@ -773,6 +778,7 @@ class ConditionedPolicy(nn.Module):
         self._warn_of_tied_head()
         with write_directory(directory) as temporary:
             errors = peft_format.save_each(temporary, self, rank)
+            fingerprint.write(temporary, self)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
         return errors

@@ -237,7 +237,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file, or one prompt per line of any other text file. Raises ConfigError naming the
     line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # A line ends where a file has it end: splitlines() would also cut texts at U+2028, U+0085 and form feeds.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]

@@ -34,7 +34,8 @@ class EndOfData(Exception):
 
 
 class PromptStream(Prompts):
-    """Rows of an iterable (module docstring). shuffle_seed: None leaves the order to the source."""
+    """Rows of an iterable (module docstring). shuffle_seed: None leaves the order to the source. skip_bad_rows: rows that
+    cannot be used are passed over; they have no position."""
 
     def __init__(
         self,
@@ -42,8 +43,10 @@ class PromptStream(Prompts):
         tokenizer,
         max_prompt_length: int | None = None,
         shuffle_seed: int | None = None,
+        skip_bad_rows: bool = False,
     ):
         super().__init__(tokenizer, max_prompt_length)
+        self._skips = skip_bad_rows
         self.source, self.read_once = source, isinstance(source, Iterator)
         shuffles = hasattr(source, "shuffle") and hasattr(source, "set_epoch")
         self._shuffled = (
@@ -66,7 +69,7 @@ class PromptStream(Prompts):
                 "give a list, or an object whose iter() starts anew"
             )
         self._evaluated = True
-        rows, start = iter(self.source), 0
+        rows, start = self._usable(iter(self.source)), 0
         while part := list(itertools.islice(rows, size)):
             yield start, self._made(part, list(range(start, start + len(part))))
             start += len(part)
@@ -117,7 +120,7 @@ class PromptStream(Prompts):
         if self._iterator is None:
             if hasattr(self._shuffled, "set_epoch"):
                 self._shuffled.set_epoch(self._epoch)
-            self._iterator = iter(self._shuffled)
+            self._iterator = self._usable(iter(self._shuffled))
         for row in self._iterator:
             self._last = self._next, row
             self._next += 1
@@ -136,6 +139,19 @@ class PromptStream(Prompts):
             self._starts.append(self._next)
         self._epoch, self._iterator = self._epoch + 1, None
 
+    def _usable(self, rows: Iterator) -> Iterator:
+        if not self._skips:
+            return rows
+        return (row for number, row in enumerate(rows) if self._is_usable(row, number))
+
+    def _is_usable(self, row: Any, number: int) -> bool:
+        fault = self._fault(row, number)
+        if fault is not None:
+            self.skipped += 1
+            if self.skipped == 1:
+                logger.warning("a row is left out, and so are others like it (data/skipped_rows counts them): %s", fault)
+        return fault is None
+
     def state_dict(self) -> dict[str, Any]:
         return {"rows_read": self._next, "epoch_starts": list(self._starts)}
 
@@ -151,11 +167,15 @@ class PromptStream(Prompts):
 
 
 def prompts_of(
-    rows: Any, tokenizer, max_prompt_length: int | None = None, shuffle_seed: int | None = None
+    rows: Any,
+    tokenizer,
+    max_prompt_length: int | None = None,
+    shuffle_seed: int | None = None,
+    skip_bad_rows: bool = False,
 ) -> Prompts:
     """Rows by index where there are, otherwise a stream. Raises ConfigError for what has no rows."""
     if has_rows(rows):
-        return PromptDataset(rows, tokenizer, max_prompt_length)
+        return PromptDataset(rows, tokenizer, max_prompt_length, skip_bad_rows)
     if isinstance(rows, Mapping):
         raise ConfigError(
             f"a dataset is a sequence of rows; got a mapping with the keys {', '.join(map(str, rows))}; choose one of them, or "
@@ -165,4 +185,4 @@ def prompts_of(
         raise ConfigError(
             f"a dataset is a list of dicts, a datasets.Dataset, or an iterable of rows; got {type(rows).__name__}"
         )
-    return PromptStream(rows, tokenizer, max_prompt_length, shuffle_seed)
+    return PromptStream(rows, tokenizer, max_prompt_length, shuffle_seed, skip_bad_rows)

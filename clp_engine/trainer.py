@@ -185,7 +185,8 @@ class CLPTrainer(ScriptSurface):
 
     def _training_prompts(self, rows) -> Prompts:
         a = self.args
-        prompts = prompts_of(rows, self.tokenizer, a.max_prompt_length, a.seed if a.shuffle_dataset else None)
+        seed = a.seed if a.shuffle_dataset else None
+        prompts = prompts_of(rows, self.tokenizer, a.max_prompt_length, seed, a.skip_bad_rows)
         if isinstance(prompts, PromptStream):
             if a.max_steps <= 0 and a.max_generated_tokens is None:
                 raise ConfigError(
@@ -202,7 +203,10 @@ class CLPTrainer(ScriptSurface):
     def _evaluation_prompts(self, rows) -> Prompts | dict[str, Prompts] | None:
         if isinstance(rows, Mapping):
             return {str(name): self._evaluation_prompts(part) for name, part in rows.items()}
-        return None if rows is None else prompts_of(rows, self.tokenizer, self.args.max_prompt_length)
+        if rows is None:
+            return None
+        a = self.args
+        return prompts_of(rows, self.tokenizer, a.max_prompt_length, skip_bad_rows=a.skip_bad_rows)
 
     def _build_sampler(self) -> ConditionSampler:
         a = self.args
@@ -680,6 +684,7 @@ class CLPTrainer(ScriptSurface):
                     **means,
                     "num_tokens": self.state.num_input_tokens_seen,
                     "num_generated_tokens": self.num_generated_tokens,
+                    **({"data/skipped_rows": self.train_dataset.skipped} if self.args.skip_bad_rows else {}),
                 }
             )
         if self.control.should_evaluate:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from clp_engine import fingerprint
 from clp_engine.adapters import ConditionedLinear, find_targets
 from clp_engine.base_model import load_base, model_location
 from clp_engine.conditioning import Conditioning
@@ -94,6 +95,9 @@ def build(
     policy.spec = dataclasses.replace(policy.spec, base_model=name)
     _fill(policy.layers, found)
     policy.loaded_from = [Path(source) for source in opened if Path(source).is_dir()]
+    for folder in policy.loaded_from:
+        for described in (folder, folder.parent):  # of `export_adapter`, of `save_adapters`
+            fingerprint.check(described, policy)
     return policy
 
 

@@ -1,5 +1,6 @@
 """Datasets: by index or streamed, plain or chat, the same rows in the same order whether interrupted or not."""
 
+import json
 import logging
 from itertools import count
 
@@ -13,6 +14,7 @@ from clp_engine.chat import encode_chat
 from clp_engine.data import PromptDataset
 from clp_engine.errors import ConfigError
 from clp_engine.loader import PromptLoader
+from clp_engine.runs import read_rows
 from clp_engine.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.trainer import CLPTrainer
 
@@ -233,7 +235,15 @@ def test_what_cannot_be_trained_on_is_refused_with_its_place(rows, message):
 
 def test_a_later_row_is_checked_when_its_turn_comes():
     rows = [*ROWS[:3], {"prompt": 5}]
-    for dataset in (PromptDataset(rows, build_tokenizer()), PromptStream(iter(rows), build_tokenizer())):
+
+    class Table:  # as a datasets.Dataset: rows that are made when they are asked for
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, index):
+            return rows[index]
+
+    for dataset in (PromptDataset(Table(), build_tokenizer()), PromptStream(iter(rows), build_tokenizer())):
         with pytest.raises(
             ConfigError, match="row 3 of the dataset: a prompt is a text or a list of messages"
         ):
@@ -369,3 +379,70 @@ def test_seeds_and_positions_determine_an_epoch_s_order():
     assert sorted(first) == sorted(second) == list(range(12)) and first != second
     assert dataset.indices(7, 9, 1, True) == (first + second)[7:16]
     assert torch.equal(torch.tensor(dataset.indices(3, 4, 1, False)), torch.arange(3, 7))
+
+
+# -- rows that cannot be used ------------------------------------------------------------------------------------------
+
+BAD = {
+    "None": (None, "got type NoneType"),
+    "a number": (3, "got type int"),
+    "empty": ("", "its prompt is empty"),
+    "half of a character": ("w1 \ud83d", r"half of a character \('\\ud83d' at 3\)"),
+    "blank": ("  ", "its prompt has no tokens"),
+    "no messages": ([], "got an empty list"),
+    "a part without a text": ([{"role": "user", "content": [{"type": "text"}]}], "type 'text' without a text"),
+    "a part that is a number": ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "type 'text' without a text"),
+    "half of a character in a part": (
+        [{"role": "user", "content": [{"type": "text", "text": "\udc00"}]}], "half of a character"
+    ),
+    "a role the template refuses": ([{"role": "wizard", "content": "w1"}], "cannot be encoded .*only users speak"),
+}  # fmt: skip
+
+
+def strict_tokenizer():
+    return chat_tokenizer(
+        "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('only users speak') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_row_is_named_before_the_first_step_of_a_list_and_when_it_is_reached_in_a_stream(bad):
+    prompt, reason = BAD[bad]
+    rows = [{"prompt": "w1"}] * 5 + [{"prompt": prompt}] + [{"prompt": "w2"}] * 3
+    with pytest.raises(ConfigError, match=f"row 5 of the dataset.*{reason}"):
+        PromptDataset(rows, strict_tokenizer())
+    stream = PromptStream((row for row in rows), strict_tokenizer())
+    assert stream.batch(range(0, 4)).prompts == ["w1"] * 4
+    with pytest.raises(ConfigError, match=f"row 5 of the dataset.*{reason}"):
+        stream.batch(range(4, 8))
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for_and_counted(caplog):
+    good = [{"prompt": f"w{i}"} for i in range(6)]
+    bad = [{"prompt": prompt} for prompt, _ in BAD.values()] + [{"text": "w1"}, 3]
+    rows = [*good[:2], *bad, *good[2:]]
+    for dataset in (
+        PromptDataset(rows, strict_tokenizer(), skip_bad_rows=True),
+        PromptStream(rows, strict_tokenizer(), skip_bad_rows=True),
+    ):
+        assert dataset.batch(range(6)).prompts == [row["prompt"] for row in good]
+        assert dataset.skipped == len(bad)
+    assert len(caplog.messages) == 2 and all("row 2 of the dataset" in text for text in caplog.messages)
+    with pytest.raises(ConfigError, match="no row of the dataset can be used; row 0"):
+        PromptDataset(bad, strict_tokenizer(), skip_bad_rows=True)
+
+
+def test_a_run_says_how_many_rows_it_left_out(tmp_path):
+    rows = [{"prompt": "w5 w6"}, {"prompt": ""}, {"prompt": "w7"}, {"prompt": None}]
+    args = settings(tmp_path, max_steps=1, logging_steps=1, skip_bad_rows=True)
+    CLPTrainer(build_model("qwen2"), low_words, args, rows, processing_class=build_tokenizer()).train()
+    assert log_of(tmp_path)[0]["data/skipped_rows"] == 2
+
+
+def test_lines_of_a_file_end_at_newlines_alone(tmp_path):
+    text = "w1\u2028w2\x85w3\x0cw4"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\n\n" + '{"prompt": "w5"}\r\n')
+    (tmp_path / "rows.txt").write_text(f"{text}\nw5\r\n")
+    expected = [{"prompt": text}, {"prompt": "w5"}]
+    assert read_rows(tmp_path / "rows.jsonl") == expected == read_rows(tmp_path / "rows.txt")

@@ -1,0 +1,97 @@
+"""Which base model a policy's deltas belong to: of every base tensor its shape, dtype, sum and norm, saved beside the deltas.
+
+A name says little: the model of that name may have been merged with an adapter, fine-tuned or given another vocabulary since.
+Two tensors pass for the same where their sums differ by no more than rounding explains: that of the summation, where the dtype
+is the same, and that of every element, u |w| / sqrt(3) at most in the mean square (u: the coarser dtype's unit roundoff), where
+the model was loaded in another one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+
+from clp_engine.errors import ConfigError
+from clp_engine.files import read_json
+
+if TYPE_CHECKING:
+    from clp_engine.policy import ConditionedPolicy
+
+FILE = "base_model.json"
+_KEPT: WeakKeyDictionary[ConditionedPolicy, tuple[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
+
+
+class Tensor(NamedTuple):
+    """What is kept of a tensor; dtype without "torch."."""
+
+    shape: list[int]
+    dtype: str
+    sum: float
+    norm: float
+
+
+def of(policy: ConditionedPolicy) -> dict[str, Tensor]:
+    """By the name that each parameter has in the base model; computed once, in one read of the weights for each of the two
+    numbers, and again where they were changed."""
+    own = {id(p) for p in policy.adapter_parameters().values()}
+    base = {n.replace(".base.", "."): p for n, p in policy.model.named_parameters() if id(p) not in own}
+    identity = tuple((p.data_ptr(), p._version) for p in base.values())
+    kept = _KEPT.get(policy)
+    if kept is None or kept[0] != identity:
+        kept = _KEPT[policy] = identity, {name: _summed(p.detach()) for name, p in base.items()}
+    return kept[1]
+
+
+def _summed(p: torch.Tensor) -> Tensor:
+    wide = torch.float32 if p.device.type == "mps" else torch.float64
+    norm = torch.linalg.vector_norm(p, dtype=wide).item()
+    return Tensor(list(p.shape), str(p.dtype).removeprefix("torch."), p.sum(dtype=wide).item(), norm)
+
+
+def write(folder: Path, policy: ConditionedPolicy) -> None:
+    (folder / FILE).write_text(json.dumps(of(policy)) + "\n", encoding="utf-8")
+
+
+def check(folder: str | Path, policy: ConditionedPolicy) -> None:
+    """Raises ConfigError where what lies in `folder` was saved over another base model than the policy's. Folders of earlier
+    versions, which do not say over which, pass."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return
+    try:
+        saved = {name: Tensor(*entry) for name, entry in read_json(path).items()}
+    except TypeError as error:
+        raise ConfigError(f"{path} is damaged ({error}); write or copy it again, or remove it to go unchecked") from error
+    here = of(policy)
+    odd = [
+        f"{name}: {_difference(saved.get(name), here.get(name))}"
+        for name in dict.fromkeys([*saved, *here])
+        if _difference(saved.get(name), here.get(name))
+    ]
+    if odd:
+        model = policy.model.config.name_or_path or "the model that was given"
+        raise ConfigError(
+            f"{folder} was saved over another base model than {model}: {len(odd)} of {len(saved)} tensors differ, first "
+            f"{odd[0]}. Load it over the model it was trained over (base_model=, or model= of the trainer), with every adapter "
+            "merged that was merged then"
+        )
+
+
+def _difference(saved: Tensor | None, here: Tensor | None) -> str:
+    """What tells the two apart, in words; empty where nothing does."""
+    if saved is None or here is None:
+        return "not there then" if saved is None else "not there now"
+    if saved.shape != here.shape:
+        return f"shape {saved.shape} then, {here.shape} now"
+    error = 1e-12 * math.sqrt(math.prod(here.shape))
+    if saved.dtype != here.dtype:
+        coarser = max(torch.finfo(getattr(torch, name)).eps for name in (saved.dtype, here.dtype))
+        error += 6 * coarser / 2 / math.sqrt(3)  # six standard deviations
+    same = abs(saved.sum - here.sum) <= error * max(saved.norm, here.norm)
+    both_nan = math.isnan(saved.sum) and math.isnan(here.sum)
+    return "" if same or both_nan else f"sum {saved.sum:.9g} then, {here.sum:.9g} now"
