@@ -110,7 +110,7 @@ def load_policy(path: str | Path, policy) -> None:
     """Set the policy's adapters to those of a checkpoint. Raises ConfigError for one of another base model, or of other
     objectives."""
     folder = Path(path) / _POLICY
-    fingerprint.check(folder, policy)
+    fingerprint.check(folder, policy.model)
     objectives = read_json(folder / "clp_config.json").get("objectives")
     if objectives is not None and tuple(objectives) != policy.objectives:
         raise ConfigError(
@@ -186,7 +186,8 @@ def _training_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 def _verify(path: str | Path, name: str) -> None:
     """Raises ConfigError where a file of a checkpoint is not as it was written; earlier versions noted no digests."""
-    digest = read_state(path).get("sha256", {}).get(name)
+    state = Path(path) / STATE_FILE  # the best policy of a run has none
+    digest = read_state(path).get("sha256", {}).get(name) if state.is_file() else None
     if digest is not None and (not (Path(path) / name).is_file() or _digest(Path(path) / name) != digest):
         raise ConfigError(f"{Path(path) / name} is not as it was written; resume from another checkpoint")
 

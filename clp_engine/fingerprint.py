@@ -11,19 +11,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from clp_engine.adapters import ConditionedLayer
 from clp_engine.errors import ConfigError
 from clp_engine.files import read_json
 
-if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
-
 FILE = "base_model.json"
-_KEPT: WeakKeyDictionary[ConditionedPolicy, tuple[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
 class Tensor(NamedTuple):
@@ -35,15 +35,16 @@ class Tensor(NamedTuple):
     norm: float
 
 
-def of(policy: ConditionedPolicy) -> dict[str, Tensor]:
-    """By the name that each parameter has in the base model; computed once, in one read of the weights for each of the two
-    numbers, and again where they were changed."""
-    own = {id(p) for p in policy.adapter_parameters().values()}
-    base = {n.replace(".base.", "."): p for n, p in policy.model.named_parameters() if id(p) not in own}
+def of(model: nn.Module) -> dict[str, Tensor]:
+    """By the name that each parameter has in the base model, whether the layers are conditioned or not; computed once, in one
+    read of the weights for each of the two numbers, and again where they were changed."""
+    layers = [module for module in model.modules() if isinstance(module, ConditionedLayer)]
+    deltas = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    base = {n.replace(".base.", "."): p for n, p in model.named_parameters() if id(p) not in deltas}
     identity = tuple((p.data_ptr(), p._version) for p in base.values())
-    kept = _KEPT.get(policy)
+    kept = _KEPT.get(model)
     if kept is None or kept[0] != identity:
-        kept = _KEPT[policy] = identity, {name: _summed(p.detach()) for name, p in base.items()}
+        kept = _KEPT[model] = identity, {name: _summed(p.detach()) for name, p in base.items()}
     return kept[1]
 
 
@@ -53,13 +54,13 @@ def _summed(p: torch.Tensor) -> Tensor:
     return Tensor(list(p.shape), str(p.dtype).removeprefix("torch."), p.sum(dtype=wide).item(), norm)
 
 
-def write(folder: Path, policy: ConditionedPolicy) -> None:
-    (folder / FILE).write_text(json.dumps(of(policy)) + "\n", encoding="utf-8")
+def write(folder: Path, model: nn.Module) -> None:
+    (folder / FILE).write_text(json.dumps(of(model)) + "\n", encoding="utf-8")
 
 
-def check(folder: str | Path, policy: ConditionedPolicy) -> None:
-    """Raises ConfigError where what lies in `folder` was saved over another base model than the policy's. Folders of earlier
-    versions, which do not say over which, pass."""
+def check(folder: str | Path, model: PreTrainedModel) -> None:
+    """Raises ConfigError where what lies in `folder` was saved over another base model than this. Folders of earlier versions,
+    which do not say over which, pass."""
     path = Path(folder) / FILE
     if not path.is_file():
         return
@@ -67,16 +68,16 @@ def check(folder: str | Path, policy: ConditionedPolicy) -> None:
         saved = {name: Tensor(*entry) for name, entry in read_json(path).items()}
     except TypeError as error:
         raise ConfigError(f"{path} is damaged ({error}); write or copy it again, or remove it to go unchecked") from error
-    here = of(policy)
+    here = of(model)
     odd = [
         f"{name}: {_difference(saved.get(name), here.get(name))}"
         for name in dict.fromkeys([*saved, *here])
         if _difference(saved.get(name), here.get(name))
     ]
     if odd:
-        model = policy.model.config.name_or_path or "the model that was given"
+        name = model.config.name_or_path or "the model that was given"
         raise ConfigError(
-            f"{folder} was saved over another base model than {model}: {len(odd)} of {len(saved)} tensors differ, first "
+            f"{folder} was saved over another base model than {name}: {len(odd)} of {len(saved)} tensors differ, first "
             f"{odd[0]}. Load it over the model it was trained over (base_model=, or model= of the trainer), with every adapter "
             "merged that was merged then"
         )

@@ -682,7 +682,7 @@ class ConditionedPolicy(nn.Module):
             {n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()},
             directory / _ADAPTER_FILE,
         )
-        fingerprint.write(directory, self)
+        fingerprint.write(directory, self.model)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -713,11 +713,12 @@ class ConditionedPolicy(nn.Module):
             if (directory / "tokenizer_config.json").is_file()
             else None
         )
+        tensors = read_tensors(directory / _ADAPTER_FILE)
         model, tokenizer, _ = load_base(base_model or spec.base_model, tokenizer, dtype, device)
+        fingerprint.check(directory, model)  # before anything is done to the model
         policy = cls(model, spec, tokenizer)
-        fingerprint.check(directory, policy)
         try:
-            policy.load_adapters(read_tensors(directory / _ADAPTER_FILE))
+            policy.load_adapters(tensors)
         except ConfigError as error:
             raise ConfigError(f"{directory / _ADAPTER_FILE}: {error}") from error
         policy.loaded_from.append(directory)
@@ -761,7 +762,7 @@ class ConditionedPolicy(nn.Module):
         with write_directory(path) as temporary:
             error = peft_format.save(temporary, self, coefficients[0], rank)
             self._describe_blend(temporary, weights, kl)
-            fingerprint.write(temporary, self)
+            fingerprint.write(temporary, self.model)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
         return error
@@ -778,7 +779,7 @@ class ConditionedPolicy(nn.Module):
         self._warn_of_tied_head()
         with write_directory(directory) as temporary:
             errors = peft_format.save_each(temporary, self, rank)
-            fingerprint.write(temporary, self)
+            fingerprint.write(temporary, self.model)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
         return errors

@@ -97,7 +97,7 @@ def build(
     policy.loaded_from = [Path(source) for source in opened if Path(source).is_dir()]
     for folder in policy.loaded_from:
         for described in (folder, folder.parent):  # of `export_adapter`, of `save_adapters`
-            fingerprint.check(described, policy)
+            fingerprint.check(described, policy.model)
     return policy
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import build_tokenizer
+from engine.conftest import build_model
 from engine.test_trainer import build_trainer
 from transformers import TrainerCallback
 
@@ -315,12 +316,11 @@ def test_a_policy_that_was_to_be_moved_into_place_is_found(tmp_path):
 
     gone = subprocess.Popen(["true"])
     gone.wait()
-    trainer = build_trainer(tmp_path, max_steps=1)
-    trainer.train()
+    build_trainer(tmp_path, max_steps=1).train()
     (tmp_path / "policy").rename(tmp_path / f".policy.ready-{files.socket.gethostname()}-{gone.pid}")
     assert runs.is_finished(tmp_path) and runs.policy_directory(tmp_path) == tmp_path / "policy"
     (tmp_path / "policy").rename(tmp_path / f".policy.ready-{files.socket.gethostname()}-{gone.pid}")
-    ConditionedPolicy.load(tmp_path / "policy", base_model=trainer.policy.merge([1, 0]))
+    ConditionedPolicy.load(tmp_path / "policy", base_model=build_model("qwen2"))
 
 
 def broken_runs(tmp_path, kind, **environment):

@@ -254,7 +254,7 @@ def test_chat_prompts_go_through_the_template_and_rewards_see_messages(tmp_path)
         build_model("qwen2"), judge, settings(tmp_path, max_steps=1), rows, processing_class=tokenizer
     )
     trainer.train()
-    assert trainer.train_dataset.encode([rows[0]["prompt"]]) == [tokenizer("w1 w9 w8 w2").input_ids]
+    assert trainer.train_dataset.batch([0]).token_ids == [tokenizer("w1 w9 w8 w2").input_ids]
     assert seen[0][0] == rows[0]["prompt"] and seen[0][1][0]["role"] == "assistant"
 
 

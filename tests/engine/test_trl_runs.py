@@ -126,7 +126,7 @@ def test_values_for_the_chat_template_are_used_and_saved_with_the_policy(tmp_pat
     trainer = CLPTrainer(
         checkpoint, lambda completions, **_: [0.0] * len(completions), args, rows, None, tokenizer
     )
-    assert trainer.train_dataset.encode([rows[0]["prompt"]]) == [tokenizer("w1 w9 w8").input_ids]
+    assert trainer.train_dataset.batch([0]).token_ids == [tokenizer("w1 w9 w8").input_ids]
     trainer.train()
     kept = ConditionedPolicy.load(tmp_path / "policy").tokenizer
     assert kept.apply_chat_template(rows[0]["prompt"], tokenize=False).split() == ["w1", "w9", "w8"]

@@ -435,19 +435,18 @@ def test_a_damaged_file_of_an_adapter_is_named_with_the_remedy(tmp_path, name):
 def test_so_is_one_of_a_policy(tmp_path, name):
     policy = build_policy("llama")
     policy.save_pretrained(tmp_path / "p")
-    base = policy._plain_copy()
     whole = (tmp_path / "p" / name).read_bytes()
     for damage in damages(whole):
         (tmp_path / "p" / name).write_bytes(damage)
         with pytest.raises(ConfigError, match=rf"{name}"):
-            ConditionedPolicy.load(tmp_path / "p", base_model=base)
+            ConditionedPolicy.load(tmp_path / "p", base_model=build_model("llama"))
     for change in ({"ranks": [0, 4]}, {"lora_alphas": "x"}, {"objectives": 5}, {"default_kl": None}):
         if name == "clp_config.json":
             (tmp_path / "p" / name).write_text(json.dumps({**json.loads(whole), **change}))
             with pytest.raises(ConfigError, match="clp_config.json is damaged .* copy the policy again"):
-                ConditionedPolicy.load(tmp_path / "p", base_model=base)
+                ConditionedPolicy.load(tmp_path / "p", base_model=build_model("llama"))
     (tmp_path / "p" / name).write_bytes(whole)
-    with pytest.raises(ConfigError, match="layers|adapters do not fit|target"):
+    with pytest.raises(ConfigError, match="was saved over another base model"):
         ConditionedPolicy.load(tmp_path / "p", base_model=build_model("gpt2"))
 
 
