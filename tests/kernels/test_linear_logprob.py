@@ -30,7 +30,7 @@ NATIVE = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @FUSED
 @pytest.mark.parametrize(
     "options",
-    [{}, {"softcap": 5.0, "logit_scale": 1.3}, {"temperature": torch.rand(40) + 0.5}],
+    [{}, {"softcap": 5.0, "logit_scale": 1.3}, {"temperature": torch.linspace(0.5, 1.5, 40)}],
     ids=lambda o: "-".join(o),
 )
 def test_outputs_and_gradients_are_as_accurate_as_torch(backend, options):
