@@ -72,25 +72,26 @@ def _fold(
     place = tl.arange(0, BLOCK_V)[None, :]
     is_target = place == _within(target, first, BLOCK_V)[:, None]
     highest = tl.max(z_p, 1)
+    if TOP1:
+        best = (tl.min(tl.where(z_p == highest[:, None], place, BLOCK_V), 1) + first).to(tl.int32)
+        top = tl.where((s_p == s_p) & ((highest > m_p) | (top < 0)), best, top)
     m_new = tl.maximum(m_p, highest)
     scale = tl.exp(m_p - _finite(m_new))
     shifted = z_p - _finite(m_new)[:, None]
     e = tl.exp(shifted)
-    total = tl.sum(e, 1)
-    if TOP1:
-        # The first NaN counts as the largest, as in torch's argmax; s_p is NaN from there on.
-        best = tl.min(tl.where(z_p == highest[:, None], place, BLOCK_V), 1)
-        has_nan = total != total
-        if tl.max(has_nan.to(tl.int32), 0) > 0:
-            best = tl.where(has_nan, tl.min(tl.where(z_p != z_p, place, BLOCK_V), 1), best)
-        best += first
-        top = tl.where((s_p == s_p) & (has_nan | (highest > m_p) | (top < 0)), best.to(tl.int32), top)
     if ENTROPY:
         a_p = scale * (a_p + (_finite(m_p) - _finite(m_new)) * s_p) + tl.sum(
             tl.where(e > 0.0, e * shifted, 0.0), 1
         )
     if KL:
         d_p = scale * d_p + tl.sum(tl.where(e > 0.0, e * (z_p - z_q), 0.0), 1)
+    total = tl.sum(e, 1)
+    if TOP1:
+        # The first NaN counts as the largest, as in torch's argmax; s_p is NaN from there on.
+        has_nan = (total != total) & (s_p == s_p)
+        if tl.max(has_nan.to(tl.int32), 0) > 0:
+            first_nan = tl.min(tl.where(z_p != z_p, place, BLOCK_V), 1) + first
+            top = tl.where(has_nan, first_nan.to(tl.int32), top)
     s_p = scale * s_p + total
     m_p = m_new
     t_p += tl.sum(tl.where(is_target, z_p, 0.0), 1)
