@@ -47,9 +47,10 @@ _ATTENTION = threading.RLock()
 _SCALED_WHERE_TIED = ("t5", "longt5", "umt5", "switch_transformers")
 
 
-def cache_argument(decoder: nn.Module) -> str:
+@functools.cache  # asked for every token that is decoded by transformers' modules
+def cache_argument(kind: type[nn.Module]) -> str:
     """What a stack of layers calls its cache of keys and values: `past_key_values` until transformers 5.24, then `cache`."""
-    return "cache" if "cache" in inspect.signature(type(decoder).forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,7 @@ class CausalBackbone(Backbone):
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=True,
-                **{cache_argument(self.decoder): context.cache},
+                **{cache_argument(type(self.decoder)): context.cache},
             ).last_hidden_state
 
     def packed(self, batch: Packed) -> torch.Tensor:

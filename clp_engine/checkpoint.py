@@ -123,11 +123,14 @@ def load_policy(path: str | Path, policy) -> None:
 
 def load_value_head(path: str | Path, value_head: ValueHead) -> None:
     """Restore the head as it was; raises ConfigError where the run had none."""
-    tensors = _training_tensors(path)
+    value_head.load_state_dict(_of_value_head(path, _training_tensors(path)))
+
+
+def _of_value_head(path: str | Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     own = {name.removeprefix(_VALUE): t for name, t in tensors.items() if name.startswith(_VALUE)}
     if not own:
         raise ConfigError(f"{path} holds no value head; its run had another baseline")
-    value_head.load_state_dict(own)
+    return own
 
 
 def load_unfinished(path: str | Path) -> dict[str, torch.Tensor]:
@@ -145,9 +148,10 @@ def load(
     state, tensors = read_state(path), _training_tensors(path)
     parameters = trained_parameters(policy, value_head)
     slots = _optimizer_slots(path, parameters, tensors)
+    head = None if value_head is None else _of_value_head(path, tensors)
     load_policy(path, policy)
     if value_head is not None:
-        load_value_head(path, value_head)
+        value_head.load_state_dict(head)
     for name, parameter in parameters.items():
         set_slots_of(optimizer, parameter, {slot: t.to(parameter.device) for slot, t in slots[name].items()})
     _restore_random(state["random"], tensors)

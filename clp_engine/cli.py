@@ -552,8 +552,6 @@ def _training(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
     return spec, CLPConfig.from_dict(values)
 
 
-
-
 def _evaluate(arguments: argparse.Namespace) -> None:
     from clp_engine import report as rendering
 

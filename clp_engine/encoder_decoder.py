@@ -97,7 +97,7 @@ class EncoderDecoderBackbone(Backbone):
             encoder_hidden_states=context.states,
             encoder_attention_mask=context.prompt_mask,
             use_cache=True,
-            **{cache_argument(self.decoder): EncoderDecoderCache(context.own, context.prompt)},
+            **{cache_argument(type(self.decoder)): EncoderDecoderCache(context.own, context.prompt)},
         ).last_hidden_state
 
     def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:

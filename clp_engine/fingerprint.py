@@ -70,9 +70,9 @@ def check(folder: str | Path, model: PreTrainedModel) -> None:
         raise ConfigError(f"{path} is damaged ({error}); write or copy it again, or remove it to go unchecked") from error
     here = of(model)
     odd = [
-        f"{name}: {_difference(saved.get(name), here.get(name))}"
+        f"{name}: {difference}"
         for name in dict.fromkeys([*saved, *here])
-        if _difference(saved.get(name), here.get(name))
+        if (difference := _difference(saved.get(name), here.get(name)))
     ]
     if odd:
         name = model.config.name_or_path or "the model that was given"

@@ -95,9 +95,9 @@ def build(
     policy.spec = dataclasses.replace(policy.spec, base_model=name)
     _fill(policy.layers, found)
     policy.loaded_from = [Path(source) for source in opened if Path(source).is_dir()]
-    for folder in policy.loaded_from:
-        for described in (folder, folder.parent):  # of `export_adapter`, of `save_adapters`
-            fingerprint.check(described, policy.model)
+    # An adapter's own folder is described by `export_adapter`, the one around several by `save_adapters`.
+    for folder in dict.fromkeys(place for path in policy.loaded_from for place in (path, path.parent)):
+        fingerprint.check(folder, policy.model)
     return policy
 
 
