@@ -6,15 +6,14 @@ each that did not end like the run that nothing happened to, then the number of 
 
 import ctypes
 import functools
-import os
 import shutil
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 from engine.conftest import build_model, build_tokenizer
+from engine.test_files import forked, kill_at
 from engine.test_trainer import ROWS, high_words, low_words, settings
 from safetensors.torch import load_file
 
@@ -31,36 +30,6 @@ def train(folder):
     rewards = {"low": low_words, "high": high_words}
     trainer = CLPTrainer(build_model("qwen2"), rewards, config, ROWS, processing_class=build_tokenizer())
     trainer.train(resume_from_checkpoint=bool(run_folder.checkpoints(folder)))
-
-
-def forked(work):
-    """The wait status of a forked process that does `work`; 1 << 8 where that raised."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
-
-
-def kill_at(number):
-    """Kill this process before (even numbers) or after (odd ones) its rename `number // 2`."""
-    renames = [0]
-
-    def dying(real):
-        def rename(*arguments, **options):
-            renames[0] += 1
-            if renames[0] == number // 2 and number % 2 == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(*arguments, **options)
-            if renames[0] == number // 2 and number % 2 == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return rename
-
-    os.rename, os.replace = dying(os.rename), dying(os.replace)
 
 
 def full_at(number):

@@ -29,30 +29,44 @@ def held(path):
     return {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*") if p.is_file()}
 
 
-def killed_at_rename(number, work):
-    """Whether a forked process that does `work` lived to the end; it is killed at its rename `number`, before or after."""
+def forked(work):
+    """The wait status of a forked process that does `work`; 1 << 8 where that raised."""
     pid = os.fork()
     if pid == 0:
-        calls = [0]
-
-        def dying(real):
-            def rename(*arguments, **options):
-                calls[0] += 1
-                if calls[0] == number // 2 and number % 2 == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                real(*arguments, **options)
-                if calls[0] == number // 2 and number % 2 == 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            return rename
-
-        os.rename, os.replace = dying(os.rename), dying(os.replace)
         try:
             work()
             os._exit(0)
         except BaseException:
             os._exit(1)
-    status = os.waitpid(pid, 0)[1]
+    return os.waitpid(pid, 0)[1]
+
+
+def kill_at(number):
+    """Kill this process before (even numbers) or after (odd ones) its rename `number // 2`."""
+    renames = [0]
+
+    def dying(real):
+        def rename(*arguments, **options):
+            renames[0] += 1
+            if renames[0] == number // 2 and number % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*arguments, **options)
+            if renames[0] == number // 2 and number % 2 == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return rename
+
+    os.rename, os.replace = dying(os.rename), dying(os.replace)
+
+
+def killed_at_rename(number, work):
+    """Whether a forked process that does `work` lived to the end; it is killed at its rename `number`, before or after."""
+
+    def killed():
+        kill_at(number)
+        work()
+
+    status = forked(killed)
     assert status in (0, signal.SIGKILL), "the work failed by itself"
     return status == 0
 
