@@ -41,6 +41,22 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 @contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the system that leave the block are OSErrors that name the file: those of a full disk name none, and libraries
+    in Rust (safetensors, tokenizers) raise other classes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextlib.contextmanager
 def write_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory whose content takes its place at `path` when the block ends without an error.
 
@@ -55,7 +71,8 @@ def write_directory(path: str | Path) -> Iterator[Path]:
     temporary, ready = _beside(path, "new"), _beside(path, "ready")
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         for entry in [*temporary.rglob("*"), temporary]:
             _flush(entry)
         temporary.rename(ready)
@@ -104,9 +121,10 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path, "new")
     try:
-        temporary.write_bytes(content)
-        _flush(temporary)
-        temporary.replace(path)
+        with naming(path):
+            temporary.write_bytes(content)
+            _flush(temporary)
+            temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -172,6 +190,18 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Add to a text file, which is made if need be: all of the text, or none of it where the disk is full."""
+    with naming(path), open(path, "ab", buffering=0) as file:
+        before, left = file.tell(), memoryview(text.encode("utf-8"))
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def finish(path: str | Path, alone: bool = False) -> None:

@@ -19,6 +19,7 @@ from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
 from clp_engine.data import PromptBatch, Prompts, completion_texts
 from clp_engine.estimators import needs_reference, scalarise
+from clp_engine.files import append_text
 from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rewards import PendingRewards, RewardSet
@@ -231,17 +232,17 @@ class Collector:
         prompts, _ = batch.repeated(drawn.group)
         texts = completion_texts(self.tokenizer, drawn.token_lists(), prompts)
         weights = generation.conditions.repeat(drawn.group).weights.tolist()
-        with open(Path(self.args.output_dir) / "completions.jsonl", "a", encoding="utf-8") as file:
-            for i, (prompt, text) in enumerate(zip(prompts, texts)):
-                row = {
-                    "step": step,
-                    "prompt": prompt,
-                    "completion": text,
-                    "weights": dict(zip(self.rewards.names, weights[i])),
-                    "rewards": {
-                        n: None if math.isnan(r) else r
-                        for n, r in zip(self.rewards.names, rewards[i].tolist())
-                    },
-                    **{name: column[i] for name, column in self._extra_columns.items()},
-                }
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        lines = []
+        for i, (prompt, text) in enumerate(zip(prompts, texts)):
+            row = {
+                "step": step,
+                "prompt": prompt,
+                "completion": text,
+                "weights": dict(zip(self.rewards.names, weights[i])),
+                "rewards": {
+                    n: None if math.isnan(r) else r for n, r in zip(self.rewards.names, rewards[i].tolist())
+                },
+                **{name: column[i] for name, column in self._extra_columns.items()},
+            }
+            lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        append_text(Path(self.args.output_dir) / "completions.jsonl", "".join(lines))

@@ -32,7 +32,7 @@ from clp_engine.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.data import Prompts
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
-from clp_engine.files import check_folder, write_text
+from clp_engine.files import append_text, check_folder, write_text
 from clp_engine.generation import Collector, Generation
 from clp_engine.loader import PromptLoader
 from clp_engine.memory import BOOKKEEPING, check_size
@@ -795,8 +795,7 @@ class CLPTrainer(ScriptSurface):
         entry = {**logs, "step": self.state.global_step}
         self.state.log_history.append(entry)
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(self.args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_text(Path(self.args.output_dir) / "log.jsonl", json.dumps(entry) + "\n")
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _open_log(self, resumed: bool) -> None:

@@ -18,6 +18,7 @@ from engine.test_trainer import ROWS, high_words, low_words, settings
 from safetensors.torch import load_file
 
 from clp_engine import run_folder
+from clp_engine.errors import ConfigError
 from clp_engine.trainer import CLPTrainer
 
 torch.set_num_threads(1)  # its threads would not be in a forked process
@@ -72,7 +73,13 @@ def prepare(folder):
 
 def broken(folder, end_at, number):
     end_at(number)
-    train(folder)
+    try:
+        train(folder)
+    except Exception as error:
+        # What the command line says in one line; see `cli.main`.
+        if not isinstance(error, ConfigError) and not (isinstance(error, OSError) and error.filename):
+            print(f"full at {number}: no line for the user: {error!r}", flush=True)
+        raise
 
 
 def main(place, kind):
