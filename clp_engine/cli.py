@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: only commands that use them do.
-from clp_engine import __version__, files, run_folder, runs
+from clp_engine import __version__, files, run_folder, runs, trust
 from clp_engine.errors import ConfigError
 from clp_engine.files import check_folder, read_json
 from clp_engine.ranges import COMMANDS, EVALUATION, GENERATION, SAMPLING, TRAINING, Range
@@ -131,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug or error.filename is None:
             raise
-        return _complain(f"error: {error.filename}: {error.strerror}", 2)
+        room = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; make room: what was written before is whole, and training goes on with --resume" if room else ""
+        return _complain(f"error: {error.filename}: {error.strerror}{remedy}", 2)
     except runs.Interrupted as error:
         return _complain(str(error), 130)
     except KeyboardInterrupt:
@@ -315,9 +319,18 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="where RUN is a policy alone: an embedded task")
     parser.add_argument("--dataset", metavar="FILE", help="prompts to evaluate on, as for train")
     parser.add_argument(
-        "--rewards", nargs="+", metavar="NAME=REWARD", help="where RUN is a policy alone: as for train"
+        "--rewards", nargs="+", metavar="NAME=REWARD", help="in place of what RUN names: as for train"
     )
+    _add_trust(parser)
     _add_sampling(parser, EVALUATION["seed"])
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-run",
+        action="store_true",
+        help="execute the reward functions and read the files that the run.json of another person's run names",
+    )
 
 
 def _add_variance(parser: argparse.ArgumentParser) -> None:
@@ -355,6 +368,7 @@ def _add_variance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="where to write the numbers (default: RUN/variance.json)"
     )
+    _add_trust(parser)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -401,6 +415,11 @@ def _add_steer(parser: argparse.ArgumentParser) -> None:
         default=8765,
         metavar="N",
         help="where to listen; 0 is any that is free (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--examples",
+        metavar="FILE",
+        help="prompts to choose from on the page (default: those of your own run, or in its folder)",
     )
     parser.add_argument("--no-browser", action="store_true", help="print the address only")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -621,6 +640,7 @@ def _variance(arguments: argparse.Namespace) -> None:
         baselines=listed(arguments.baselines),
         bootstrap=arguments.bootstrap,
         seed=arguments.seed,
+        trust_run=arguments.trust_run,
     )
     result.save(out)
     run_folder.note(Path(out).parent, [out])
@@ -628,18 +648,20 @@ def _variance(arguments: argparse.Namespace) -> None:
 
 
 def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
-    """The run's own description, or for a policy alone what the flags say."""
+    """The run's own description; what is measured and on what, from the flags where they say so."""
     policy = runs.policy_directory(arguments.run_folder)
+    spec = runs.RunSpec.load(arguments.run_folder) or runs.RunSpec.load(policy.parent)
     if arguments.task is None and arguments.rewards is None:
-        spec = runs.RunSpec.load(arguments.run_folder) or runs.RunSpec.load(policy.parent)
         if spec is None:
             raise ConfigError(
                 f"{arguments.run_folder} has no run.json; say what to evaluate with --task, or "
                 "--dataset and --rewards"
             )
+        instead = ", or --rewards and --dataset, to have your own used"
+        trust.check(spec, arguments.run_folder, arguments.trust_run, instead)
         return spec
     objectives = read_json(policy / "clp_config.json").get("objectives")
-    return runs.RunSpec.from_values(
+    given = runs.RunSpec.from_values(
         {
             "model": "unused",
             "task": arguments.task,
@@ -648,6 +670,7 @@ def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
             "dataset": None if arguments.task else arguments.dataset,
         }
     )
+    return given if spec is None else replace(given, config=spec.config, train_seconds=spec.train_seconds)
 
 
 def _sampling(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> SamplingParams:
@@ -725,6 +748,7 @@ def _steer(arguments: argparse.Namespace) -> None:
         allow_remote=arguments.allow_remote,
         browser=not arguments.no_browser,
         device=arguments.device,
+        examples=arguments.examples,
     )
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import checkpoint, pareto, ranges, runs, seeds
+from clp_engine import checkpoint, pareto, ranges, runs, seeds, trust
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import ESTIMATORS
@@ -237,14 +237,16 @@ def along_run(
     bootstrap: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    trust_run: bool = False,
 ) -> VarianceReport:
     """`measure` at the start of a run (step 0) and at each of its checkpoints, the same prompts and conditions at every one.
 
     completions: of a batch; None is the run's own optimiser step. Fewer cost less time: the variance is larger by the factor
     that the batch is smaller, the same for all estimators. steps: which checkpoints, 0 for the start; None is all.
-    seed: of the batches, which are none the run was trained on. Cost: a rollout, a forward pass and one backward pass for
+    seed: of the batches, which are none the run was trained on. trust_run: execute the reward functions of a run that was not
+    trained here. Cost: a rollout, a forward pass and one backward pass for
     each estimator (but mixed) and baseline, per batch. Raises ConfigError where the folder holds no run, or not those
-    checkpoints.
+    checkpoints, or it is another person's and not trusted.
     """
     start = time.perf_counter()
     ranges.check(ranges.COMMANDS, batches=batches, bootstrap=bootstrap)
@@ -252,6 +254,7 @@ def along_run(
     if spec is None:
         raise ConfigError(f"{run} has no run.json; expected the folder of a training run")
     found = {int(p.name.rpartition("-")[2]): p for p in runs.checkpoints(run)}
+    trust.check(spec, run, trust_run)
     missing = [step for step in steps or () if step and step not in found]
     if missing:
         had = ", ".join(map(str, found)) or "none"

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from clp_engine import trust
 from clp_engine.errors import ConfigError, shown
 from clp_engine.files import finish, write_text
 from clp_engine.run_folder import checkpoints, note
@@ -48,7 +49,7 @@ class RunSpec:
     command: what made it, train or demo.
     rewards: objective -> "module:function", "file.py:function", or the name or path of a sequence classifier.
     config: the settings of training. train_seconds: how long it took, None where that is not known.
-    run: the identity of the run, see `run_folder`.
+    run: the identity of the run, see `run_folder`. signature: says that it was trained here, see `trust`.
     """
 
     model: str
@@ -61,6 +62,7 @@ class RunSpec:
     train_seconds: float | None = None
     command: str = "train"
     run: str | None = None
+    signature: str | None = None
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunSpec:
@@ -121,7 +123,7 @@ class RunSpec:
         def essence(spec: RunSpec) -> RunSpec:
             aside = ("output_dir", "overwrite_output_dir", "disable_tqdm")
             config = {k: v for k, v in spec.config.items() if k not in aside}
-            return replace(spec, config=config, train_seconds=None, run=None)
+            return replace(spec, config=config, train_seconds=None, run=None, signature=None)
 
         return essence(self) == essence(other)
 
@@ -317,7 +319,8 @@ def train(
     )
 
     def describe(**more: Any) -> None:
-        replace(spec, config=config.to_dict(), run=trainer.run_id, **more).save(config.output_dir)
+        about = {"config": config.to_dict(), "run": trainer.run_id, "signature": trust.sign(spec)}
+        replace(spec, **about, **more).save(config.output_dir)
 
     trainer.add_callback(Description)
     try:

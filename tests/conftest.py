@@ -1,6 +1,9 @@
 """With a GPU, the tests of its back-ends make their tensors on it and are marked `gpu`; CLP_PRETEND_GPU=1 rehearses them."""
 
+import os
+import shutil
 import signal
+import tempfile
 
 import devices
 import pytest
@@ -13,9 +16,11 @@ def pytest_configure():
     # A shell starts what it puts in the background with SIGINT ignored, which the programs that tests interrupt would inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="clp-state-")  # runs of tests are not signed with the user's key
 
 
 def pytest_unconfigure():
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
     devices.stop_pretending()
 
 

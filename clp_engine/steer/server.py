@@ -50,18 +50,19 @@ def serve(
     allow_remote: bool = False,
     browser: bool = True,
     device: str | None = None,
+    examples: str | Path | None = None,
 ) -> None:
     """Load the policy of a run and show it until Ctrl-C.
 
     host, port: where to listen; port 0 takes any that is free. allow_remote: let `host` be reached from other machines.
-    browser: open the page. Raises ConfigError where the run has no policy, the address cannot be had, or would be open to
-    other machines without allow_remote.
+    browser: open the page. examples: a file of prompts to choose from. Raises ConfigError where the run has no policy, the
+    address cannot be had, or would be open to other machines without allow_remote.
     """
     jobs = Jobs()
     server = listen(host, port, allow_remote, jobs)  # first: loading takes seconds
     try:
         print(f"loading {run} ...", flush=True)
-        server.session = Session(run, device)
+        server.session = Session(run, device, examples)
         threading.Thread(target=server.serve_forever, name="clp-steer", daemon=True).start()
         print(f"steering {run} at {server.url}  (Ctrl-C ends it)", flush=True)
         if browser:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import runs
+from clp_engine import runs, trust
 from clp_engine.conditions import Conditions
 from clp_engine.data import encode_prompts
 from clp_engine.errors import ConfigError
@@ -36,16 +36,18 @@ class Session:
     """A policy and the folder it came from; see `describe` and `generate`.
 
     run: a run folder, or a policy folder or checkpoint in it, as for `clp-engine generate`.
-    Raises ConfigError where there is no policy, or none with a tokenizer.
+    examples: a file of prompts to choose from, as for `runs.read_rows`; None: the run's own data, where it is in the run's
+    folder or this user trained the run.
+    Raises ConfigError where there is no policy, or none with a tokenizer, or the examples cannot be read.
     """
 
-    def __init__(self, run: str | Path, device: str | None = None):
+    def __init__(self, run: str | Path, device: str | None = None, examples: str | Path | None = None):
         self.run = Path(run)
         self.spec = runs.RunSpec.load(self.run) or runs.RunSpec.load(self.run.parent)
         self.policy: ConditionedPolicy = runs.load_policy(self.run, device)
         if self.policy.tokenizer is None:
             raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")
-        self._examples, self._chats = _examples(self.spec)
+        self._examples, self._chats = _examples(self.spec, self.run, examples)
         self._base: OrderedDict[tuple, dict[str, Any]] = OrderedDict()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -228,17 +230,27 @@ def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
     return {**known, "adjustable": True, "low": low, "high": high, "reason": reason}
 
 
-def _examples(spec: runs.RunSpec | None) -> tuple[list[dict[str, str]], bool | None]:
-    """Texts to try from the run's held-out prompts, and whether its prompts are chats (None where that is not known)."""
-    if spec is None:
+def _examples(
+    spec: runs.RunSpec | None, run: Path, given: str | Path | None
+) -> tuple[list[dict[str, str]], bool | None]:
+    """Texts to try, and whether the run's prompts are chats (None where that is not known)."""
+    if given is not None:
+        rows = runs.read_rows(given)[:EXAMPLES]
+    elif spec is None:
         return [], None
-    try:
-        if spec.task is not None:
-            rows = spec.eval_rows(EXAMPLES)
-            return [{"name": row["name"], "text": row["document"]} for row in rows], False
-        rows = runs.read_rows(spec.eval_dataset or spec.dataset)[:EXAMPLES]
-    except ConfigError:  # the run was copied here without its data
-        return [], None
+    elif spec.task is not None:
+        rows = spec.eval_rows(EXAMPLES)
+        return [{"name": row["name"], "text": row["document"]} for row in rows], False
+    else:
+        path = Path(spec.eval_dataset or spec.dataset)
+        # A run of somebody else could name any file of this user, for whoever sees the page to read.
+        folder = run if (run / "run.json").is_file() else run.parent
+        if not (trust.is_own(spec) or path.resolve().is_relative_to(folder.resolve())):
+            return [], None
+        try:
+            rows = runs.read_rows(path)[:EXAMPLES]
+        except ConfigError:  # the run was copied here without its data
+            return [], None
     texts = [text for row in rows if (text := _user_text(row["prompt"])) is not None]
     named = [{"name": " ".join(text.split())[:60], "text": text} for text in texts]
     return named, not isinstance(rows[0]["prompt"], str)

@@ -1,5 +1,6 @@
 """The command line: a run from training to export, and one line with exit code 2 for every mistake."""
 
+import errno
 import json
 import os
 import re
@@ -714,3 +715,12 @@ def test_a_reader_that_leaves_early_is_not_an_error():
         done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
         # 0 where everything was written before `true` ended.
         assert done.stderr == "" and done.stdout.strip() in ("0", "141"), command
+
+
+def test_a_full_disk_is_one_line_that_names_the_file_and_the_remedy(monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoint-2")
+
+    monkeypatch.setattr(runs, "train", full)
+    line = refused(["train", "config.yaml", "--output-dir", "other"], capsys)
+    assert "run/checkpoint-2: No space left on device; make room" in line and "--resume" in line

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 
-from clp_engine import evaluate
+from clp_engine import evaluate, trust
 from clp_engine.cli import main
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
@@ -57,7 +57,8 @@ def save_run(folder: Path, config=None, tokenizer=None, **options) -> Path:
     run = folder / "run"
     policy.save_pretrained(run / "policy")
     config = {"max_completion_length": 6, "temperature": 0.7, **(config or {})}
-    RunSpec(str(base), ("even", "small"), dataset=str(folder / "prompts.jsonl"), config=config).save(run)
+    spec = RunSpec(str(base), ("even", "small"), dataset=str(folder / "prompts.jsonl"), config=config)
+    dataclasses.replace(spec, signature=trust.sign(spec)).save(run)
     return run
 
 
