@@ -4,9 +4,9 @@ Before a change that moves code and must not change what it computes, and after 
 
     python tools/same_bits.py before.json && ... && python tools/same_bits.py after.json && diff before.json after.json
 
-A run is two optimiser steps or three of a model with 30,000 weights. Of each: SHA-256 of every tensor file that it left (policy,
-checkpoints, exported adapters), its log without times, what it generates, and its report. Files may be written by other versions
-of the engine, as long as its public names stay. Needs some two minutes of one core.
+A run is two to four optimiser steps of a model with 30,000 weights. Recorded of each: SHA-256 of every tensor file that it left
+(policy, checkpoints, exported adapters), its log without times, what it generates, and its report. Only public names of the
+engine are used, so that the files of two versions can be compared. Takes about a minute of one core.
 """
 
 import contextlib
