@@ -30,7 +30,8 @@ from statistics import NormalDist
 
 from bench import report
 from clp_engine.errors import ConfigError
-from clp_engine.evaluation import Interval, ParetoReport, Point
+from clp_engine.evaluation import ParetoReport, Point
+from clp_engine.statistics import Interval
 
 LEVEL = 0.05
 _NORMAL = NormalDist()

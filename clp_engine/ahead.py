@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clp_engine.rollout import Rollout
+from clp_engine.rollout_types import Rollout
 from clp_engine.scoring import parts, unpacked
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -36,21 +35,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clp_engine import packing
 from clp_engine.attention_cache import join_with_room, repeat_rows, repeat_with_room
-from clp_engine.base_model import keep_softcap
 from clp_engine.errors import ConfigError
 from clp_engine.packing import Packed
+from clp_engine.transformers_releases import cache_argument, keep_softcap
 
 # Held by a pass through a decoder: which attention it runs stands in the model's config, which threads share.
 _ATTENTION = threading.RLock()
 
 # Families that scale the last hidden state exactly where the projection is tied, if their config does not say more.
 _SCALED_WHERE_TIED = ("t5", "longt5", "umt5", "switch_transformers")
-
-
-@functools.cache  # asked for every token that is decoded by transformers' modules
-def cache_argument(kind: type[nn.Module]) -> str:
-    """What a stack of layers calls its cache of keys and values: `past_key_values` until transformers 5.24, then `cache`."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,6 @@ from transformers import (
 )
 
 from clp_engine.errors import ConfigError, shown
-from clp_engine.peft_reading import holds_adapters
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -32,16 +33,6 @@ def model_location(name_or_path: str | Path) -> str | Path:
 
         return docsum.checkpoint_path()
     return name_or_path
-
-
-def keep_softcap(model: PreTrainedModel) -> None:
-    """Runs attention eagerly where a layer caps its scores (Gemma 2) and would be given to sdpa, which has no cap: before
-    transformers 5.23 such a model loads with sdpa and leaves the cap out without a word."""
-    config = model.config.get_text_config()
-    if config._attn_implementation == "sdpa" and any(
-        getattr(module, "attn_logit_softcapping", None) for module in model.modules()
-    ):
-        model.set_attn_implementation("eager")
 
 
 def auto_class(config: PretrainedConfig) -> type:
@@ -150,3 +141,13 @@ def load_base(
             reason = "it is a LoRA adapter; give its base model, and the adapter to ConditionedPolicy.from_adapters"
         raise ConfigError(f"cannot load the model {str(name_or_path)!r}: {reason}") from error
     return model.to(device), tokenizer, str(name_or_path)
+
+
+def holds_adapters(model: Any) -> bool:
+    """Whether a model was given with PEFT's adapters in it."""
+    if "peft" not in sys.modules or not isinstance(model, nn.Module):
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules())

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: only commands that use them do.
-from clp_engine import __version__, files, run_folder, runs, trust
+from clp_engine import __version__, files, run_folder, runs, sources, trust
 from clp_engine.errors import ConfigError
 from clp_engine.files import check_folder, read_json
 from clp_engine.ranges import COMMANDS, EVALUATION, GENERATION, SAMPLING, TRAINING, Range
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
-    from clp_engine.rollout import SamplingParams
+    from clp_engine.rollout_types import SamplingParams
 
 _EPILOG = """\
 examples:
@@ -585,7 +585,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     rows = (
         spec.eval_rows(arguments.prompts, split=arguments.split)
         if arguments.dataset is None
-        else runs.read_rows(arguments.dataset)[: arguments.prompts]
+        else sources.read_rows(arguments.dataset)[: arguments.prompts]
     )
     out = arguments.run_folder if arguments.out is None else arguments.out
     check_folder("out", out)
@@ -674,7 +674,7 @@ def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
 
 
 def _sampling(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> SamplingParams:
-    from clp_engine.rollout import SamplingParams
+    from clp_engine.rollout_types import SamplingParams
 
     trained = {} if spec is None else spec.config
     temperature = (
@@ -723,7 +723,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _generation_rows(arguments: argparse.Namespace, spec: runs.RunSpec | None, tokenizer) -> list[dict]:
     in_task = spec is not None and spec.task is not None
     if arguments.prompts is not None:
-        rows = runs.read_rows(arguments.prompts)
+        rows = sources.read_rows(arguments.prompts)
     elif arguments.prompt is not None:
         rows = [{"prompt": sys.stdin.read() if arguments.prompt == "-" else arguments.prompt}]
     elif in_task:
@@ -731,7 +731,7 @@ def _generation_rows(arguments: argparse.Namespace, spec: runs.RunSpec | None, t
     else:
         raise ConfigError("give --prompt TEXT or --prompts FILE")
     if in_task:
-        from clp_engine.demo import as_prompt
+        from clp_engine.tasks.docsum.dataset import as_prompt
 
         rows = [{**row, "prompt": as_prompt(row["prompt"], tokenizer)} for row in rows]
     return rows

@@ -104,14 +104,6 @@ def run_demo(
     return report
 
 
-def as_prompt(text: str, tokenizer) -> str:
-    """A DocSum prompt of any text: the text itself if it has the separator, else with it as the document."""
-    from clp_engine.tasks.docsum import make_prompt
-    from clp_engine.tasks.docsum.dataset import SUMMARY_TOKEN
-
-    return text if SUMMARY_TOKEN in text else make_prompt("document", text.strip(), tokenizer)
-
-
 def _prepare(out: Path, spec: runs.RunSpec) -> bool:
     """Whether to resume. Training replaces what a finished or different demo left in `out`."""
     found = runs.RunSpec.load(out)
@@ -134,7 +126,7 @@ def _evaluate(
     policy: ConditionedPolicy, spec: runs.RunSpec, config: CLPConfig, rows: list[dict], out: str | Path
 ) -> ParetoReport:
     from clp_engine.evaluation import evaluate
-    from clp_engine.rollout import SamplingParams
+    from clp_engine.rollout_types import SamplingParams
 
     trained = runs.RunSpec.load(out)
     options = {name: value for name, value in EVALUATION.items() if name != "prompts"}

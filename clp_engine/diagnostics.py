@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import checkpoint, pareto, ranges, runs, seeds, trust
+from clp_engine import checkpoint, ranges, runs, seeds, statistics, transformers_releases, trust
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import ESTIMATORS
-from clp_engine.evaluation import CONFIDENCE, Interval, source_commit, versions
 from clp_engine.files import write_text
 from clp_engine.generation import Generation
+from clp_engine.provenance import source_commit, versions
+from clp_engine.statistics import CONFIDENCE, Interval
 from clp_engine.trainer import CLPTrainer
 from clp_engine.update import forward, micro_batches
 
@@ -145,7 +146,7 @@ def _pair_mean(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _interval(values: np.ndarray) -> Interval:
     """The first value, with the interval of the others."""
-    low, high = pareto.interval(values[1:], CONFIDENCE)
+    low, high = statistics.interval(values[1:], CONFIDENCE)
     return Interval(*(0.0 if math.isnan(v) else float(v) for v in (values[0], low, high)))
 
 
@@ -259,7 +260,7 @@ def along_run(
     if missing:
         had = ", ".join(map(str, found)) or "none"
         raise ConfigError(f"{run} has no checkpoint of step {missing[0]}; there are 0 (the start) and {had}")
-    runs.quiet_transformers()
+    transformers_releases.quiet_transformers()
     trainer = _trainer(spec, seed, completions)
     variants = variants_of(trainer, estimators, baselines)
     chosen = [0, *found] if steps is None else list(dict.fromkeys(steps))

@@ -20,7 +20,7 @@ from clp_engine.seeds import derive
 if TYPE_CHECKING:
     from clp_engine.native_decoding import NativeDecoding
     from clp_engine.policy import ConditionedPolicy
-    from clp_engine.rollout import SamplingParams
+    from clp_engine.rollout_types import SamplingParams
 
 
 class Drawing:

@@ -12,12 +12,9 @@ import dataclasses
 import json
 import math
 import numbers
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +22,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import __version__, pareto, ranges
+from clp_engine import pareto, ranges, statistics
 from clp_engine.conditions import Conditions
 from clp_engine.data import PromptBatch, PromptDataset, completion_texts
 from clp_engine.errors import ConfigError, shown
-from clp_engine.memory import check_size
+from clp_engine.provenance import source_commit, versions
 from clp_engine.rewards import RewardSet
-from clp_engine.rollout import Rollout, SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import Rollout, SamplingParams
 from clp_engine.samplers import simplex_lattice
 from clp_engine.scoring import score
 from clp_engine.seeds import derive
+from clp_engine.sizes import check_size
+from clp_engine.statistics import CONFIDENCE, Interval
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy
@@ -43,17 +43,7 @@ if TYPE_CHECKING:
 # more.
 _POINTS_PER_EDGE = {1: 2, 2: 11, 3: 11, 4: 6, 5: 4}
 _POINTS_PER_EDGE_ABOVE = 3
-CONFIDENCE = 0.95
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % bootstrap percentile interval over prompts."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -465,14 +455,14 @@ def _summary(
 ) -> dict[str, Any]:
     """The fields of ParetoReport that are computed from the measurements."""
     front, weights = means[:-1], conditions.weights.double().numpy()
-    resampled = pareto.bootstrap_means(measured.rewards, bootstrap, seed)  # (bootstrap, P + 1, M)
+    resampled = statistics.bootstrap_means(measured.rewards, bootstrap, seed)  # (bootstrap, P + 1, M)
     resampled_front, resampled_base = resampled[:, :-1], resampled[:, -1:]
     volumes, base_volumes = (pareto.hypervolume(r, reference) for r in (resampled_front, resampled_base))
     volume, base_volume = pareto.hypervolume(front, reference), pareto.hypervolume(means[-1:], reference)
     chance = pareto.chance_hypervolume(
         resampled_front - resampled_base, front - means[-1], means[-1], reference
     )
-    low, high = pareto.interval(resampled, CONFIDENCE)
+    low, high = statistics.interval(resampled, CONFIDENCE)
     rewards = [
         {
             name: Interval(float(means[p, i]), float(low[p, i]), float(high[p, i]))
@@ -493,15 +483,15 @@ def _summary(
         "reference_point": dict(zip(objectives, reference.tolist())),
         "points": points,
         "base": Base(
-            rewards[-1], float(base_volume), _interval(base_volume, base_volumes), length[-1], truncated[-1]
+            rewards[-1], float(base_volume), Interval.of(base_volume, base_volumes), length[-1], truncated[-1]
         ),
         "hypervolume": float(volume),
-        "hypervolume_interval": _interval(volume, volumes),
-        "hypervolume_gain": _interval(volume - base_volume, volumes - base_volumes),
+        "hypervolume_interval": Interval.of(volume, volumes),
+        "hypervolume_gain": Interval.of(volume - base_volume, volumes - base_volumes),
         "hypervolume_chance": float(np.quantile(chance, CONFIDENCE)),
         "expected_utility": float(pareto.expected_utility(front, default_grid(len(objectives)))),
         "realised_utility": float(realised),
-        "realised_utility_interval": _interval(realised, pareto.realised_utility(resampled_front, weights)),
+        "realised_utility_interval": Interval.of(realised, pareto.realised_utility(resampled_front, weights)),
         "regret": {"mean": float(lost.mean()), "max": float(lost.max())},
         "steerability": {name: None if np.isnan(r) else r for name, r in zip(objectives, rho)},
     }
@@ -534,45 +524,14 @@ def _kl_summary(
     limit = float(kl.max()) if limit is None else float(limit)
     rho = float(pareto.kl_steerability(by_weighting(kl), kls))
     # One seed: the same prompts are drawn for rewards and KL.
-    resampled_rewards = pareto.bootstrap_means(measured.rewards, bootstrap, seed)
-    resampled_kl = pareto.bootstrap_means(measured.kl[:-1, :, None], bootstrap, seed)[..., 0]
+    resampled_rewards = statistics.bootstrap_means(measured.rewards, bootstrap, seed)
+    resampled_kl = statistics.bootstrap_means(measured.kl[:-1, :, None], bootstrap, seed)[..., 0]
     return {
         "kl_steerability": None if math.isnan(rho) else rho,
-        "kl_hypervolume": _interval(volume(means, kl), volume(resampled_rewards, resampled_kl)),
+        "kl_hypervolume": Interval.of(volume(means, kl), volume(resampled_rewards, resampled_kl)),
         "kl_limit": limit,
     }
 
 
-def _interval(mean: float, samples: np.ndarray) -> Interval:
-    low, high = pareto.interval(samples, CONFIDENCE)
-    return Interval(float(mean), float(low), float(high))
-
-
 # --- provenance
 # -------------------------------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a result."""
-    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    return {"python": platform.python_version(), "clp_engine": __version__, **packages}
-
-
-def source_commit() -> str | None:
-    """The git commit of the source tree this package is imported from, with "-dirty" where tracked files
-    differ from it; None where it is not part of a repository (an installed wheel) or git is missing."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # A virtual environment may lie inside somebody else's repository: only a tracked file belongs to one.
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None

@@ -23,7 +23,8 @@ from clp_engine.files import append_text
 from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rewards import PendingRewards, RewardSet
-from clp_engine.rollout import Rollout, SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import Rollout, SamplingParams
 from clp_engine.samplers import ConditionSampler
 
 # Counters that keep the uses of one seed apart (data.py has 1).

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from clp_engine import __version__
+from clp_engine.provenance import installed, processor
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
@@ -22,11 +22,11 @@ def collect(training: tuple[RunSpec, CLPConfig] | None = None) -> dict[str, Any]
     import torch
     from clp_kernels import backends
 
-    from clp_engine.evaluation import source_commit
+    from clp_engine.provenance import source_commit
     from clp_engine.tasks import task_names
 
     devices = [
-        {"device": "cpu", "name": _processor(), "memory_gib": None, "threads": torch.get_num_threads()}
+        {"device": "cpu", "name": processor(), "memory_gib": None, "threads": torch.get_num_threads()}
     ]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(i)
@@ -42,7 +42,7 @@ def collect(training: tuple[RunSpec, CLPConfig] | None = None) -> dict[str, Any]
         "versions": {
             "clp_engine": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: installed(name) for name in _PACKAGES},
         },
         "commit": source_commit(),
         "platform": platform.platform(),
@@ -121,7 +121,7 @@ def render_training(spec: RunSpec, config: CLPConfig) -> list[str]:
 
 
 def _rendered_training(training: dict[str, Any]) -> list[str]:
-    from clp_engine.memory import size
+    from clp_engine.sizes import size
 
     def row(name: str, cost: dict[str, Any]) -> str:
         parts = "".join(
@@ -140,21 +140,3 @@ def _rendered_training(training: dict[str, Any]) -> list[str]:
     if training["never_conditioned"]:
         lines += [f"  never conditioned: {', '.join(training['never_conditioned'])}"]
     return lines
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                (line.partition(":")[2].strip() for line in file if line.startswith("model name")),
-                platform.machine(),
-            )
-    except OSError:
-        return platform.processor() or platform.machine()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,9 @@ from clp_engine.base_model import auto_class
 from clp_engine.conditioning import CARRIERS, Conditioning
 from clp_engine.errors import ConfigError
 from clp_engine.layers import attention_layers, is_whole, lora_targets, unconditioned
+from clp_engine.sizes import size
 
 _FLOAT32 = 4
-# Bytes that a rollout keeps of each token it may draw: its seed, the token, its log-prob, whether it is there and the last.
-BOOKKEEPING = 8 + 8 + 4 + 1 + 1
-_LARGEST = 2**44  # what no machine has
-
-
 @dataclass(frozen=True)
 class Memory:
     """What stays allocated while a policy is trained, in bytes; activations and caches come on top.
@@ -59,29 +54,6 @@ class Memory:
         }
         listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
         return f"{self.trained:,} trained parameters; {size(self.total)} without activations ({listed})"
-
-
-def size(count: int) -> str:
-    """Bytes for people: 12.3 MiB."""
-    value, units = min(count, 10**30), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.3g} {units[0]}" if value < 1000 else f"{value:.0f} {units[0]}"
-
-
-def check_size(what: str, needed: int, device: torch.device | str | None = None) -> None:
-    """Raises ConfigError where `needed` bytes are more than the device has, or any machine where there is no device to ask."""
-    room, where = _LARGEST, "any machine has"
-    if device is not None:
-        device = torch.device(device)
-        if device.type == "cuda":
-            where = f"{device} has"
-            room = torch.cuda.get_device_properties(device).total_memory
-        elif device.type == "cpu" and hasattr(os, "sysconf"):
-            where = "this machine has"
-            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > room:
-        raise ConfigError(f"{what}: that takes {size(needed)} of memory, more than {where} ({size(room)}); ask for less")
 
 
 def skeleton(name_or_path: str | Path) -> PreTrainedModel:

@@ -29,7 +29,7 @@ from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.positions import Room
-from clp_engine.rollout import Rollout
+from clp_engine.rollout_types import Rollout
 from clp_engine.scoring import completion_hidden
 
 _NEGLIGIBLE = 1e-6  # float32 weights that sum to one do so up to this

@@ -416,7 +416,7 @@ class Trial:
 
     @classmethod
     def of(cls, policy: ConditionedPolicy) -> Trial:
-        from clp_engine.rollout import pad_left
+        from clp_engine.rollout_types import pad_left
 
         generator, device = torch.Generator(device="cpu").manual_seed(0), policy.device
         vocab, steps, group = policy.model.config.get_text_config().vocab_size, 3, 2

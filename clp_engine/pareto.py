@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[np.float64]
+from clp_engine.statistics import Array, divide
 
 
 def _front(points: ArrayLike, name: str = "points") -> Array:
@@ -151,7 +151,7 @@ def kl_steerability(kl: ArrayLike, kl_coefs: ArrayLike) -> Array:
     """
     rho = _rank_correlation(np.asarray(kl_coefs, dtype=np.float64), _front(kl, "kl"))
     defined = ~np.isnan(rho)
-    return _divide(np.where(defined, rho, 0.0).sum(-1), defined.sum(-1))
+    return divide(np.where(defined, rho, 0.0).sum(-1), defined.sum(-1))
 
 
 def kl_hypervolume(utility: ArrayLike, kl: ArrayLike, base: ArrayLike, limit: float) -> Array:
@@ -178,30 +178,7 @@ def mean_rewards(rewards: ArrayLike) -> Array:
     """Mean over prompts of the rewards that apply (are not NaN): (P, N, M) -> (P, M); NaN where none
     does."""
     rewards = np.asarray(rewards, dtype=np.float64)
-    return _divide(np.nansum(rewards, axis=1), (~np.isnan(rewards)).sum(axis=1))
-
-
-def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
-    """Mean rewards in `resamples` draws of N prompts with replacement: (P, N, M) -> (resamples, P, M).
-
-        count ~ Multinomial(N, 1/N);    mean[b, p, i] = sum_n count[b, n] R[p, n, i] / sum_n count[b, n]
-
-    Paired: one draw of prompts serves all policies, so what a prompt has of its own (an easy document)
-    cancels in a difference between two of them. NaN entries of `rewards` (objective does not apply) leave
-    both sums.
-    """
-    rewards = np.asarray(rewards, dtype=np.float64)
-    if rewards.ndim != 3 or 0 in rewards.shape:
-        raise ValueError(
-            f"rewards has shape {rewards.shape}; expected (policies, prompts, objectives), none of them zero"
-        )
-    policies, prompts, objectives = rewards.shape
-    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    counts = counts.astype(np.float64)
-    by_prompt = np.swapaxes(rewards, 0, 1).reshape(prompts, policies * objectives)
-    applies = ~np.isnan(by_prompt)
-    means = _divide(counts @ np.where(applies, by_prompt, 0.0), counts @ applies.astype(np.float64))
-    return means.reshape(resamples, policies, objectives)
+    return divide(np.nansum(rewards, axis=1), (~np.isnan(rewards)).sum(axis=1))
 
 
 def chance_hypervolume(
@@ -218,14 +195,3 @@ def chance_hypervolume(
     """
     centred = _front(resampled_gains, "resampled_gains") - np.asarray(gains) + np.asarray(base)
     return hypervolume(centred, reference)
-
-
-def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array]:
-    """Percentile interval over the first axis, NaN left out: (resamples, ...) -> low (...), high (...)."""
-    tail = (1 - confidence) / 2
-    low, high = np.nanquantile(np.asarray(samples, dtype=np.float64), [tail, 1 - tail], axis=0)
-    return low, high
-
-
-def _divide(total: Array, count: Array) -> Array:
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)

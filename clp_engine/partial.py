@@ -33,7 +33,8 @@ from clp_engine.conditions import Conditions
 from clp_engine.data import PromptBatch, Prompts
 from clp_engine.errors import ConfigError
 from clp_engine.generation import Collector, Generation
-from clp_engine.rollout import Rollout, pad_left, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import Rollout, pad_left
 
 
 @dataclass

@@ -131,16 +131,6 @@ def read_adapter(location: str | Path) -> Adapter:
     return _adapter(source, config, layers, base_weights)
 
 
-def holds_adapters(model: Any) -> bool:
-    """Whether a model was given with PEFT's adapters in it."""
-    if "peft" not in sys.modules or not isinstance(model, nn.Module):
-        return False
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules())
-
-
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The adapters in a model, by name; their scaling is the one in force. Raises ConfigError as `read_adapter`, and where
     one is merged into the weights."""

@@ -26,6 +26,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from clp_engine import best, callback_states, chat_template, checkpoint, init_kwargs, lora_config, run_folder
+from clp_engine.base_model import holds_adapters
 from clp_engine.conditioning import Conditioning
 from clp_engine.conditions import check_objectives
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
@@ -35,11 +36,9 @@ from clp_engine.estimators import MixController
 from clp_engine.files import append_text, check_folder, write_text
 from clp_engine.generation import Collector, Generation
 from clp_engine.loader import PromptLoader
-from clp_engine.memory import BOOKKEEPING, check_size
 from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
 from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
-from clp_engine.peft_reading import holds_adapters
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
@@ -47,6 +46,7 @@ from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
 from clp_engine.script_surface import ScriptSurface
 from clp_engine.selection import select
+from clp_engine.sizes import BOOKKEEPING, check_size
 from clp_engine.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.update import backward, micro_batches
 from clp_engine.value import ValueHead, explained_variance

@@ -24,7 +24,7 @@ from clp_engine.estimators import (
     rescale_rewards,
     returns_to_go,
 )
-from clp_engine.rollout import Rollout
+from clp_engine.rollout_types import Rollout
 from clp_engine.scoring import ALL, completion_stats, parts, unpacked
 from clp_engine.selection import select_tokens
 from clp_engine.value import ValueHead

@@ -306,7 +306,8 @@ class Subject:
         return self._ours(self.policy, conditions, torch.zeros(self.case.prompts, len(OBJECTIVES)))
 
     def _ours(self, policy, conditions, coefficients: torch.Tensor, low_rank: bool = False) -> Decoder:
-        from clp_engine.rollout import SamplingParams, rollout
+        from clp_engine.rollout import rollout
+        from clp_engine.rollout_types import SamplingParams
 
         def call(checked: bool) -> Written:
             with timed_parts(policy, self.phases), self.phases("decode"):

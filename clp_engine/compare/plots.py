@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from clp_engine.compare.summary import Comparison, Estimate, FrontPoint
+from clp_engine.compare.summary import Comparison, FrontPoint
+from clp_engine.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clp_engine.compare.summary import Comparison, Contrast, Estimate, MethodResult
+from clp_engine.compare.summary import Comparison, Contrast, MethodResult
 from clp_engine.files import write_text
 from clp_engine.report import write_png
+from clp_engine.statistics import Estimate
 
 PICTURES = ("fronts.png", "metrics.png")
 

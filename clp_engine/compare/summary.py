@@ -12,7 +12,6 @@ for that see the bootstrap intervals of each report.json.
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,65 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from clp_engine import info, pareto
+from clp_engine import pareto, provenance
 from clp_engine.compare import work
 from clp_engine.compare.plan import Method, Plan
 from clp_engine.errors import ConfigError
-from clp_engine.evaluation import Base, ParetoReport, Point, default_grid, source_commit, versions
-
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, its interval (None with fewer than two values), and the values, seed by seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        values = tuple(float(v) for v in values)
-        mean = math.fsum(values) / len(values)
-        if len(values) < 2:
-            return cls(mean, None, None, values)
-        deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        half = t_quantile(CONFIDENCE, len(values) - 1) * deviation / math.sqrt(len(values))
-        return cls(mean, mean - half, mean + half, values)
-
-    @property
-    def half_width(self) -> float | None:
-        return None if self.high is None else self.high - self.mean
-
-
-def t_quantile(confidence: float, df: int) -> float:
-    """t with P(|T| <= t) = confidence for Student's T with `df` (whole) degrees of freedom, by bisection."""
-    low, high = 0.0, 1.0
-    while t_probability(high, df) < confidence:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, df) < confidence else (low, middle)
-    return (low + high) / 2
-
-
-def t_probability(t: float, df: int) -> float:
-    """P(|T| <= t), a finite sum for whole df (Abramowitz and Stegun 26.7.3 and 26.7.4); with theta = atan(t / sqrt(df)),
-
-    odd   2/pi (theta + sin cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ... up to cos^(df-3)))
-    even  sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ... up to cos^(df-2))
-    """
-    theta = math.atan(t / math.sqrt(df))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    odd = df % 2
-    term, total = 1.0, 0.0
-    for k in range((df - odd) // 2):
-        if k:
-            term *= (2 * k - 1 + odd) / (2 * k + odd) * cosine**2
-        total += term
-    return 2 / math.pi * (theta + sine * cosine * total) if odd else sine * total
+from clp_engine.evaluation import Base, ParetoReport, Point, default_grid
+from clp_engine.provenance import source_commit, versions
+from clp_engine.statistics import Estimate
 
 
 @dataclass(frozen=True)
@@ -345,7 +292,7 @@ def summarise(
         methods=results,
         contrasts=contrasts,
         machine={
-            "processor": info.collect()["devices"][0]["name"],
+            "processor": provenance.processor(),
             "platform": platform.platform(),
             "devices": sorted({t.device for t in used}),
             "threads": sorted({t.threads for t in used}),

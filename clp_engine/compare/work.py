@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import locking, runs
+from clp_engine import locking, runs, transformers_releases
 from clp_engine.compare.plan import Evaluation, Plan, Run
 from clp_engine.config import WITHOUT_EFFECT
 from clp_engine.errors import ConfigError
@@ -109,7 +109,7 @@ def _training(trainer: CLPTrainer) -> Training:
     """seconds: a sum over the steps, from the means in the log, which survive an interruption as a clock does not."""
     import torch
 
-    from clp_engine.evaluation import source_commit, versions
+    from clp_engine.provenance import source_commit, versions
 
     config, state = trainer.args, trainer.state
     seconds, before = 0.0, 0
@@ -151,7 +151,7 @@ def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
 def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -> None:
     """Write the report of a method at a seed (or of one specialist), or of the base model; nothing where it is there."""
     from clp_engine import evaluation as measuring
-    from clp_engine.rollout import SamplingParams
+    from clp_engine.rollout_types import SamplingParams
 
     name = BASE if evaluation is None else evaluation.name
     folder = plan.evaluation_folder(name)
@@ -193,7 +193,7 @@ def _anywhere(plan: Plan) -> list[list[float]]:
 
 
 def _untrained(plan: Plan):
-    runs.quiet_transformers()
+    transformers_releases.quiet_transformers()
     from clp_engine.policy import ConditionedPolicy
 
     return ConditionedPolicy.from_pretrained(plan.spec.model, plan.objectives, kl_is_beta=plan.kl_is_beta)

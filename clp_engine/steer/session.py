@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import runs, trust
+from clp_engine import runs, sources, trust
 from clp_engine.conditions import Conditions
 from clp_engine.data import encode_prompts
 from clp_engine.errors import ConfigError
 from clp_engine.evaluation import ParetoReport
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Session:
     """A policy and the folder it came from; see `describe` and `generate`.
 
     run: a run folder, or a policy folder or checkpoint in it, as for `clp-engine generate`.
-    examples: a file of prompts to choose from, as for `runs.read_rows`; None: the run's own data, where it is in the run's
+    examples: a file of prompts to choose from, as for `sources.read_rows`; None: the run's own data, where it is in the run's
     folder or this user trained the run.
     Raises ConfigError where there is no policy, or none with a tokenizer, or the examples cannot be read.
     """
@@ -160,7 +161,7 @@ class Session:
         tokenizer, note, text = self.policy.tokenizer, None, request.text.strip()
         prompt: str | list[dict[str, str]] = text
         if self.spec is not None and self.spec.task is not None:
-            from clp_engine.demo import as_prompt
+            from clp_engine.tasks.docsum.dataset import as_prompt
 
             prompt = as_prompt(text, tokenizer)
             if text not in prompt:
@@ -235,7 +236,7 @@ def _examples(
 ) -> tuple[list[dict[str, str]], bool | None]:
     """Texts to try, and whether the run's prompts are chats (None where that is not known)."""
     if given is not None:
-        rows = runs.read_rows(given)[:EXAMPLES]
+        rows = sources.read_rows(given)[:EXAMPLES]
     elif spec is None:
         return [], None
     elif spec.task is not None:
@@ -248,7 +249,7 @@ def _examples(
         if not (trust.is_own(spec) or path.resolve().is_relative_to(folder.resolve())):
             return [], None
         try:
-            rows = runs.read_rows(path)[:EXAMPLES]
+            rows = sources.read_rows(path)[:EXAMPLES]
         except ConfigError:  # the run was copied here without its data
             return [], None
     texts = [text for row in rows if (text := _user_text(row["prompt"])) is not None]

@@ -18,7 +18,7 @@ import torch
 from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 
-from clp_engine import runs
+from clp_engine import runs, sources
 from clp_engine.cli import main, parse_assignments
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError
@@ -623,7 +623,7 @@ def test_a_mistake_in_the_file_is_one_line_too(line, complaint, tmp_path, capsys
 def test_a_mistake_in_a_dataset_names_the_line(content, complaint, tmp_path):
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=complaint):
-        runs.read_rows(tmp_path / "rows.jsonl")
+        sources.read_rows(tmp_path / "rows.jsonl")
 
 
 def test_a_split_that_the_task_does_not_have_is_named_with_those_it_has():

@@ -20,7 +20,8 @@ from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.layers import unconditioned
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.scoring import score
 
 MODES = {

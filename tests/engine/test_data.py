@@ -14,7 +14,7 @@ from clp_engine.chat import encode_chat
 from clp_engine.data import PromptDataset
 from clp_engine.errors import ConfigError
 from clp_engine.loader import PromptLoader
-from clp_engine.runs import read_rows
+from clp_engine.sources import read_rows
 from clp_engine.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.trainer import CLPTrainer
 

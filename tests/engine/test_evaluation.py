@@ -10,13 +10,15 @@ import torch
 from conftest import build_policy
 
 from clp_engine import evaluation as module
-from clp_engine import pareto
+from clp_engine import pareto, provenance
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
-from clp_engine.evaluation import ParetoReport, default_grid, evaluate, source_commit
+from clp_engine.evaluation import ParetoReport, default_grid, evaluate
+from clp_engine.provenance import source_commit
 from clp_engine.report import draw, summary, table
 from clp_engine.rewards import RewardSet
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.scoring import score
 
 SAMPLING = SamplingParams(max_new_tokens=6)
@@ -350,7 +352,7 @@ def test_the_commit_is_that_of_a_tracked_source_tree_only(tmp_path, monkeypatch)
     installed = tmp_path / "venv" / "clp_engine"
     installed.mkdir(parents=True)
     (installed / "__init__.py").write_text("")
-    monkeypatch.setattr(module, "__file__", str(installed / "evaluate.py"))
+    monkeypatch.setattr(provenance, "__file__", str(installed / "provenance.py"))
     assert source_commit() is None
     git("init")
     git("commit", "--allow-empty", "-m", "somebody else's repository")

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate, fused_step, slot_decoding
 from clp_engine.conditions import Conditions
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,8 @@ import pytest
 from engine.conftest import CONFIGS, build_model, build_policy
 
 from clp_engine.errors import ConfigError
-from clp_engine.memory import by_conditioning, estimate, size, skeleton
+from clp_engine.memory import by_conditioning, estimate, skeleton
+from clp_engine.sizes import size
 
 FORMS = [
     {"conditioning": "lora"},

@@ -9,7 +9,8 @@ from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.evaluation import evaluate
 from clp_engine.mixtures import LogitMixture
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.scoring import score
 from clp_engine.seeds import derive
 

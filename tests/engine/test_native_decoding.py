@@ -25,7 +25,8 @@ from clp_engine.decoding import BlendDecoding
 from clp_engine.drawing import Drawing
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import SamplingParams, pad_left, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams, pad_left
 from clp_engine.scoring import score
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], list(range(30, 60))]

@@ -13,7 +13,8 @@ from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError
 from clp_engine.packing import join, pack, pack_rollout
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.scoring import completion_hidden, completion_stats, joint_hidden, score, within_budget
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]

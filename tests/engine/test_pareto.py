@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from clp_engine import pareto
+from clp_engine import pareto, statistics
 
 
 def lattice(num_objectives, edge):
@@ -189,7 +189,7 @@ def test_kl_hypervolume_is_the_mean_over_weightings_of_the_hypervolume_of_each_a
 
 def test_bootstrap_mean_and_spread_are_those_of_the_sample():
     rewards = np.random.default_rng(3).normal(size=(2, 50, 2))
-    means = pareto.bootstrap_means(rewards, 4000, seed=1)
+    means = statistics.bootstrap_means(rewards, 4000, seed=1)
     error = rewards.std(1) / np.sqrt(50)
     # Of 4000 draws the mean is known to error / 63 and the spread to 1.1 %: five standard errors each.
     np.testing.assert_allclose(means.mean(0), pareto.mean_rewards(rewards), atol=5 * error.max() / 63)
@@ -198,7 +198,7 @@ def test_bootstrap_mean_and_spread_are_those_of_the_sample():
 
 def test_bootstrap_is_paired_so_a_constant_difference_between_policies_has_no_spread():
     base = np.random.default_rng(4).normal(size=(30, 2))
-    means = pareto.bootstrap_means(np.stack([base, base + 0.25]), 200)
+    means = statistics.bootstrap_means(np.stack([base, base + 0.25]), 200)
     assert means[:, 0].std() > 0.1
     np.testing.assert_allclose(means[:, 1] - means[:, 0], 0.25)
 
@@ -206,7 +206,7 @@ def test_bootstrap_is_paired_so_a_constant_difference_between_policies_has_no_sp
 def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say():
     rng, covered = np.random.default_rng(5), 0
     for trial in range(200):
-        low, high = pareto.interval(pareto.bootstrap_means(rng.normal(size=(1, 80, 1)), 300, seed=trial))
+        low, high = statistics.interval(statistics.bootstrap_means(rng.normal(size=(1, 80, 1)), 300, seed=trial))
         covered += bool(low[0, 0] <= 0.0 <= high[0, 0])
     # 95 % intervals of 80 prompts cover about 94 %; 200 trials give a standard error of 1.7 %.
     assert 0.88 <= covered / 200 <= 0.99
@@ -218,12 +218,12 @@ def test_a_front_no_better_than_the_base_exceeds_the_chance_hypervolume_about_on
         rewards = rng.normal(size=(12, 60, 2))  # eleven points and the base, all with the same true mean
         means = pareto.mean_rewards(rewards)
         front, base, reference = means[:-1], means[-1], means[-1] - 0.3
-        resampled = pareto.bootstrap_means(rewards, 300, seed=trial)
+        resampled = statistics.bootstrap_means(rewards, 300, seed=trial)
         gains = resampled[:, :-1] - resampled[:, -1:]
         chance = pareto.chance_hypervolume(gains, front - base, base, reference)
         exceeded += bool(pareto.hypervolume(front, reference) > np.quantile(chance, 0.95))
         volumes = [pareto.hypervolume(part, reference) for part in (resampled[:, :-1], resampled[:, -1:])]
-        misled += bool(pareto.interval(volumes[0] - volumes[1])[0] > 0)
+        misled += bool(statistics.interval(volumes[0] - volumes[1])[0] > 0)
     # 5 % with a standard error of 1.3 %; the bootstrap of 60 prompts is a little too narrow.
     assert exceeded / trials < 0.1
     assert misled / trials > 0.5, "the interval of the gain alone calls most of these fronts better"
@@ -232,14 +232,14 @@ def test_a_front_no_better_than_the_base_exceeds_the_chance_hypervolume_about_on
 def test_rewards_that_do_not_apply_are_left_out_of_the_mean_rather_than_counted_as_zero():
     rewards = np.array([[[1.0, 4.0], [np.nan, 2.0], [3.0, 0.0]]])
     np.testing.assert_allclose(pareto.mean_rewards(rewards), [[2.0, 2.0]])
-    means = pareto.bootstrap_means(rewards, 500)
+    means = statistics.bootstrap_means(rewards, 500)
     assert np.nanmin(means[..., 0]) >= 1.0 and np.nanmax(means[..., 0]) <= 3.0
 
 
 def test_the_same_seed_gives_the_same_resamples_and_another_seed_others():
     rewards = np.random.default_rng(6).normal(size=(3, 20, 2))
-    assert (pareto.bootstrap_means(rewards, 50, seed=7) == pareto.bootstrap_means(rewards, 50, seed=7)).all()
-    assert (pareto.bootstrap_means(rewards, 50, seed=7) != pareto.bootstrap_means(rewards, 50, seed=8)).any()
+    assert (statistics.bootstrap_means(rewards, 50, seed=7) == statistics.bootstrap_means(rewards, 50, seed=7)).all()
+    assert (statistics.bootstrap_means(rewards, 50, seed=7) != statistics.bootstrap_means(rewards, 50, seed=8)).any()
 
 
 @pytest.mark.parametrize("objectives, edge, seconds", [(2, 10, 1.0), (3, 10, 10.0)])
@@ -247,7 +247,7 @@ def test_a_thousand_resamples_of_the_default_grid_take_about_a_second_or_less(ob
     weights = lattice(objectives, edge)
     rewards = np.random.default_rng(0).random((len(weights), 100, objectives))
     start = time.perf_counter()
-    means = pareto.bootstrap_means(rewards, 1000)
+    means = statistics.bootstrap_means(rewards, 1000)
     volumes = pareto.hypervolume(means, np.zeros(objectives))
     pareto.steerability(means, weights)
     elapsed = time.perf_counter() - start

@@ -13,7 +13,8 @@ from engine.test_trainer import ROWS, log_of, settings
 
 from clp_engine import checkpoint, partial
 from clp_engine.errors import ConfigError
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.seeds import derive
 from clp_engine.update import backward, micro_batches
 

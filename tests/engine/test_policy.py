@@ -13,7 +13,8 @@ from clp_engine import native_decoding
 from clp_engine.conditions import Conditions
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.scoring import score
 
 

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.positions import Room
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.scoring import score
 
 SMALL = {

@@ -16,10 +16,11 @@ from clp_engine.compare.plan import EvaluationSettings
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError, shown
 from clp_engine.evaluation import evaluate
-from clp_engine.memory import check_size
 from clp_engine.ranges import Range
-from clp_engine.rollout import SamplingParams, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams
 from clp_engine.samplers import simplex_lattice
+from clp_engine.sizes import check_size
 from clp_engine.steer.request import GenerateRequest
 from clp_engine.trainer import CLPTrainer
 

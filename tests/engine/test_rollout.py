@@ -13,7 +13,8 @@ from clp_engine.conditions import Conditions
 from clp_engine.decoding import BlendDecoding
 from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import SamplingParams, pad_left, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams, pad_left
 from clp_engine.scoring import completion_stats, score, unpacked
 from clp_engine.whole_sequences import WholeSequenceBackbone
 

@@ -9,7 +9,8 @@ from later import later
 from clp_engine import fused_step, slot_decoding
 from clp_engine.conditions import Conditions
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import SamplingParams, pad_left, rollout
+from clp_engine.rollout import rollout
+from clp_engine.rollout_types import SamplingParams, pad_left
 from clp_engine.slot_decoding import SlotDecoding
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [40, 41]]

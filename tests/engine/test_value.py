@@ -12,7 +12,7 @@ from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
 from clp_engine.errors import ConfigError
 from clp_engine.estimators import objective_scales
-from clp_engine.rollout import Rollout
+from clp_engine.rollout_types import Rollout
 from clp_engine.update import MicroBatch, forward
 from clp_engine.value import ValueHead, explained_variance
 

@@ -10,7 +10,7 @@ from peers.both_trainers import ROWS, our_trainer, trl_trainer
 from clp_engine.conditions import Conditions
 from clp_engine.estimators import MixController
 from clp_engine.generation import Generation
-from clp_engine.rollout import Rollout
+from clp_engine.rollout_types import Rollout
 from clp_engine.update import backward, micro_batches
 
 GROUP = 4

@@ -86,3 +86,11 @@ def load_dataset(
         }
         for p in pairs[:limit]
     ]
+
+
+def as_prompt(text: str, tokenizer) -> str:
+    """A DocSum prompt of any text: the text itself if it has the separator, else with it as the document."""
+    from clp_engine.tasks.docsum import make_prompt
+    from clp_engine.tasks.docsum.dataset import SUMMARY_TOKEN
+
+    return text if SUMMARY_TOKEN in text else make_prompt("document", text.strip(), tokenizer)

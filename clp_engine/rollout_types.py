@@ -1,0 +1,138 @@
+"""What a rollout is asked for, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from clp_engine import ranges
+from clp_engine.errors import ConfigError, shown
+from clp_engine.packing import Packed, pack
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. temperature 0 is greedy; top_k, top_p, min_p cut the distribution the token is drawn from.
+
+    stop_strings: texts that end a completion, as end tokens do; the token that completes one is part of the completion.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        ranges.check_fields(ranges.SAMPLING, self)
+        for name, values in ranges.SAMPLING.items():  # plain numbers, for reports: numpy's are no JSON
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, values.kind(value))
+        texts = self.stop_strings
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+            raise ConfigError(f"stop_strings={shown(texts)}: expected a list of texts, none of them empty")
+        object.__setattr__(self, "stop_strings", tuple(texts))  # a key of caches
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of P prompts, `group` of each, B = P * group; completion b belongs to prompt b // group.
+
+    prompt_ids, prompt_mask: (P, S), left-padded; completion_ids: (B, T) int64, right-padded, the end token included;
+    completion_mask: (B, T) bool; logprobs: (B, T) float32, as sampled, at the sampling temperature; terminated: (B,) bool.
+    plain_ids, plain_mask: (P, S'), the prompts as the reference reads them, where the policy reads something else (prompt
+    conditioning), or None.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    logprobs: torch.Tensor
+    terminated: torch.Tensor
+    plain_ids: torch.Tensor | None = None
+    plain_mask: torch.Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        return self.completion_ids.shape[0] // self.prompt_ids.shape[0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self.completion_mask.sum(-1)
+
+    @cached_property
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of each prompt (P,) and of each completion (B,), on the host; read from the device once, for all parts."""
+        counts = torch.cat([self.prompt_mask.sum(-1), self.completion_mask.sum(-1)]).cpu()
+        return counts[: len(self.prompt_ids)], counts[len(self.prompt_ids) :]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Completion tokens in all."""
+        return int(self.counts[1].sum())
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """(N,), on the host: the completion of each of the N completion tokens, in the order of completion_mask.nonzero()."""
+        lengths = self.counts[1]
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """(N,): where these tokens lie in (B, T), flattened: what a mask says, without asking the device how many there are."""
+        lengths = self.counts[1]
+        steps = torch.arange(len(self.rows)) - (lengths.cumsum(0) - lengths)[self.rows]
+        return (self.rows * self.completion_mask.shape[1] + steps).to(self.completion_mask.device)
+
+    @cached_property
+    def packed(self) -> Packed:
+        """Every token in one row, which policy and reference read alike."""
+        return pack(self.prompt_ids, self.counts[0], self.completion_ids, self.counts[1])
+
+    def prompts(self, start: int, stop: int) -> Rollout:
+        """The part of prompts [start, stop), trimmed to its longest prompt and completion; itself, if that is all of it."""
+        rows = slice(start * self.group, stop * self.group)
+        prompt_lengths, lengths = self.counts[0][start:stop], self.counts[1][rows]
+        skip, keep = self.prompt_ids.shape[1] - int(prompt_lengths.max()), max(int(lengths.max()), 1)
+        if (stop - start, skip, keep) == (len(self.prompt_ids), 0, self.completion_ids.shape[1]):
+            return self
+        plain = (None, None)
+        if self.plain_ids is not None:
+            longest = int(self.plain_mask[start:stop].sum(-1).max())
+            plain = tuple(t[start:stop, t.shape[1] - longest :] for t in (self.plain_ids, self.plain_mask))
+        part = Rollout(
+            self.prompt_ids[start:stop, skip:],
+            self.prompt_mask[start:stop, skip:],
+            self.completion_ids[rows, :keep],
+            self.completion_mask[rows, :keep],
+            self.logprobs[rows, :keep],
+            self.terminated[rows],
+            *plain,
+        )
+        part.__dict__["counts"] = prompt_lengths, lengths
+        return part
+
+    def token_lists(self) -> list[list[int]]:
+        """The tokens of each completion without padding, the end token included."""
+        return [ids[:n] for ids, n in zip(self.completion_ids.tolist(), self.counts[1].tolist())]
+
+
+def pad_left(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (P, longest)."""
+    for i, s in enumerate(sequences):
+        if len(s) == 0:
+            raise ConfigError(f"prompt {i} has no tokens; every prompt needs at least one")
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    for i, s in enumerate(sequences):
+        ids[i, longest - len(s) :] = torch.as_tensor(s, dtype=torch.long)
+    lengths = torch.tensor([len(s) for s in sequences]).unsqueeze(-1)
+    mask = torch.arange(longest) >= longest - lengths
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,38 @@
+"""Bytes: for people, and whether a machine has so many."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from clp_engine.errors import ConfigError
+
+# Bytes that a rollout keeps of each token it may draw: its seed, the token, its log-prob, whether it is there and the last.
+BOOKKEEPING = 8 + 8 + 4 + 1 + 1
+
+
+_LARGEST = 2**44  # what no machine has
+
+
+def size(count: int) -> str:
+    """Bytes for people: 12.3 MiB."""
+    value, units = min(count, 10**30), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 1000 else f"{value:.0f} {units[0]}"
+
+
+def check_size(what: str, needed: int, device: torch.device | str | None = None) -> None:
+    """Raises ConfigError where `needed` bytes are more than the device has, or any machine where there is no device to ask."""
+    room, where = _LARGEST, "any machine has"
+    if device is not None:
+        device = torch.device(device)
+        if device.type == "cuda":
+            where = f"{device} has"
+            room = torch.cuda.get_device_properties(device).total_memory
+        elif device.type == "cpu" and hasattr(os, "sysconf"):
+            where = "this machine has"
+            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > room:
+        raise ConfigError(f"{what}: that takes {size(needed)} of memory, more than {where} ({size(room)}); ask for less")

@@ -1,0 +1,114 @@
+"""Means with their intervals: over prompts by the bootstrap, over seeds by Student's t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % bootstrap percentile interval over prompts."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, mean: float, samples: ArrayLike) -> Interval:
+        """samples: the mean in each resample."""
+        return cls(float(mean), *map(float, interval(samples, CONFIDENCE)))
+
+
+def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
+    """Mean rewards in `resamples` draws of N prompts with replacement: (P, N, M) -> (resamples, P, M).
+
+        count ~ Multinomial(N, 1/N);    mean[b, p, i] = sum_n count[b, n] R[p, n, i] / sum_n count[b, n]
+
+    Paired: one draw of prompts serves all policies, so what a prompt has of its own (an easy document)
+    cancels in a difference between two of them. NaN entries of `rewards` (objective does not apply) leave
+    both sums.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if rewards.ndim != 3 or 0 in rewards.shape:
+        raise ValueError(
+            f"rewards has shape {rewards.shape}; expected (policies, prompts, objectives), none of them zero"
+        )
+    policies, prompts, objectives = rewards.shape
+    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    counts = counts.astype(np.float64)
+    by_prompt = np.swapaxes(rewards, 0, 1).reshape(prompts, policies * objectives)
+    applies = ~np.isnan(by_prompt)
+    means = divide(counts @ np.where(applies, by_prompt, 0.0), counts @ applies.astype(np.float64))
+    return means.reshape(resamples, policies, objectives)
+
+
+def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array]:
+    """Percentile interval over the first axis, NaN left out: (resamples, ...) -> low (...), high (...)."""
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(np.asarray(samples, dtype=np.float64), [tail, 1 - tail], axis=0)
+    return low, high
+
+
+def divide(total: Array, count: Array) -> Array:
+    """NaN where the count is zero."""
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, its interval (None with fewer than two values), and the values, seed by seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        values = tuple(float(v) for v in values)
+        mean = math.fsum(values) / len(values)
+        if len(values) < 2:
+            return cls(mean, None, None, values)
+        deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        half = t_quantile(CONFIDENCE, len(values) - 1) * deviation / math.sqrt(len(values))
+        return cls(mean, mean - half, mean + half, values)
+
+    @property
+    def half_width(self) -> float | None:
+        return None if self.high is None else self.high - self.mean
+
+
+def t_quantile(confidence: float, df: int) -> float:
+    """t with P(|T| <= t) = confidence for Student's T with `df` (whole) degrees of freedom, by bisection."""
+    low, high = 0.0, 1.0
+    while t_probability(high, df) < confidence:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, df) < confidence else (low, middle)
+    return (low + high) / 2
+
+
+def t_probability(t: float, df: int) -> float:
+    """P(|T| <= t), a finite sum for whole df (Abramowitz and Stegun 26.7.3 and 26.7.4); with theta = atan(t / sqrt(df)),
+
+    odd   2/pi (theta + sin cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ... up to cos^(df-3)))
+    even  sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ... up to cos^(df-2))
+    """
+    theta = math.atan(t / math.sqrt(df))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = df % 2
+    term, total = 1.0, 0.0
+    for k in range((df - odd) // 2):
+        if k:
+            term *= (2 * k - 1 + odd) / (2 * k + odd) * cosine**2
+        total += term
+    return 2 / math.pi * (theta + sine * cosine * total) if odd else sine * total
