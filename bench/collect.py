@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import readme, schema
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.evaluation import ParetoReport
 
 SKIPPED = ("ceilings.json",)  # each group's file has its own

@@ -69,7 +69,7 @@ def pin(cpus: Sequence[int] | None, threads: int | None) -> None:
 def describe(device: str) -> dict:
     import torch
 
-    from clp_engine.provenance import source_commit
+    from clp_engine.core.provenance import source_commit
 
     on_gpu = device == "cuda"
     return {

@@ -29,9 +29,9 @@ from pathlib import Path
 from statistics import NormalDist
 
 from bench import report
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.statistics import Interval
 from clp_engine.evaluation import ParetoReport, Point
-from clp_engine.statistics import Interval
 
 LEVEL = 0.05
 _NORMAL = NormalDist()

@@ -19,7 +19,7 @@ from clp_kernels import expand_gate, multi_lora_linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 
 @dataclass

@@ -35,9 +35,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clp_engine import packing
 from clp_engine.attention_cache import join_with_room, repeat_rows, repeat_with_room
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.transformers_releases import cache_argument, keep_softcap
 from clp_engine.packing import Packed
-from clp_engine.transformers_releases import cache_argument, keep_softcap
 
 # Held by a pass through a decoder: which attention it runs stands in the model's config, which threads share.
 _ATTENTION = threading.RLock()

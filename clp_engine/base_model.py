@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from clp_engine.errors import ConfigError, shown
+from clp_engine.core.errors import ConfigError, shown
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from transformers.trainer_callback import TrainerState
 
 from clp_engine import checkpoint, run_folder
 from clp_engine.config import CLPConfig
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 
 def check_prompt(prompt: Any, where: str) -> None:

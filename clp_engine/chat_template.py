@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 
 def with_values(tokenizer, values: Mapping[str, Any] | None):

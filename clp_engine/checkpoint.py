@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clp_engine import files, fingerprint, run_folder
-from clp_engine.errors import ConfigError
-from clp_engine.files import read_json, read_tensors
+from clp_engine import fingerprint, run_folder
+from clp_engine.core import files
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import read_json, read_tensors
 from clp_engine.optimizer import set_slots_of, slots_of
 from clp_engine.run_folder import STATE_FILE, checkpoints
 from clp_engine.value import ValueHead

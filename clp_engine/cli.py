@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: only commands that use them do.
-from clp_engine import __version__, files, run_folder, runs, sources, trust
-from clp_engine.errors import ConfigError
-from clp_engine.files import check_folder, read_json
-from clp_engine.ranges import COMMANDS, EVALUATION, GENERATION, SAMPLING, TRAINING, Range
+from clp_engine import __version__, run_folder, runs, sources, trust
+from clp_engine.core import files
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import check_folder, read_json
+from clp_engine.core.ranges import COMMANDS, EVALUATION, GENERATION, SAMPLING, TRAINING, Range
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
@@ -531,7 +532,7 @@ def _train(arguments: argparse.Namespace) -> None:
     import dataclasses
 
     from clp_engine.config import CLPConfig
-    from clp_engine.yaml_reading import read_file, read_flag
+    from clp_engine.core.yaml_reading import read_file, read_flag
 
     values = read_file(arguments.config) if arguments.config else {}
     own = {f.name for f in dataclasses.fields(CLPConfig)}
@@ -820,7 +821,7 @@ def _adapter_notes(path: Path, asked: int | None, error: float) -> str:
 def _compare(arguments: argparse.Namespace) -> int | None:
     from clp_engine import compare as comparing
     from clp_engine.compare import report as rendering
-    from clp_engine.yaml_reading import read_file
+    from clp_engine.core.yaml_reading import read_file
 
     config = read_file(arguments.config)
     if arguments.output_dir is not None:
@@ -867,7 +868,7 @@ def _info(arguments: argparse.Namespace) -> None:
 def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
     """What a configuration file or a run folder trains."""
     if not Path(path).is_dir():
-        from clp_engine.yaml_reading import read_file
+        from clp_engine.core.yaml_reading import read_file
 
         return _training(read_file(path))
     from clp_engine.config import CLPConfig

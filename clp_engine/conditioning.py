@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 # Where deltas live, in the order in which they take layers: what "full" or "attention" has, "lora" leaves alone.
 CARRIERS = ("full", "attention", "logit", "lora")

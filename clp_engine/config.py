@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clp_engine import init_kwargs, ranges, trl_settings
+from clp_engine import init_kwargs, trl_settings
 from clp_engine.conditioning import CARRIERS, Conditioning
-from clp_engine.conditions import KL_CONDITIONING
-from clp_engine.errors import ConfigError, shown
+from clp_engine.core import ranges
+from clp_engine.core.conditions import KL_CONDITIONING
+from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.sizes import BOOKKEEPING, check_size
 from clp_engine.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
 from clp_engine.prompting import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
 from clp_engine.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
-from clp_engine.sizes import BOOKKEEPING, check_size
 
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")

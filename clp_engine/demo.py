@@ -19,9 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import ranges, run_folder, runs
-from clp_engine.errors import ConfigError
-from clp_engine.files import check_folder
+from clp_engine import run_folder, runs
+from clp_engine.core import ranges
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import check_folder
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig

@@ -28,14 +28,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import checkpoint, ranges, runs, seeds, statistics, transformers_releases, trust
+from clp_engine import checkpoint, runs, trust
 from clp_engine.config import CLPConfig
-from clp_engine.errors import ConfigError
+from clp_engine.core import ranges, seeds, statistics, transformers_releases
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import write_text
+from clp_engine.core.provenance import source_commit, versions
+from clp_engine.core.statistics import CONFIDENCE, Interval
 from clp_engine.estimators import ESTIMATORS
-from clp_engine.files import write_text
 from clp_engine.generation import Generation
-from clp_engine.provenance import source_commit, versions
-from clp_engine.statistics import CONFIDENCE, Interval
 from clp_engine.trainer import CLPTrainer
 from clp_engine.update import forward, micro_batches
 

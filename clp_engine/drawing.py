@@ -14,8 +14,8 @@ from clp_kernels import sample_tokens
 from clp_kernels.decoder import Draws
 from transformers import StopStringCriteria
 
-from clp_engine.errors import ConfigError
-from clp_engine.seeds import derive
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.seeds import derive
 
 if TYPE_CHECKING:
     from clp_engine.native_decoding import NativeDecoding

@@ -22,19 +22,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import pareto, ranges, statistics
-from clp_engine.conditions import Conditions
+from clp_engine import pareto
+from clp_engine.core import ranges, statistics
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.provenance import source_commit, versions
+from clp_engine.core.seeds import derive
+from clp_engine.core.sizes import check_size
+from clp_engine.core.statistics import CONFIDENCE, Interval
 from clp_engine.data import PromptBatch, PromptDataset, completion_texts
-from clp_engine.errors import ConfigError, shown
-from clp_engine.provenance import source_commit, versions
 from clp_engine.rewards import RewardSet
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import Rollout, SamplingParams
 from clp_engine.samplers import simplex_lattice
 from clp_engine.scoring import score
-from clp_engine.seeds import derive
-from clp_engine.sizes import check_size
-from clp_engine.statistics import CONFIDENCE, Interval
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

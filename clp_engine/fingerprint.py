@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clp_engine.adapters import ConditionedLayer
-from clp_engine.errors import ConfigError
-from clp_engine.files import read_json
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import read_json
 
 FILE = "base_model.json"
 _KEPT: WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Tensor]]] = WeakKeyDictionary()

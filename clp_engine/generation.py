@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from transformers.trainer_callback import TrainerState
 
-from clp_engine import ahead, seeds
-from clp_engine.conditions import Conditions
+from clp_engine import ahead
 from clp_engine.config import CLPConfig
+from clp_engine.core import seeds
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.files import append_text
 from clp_engine.data import PromptBatch, Prompts, completion_texts
 from clp_engine.estimators import needs_reference, scalarise
-from clp_engine.files import append_text
 from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rewards import PendingRewards, RewardSet

@@ -7,7 +7,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from clp_engine import __version__
-from clp_engine.provenance import installed, processor
+from clp_engine.core.provenance import installed, processor
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
@@ -22,7 +22,7 @@ def collect(training: tuple[RunSpec, CLPConfig] | None = None) -> dict[str, Any]
     import torch
     from clp_kernels import backends
 
-    from clp_engine.provenance import source_commit
+    from clp_engine.core.provenance import source_commit
     from clp_engine.tasks import task_names
 
     devices = [
@@ -121,7 +121,7 @@ def render_training(spec: RunSpec, config: CLPConfig) -> list[str]:
 
 
 def _rendered_training(training: dict[str, Any]) -> list[str]:
-    from clp_engine.sizes import size
+    from clp_engine.core.sizes import size
 
     def row(name: str, cost: dict[str, Any]) -> str:
         parts = "".join(

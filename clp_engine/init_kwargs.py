@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 # Packed training has attention of its own; transformers' serves where its modules decode, and these two take what it is given.
 _ATTENTION = ("eager", "sdpa")

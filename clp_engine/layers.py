@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, find_targets, place
 from clp_engine.conditioning import Conditioning
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.full_weight import InterpolatedAffine, InterpolatedEmbedding, InterpolatedLinear
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from clp_engine.conditions import Conditions
+from clp_engine.core.conditions import Conditions
 from clp_engine.estimators import Coefficients
 from clp_engine.rollout_types import Rollout
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from clp_kernels import TokenStats
 
-from clp_engine.conditions import Conditions
-from clp_engine.errors import ConfigError
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.positions import Room
 from clp_engine.rollout_types import Rollout

@@ -28,7 +28,7 @@ from torch import nn
 
 from clp_engine.adapters import ConditionedLayer, ConditionedLinear
 from clp_engine.backbone import CausalBackbone
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.positions import moving_rope
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 _ALIGNMENT = 64  # bytes between the starts of views: a vector register, and a cache line
 

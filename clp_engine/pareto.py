@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from clp_engine.statistics import Array, divide
+from clp_engine.core.statistics import Array, divide
 
 
 def _front(points: ArrayLike, name: str = "points") -> Array:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from clp_engine.adapters import ConditionedLayer, ConditionedLinear
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.full_weight import InterpolatedLinear
 from clp_engine.low_rank import Cut, cut_matrix, cut_product
 

@@ -31,7 +31,6 @@ from clp_engine import (
     native_decoding,
     peft_format,
     prompting,
-    ranges,
     slot_decoding,
     steerable,
     warm_start,
@@ -40,17 +39,19 @@ from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, plac
 from clp_engine.backbone import CausalBackbone, find_head, make_backbone
 from clp_engine.base_model import holds_adapters, load_base, same_weights
 from clp_engine.conditioning import Conditioning
-from clp_engine.conditions import (
+from clp_engine.core import ranges
+from clp_engine.core.conditions import (
     KL_CONDITIONING,
     Conditions,
     blend_coefficients,
     check_objectives,
     parse_weights,
 )
+from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.files import finish, read_json, read_tensors, refuse_overlap, write_directory
+from clp_engine.core.sizes import check_size
 from clp_engine.data import encode_prompts
 from clp_engine.decoding import BlendDecoding, Decoding
-from clp_engine.errors import ConfigError, shown
-from clp_engine.files import finish, read_json, read_tensors, refuse_overlap, write_directory
 from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory
 from clp_engine.native_decoding import NativeDecoding
@@ -59,7 +60,6 @@ from clp_engine.positions import Room
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import Rollout, SamplingParams
 from clp_engine.scoring import completion_hidden
-from clp_engine.sizes import check_size
 from clp_engine.slot_decoding import SlotDecoding, Slots
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"

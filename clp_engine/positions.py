@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 # Rotary embeddings whose frequencies depend on the length of what was read so far.
 MOVING_ROPE = ("dynamic", "longrope")

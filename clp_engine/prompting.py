@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clp_engine.chat import encode_chat, messages_as_read
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 DEFAULT_TEMPLATE = "{weights}\n"
 TEMPLATE_WITH_KL = "{weights}, kl {kl}\n"

@@ -10,15 +10,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clp_engine.files import write_bytes, write_text
+from clp_engine.core.files import write_bytes, write_text
 from clp_engine.run_folder import note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from clp_engine.core.statistics import Interval
     from clp_engine.evaluation import Base, ParetoReport, Point
-    from clp_engine.statistics import Interval
 
 # Corner colours of the weight simplex for three objectives and more; a weighting mixes them.
 _CORNERS = ("#d1495b", "#2b7bba", "#2a9d5c", "#b8860b", "#7b4fa3", "#4d4d4d")

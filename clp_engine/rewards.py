@@ -31,8 +31,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from clp_engine.chat import messages_as_read
-from clp_engine.errors import ConfigError
-from clp_engine.transformers_releases import keep_softcap
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.transformers_releases import keep_softcap
 from clp_engine.workers import EventLoop, Workers
 
 logger = logging.getLogger(__name__)

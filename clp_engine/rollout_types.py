@@ -8,8 +8,8 @@ from functools import cached_property
 
 import torch
 
-from clp_engine import ranges
-from clp_engine.errors import ConfigError, shown
+from clp_engine.core import ranges
+from clp_engine.core.errors import ConfigError, shown
 from clp_engine.packing import Packed, pack
 
 

@@ -17,9 +17,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from clp_engine import files
-from clp_engine.errors import ConfigError
-from clp_engine.locking import Busy, exclusive
+from clp_engine.core import files
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.locking import Busy, exclusive
 
 logger = logging.getLogger(__name__)
 

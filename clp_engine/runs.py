@@ -20,8 +20,8 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from clp_engine import trust
-from clp_engine.errors import ConfigError, shown
-from clp_engine.files import finish, write_text
+from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.files import finish, write_text
 from clp_engine.run_folder import checkpoints, note
 from clp_engine.sources import load_reward, read_rows
 
@@ -224,8 +224,8 @@ def policy_directory(run: str | Path) -> Path:
 
 def load_policy(run: str | Path, device: str | None = None) -> ConditionedPolicy:
     directory = policy_directory(run)
+    from clp_engine.core.transformers_releases import quiet_transformers
     from clp_engine.policy import ConditionedPolicy
-    from clp_engine.transformers_releases import quiet_transformers
 
     quiet_transformers()
     return ConditionedPolicy.load(directory, device=device)
@@ -243,8 +243,8 @@ def train(
     say."""
     from transformers import TrainerCallback
 
+    from clp_engine.core.transformers_releases import quiet_transformers
     from clp_engine.trainer import CLPTrainer
-    from clp_engine.transformers_releases import quiet_transformers
 
     quiet_transformers()
 

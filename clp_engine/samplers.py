@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-from clp_engine.conditions import Conditions
-from clp_engine.sizes import check_size
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.sizes import check_size
 
 
 def simplex_lattice(num_objectives: int, points_per_edge: int) -> torch.Tensor:

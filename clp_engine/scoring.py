@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from clp_kernels import TokenStats
 
-from clp_engine.conditions import Conditions
+from clp_engine.core.conditions import Conditions
 from clp_engine.packing import join, pack_rollout
 from clp_engine.rollout_types import Rollout
 

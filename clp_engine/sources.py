@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 
 def load_reward(spec: str) -> Callable | str:

@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 
 from clp_engine.adapters import Blend, ConditionedLayer, place
 from clp_engine.base_model import holds_adapters, refuse_quantised
-from clp_engine.conditions import Conditions, blend_coefficients
-from clp_engine.errors import ConfigError
+from clp_engine.core.conditions import Conditions, blend_coefficients
+from clp_engine.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

@@ -19,8 +19,8 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from clp_engine.core.errors import ConfigError
 from clp_engine.data import PromptBatch, PromptDataset, Prompts, has_rows
-from clp_engine.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

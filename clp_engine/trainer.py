@@ -28,12 +28,13 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from clp_engine import best, callback_states, chat_template, checkpoint, init_kwargs, lora_config, run_folder
 from clp_engine.base_model import holds_adapters
 from clp_engine.conditioning import Conditioning
-from clp_engine.conditions import check_objectives
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
+from clp_engine.core.conditions import check_objectives
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import append_text, check_folder, write_text
+from clp_engine.core.sizes import BOOKKEEPING, check_size
 from clp_engine.data import Prompts
-from clp_engine.errors import ConfigError
 from clp_engine.estimators import MixController
-from clp_engine.files import append_text, check_folder, write_text
 from clp_engine.generation import Collector, Generation
 from clp_engine.loader import PromptLoader
 from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
@@ -46,7 +47,6 @@ from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
 from clp_engine.script_surface import ScriptSurface
 from clp_engine.selection import select
-from clp_engine.sizes import BOOKKEEPING, check_size
 from clp_engine.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.update import backward, micro_batches
 from clp_engine.value import ValueHead, explained_variance

@@ -7,8 +7,8 @@ import enum
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from clp_engine.errors import ConfigError, shown
-from clp_engine.ranges import COUNT
+from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.ranges import COUNT
 from clp_engine.trl_fields import ACCEPTED, FIELDS, TRANSLATED
 
 # Names that scripts for earlier versions of TRL and transformers use.

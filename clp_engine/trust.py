@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from clp_engine.runs import RunSpec

@@ -10,8 +10,8 @@ import torch
 from clp_kernels import TokenStats
 
 from clp_engine.ahead import joined
-from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
+from clp_engine.core.conditions import Conditions
 from clp_engine.estimators import (
     DIFFERENTIATED,
     Coefficients,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from clp_engine import seeds
+from clp_engine.core import seeds
 
 WIDTH = 128
 DECAY = 0.98  # per step, of the running moments

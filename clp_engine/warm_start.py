@@ -23,8 +23,8 @@ from clp_engine import fingerprint
 from clp_engine.adapters import ConditionedLinear, find_targets
 from clp_engine.base_model import load_base, model_location
 from clp_engine.conditioning import Conditioning
-from clp_engine.errors import ConfigError, shown
-from clp_engine.files import read_json
+from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.files import read_json
 from clp_engine.layers import head_name
 from clp_engine.peft_format import BLEND_FILE, BLEND_SETTINGS
 from clp_engine.peft_reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters

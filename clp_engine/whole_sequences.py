@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from clp_engine.backbone import Backbone
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 # logits (rows, V) -> (tokens (rows,), whether all rows have ended)
 Draw = Callable[[torch.Tensor], tuple[torch.Tensor, bool]]

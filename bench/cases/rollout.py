@@ -283,7 +283,7 @@ class Subject:
 
     def conditions(self, count: int):
         """`count` different weightings, in turn."""
-        from clp_engine.conditions import Conditions
+        from clp_engine.core.conditions import Conditions
 
         weights = self.weightings[torch.arange(self.case.prompts) % count]
         return Conditions(weights, torch.zeros(self.case.prompts))
@@ -293,13 +293,13 @@ class Subject:
         return self._ours(self.policy, conditions, self.policy.coefficients(conditions), low_rank=True)
 
     def _merged(self) -> Decoder:
-        from clp_engine.conditions import Conditions
+        from clp_engine.core.conditions import Conditions
 
         coefficients = self.policy.coefficients(self.conditions(1))
         return self._ours(self.merged, Conditions.reference(self.case.prompts, 1), coefficients)
 
     def _reference(self) -> Decoder:
-        from clp_engine.conditions import Conditions
+        from clp_engine.core.conditions import Conditions
 
         conditions = Conditions.reference(self.case.prompts, len(OBJECTIVES))
         # The slots of a GPU multiply the factors by zero; elsewhere they are left out.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from clp_engine.compare.summary import Comparison, FrontPoint
-from clp_engine.statistics import Estimate
+from clp_engine.core.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clp_engine.compare.summary import Comparison, Contrast, MethodResult
-from clp_engine.files import write_text
+from clp_engine.core.files import write_text
+from clp_engine.core.statistics import Estimate
 from clp_engine.report import write_png
-from clp_engine.statistics import Estimate
 
 PICTURES = ("fronts.png", "metrics.png")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from clp_engine import runs
 from clp_engine.compare import work
 from clp_engine.compare.plan import Evaluation, Plan, Run
-from clp_engine.errors import ConfigError
-from clp_engine.files import write_text
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import write_text
 from clp_engine.run_folder import checkpoints
 
 BUSY, INTERRUPTED = 75, 130  # exit codes of a worker

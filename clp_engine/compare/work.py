@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import locking, runs, transformers_releases
+from clp_engine import runs
 from clp_engine.compare.plan import Evaluation, Plan, Run
 from clp_engine.config import WITHOUT_EFFECT
-from clp_engine.errors import ConfigError
-from clp_engine.files import finish, write_directory, write_text
-from clp_engine.locking import Busy
+from clp_engine.core import locking, transformers_releases
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import finish, write_directory, write_text
+from clp_engine.core.locking import Busy
 from clp_engine.run_folder import checkpoints, remove_checkpoint
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _training(trainer: CLPTrainer) -> Training:
     """seconds: a sum over the steps, from the means in the log, which survive an interruption as a clock does not."""
     import torch
 
-    from clp_engine.provenance import source_commit, versions
+    from clp_engine.core.provenance import source_commit, versions
 
     config, state = trainer.args, trainer.state
     seconds, before = 0.0, 0

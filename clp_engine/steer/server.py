@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from clp_engine import __version__, ranges
-from clp_engine.errors import ConfigError, shown
+from clp_engine import __version__
+from clp_engine.core import ranges
+from clp_engine.core.errors import ConfigError, shown
 from clp_engine.steer.jobs import Full, Jobs
 from clp_engine.steer.request import MAX_CHARACTERS, GenerateRequest
 from clp_engine.steer.session import Session

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clp_engine.conditions import Conditions, blend_coefficients
+from clp_engine.core.conditions import Conditions, blend_coefficients
 from clp_engine.estimators import (
     Coefficients,
     MixController,

@@ -8,8 +8,8 @@ from statistics import NormalDist
 import pytest
 
 from bench import fronts
+from clp_engine.core.statistics import Interval
 from clp_engine.evaluation import ParetoReport
-from clp_engine.statistics import Interval
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "docsum_demo.json"
 

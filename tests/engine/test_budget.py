@@ -7,7 +7,7 @@ import pytest
 from engine.test_trainer import build_trainer, log_of, settings
 from transformers import TrainerCallback
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.progress import Budget
 
 

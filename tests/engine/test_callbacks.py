@@ -8,7 +8,7 @@ from engine.test_trainer import ROWS, build_trainer, high_words, log_of, low_wor
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from clp_engine import best
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.script_surface import ABSENT
 from clp_engine.trainer import CLPTrainer

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from clp_engine import runs, sources
 from clp_engine.cli import main, parse_assignments
 from clp_engine.config import CLPConfig
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 REWARDS = """
 def even(completion_ids, **_):

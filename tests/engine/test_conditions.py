@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clp_engine.conditions import Conditions, blend_coefficients, parse_weights
+from clp_engine.core.conditions import Conditions, blend_coefficients, parse_weights
 
 NAMES = ["coverage", "brevity", "faithfulness"]
 

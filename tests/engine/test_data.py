@@ -11,8 +11,8 @@ from engine.test_trainer import ROWS, build_trainer, log_of, low_words, settings
 
 from clp_engine import prompting
 from clp_engine.chat import encode_chat
+from clp_engine.core.errors import ConfigError
 from clp_engine.data import PromptDataset
-from clp_engine.errors import ConfigError
 from clp_engine.loader import PromptLoader
 from clp_engine.sources import read_rows
 from clp_engine.streams import EndOfData, PromptStream, prompts_of

@@ -10,11 +10,12 @@ import torch
 from conftest import build_policy
 
 from clp_engine import evaluation as module
-from clp_engine import pareto, provenance
-from clp_engine.conditions import Conditions
-from clp_engine.errors import ConfigError
+from clp_engine import pareto
+from clp_engine.core import provenance
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.provenance import source_commit
 from clp_engine.evaluation import ParetoReport, default_grid, evaluate
-from clp_engine.provenance import source_commit
 from clp_engine.report import draw, summary, table
 from clp_engine.rewards import RewardSet
 from clp_engine.rollout import rollout

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from clp_engine import files, locking
-from clp_engine.errors import ConfigError
+from clp_engine.core import files, locking
+from clp_engine.core.errors import ConfigError
 
 NEW = {"a.json": "new", "policy/b.json": "new", "policy/c.json": "new"}
 
@@ -159,7 +159,7 @@ def test_a_target_that_is_holds_or_lies_in_what_is_read_is_refused(tmp_path, tar
 
 HOLD = """
 import os, sys, time
-from clp_engine.locking import exclusive
+from clp_engine.core.locking import exclusive
 with exclusive(sys.argv[1]):
     there, ready = os.pipe()
     if os.fork() == 0:  # a child that outlives its parent

@@ -11,7 +11,7 @@ from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
 from transformers import TrainerCallback
 
 from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate, fused_step, slot_decoding
-from clp_engine.conditions import Conditions
+from clp_engine.core.conditions import Conditions
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams
 

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from clp_engine import native_decoding
-from clp_engine.conditions import Conditions
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError
 from clp_engine.decoding import BlendDecoding
 from clp_engine.drawing import Drawing
-from clp_engine.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams, pad_left

@@ -7,7 +7,7 @@ import torch
 from engine.test_trainer import build_trainer, log_of, settings
 
 from clp_engine import generation
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.update import backward, micro_batches
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from clp_engine import packing, scoring
 from clp_engine import trainer as training
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.optimizer import FlatAdamW, set_slots_of, slots_of
 from clp_engine.trainer import CLPTrainer
 

@@ -8,9 +8,9 @@ import torch
 from engine.conftest import CAUSAL, build_policy
 from transformers import AutoModelForCausalLM, XGLMConfig
 
-from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
-from clp_engine.errors import ConfigError
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError
 from clp_engine.packing import join, pack, pack_rollout
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import rollout

@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from clp_engine import pareto, statistics
+from clp_engine import pareto
+from clp_engine.core import statistics
 
 
 def lattice(num_objectives, edge):

@@ -8,7 +8,7 @@ from engine.conftest import build_model, build_policy, build_tokenizer, model_in
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.peft_format import VLLM_RANKS, vllm_rank
 from clp_engine.policy import ConditionedPolicy
 

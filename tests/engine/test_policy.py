@@ -10,8 +10,8 @@ from engine.conftest import ENCODER_DECODER, VOCAB, build_model, build_policy, b
 from transformers import AutoModelForCausalLM, Gemma2PreTrainedModel
 
 from clp_engine import native_decoding
-from clp_engine.conditions import Conditions
-from clp_engine.errors import ConfigError
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams

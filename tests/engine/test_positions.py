@@ -5,7 +5,7 @@ import torch
 from engine.conftest import build_model, build_policy, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.positions import Room
 from clp_engine.rollout import rollout
@@ -56,7 +56,7 @@ def test_lengths_at_which_one_row_s_factors_are_another_s_are_refused(make):
 
 
 def seeds_of(prompts, seed=1, group=2):
-    from clp_engine.seeds import derive
+    from clp_engine.core.seeds import derive
 
     return derive(seed, torch.arange(prompts * group))
 

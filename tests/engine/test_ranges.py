@@ -1,4 +1,4 @@
-"""Every numeric setting has a range (clp_engine/ranges.py): what lies outside is a ConfigError that names it, whoever asks."""
+"""Every numeric setting has a range (clp_engine/core/ranges.py): what lies outside is a ConfigError that names it, whoever asks."""
 
 import dataclasses
 import itertools
@@ -11,16 +11,17 @@ import pytest
 import torch
 from conftest import build_policy
 
-from clp_engine import ConditionedPolicy, native_decoding, ranges
+from clp_engine import ConditionedPolicy, native_decoding
 from clp_engine.compare.plan import EvaluationSettings
 from clp_engine.config import CLPConfig
-from clp_engine.errors import ConfigError, shown
+from clp_engine.core import ranges
+from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.ranges import Range
+from clp_engine.core.sizes import check_size
 from clp_engine.evaluation import evaluate
-from clp_engine.ranges import Range
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams
 from clp_engine.samplers import simplex_lattice
-from clp_engine.sizes import check_size
 from clp_engine.steer.request import GenerateRequest
 from clp_engine.trainer import CLPTrainer
 

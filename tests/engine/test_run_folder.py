@@ -14,9 +14,10 @@ from engine.conftest import build_model
 from engine.test_trainer import build_trainer
 from transformers import TrainerCallback
 
-from clp_engine import checkpoint, files, run_folder
-from clp_engine.errors import ConfigError
-from clp_engine.locking import exclusive
+from clp_engine import checkpoint, run_folder
+from clp_engine.core import files
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.locking import exclusive
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 

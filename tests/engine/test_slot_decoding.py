@@ -7,7 +7,7 @@ from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
 from later import later
 
 from clp_engine import fused_step, slot_decoding
-from clp_engine.conditions import Conditions
+from clp_engine.core.conditions import Conditions
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams, pad_left

@@ -16,7 +16,7 @@ from later import later
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments, pipeline
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 FAMILIES = ["qwen2", "llama", "gpt2", "gemma2", "t5", "bart"]
 CONDITIONING = ["lora", "attention", "logit", "full", "lora+logit", "none"]

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from clp_engine import checkpoint
 from clp_engine.config import CLPConfig
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rewards import RewardSet
 from clp_engine.trainer import CLPTrainer

@@ -8,9 +8,9 @@ from engine.conftest import build_policy
 from engine.test_trainer import ROWS, build_trainer, high_words, log_of, low_words
 
 from clp_engine import checkpoint
-from clp_engine.conditions import Conditions
 from clp_engine.config import CLPConfig
-from clp_engine.errors import ConfigError
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError
 from clp_engine.estimators import objective_scales
 from clp_engine.rollout_types import Rollout
 from clp_engine.update import MicroBatch, forward

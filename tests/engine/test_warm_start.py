@@ -9,7 +9,7 @@ from engine.conftest import add_adapter, build_model, build_policy, build_tokeni
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from clp_engine import CLPConfig, CLPTrainer, peft_reading
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
 
 LAYERS = {

@@ -10,7 +10,7 @@ pytest.importorskip("tensorboard")
 pytest.importorskip("wandb")
 from peers.both_trainers import ROWS, our_trainer
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 
 def reward(completions, **_):

@@ -9,7 +9,7 @@ from engine.conftest import build_tokenizer
 from engine.test_data import CHAT, READS_PARTS, READS_TEXTS, adapters
 from peers.both_trainers import BOTH, ROWS, our_trainer, trl_trainer
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 
 def generated():

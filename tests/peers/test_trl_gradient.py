@@ -7,7 +7,7 @@ pytest.importorskip("trl")
 from engine.conftest import build_model
 from peers.both_trainers import ROWS, our_trainer, trl_trainer
 
-from clp_engine.conditions import Conditions
+from clp_engine.core.conditions import Conditions
 from clp_engine.estimators import MixController
 from clp_engine.generation import Generation
 from clp_engine.rollout_types import Rollout

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine.errors import ConfigError, shown
+from clp_engine.core.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clp_engine.errors import ConfigError, shown
+from clp_engine.core.errors import ConfigError, shown
 
 LISTS, MAPPINGS = (list, tuple), (Mapping,)
 _LARGEST = sys.float_info.max

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from clp_engine.errors import ConfigError, shown
+from clp_engine.core.errors import ConfigError, shown
 
 # Values in a file, an alias counted as often as it is used: a few lines of aliases can stand for more than memory holds.
 _MOST_VALUES = 100_000

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clp_engine.errors import ConfigError, shown
+from clp_engine.core.errors import ConfigError, shown
 
 KL_CONDITIONING = ("none", "linear", "odds")
 

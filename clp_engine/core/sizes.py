@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from clp_engine.errors import ConfigError
+from clp_engine.core.errors import ConfigError
 
 # Bytes that a rollout keeps of each token it may draw: its seed, the token, its log-prob, whether it is there and the last.
 BOOKKEEPING = 8 + 8 + 4 + 1 + 1
