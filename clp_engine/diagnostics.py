@@ -35,8 +35,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import CONFIDENCE, Interval
-from clp_engine.estimators import ESTIMATORS
 from clp_engine.generation import Generation
+from clp_engine.objectives.estimators import ESTIMATORS
 from clp_engine.trainer import CLPTrainer
 from clp_engine.update import forward, micro_batches
 

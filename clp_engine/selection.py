@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clp_engine.ahead import reference_logprob
-from clp_engine.estimators import Coefficients, Tokens, advantages, objective_scales
+from clp_engine.objectives.estimators import Coefficients, Tokens, advantages, objective_scales
 from clp_engine.rollout_types import Rollout
 
 if TYPE_CHECKING:

@@ -34,22 +34,22 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import append_text, check_folder, write_text
 from clp_engine.core.sizes import BOOKKEEPING, check_size
 from clp_engine.data import Prompts
-from clp_engine.estimators import MixController
 from clp_engine.generation import Collector, Generation
 from clp_engine.loader import PromptLoader
 from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
+from clp_engine.objectives.estimators import MixController
+from clp_engine.objectives.value_head import ValueHead, explained_variance
+from clp_engine.objectives.weightings import ConditionSampler, build_sampler
 from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rewards import RewardSet
-from clp_engine.samplers import ConditionSampler, build_sampler
 from clp_engine.scoring import score
 from clp_engine.script_surface import ScriptSurface
 from clp_engine.selection import select
 from clp_engine.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.update import backward, micro_batches
-from clp_engine.value import ValueHead, explained_variance
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from clp_kernels import TokenStats
 from clp_engine.ahead import joined
 from clp_engine.config import CLPConfig
 from clp_engine.core.conditions import Conditions
-from clp_engine.estimators import (
+from clp_engine.objectives.estimators import (
     DIFFERENTIATED,
     Coefficients,
     MixController,
@@ -24,10 +24,10 @@ from clp_engine.estimators import (
     rescale_rewards,
     returns_to_go,
 )
+from clp_engine.objectives.value_head import ValueHead
 from clp_engine.rollout_types import Rollout
 from clp_engine.scoring import ALL, completion_stats, parts, unpacked
 from clp_engine.selection import select_tokens
-from clp_engine.value import ValueHead
 
 if TYPE_CHECKING:
     from clp_engine.generation import Generation

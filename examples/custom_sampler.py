@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from clp_engine import CLPConfig, CLPTrainer, Conditions
-from clp_engine.samplers import ConditionSampler, FixedKL
+from clp_engine.objectives.weightings import ConditionSampler, FixedKL
 from clp_engine.tasks import docsum
 
 

@@ -9,7 +9,7 @@ from clp_kernels import backends
 from clp_engine import cli
 from clp_engine.conditioning import CONDITIONING
 from clp_engine.core.conditions import KL_CONDITIONING
-from clp_engine.estimators import BASELINES, ESTIMATORS
+from clp_engine.objectives.estimators import BASELINES, ESTIMATORS
 
 # Where an op is compared with its specification, for each back-end: {} is its name among the parameters.
 OPS = {

@@ -21,7 +21,7 @@ from clp_engine.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
 from clp_engine.core import ranges
 from clp_engine.core.conditions import parse_weights
 from clp_engine.core.errors import ConfigError, shown
-from clp_engine.samplers import simplex_lattice
+from clp_engine.objectives.weightings import simplex_lattice
 
 KINDS = ("clp", "specialists", "soup", "logit_mixing", "kl_specialists")
 BUDGETS = ("equal", "each")

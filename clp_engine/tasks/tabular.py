@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from clp_engine.core.conditions import Conditions, blend_coefficients
-from clp_engine.estimators import (
+from clp_engine.objectives.estimators import (
     Coefficients,
     MixController,
     Tokens,
@@ -33,7 +33,7 @@ from clp_engine.estimators import (
     objective_scales,
     scalarise,
 )
-from clp_engine.samplers import ConditionSampler, Fixed, FixedKL
+from clp_engine.objectives.weightings import ConditionSampler, Fixed, FixedKL
 from clp_engine.tasks.tabular_policies import BlendedPolicy, Tables
 
 

@@ -330,7 +330,7 @@ and LoRA of rank {RANK} with lora_alpha {LORA_ALPHA} on all linear layers but th
 float32, and {PROMPTS} prompts of at most {PROMPT_TOKENS} tokens. What TRL does without being asked has names here:
 {ours}.
 TRL multiplies k3 by the ratio to the policy that sampled (`use_bias_correction_kl`), and the gradient of that is k2's where
-the ratio is 1, as in every step here. It is biased (`clp_engine/estimators.py`): chosen to have TRL's problem, not to solve it
+the ratio is 1, as in every step here. It is biased (`clp_engine/objectives/estimators.py`): chosen to have TRL's problem, not to solve it
 well.
 
 Made with {software}

@@ -20,8 +20,8 @@ import pytest
 import torch
 from later import later
 
-from clp_engine.estimators import Coefficients, coefficients
-from clp_engine.samplers import build_sampler, simplex_lattice
+from clp_engine.objectives.estimators import Coefficients, coefficients
+from clp_engine.objectives.weightings import build_sampler, simplex_lattice
 from clp_engine.tasks.dilemma import (
     affine_shortfall,
     commit_probability,

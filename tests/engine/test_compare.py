@@ -672,7 +672,7 @@ def test_reward_against_kl_is_the_area_above_the_base_up_to_the_limit():
 @pytest.mark.check
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_report_and_pictures_are_written_for_any_number_of_objectives(tmp_path, count):
-    from clp_engine.samplers import simplex_lattice
+    from clp_engine.objectives.weightings import simplex_lattice
 
     names = ["a", "b", "c"][:count]
     grid = simplex_lattice(count, 3).tolist()

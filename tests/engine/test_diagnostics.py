@@ -9,7 +9,7 @@ from engine.test_trainer import build_trainer
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.diagnostics import gradient_noise, gradients_of, measure, variants_of
-from clp_engine.estimators import Tokens, coefficients, returns_to_go
+from clp_engine.objectives.estimators import Tokens, coefficients, returns_to_go
 
 ALPHA = 0.4
 

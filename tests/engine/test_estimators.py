@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from clp_engine.estimators import (
+from clp_engine.objectives.estimators import (
     MixController,
     Tokens,
     coefficients,

@@ -19,9 +19,9 @@ from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.ranges import Range
 from clp_engine.core.sizes import check_size
 from clp_engine.evaluation import evaluate
+from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams
-from clp_engine.samplers import simplex_lattice
 from clp_engine.steer.request import GenerateRequest
 from clp_engine.trainer import CLPTrainer
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clp_engine.samplers import ConditionSampler, build_sampler, simplex_lattice
+from clp_engine.objectives.weightings import ConditionSampler, build_sampler, simplex_lattice
 
 ROWS = 20000
 KINDS = [

@@ -12,7 +12,7 @@ from engine.test_closed_form import BOUND, THREE_TOKENS, distance, one_thread  #
 from engine.test_trainer import build_trainer, log_of, settings
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.estimators import Coefficients, advantages, coefficients
+from clp_engine.objectives.estimators import Coefficients, advantages, coefficients
 from clp_engine.selection import largest_in_group, max_variance, scheduled, select, select_tokens
 from clp_engine.update import backward, micro_batches
 

@@ -11,10 +11,10 @@ from clp_engine import checkpoint
 from clp_engine.config import CLPConfig
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.estimators import objective_scales
+from clp_engine.objectives.estimators import objective_scales
+from clp_engine.objectives.value_head import ValueHead, explained_variance
 from clp_engine.rollout_types import Rollout
 from clp_engine.update import MicroBatch, forward
-from clp_engine.value import ValueHead, explained_variance
 
 
 def spoken(head: ValueHead) -> ValueHead:

@@ -8,8 +8,8 @@ from engine.conftest import build_model
 from peers.both_trainers import ROWS, our_trainer, trl_trainer
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.estimators import MixController
 from clp_engine.generation import Generation
+from clp_engine.objectives.estimators import MixController
 from clp_engine.rollout_types import Rollout
 from clp_engine.update import backward, micro_batches
 
