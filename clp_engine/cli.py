@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: only commands that use them do.
-from clp_engine import __version__, run_folder, runs, sources, trust
+from clp_engine import __version__, run_folder, runs, trust
 from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, read_json
 from clp_engine.core.ranges import COMMANDS, EVALUATION, GENERATION, SAMPLING, TRAINING, Range
+from clp_engine.data import sources
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig

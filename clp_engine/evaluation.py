@@ -30,9 +30,9 @@ from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.seeds import derive
 from clp_engine.core.sizes import check_size
 from clp_engine.core.statistics import CONFIDENCE, Interval
-from clp_engine.data import PromptBatch, PromptDataset, completion_texts
+from clp_engine.data.prompts import PromptBatch, PromptDataset, completion_texts
+from clp_engine.data.rewards import RewardSet
 from clp_engine.objectives.weightings import simplex_lattice
-from clp_engine.rewards import RewardSet
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import Rollout, SamplingParams
 from clp_engine.scoring import score

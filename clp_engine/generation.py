@@ -19,12 +19,12 @@ from clp_engine.config import CLPConfig
 from clp_engine.core import seeds
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.files import append_text
-from clp_engine.data import PromptBatch, Prompts, completion_texts
+from clp_engine.data.prompts import PromptBatch, Prompts, completion_texts
+from clp_engine.data.rewards import PendingRewards, RewardSet
 from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.objectives.estimators import needs_reference, scalarise
 from clp_engine.objectives.weightings import ConditionSampler
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rewards import PendingRewards, RewardSet
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import Rollout, SamplingParams
 

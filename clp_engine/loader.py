@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from clp_engine.data import Prompts
-from clp_engine.streams import PromptStream
+from clp_engine.data.prompts import Prompts
+from clp_engine.data.streams import PromptStream
 
 
 @dataclass(frozen=True)

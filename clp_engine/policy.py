@@ -50,7 +50,7 @@ from clp_engine.core.conditions import (
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import finish, read_json, read_tensors, refuse_overlap, write_directory
 from clp_engine.core.sizes import check_size
-from clp_engine.data import encode_prompts
+from clp_engine.data.prompts import encode_prompts
 from clp_engine.decoding import BlendDecoding, Decoding
 from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory

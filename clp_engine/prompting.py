@@ -11,8 +11,8 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from clp_engine.chat import encode_chat, messages_as_read
 from clp_engine.core.errors import ConfigError
+from clp_engine.data.chat import encode_chat, messages_as_read
 
 DEFAULT_TEMPLATE = "{weights}\n"
 TEMPLATE_WITH_KL = "{weights}, kl {kl}\n"

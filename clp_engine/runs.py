@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from clp_engine import trust
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import finish, write_text
+from clp_engine.data.sources import load_reward, read_rows
 from clp_engine.run_folder import checkpoints, note
-from clp_engine.sources import load_reward, read_rows
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig

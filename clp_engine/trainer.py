@@ -25,7 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clp_engine import best, callback_states, chat_template, checkpoint, init_kwargs, lora_config, run_folder
+from clp_engine import best, callback_states, checkpoint, init_kwargs, lora_config, run_folder
 from clp_engine.base_model import holds_adapters
 from clp_engine.conditioning import Conditioning
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
@@ -33,7 +33,10 @@ from clp_engine.core.conditions import check_objectives
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import append_text, check_folder, write_text
 from clp_engine.core.sizes import BOOKKEEPING, check_size
-from clp_engine.data import Prompts
+from clp_engine.data import chat_template
+from clp_engine.data.prompts import Prompts
+from clp_engine.data.rewards import RewardSet
+from clp_engine.data.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.generation import Collector, Generation
 from clp_engine.loader import PromptLoader
 from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
@@ -44,11 +47,9 @@ from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.progress import Budget, finish_step_on_interrupt
-from clp_engine.rewards import RewardSet
 from clp_engine.scoring import score
 from clp_engine.script_surface import ScriptSurface
 from clp_engine.selection import select
-from clp_engine.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.update import backward, micro_batches
 
 logger = logging.getLogger(__name__)

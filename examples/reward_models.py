@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from clp_engine import CLPConfig, CLPTrainer
-from clp_engine.rewards import ClassifierReward
+from clp_engine.data.rewards import ClassifierReward
 from clp_engine.tasks import docsum
 
 PROMPT_TOKENS = 64  # documents are cut here, so that two CPU cores will do

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import runs, sources, trust
+from clp_engine import runs, trust
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.data import encode_prompts
+from clp_engine.data import sources
+from clp_engine.data.prompts import encode_prompts
 from clp_engine.evaluation import ParetoReport
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams

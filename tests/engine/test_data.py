@@ -10,12 +10,12 @@ from engine.conftest import build_model, build_tokenizer
 from engine.test_trainer import ROWS, build_trainer, log_of, low_words, settings, timeless
 
 from clp_engine import prompting
-from clp_engine.chat import encode_chat
 from clp_engine.core.errors import ConfigError
-from clp_engine.data import PromptDataset
+from clp_engine.data.chat import encode_chat
+from clp_engine.data.prompts import PromptDataset
+from clp_engine.data.sources import read_rows
+from clp_engine.data.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.loader import PromptLoader
-from clp_engine.sources import read_rows
-from clp_engine.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.trainer import CLPTrainer
 
 READS_PARTS = (

@@ -15,9 +15,9 @@ from clp_engine.core import provenance
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import source_commit
+from clp_engine.data.rewards import RewardSet
 from clp_engine.evaluation import ParetoReport, default_grid, evaluate
 from clp_engine.report import draw, summary, table
-from clp_engine.rewards import RewardSet
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams
 from clp_engine.scoring import score

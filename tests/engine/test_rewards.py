@@ -18,7 +18,7 @@ from engine.test_trainer import build_trainer, log_of, low_words
 from transformers import AutoModelForSequenceClassification, Gemma3Config
 
 from clp_engine import ahead, generation
-from clp_engine.rewards import ClassifierReward, RewardSet
+from clp_engine.data.rewards import ClassifierReward, RewardSet
 
 BATCH = (["p"] * 3, ["a", "b", "c"], [[1], [2], [3]], {})
 
@@ -207,7 +207,7 @@ def test_threads_end_with_the_rewards_they_served():
 
 HANGS = """
 import os, signal, threading, time
-from clp_engine.rewards import RewardSet
+from clp_engine.data.rewards import RewardSet
 
 def hangs(**_):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()

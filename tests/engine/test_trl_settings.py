@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from clp_engine import chat_template, cli
+from clp_engine import cli
 from clp_engine.config import CLPConfig
 from clp_engine.core.errors import ConfigError
+from clp_engine.data import chat_template
 from clp_engine.trl_fields import ACCEPTED, ANYTHING, DEFAULT, FIELDS, REFUSED, SAME, TRANSLATED
 
 SETTINGS = {option.name: option.default for option in dataclasses.fields(CLPConfig)}

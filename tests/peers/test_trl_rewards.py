@@ -13,7 +13,7 @@ from engine.conftest import build_classifier, build_model, build_tokenizer
 from peers.both_trainers import BOTH, ROWS, our_trainer, trl_trainer
 from transformers import LlamaForSequenceClassification
 
-from clp_engine.rewards import RewardSet
+from clp_engine.data.rewards import RewardSet
 
 COMPLETIONS = ["w3 w4", "w5", "w6 w7 w8", "w9"]
 IDS = [[5, 6], [7, 2], [8, 9, 10], [11, 2]]

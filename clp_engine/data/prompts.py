@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from clp_engine.chat import check_prompt, encode_chat
 from clp_engine.core import seeds
 from clp_engine.core.errors import ConfigError
+from clp_engine.data.chat import check_prompt, encode_chat
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.data import PromptBatch, PromptDataset, Prompts, has_rows
+from clp_engine.data.prompts import PromptBatch, PromptDataset, Prompts, has_rows
 
 logger = logging.getLogger(__name__)
 

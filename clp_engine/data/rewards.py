@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from clp_engine.chat import messages_as_read
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.transformers_releases import keep_softcap
-from clp_engine.workers import EventLoop, Workers
+from clp_engine.data.chat import messages_as_read
+from clp_engine.data.reward_threads import EventLoop, Workers
 
 logger = logging.getLogger(__name__)
 
