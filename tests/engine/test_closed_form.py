@@ -22,15 +22,15 @@ from later import later
 
 from clp_engine.objectives.estimators import Coefficients, coefficients
 from clp_engine.objectives.weightings import build_sampler, simplex_lattice
-from clp_engine.tasks.dilemma import (
+from clp_engine.tasks.closed_form.dilemma import (
     affine_shortfall,
     commit_probability,
     dilemma,
     interpolation_shortfall,
     optimal_commit_probability,
 )
-from clp_engine.tasks.tabular import TabularTask, Trained, combine, train, train_specialist
-from clp_engine.tasks.tabular_policies import LogitMixture, Network, Tables, soup
+from clp_engine.tasks.closed_form.policies import LogitMixture, Network, Tables, soup
+from clp_engine.tasks.closed_form.task import TabularTask, Trained, combine, train, train_specialist
 
 BOUND = 0.01
 THREE_TOKENS = [((0.5, 0.5), 0.2), ((0.2, 0.8), 0.2), ((0.8, 0.2), 0.4)]

@@ -39,7 +39,7 @@ import math
 
 import torch
 
-from clp_engine.tasks.tabular import TabularTask
+from clp_engine.tasks.closed_form.task import TabularTask
 
 
 def dilemma(num_objectives: int = 2, compromise: float = 0.5) -> TabularTask:

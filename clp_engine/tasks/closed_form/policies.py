@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from clp_engine.tasks.tabular import TabularTask
+    from clp_engine.tasks.closed_form.task import TabularTask
 
 
 class BlendedPolicy(Protocol):

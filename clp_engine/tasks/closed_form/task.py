@@ -34,7 +34,7 @@ from clp_engine.objectives.estimators import (
     scalarise,
 )
 from clp_engine.objectives.weightings import ConditionSampler, Fixed, FixedKL
-from clp_engine.tasks.tabular_policies import BlendedPolicy, Tables
+from clp_engine.tasks.closed_form.policies import BlendedPolicy, Tables
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Problems whose optimum is known in closed form."""
