@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clp_engine.adapters import ConditionedLinear
+from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.policy import ConditionedPolicy
 
 FAMILIES = ("llama", "qwen2")

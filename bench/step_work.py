@@ -362,7 +362,7 @@ def count(**settings) -> Counted:
 
 def least(policy, prompts: list[int], completions: list[int], with_reference: bool) -> dict[str, int]:
     """FLOPs of matrix products that these tokens cannot do without, with a reference and its KL or without."""
-    from clp_engine.adapters import ConditionedLinear
+    from clp_engine.models.low_rank_layers import ConditionedLinear
 
     named = {n: m for n, m in policy.model.named_modules() if isinstance(m, ConditionedLinear)}
     layers = list(named.values())

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clp_engine import init_kwargs, trl_settings
-from clp_engine.conditioning import CARRIERS, Conditioning
 from clp_engine.core import ranges
 from clp_engine.core.conditions import KL_CONDITIONING
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.sizes import BOOKKEEPING, check_size
+from clp_engine.models.forms import CARRIERS, Conditioning
 from clp_engine.objectives.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
 from clp_engine.prompting import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
 from clp_engine.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS

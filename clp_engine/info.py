@@ -59,9 +59,9 @@ def describe(spec: RunSpec, config: CLPConfig) -> dict[str, Any]:
     from the model's configuration, without loading it."""
     import torch
 
-    from clp_engine import memory
-    from clp_engine.base_model import model_location
-    from clp_engine.layers import unconditioned
+    from clp_engine.models import memory
+    from clp_engine.models.base import model_location
+    from clp_engine.models.targets import unconditioned
 
     model = memory.skeleton(model_location(spec.model))
     # As the policy will load it: see ConditionedPolicy.from_pretrained's dtype.

@@ -23,9 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from clp_engine.adapters import check_targets
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
+from clp_engine.models.low_rank_layers import check_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -27,8 +27,8 @@ from clp_kernels import TokenStats
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
+from clp_engine.models.positions import Room
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.positions import Room
 from clp_engine.rollout_types import Rollout
 from clp_engine.scoring import completion_hidden
 

@@ -26,10 +26,10 @@ from clp_kernels.backends import backends
 from clp_kernels.decoder import DecoderLayer, DecoderWeights, Decoding, Draws, Linear, LowRank, PackedDecoder
 from torch import nn
 
-from clp_engine.adapters import ConditionedLayer, ConditionedLinear
-from clp_engine.backbone import CausalBackbone
 from clp_engine.core.errors import ConfigError
-from clp_engine.positions import moving_rope
+from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinear
+from clp_engine.models.positions import moving_rope
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

@@ -20,10 +20,10 @@ from clp_kernels import expand_gate
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from clp_engine.adapters import ConditionedLayer, ConditionedLinear
 from clp_engine.core.errors import ConfigError
-from clp_engine.full_weight import InterpolatedLinear
 from clp_engine.low_rank import Cut, cut_matrix, cut_product
+from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinear
+from clp_engine.models.whole_weight_layers import InterpolatedLinear
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

@@ -25,10 +25,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from clp_engine.adapters import place
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import read_json, read_tensors
 from clp_engine.core.ranges import COUNT, MAPPINGS, Range
+from clp_engine.models.low_rank_layers import place
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<part>[AB])\.weight$")

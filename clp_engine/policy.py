@@ -26,7 +26,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from clp_engine import (
-    fingerprint,
     fused_step,
     native_decoding,
     peft_format,
@@ -35,10 +34,6 @@ from clp_engine import (
     steerable,
     warm_start,
 )
-from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, place
-from clp_engine.backbone import CausalBackbone, find_head, make_backbone
-from clp_engine.base_model import holds_adapters, load_base, same_weights
-from clp_engine.conditioning import Conditioning
 from clp_engine.core import ranges
 from clp_engine.core.conditions import (
     KL_CONDITIONING,
@@ -52,11 +47,16 @@ from clp_engine.core.files import finish, read_json, read_tensors, refuse_overla
 from clp_engine.core.sizes import check_size
 from clp_engine.data.prompts import encode_prompts
 from clp_engine.decoding import BlendDecoding, Decoding
-from clp_engine.layers import attach, is_tied, lora_targets, untie
-from clp_engine.memory import Memory
+from clp_engine.models import fingerprint
+from clp_engine.models.backbones.causal import CausalBackbone, find_head, make_backbone
+from clp_engine.models.base import holds_adapters, load_base, same_weights
+from clp_engine.models.forms import Conditioning
+from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedLinear, place
+from clp_engine.models.memory import Memory
+from clp_engine.models.positions import Room
+from clp_engine.models.targets import attach, is_tied, lora_targets, untie
 from clp_engine.native_decoding import NativeDecoding
 from clp_engine.peft_reading import Adapter
-from clp_engine.positions import Room
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import Rollout, SamplingParams
 from clp_engine.scoring import completion_hidden

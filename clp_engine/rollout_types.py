@@ -10,7 +10,7 @@ import torch
 
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError, shown
-from clp_engine.packing import Packed, pack
+from clp_engine.models.backbones.packing import Packed, pack
 
 
 @dataclass(frozen=True)

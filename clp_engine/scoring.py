@@ -9,7 +9,7 @@ import torch
 from clp_kernels import TokenStats
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.packing import join, pack_rollout
+from clp_engine.models.backbones.packing import join, pack_rollout
 from clp_engine.rollout_types import Rollout
 
 if TYPE_CHECKING:

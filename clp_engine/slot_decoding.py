@@ -26,9 +26,9 @@ import torch
 from transformers import AttentionInterface
 
 from clp_engine import fused_step
-from clp_engine.adapters import ConditionedLinear
-from clp_engine.backbone import CausalBackbone
 from clp_engine.fused_step import FusedStep
+from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.native_decoding import rope_tables
 
 if TYPE_CHECKING:

@@ -26,8 +26,6 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from clp_engine import best, callback_states, checkpoint, init_kwargs, lora_config, run_folder
-from clp_engine.base_model import holds_adapters
-from clp_engine.conditioning import Conditioning
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.core.conditions import check_objectives
 from clp_engine.core.errors import ConfigError
@@ -40,6 +38,8 @@ from clp_engine.data.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.generation import Collector, Generation
 from clp_engine.loader import PromptLoader
 from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
+from clp_engine.models.base import holds_adapters
+from clp_engine.models.forms import Conditioning
 from clp_engine.objectives.estimators import MixController
 from clp_engine.objectives.value_head import ValueHead, explained_variance
 from clp_engine.objectives.weightings import ConditionSampler, build_sampler

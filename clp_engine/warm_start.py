@@ -19,13 +19,13 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from clp_engine import fingerprint
-from clp_engine.adapters import ConditionedLinear, find_targets
-from clp_engine.base_model import load_base, model_location
-from clp_engine.conditioning import Conditioning
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import read_json
-from clp_engine.layers import head_name
+from clp_engine.models import fingerprint
+from clp_engine.models.base import load_base, model_location
+from clp_engine.models.forms import Conditioning
+from clp_engine.models.low_rank_layers import ConditionedLinear, find_targets
+from clp_engine.models.targets import head_name
 from clp_engine.peft_format import BLEND_FILE, BLEND_SETTINGS
 from clp_engine.peft_reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters
 

@@ -7,8 +7,8 @@ import pytest
 from clp_kernels import backends
 
 from clp_engine import cli
-from clp_engine.conditioning import CONDITIONING
 from clp_engine.core.conditions import KL_CONDITIONING
+from clp_engine.models.forms import CONDITIONING
 from clp_engine.objectives.estimators import BASELINES, ESTIMATORS
 
 # Where an op is compared with its specification, for each back-end: {} is its name among the parameters.

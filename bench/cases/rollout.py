@@ -215,7 +215,7 @@ def cases(device: str, sizes: str) -> list[DecodeCase]:
 
 def step_work(model: torch.nn.Module, case: DecodeCase, low_rank: bool) -> Work:
     """The floor in the module's docstring; `model` may hold conditioned layers, whose factors count where `low_rank`."""
-    from clp_engine.adapters import ConditionedLinear
+    from clp_engine.models.low_rank_layers import ConditionedLinear
 
     config = model.config
     layers, heads, kv_heads = (
@@ -441,7 +441,7 @@ def make_policy(name: str, device: str):
 
 def without_adapters(model):
     """A policy whose layers are the model's own: what decoding costs where nothing is conditioned."""
-    from clp_engine.adapters import place
+    from clp_engine.models.low_rank_layers import place
     from clp_engine.policy import ConditionedPolicy
 
     policy = ConditionedPolicy.from_pretrained(model, ("none",), conditioning="none", rank=1)

@@ -14,11 +14,11 @@ from engine.conftest import (
 )
 
 from clp_engine import prompting
-from clp_engine.conditioning import Conditioning
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.chat import encode_chat
-from clp_engine.layers import unconditioned
+from clp_engine.models.forms import Conditioning
+from clp_engine.models.targets import unconditioned
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams

@@ -8,10 +8,10 @@ import torch
 from engine.conftest import ENCODER_DECODER, VOCAB, build_model, build_policy, build_tokenizer, model_inputs
 from engine.test_trainer import ROWS, high_words, log_of, low_words, settings
 
-from clp_engine.backbone import make_backbone
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.evaluation import evaluate
+from clp_engine.models.backbones.causal import make_backbone
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams, pad_left

@@ -10,8 +10,8 @@ from engine.conftest import build_model, build_policy, build_tokenizer
 from engine.test_trainer import build_trainer
 from safetensors.torch import load_file, save_file
 
-from clp_engine import fingerprint
 from clp_engine.core.errors import ConfigError
+from clp_engine.models import fingerprint
 from clp_engine.policy import ConditionedPolicy
 
 OTHER = "was saved over another base model than .*tensors differ, first "

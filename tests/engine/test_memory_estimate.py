@@ -5,7 +5,7 @@ from engine.conftest import CONFIGS, build_model, build_policy
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.sizes import size
-from clp_engine.memory import by_conditioning, estimate, skeleton
+from clp_engine.models.memory import by_conditioning, estimate, skeleton
 
 FORMS = [
     {"conditioning": "lora"},

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, XGLMConfig
 from clp_engine.config import CLPConfig
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.packing import join, pack, pack_rollout
+from clp_engine.models.backbones.packing import join, pack, pack_rollout
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams

@@ -6,8 +6,8 @@ from engine.conftest import build_model, build_policy, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from clp_engine.core.errors import ConfigError
+from clp_engine.models.positions import Room
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.positions import Room
 from clp_engine.rollout import rollout
 from clp_engine.rollout_types import SamplingParams
 from clp_engine.scoring import score

@@ -33,11 +33,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clp_engine import packing
-from clp_engine.attention_cache import join_with_room, repeat_rows, repeat_with_room
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.transformers_releases import cache_argument, keep_softcap
-from clp_engine.packing import Packed
+from clp_engine.models.backbones import packing
+from clp_engine.models.backbones.kv_cache import join_with_room, repeat_rows, repeat_with_room
+from clp_engine.models.backbones.packing import Packed
 
 # Held by a pass through a decoder: which attention it runs stands in the model's config, which threads share.
 _ATTENTION = threading.RLock()
@@ -201,7 +201,7 @@ def make_backbone(model: PreTrainedModel) -> Backbone:
     """The backbone for a causal or an encoder-decoder language model, tried out. Raises ConfigError for others."""
     keep_softcap(model)
     if getattr(model.config, "is_encoder_decoder", False):
-        from clp_engine.encoder_decoder import EncoderDecoderBackbone
+        from clp_engine.models.backbones.encoder_decoder import EncoderDecoderBackbone
 
         backbone = EncoderDecoderBackbone(model)
         backbone.check_head()
@@ -211,7 +211,7 @@ def make_backbone(model: PreTrainedModel) -> Backbone:
         backbone.check_head()
         backbone.check_packing()
     except ConfigError as error:
-        from clp_engine.whole_sequences import WholeSequenceBackbone
+        from clp_engine.models.backbones.whole_sequences import WholeSequenceBackbone
 
         backbone = WholeSequenceBackbone(model, str(error))
         backbone.check_head()

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from clp_engine.adapters import ConditionedLayer
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import read_json
+from clp_engine.models.low_rank_layers import ConditionedLayer
 
 FILE = "base_model.json"
 _KEPT: WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Tensor]]] = WeakKeyDictionary()

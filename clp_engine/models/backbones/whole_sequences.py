@@ -19,8 +19,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from clp_engine.backbone import Backbone
 from clp_engine.core.errors import ConfigError
+from clp_engine.models.backbones.causal import Backbone
 
 # logits (rows, V) -> (tokens (rows,), whether all rows have ended)
 Draw = Callable[[torch.Tensor], tuple[torch.Tensor, bool]]

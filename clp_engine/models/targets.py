@@ -9,10 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from clp_engine.adapters import Blend, ConditionedLayer, ConditionedLinear, find_targets, place
-from clp_engine.conditioning import Conditioning
 from clp_engine.core.errors import ConfigError
-from clp_engine.full_weight import InterpolatedAffine, InterpolatedEmbedding, InterpolatedLinear
+from clp_engine.models.forms import Conditioning
+from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedLinear, find_targets, place
+from clp_engine.models.whole_weight_layers import (
+    InterpolatedAffine,
+    InterpolatedEmbedding,
+    InterpolatedLinear,
+)
 
 
 def lora_targets(

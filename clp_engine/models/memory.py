@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from clp_engine.base_model import auto_class
-from clp_engine.conditioning import CARRIERS, Conditioning
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.sizes import size
-from clp_engine.layers import attention_layers, is_whole, lora_targets, unconditioned
+from clp_engine.models.base import auto_class
+from clp_engine.models.forms import CARRIERS, Conditioning
+from clp_engine.models.targets import attention_layers, is_whole, lora_targets, unconditioned
 
 _FLOAT32 = 4
 @dataclass(frozen=True)
