@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clp_engine.rollout_types import Rollout
-from clp_engine.scoring import parts, unpacked
+from clp_engine.rollouts.scoring import parts, unpacked
+from clp_engine.rollouts.types import Rollout
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig

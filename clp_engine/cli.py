@@ -24,7 +24,7 @@ from clp_engine.data import sources
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
-    from clp_engine.rollout_types import SamplingParams
+    from clp_engine.rollouts.types import SamplingParams
 
 _EPILOG = """\
 examples:
@@ -676,7 +676,7 @@ def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
 
 
 def _sampling(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> SamplingParams:
-    from clp_engine.rollout_types import SamplingParams
+    from clp_engine.rollouts.types import SamplingParams
 
     trained = {} if spec is None else spec.config
     temperature = (

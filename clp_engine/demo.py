@@ -127,7 +127,7 @@ def _evaluate(
     policy: ConditionedPolicy, spec: runs.RunSpec, config: CLPConfig, rows: list[dict], out: str | Path
 ) -> ParetoReport:
     from clp_engine.evaluation import evaluate
-    from clp_engine.rollout_types import SamplingParams
+    from clp_engine.rollouts.types import SamplingParams
 
     trained = runs.RunSpec.load(out)
     options = {name: value for name, value in EVALUATION.items() if name != "prompts"}

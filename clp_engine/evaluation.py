@@ -33,9 +33,9 @@ from clp_engine.core.statistics import CONFIDENCE, Interval
 from clp_engine.data.prompts import PromptBatch, PromptDataset, completion_texts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.objectives.weightings import simplex_lattice
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import Rollout, SamplingParams
-from clp_engine.scoring import score
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.types import Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

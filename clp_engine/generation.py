@@ -25,8 +25,8 @@ from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.objectives.estimators import needs_reference, scalarise
 from clp_engine.objectives.weightings import ConditionSampler
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import Rollout, SamplingParams
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.types import Rollout, SamplingParams
 
 # Counters that keep the uses of one seed apart (data.py has 1).
 _CONDITIONS, _TOKENS, _EVAL = 2, 3, 4

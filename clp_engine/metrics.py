@@ -12,7 +12,7 @@ import torch
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.objectives.estimators import Coefficients
-from clp_engine.rollout_types import Rollout
+from clp_engine.rollouts.types import Rollout
 
 # Bins of w_i in which an objective's mean reward is logged: a policy that heeds w has more of it in the higher bins.
 WEIGHT_BINS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))

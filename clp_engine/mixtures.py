@@ -29,8 +29,8 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.positions import Room
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout_types import Rollout
-from clp_engine.scoring import completion_hidden
+from clp_engine.rollouts.scoring import completion_hidden
+from clp_engine.rollouts.types import Rollout
 
 _NEGLIGIBLE = 1e-6  # float32 weights that sum to one do so up to this
 

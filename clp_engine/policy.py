@@ -25,15 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from clp_engine import (
-    fused_step,
-    native_decoding,
-    peft_format,
-    prompting,
-    slot_decoding,
-    steerable,
-    warm_start,
-)
+from clp_engine import peft_format, prompting, steerable, warm_start
 from clp_engine.core import ranges
 from clp_engine.core.conditions import (
     KL_CONDITIONING,
@@ -46,7 +38,6 @@ from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import finish, read_json, read_tensors, refuse_overlap, write_directory
 from clp_engine.core.sizes import check_size
 from clp_engine.data.prompts import encode_prompts
-from clp_engine.decoding import BlendDecoding, Decoding
 from clp_engine.models import fingerprint
 from clp_engine.models.backbones.causal import CausalBackbone, find_head, make_backbone
 from clp_engine.models.base import holds_adapters, load_base, same_weights
@@ -55,12 +46,14 @@ from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, Condition
 from clp_engine.models.memory import Memory
 from clp_engine.models.positions import Room
 from clp_engine.models.targets import attach, is_tied, lora_targets, untie
-from clp_engine.native_decoding import NativeDecoding
 from clp_engine.peft_reading import Adapter
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import Rollout, SamplingParams
-from clp_engine.scoring import completion_hidden
-from clp_engine.slot_decoding import SlotDecoding, Slots
+from clp_engine.rollouts.engines import cuda_graphs, fused_step, native
+from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding, Slots
+from clp_engine.rollouts.engines.modules import BlendDecoding, Decoding
+from clp_engine.rollouts.engines.native import NativeDecoding
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import completion_hidden
+from clp_engine.rollouts.types import Rollout, SamplingParams
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 
@@ -418,9 +411,9 @@ class ConditionedPolicy(nn.Module):
                 "scoring pads its batches and computes prompts and completions in two passes: "
                 + self.backbone.packing_fault
             )
-        if self.device.type == "cpu" and (reason := native_decoding.plan(self).reason) is not None:
+        if self.device.type == "cpu" and (reason := native.plan(self).reason) is not None:
             found.append(f"decoding goes through transformers' modules: {reason}")
-        elif self.device.type == "cuda" and not slot_decoding.serves(self):
+        elif self.device.type == "cuda" and not cuda_graphs.serves(self):
             found.append(
                 "decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers"
             )
@@ -572,9 +565,9 @@ class ConditionedPolicy(nn.Module):
         at_once: prompts that are on their way together, at most. On a CPU the native decoder, on a GPU graphs over fixed slots,
         and transformers' modules where these cannot serve."""
         arguments = self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room, at_once
-        if self.device.type == "cuda" and slot_decoding.serves(self):
+        if self.device.type == "cuda" and cuda_graphs.serves(self):
             return SlotDecoding(*arguments, fused=fused_step.choose(self))
-        native = native_decoding.choose(self)
+        native = native.choose(self)
         return BlendDecoding(*arguments) if native is None else NativeDecoding(*arguments, native)
 
     def token_stats(

@@ -30,7 +30,7 @@ import torch
 
 from clp_engine.ahead import reference_logprob
 from clp_engine.objectives.estimators import Coefficients, Tokens, advantages, objective_scales
-from clp_engine.rollout_types import Rollout
+from clp_engine.rollouts.types import Rollout
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig

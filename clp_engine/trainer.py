@@ -47,7 +47,7 @@ from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.progress import Budget, finish_step_on_interrupt
-from clp_engine.scoring import score
+from clp_engine.rollouts.scoring import score
 from clp_engine.script_surface import ScriptSurface
 from clp_engine.selection import select
 from clp_engine.update import backward, micro_batches

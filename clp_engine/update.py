@@ -25,8 +25,8 @@ from clp_engine.objectives.estimators import (
     returns_to_go,
 )
 from clp_engine.objectives.value_head import ValueHead
-from clp_engine.rollout_types import Rollout
-from clp_engine.scoring import ALL, completion_stats, parts, unpacked
+from clp_engine.rollouts.scoring import ALL, completion_stats, parts, unpacked
+from clp_engine.rollouts.types import Rollout
 from clp_engine.selection import select_tokens
 
 if TYPE_CHECKING:

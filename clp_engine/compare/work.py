@@ -152,7 +152,7 @@ def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
 def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -> None:
     """Write the report of a method at a seed (or of one specialist), or of the base model; nothing where it is there."""
     from clp_engine import evaluation as measuring
-    from clp_engine.rollout_types import SamplingParams
+    from clp_engine.rollouts.types import SamplingParams
 
     name = BASE if evaluation is None else evaluation.name
     folder = plan.evaluation_folder(name)

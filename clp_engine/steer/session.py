@@ -14,8 +14,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
 from clp_engine.data.prompts import encode_prompts
 from clp_engine.evaluation import ParetoReport
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.types import SamplingParams
 from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
 
 if TYPE_CHECKING:

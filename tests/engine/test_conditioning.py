@@ -20,9 +20,9 @@ from clp_engine.data.chat import encode_chat
 from clp_engine.models.forms import Conditioning
 from clp_engine.models.targets import unconditioned
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
-from clp_engine.scoring import score
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.types import SamplingParams
 
 MODES = {
     "full": {},

@@ -13,9 +13,9 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.evaluation import evaluate
 from clp_engine.models.backbones.causal import make_backbone
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams, pad_left
-from clp_engine.scoring import completion_stats, score
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import completion_stats, score
+from clp_engine.rollouts.types import SamplingParams, pad_left
 from clp_engine.trainer import CLPTrainer
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]

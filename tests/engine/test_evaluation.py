@@ -18,9 +18,9 @@ from clp_engine.core.provenance import source_commit
 from clp_engine.data.rewards import RewardSet
 from clp_engine.evaluation import ParetoReport, default_grid, evaluate
 from clp_engine.report import draw, summary, table
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
-from clp_engine.scoring import score
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.types import SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=6)
 PROMPTS = [f"w{i} " * (1 + i % 4) for i in range(7)]

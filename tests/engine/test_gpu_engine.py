@@ -10,10 +10,11 @@ from devices import PRETENDED
 from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
 from transformers import TrainerCallback
 
-from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate, fused_step, slot_decoding
+from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate
 from clp_engine.core.conditions import Conditions
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
+from clp_engine.rollouts.engines import cuda_graphs, fused_step
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.types import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,13 +55,13 @@ def few_words(completions, **_):
 @pytest.fixture
 def captured(monkeypatch):
     """The numbers of slots that graphs were captured for."""
-    counts, capture = [], slot_decoding.SlotDecoding._capture
+    counts, capture = [], cuda_graphs.SlotDecoding._capture
 
     def counted(self, count):
         counts.append(count)
         return capture(self, count)
 
-    monkeypatch.setattr(slot_decoding.SlotDecoding, "_capture", counted)
+    monkeypatch.setattr(cuda_graphs.SlotDecoding, "_capture", counted)
     return counts
 
 

@@ -10,9 +10,9 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
 from clp_engine.evaluation import evaluate
 from clp_engine.mixtures import LogitMixture
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
-from clp_engine.scoring import score
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.types import SamplingParams
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [40, 41]]
 # The reference, a mixture, a corner, a mixture of all three; coefficients that neither sum to one nor are positive.

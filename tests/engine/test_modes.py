@@ -11,7 +11,7 @@ from later import later
 
 from clp_engine import CLPConfig, CLPTrainer, evaluate
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout_types import SamplingParams
+from clp_engine.rollouts.types import SamplingParams
 
 FORMS = {
     "lora": {},

@@ -19,15 +19,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from clp_engine import native_decoding
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.decoding import BlendDecoding
-from clp_engine.drawing import Drawing
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams, pad_left
-from clp_engine.scoring import score
+from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.engines.modules import BlendDecoding
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.rows import Drawing
+from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.types import SamplingParams, pad_left
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], list(range(30, 60))]
 MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.full((4,), 0.1))
@@ -100,12 +100,12 @@ def native_family(request):
 
 
 def both(policy, conditions, group=3, room=24, prompts=PROMPTS):
-    made = native_decoding.plan(policy)
+    made = native.plan(policy)
     assert made.reason is None
     ids, mask = pad_left(prompts, 0, policy.device)
     blend = None if conditions is None else policy.coefficients(conditions)
     arguments = policy, ids, mask, blend, group, room, len(prompts)
-    return native_decoding.NativeDecoding(*arguments, made), BlendDecoding(*arguments)
+    return native.NativeDecoding(*arguments, made), BlendDecoding(*arguments)
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def test_a_bfloat16_model_is_decoded_no_less_exactly_than_by_its_modules(native_
     """Both against the float32 model of the same numbers, and behind a prompt that transformers reads in bfloat16."""
     half = policy_of(FAMILIES[native_family](), base=lambda model: model.bfloat16())
     whole = policy_of(FAMILIES[native_family](), base=lambda model: model.bfloat16().float())
-    assert native_decoding.base_dtype(half) is torch.bfloat16
+    assert native.base_dtype(half) is torch.bfloat16
     native, modules = both(half, MIXED)
     error, theirs = (worst_difference(each, both(whole, MIXED)[1]) for each in (native, modules))
     assert 0 < error <= theirs  # equal where the prompt's part is the largest
@@ -160,7 +160,7 @@ def test_every_instruction_set(instruction_sets):
 
 def test_log_probs_of_sampling_are_those_of_the_training_pass(native_family):
     policy = policy_of(FAMILIES[native_family]())
-    assert native_decoding.plan(policy).reason is None
+    assert native.plan(policy).reason is None
     drawn = rollout(policy, PROMPTS, MIXED, num_generations=3, sampling=SamplingParams(12, 0.8), seed=5)
     scored = score(policy, drawn, MIXED, temperature=0.8, outputs=("logprob",)).logprob
     assert (scored - drawn.logprobs).abs().max() < 1e-5
@@ -170,7 +170,7 @@ def test_the_same_seeds_give_the_same_tokens_either_way(monkeypatch):
     policy = policy_of(FAMILIES["qwen2"]())
     drawn = {}
     for way in ("native", "torch"):
-        monkeypatch.setenv(native_decoding.SWITCH, way)
+        monkeypatch.setenv(native.SWITCH, way)
         drawn[way] = rollout(policy, PROMPTS, MIXED, num_generations=8, sampling=SamplingParams(20), seed=3)
     assert drawn["native"].token_lists() == drawn["torch"].token_lists()
 
@@ -193,7 +193,7 @@ def test_what_is_written_without_python_is_what_is_drawn_token_by_token(monkeypa
 
 def test_logits_that_are_not_finite_are_said_to_be_so():
     policy = policy_of(FAMILIES["llama"]())
-    assert native_decoding.plan(policy).reason is None
+    assert native.plan(policy).reason is None
     with torch.no_grad():
         next(p for n, p in policy.adapter_parameters().items() if n.endswith("lora_b")).fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
@@ -256,11 +256,11 @@ def test_rows_and_prompts_may_join_later():
 
 def test_plans_are_kept_until_the_weights_change():
     policy = policy_of(FAMILIES["llama"]())
-    made = native_decoding.plan(policy)
-    assert native_decoding.plan(policy) is made
+    made = native.plan(policy)
+    assert native.plan(policy) is made
     with torch.no_grad():
         policy.model.model.norm.weight.mul_(2.0)
-    again = native_decoding.plan(policy)
+    again = native.plan(policy)
     assert again is not made and again.reason is None
     assert worst_difference(*both(policy, MIXED)) < 1e-5
     copy.deepcopy(policy)
@@ -268,7 +268,7 @@ def test_plans_are_kept_until_the_weights_change():
 
 def test_new_factors_are_seen_by_the_next_rollout():
     policy = policy_of(FAMILIES["llama"]())
-    native_decoding.plan(policy)
+    native.plan(policy)
     with torch.no_grad():
         for parameter in policy.adapter_parameters().values():
             parameter.data.mul_(-1.5)
@@ -276,7 +276,7 @@ def test_new_factors_are_seen_by_the_next_rollout():
 
 
 def reason_of(policy) -> str:
-    made = native_decoding.plan(policy)
+    made = native.plan(policy)
     assert made.packed is None
     return made.reason
 
@@ -285,18 +285,18 @@ def test_models_it_cannot_take_are_said_to_be_so():
     assert "Llama" in reason_of(build_policy("gpt2"))
     assert "encoder-decoder" in reason_of(build_policy("t5"))
     assert "InterpolatedLinear" in reason_of(build_policy("llama", conditioning="attention"))
-    assert native_decoding.plan(build_policy("llama", conditioning="full")).reason
+    assert native.plan(build_policy("llama", conditioning="full")).reason
     dynamic = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
     assert "dynamic" in reason_of(policy_of(LlamaConfig(**_SMALL, rope_parameters=dynamic)))
     assert "activation" in reason_of(policy_of(LlamaConfig(**_SMALL, hidden_act="relu")))
     half = ConditionedPolicy.from_pretrained(build_model("llama").half(), ("a", "b"), rank=4)
     assert "float16" in reason_of(half)
     hooked = build_policy("llama")
-    assert native_decoding.plan(hooked).reason is None
+    assert native.plan(hooked).reason is None
     handle = hooked.model.model.layers[0].register_forward_hook(lambda *_: None)
     assert "hooks" in reason_of(hooked)
     handle.remove()
-    assert native_decoding.plan(hooked).reason is None
+    assert native.plan(hooked).reason is None
 
 
 def test_a_model_that_only_looks_like_llama_is_found_out():
@@ -313,14 +313,14 @@ def test_a_model_that_only_looks_like_llama_is_found_out():
 
 def test_the_switch_and_what_a_policy_says_of_it(monkeypatch):
     plain = build_policy("gpt2")
-    assert native_decoding.choose(plain) is None
+    assert native.choose(plain) is None
     assert "goes through transformers' modules" in plain.detours()[0]
     assert not build_policy("llama").detours()
-    monkeypatch.setenv(native_decoding.SWITCH, "native")
+    monkeypatch.setenv(native.SWITCH, "native")
     with pytest.raises(ConfigError, match="native"):
-        native_decoding.choose(plain)
-    monkeypatch.setenv(native_decoding.SWITCH, "torch")
-    assert native_decoding.choose(build_policy("llama")) is None
-    monkeypatch.setenv(native_decoding.SWITCH, "fast")
+        native.choose(plain)
+    monkeypatch.setenv(native.SWITCH, "torch")
+    assert native.choose(build_policy("llama")) is None
+    monkeypatch.setenv(native.SWITCH, "fast")
     with pytest.raises(ConfigError, match="expected torch, native or auto"):
-        native_decoding.choose(plain)
+        native.choose(plain)

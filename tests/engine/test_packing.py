@@ -13,9 +13,15 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.backbones.packing import join, pack, pack_rollout
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
-from clp_engine.scoring import completion_hidden, completion_stats, joint_hidden, score, within_budget
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import (
+    completion_hidden,
+    completion_stats,
+    joint_hidden,
+    score,
+    within_budget,
+)
+from clp_engine.rollouts.types import SamplingParams
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.full((4,), 0.1))

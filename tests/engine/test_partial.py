@@ -14,8 +14,8 @@ from engine.test_trainer import ROWS, log_of, settings
 from clp_engine import checkpoint, partial
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.types import SamplingParams
 from clp_engine.update import backward, micro_batches
 
 PARTIAL = {"partial_rollouts": True, "max_completion_length_per_step": 3, "max_completion_length": 12}

@@ -9,13 +9,13 @@ import torch
 from engine.conftest import ENCODER_DECODER, VOCAB, build_model, build_policy, build_tokenizer, model_inputs
 from transformers import AutoModelForCausalLM, Gemma2PreTrainedModel
 
-from clp_engine import native_decoding
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
-from clp_engine.scoring import score
+from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.types import SamplingParams
 
 
 def ids(rows=4, length=9, seed=3):
@@ -217,7 +217,7 @@ def test_alpha_1_is_the_reference_to_the_bit_where_the_blend_heeds_alpha(kl_cond
 @pytest.mark.parametrize("path", ["torch", "auto"])
 def test_threads_that_generate_at_once_get_what_they_would_get_alone(path, monkeypatch):
     """16 threads under 16 weightings, while another scores completions under a 17th."""
-    monkeypatch.setenv(native_decoding.SWITCH, path)
+    monkeypatch.setenv(native.SWITCH, path)
     policy = build_policy("llama")
     weightings = [[i / 15, 1 - i / 15] for i in range(16)]
 

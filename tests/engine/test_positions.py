@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.positions import Room
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
-from clp_engine.scoring import score
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.types import SamplingParams
 
 SMALL = {
     "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

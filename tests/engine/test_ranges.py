@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import build_policy
 
-from clp_engine import ConditionedPolicy, native_decoding
+from clp_engine import ConditionedPolicy
 from clp_engine.compare.plan import EvaluationSettings
 from clp_engine.config import CLPConfig
 from clp_engine.core import ranges
@@ -20,8 +20,9 @@ from clp_engine.core.ranges import Range
 from clp_engine.core.sizes import check_size
 from clp_engine.evaluation import evaluate
 from clp_engine.objectives.weightings import simplex_lattice
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams
+from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.types import SamplingParams
 from clp_engine.steer.request import GenerateRequest
 from clp_engine.trainer import CLPTrainer
 
@@ -151,7 +152,7 @@ def test_numbers_of_numpy_become_plain_ones():
 
 @pytest.mark.parametrize("decoder", ["native", "torch"])
 def test_both_decoders_draw_at_the_ends_of_the_ranges(monkeypatch, decoder):
-    monkeypatch.setenv(native_decoding.SWITCH, decoder)
+    monkeypatch.setenv(native.SWITCH, decoder)
     policy = build_policy("qwen2")
     ends = {name: _ends(values) for name, values in ranges.SAMPLING.items() if name != "max_new_tokens"}
     for name, value in [(n, v) for n, both in ends.items() for v in both]:

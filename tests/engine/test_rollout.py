@@ -8,15 +8,15 @@ from engine.conftest import ENCODER_DECODER, build_policy, plain_logits
 from later import later
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig
 
-from clp_engine import native_decoding
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.decoding import BlendDecoding
 from clp_engine.models.backbones.whole_sequences import WholeSequenceBackbone
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams, pad_left
-from clp_engine.scoring import completion_stats, score, unpacked
+from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.engines.modules import BlendDecoding
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import completion_stats, score, unpacked
+from clp_engine.rollouts.types import SamplingParams, pad_left
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.full((4,), 0.1))
@@ -125,7 +125,7 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(family):
 def test_prompts_that_wait_for_a_place_say_what_they_would_have_said_at_once(
     name, max_rows, path, monkeypatch
 ):
-    monkeypatch.setenv(native_decoding.SWITCH, path)
+    monkeypatch.setenv(native.SWITCH, path)
     policy = build_policy(name)
     prompts, conditions = PROMPTS * 3, Conditions.cat([MIXED] * 3)
     sampling = SamplingParams(24, temperature=2.0)  # rows end early, whatever the random weights
@@ -140,7 +140,7 @@ def test_prompts_that_wait_for_a_place_say_what_they_would_have_said_at_once(
 
 def test_places_are_taken_as_they_come_free(monkeypatch):
     policy, sizes = build_policy("qwen2"), []
-    monkeypatch.setenv(native_decoding.SWITCH, "torch")
+    monkeypatch.setenv(native.SWITCH, "torch")
     step = BlendDecoding.step
 
     def counted(self, tokens):

@@ -143,7 +143,7 @@ def test_the_gradient_is_that_of_the_chosen_rows_with_the_advantages_of_whole_gr
     returns = whole.scalar / (whole.scalar.view(2, 8).std(1).repeat_interleave(8) + 1e-4) * 0.7
     if estimator == "return":
         rows = torch.zeros(16, dtype=torch.bool)
-        from clp_engine.scoring import score
+        from clp_engine.rollouts.scoring import score
 
         stats = score(trainer.policy, whole.rollout, whole.conditions, outputs=("logprob", "ref_logprob"))
         returns = returns - 0.3 * (stats.logprob - stats.ref_logprob).sum(-1)

@@ -6,12 +6,12 @@ from clp_kernels import use_backend
 from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
 from later import later
 
-from clp_engine import fused_step, slot_decoding
 from clp_engine.core.conditions import Conditions
 from clp_engine.policy import ConditionedPolicy
-from clp_engine.rollout import rollout
-from clp_engine.rollout_types import SamplingParams, pad_left
-from clp_engine.slot_decoding import SlotDecoding
+from clp_engine.rollouts.engines import cuda_graphs, fused_step
+from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.types import SamplingParams, pad_left
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [40, 41]]
 MIXED = Conditions(
@@ -100,7 +100,7 @@ def test_a_fused_step_that_computes_something_else_is_not_used(monkeypatch):
 @pytest.mark.parametrize("max_rows", [None, 6])
 def test_slots_say_what_caches_say(name, max_rows, with_slots):
     policy = build_policy(name)
-    assert slot_decoding.serves(policy)
+    assert cuda_graphs.serves(policy)
     options = {"num_generations": 3, "sampling": SamplingParams(30), "seed": 3, "max_rows": max_rows}
     expected = rollout(policy, PROMPTS, MIXED, **options)
     with_slots()
@@ -147,7 +147,7 @@ def test_slots_are_kept_for_the_next_rollout_and_graphs_for_the_same_parameters(
     parameter.data = parameter.data.clone()
     rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(4))
     assert policy.slots is slots and not slots.graphs
-    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(slot_decoding.ROUND + 1))
+    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(cuda_graphs.ROUND + 1))
     assert policy.slots is not slots
 
 
@@ -181,5 +181,5 @@ def test_factors_are_converted_once_for_a_rollout_and_anew_for_the_next(with_slo
 
 
 def test_whole_weights_and_models_with_attention_of_their_own_are_not_served():
-    assert not slot_decoding.serves(build_policy("qwen2", conditioning="full"))
-    assert not slot_decoding.serves(build_policy("t5"))
+    assert not cuda_graphs.serves(build_policy("qwen2", conditioning="full"))
+    assert not cuda_graphs.serves(build_policy("t5"))

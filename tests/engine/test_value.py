@@ -13,7 +13,7 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.objectives.estimators import objective_scales
 from clp_engine.objectives.value_head import ValueHead, explained_variance
-from clp_engine.rollout_types import Rollout
+from clp_engine.rollouts.types import Rollout
 from clp_engine.update import MicroBatch, forward
 
 

@@ -10,7 +10,7 @@ from peers.both_trainers import ROWS, our_trainer, trl_trainer
 from clp_engine.core.conditions import Conditions
 from clp_engine.generation import Generation
 from clp_engine.objectives.estimators import MixController
-from clp_engine.rollout_types import Rollout
+from clp_engine.rollouts.types import Rollout
 from clp_engine.update import backward, micro_batches
 
 GROUP = 4

@@ -23,7 +23,7 @@ from clp_kernels import PrefixLayout, prefix_attention
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
-    from clp_engine.rollout_types import Rollout
+    from clp_engine.rollouts.types import Rollout
 
 NAME = "clp_shared_prefix"
 _layout: ContextVar[PrefixLayout | None] = ContextVar("layout", default=None)

@@ -358,7 +358,7 @@ def _make(policy: ConditionedPolicy, identity: tuple) -> Plan:
 
 def _verify(policy: ConditionedPolicy, made: Plan) -> None:
     """Raises Unsupported where the native decoder and transformers differ."""
-    from clp_engine.decoding import BlendDecoding
+    from clp_engine.rollouts.engines.modules import BlendDecoding
 
     trial = Trial.of(policy)
     ours = NativeDecoding(policy, *trial.arguments, made)
@@ -416,7 +416,7 @@ class Trial:
 
     @classmethod
     def of(cls, policy: ConditionedPolicy) -> Trial:
-        from clp_engine.rollout_types import pad_left
+        from clp_engine.rollouts.types import pad_left
 
         generator, device = torch.Generator(device="cpu").manual_seed(0), policy.device
         vocab, steps, group = policy.model.config.get_text_config().vocab_size, 3, 2

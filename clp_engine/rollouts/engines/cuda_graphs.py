@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AttentionInterface
 
-from clp_engine import fused_step
-from clp_engine.fused_step import FusedStep
 from clp_engine.models.backbones.causal import CausalBackbone
 from clp_engine.models.low_rank_layers import ConditionedLinear
-from clp_engine.native_decoding import rope_tables
+from clp_engine.rollouts.engines import fused_step
+from clp_engine.rollouts.engines.fused_step import FusedStep
+from clp_engine.rollouts.engines.native import rope_tables
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

@@ -18,9 +18,9 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
 
 if TYPE_CHECKING:
-    from clp_engine.native_decoding import NativeDecoding
     from clp_engine.policy import ConditionedPolicy
-    from clp_engine.rollout_types import SamplingParams
+    from clp_engine.rollouts.engines.native import NativeDecoding
+    from clp_engine.rollouts.types import SamplingParams
 
 
 class Drawing:

@@ -17,10 +17,10 @@ import torch
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.seeds import derive
 from clp_engine.core.sizes import BOOKKEEPING, check_size
-from clp_engine.decoding import Decoding
-from clp_engine.drawing import Drawing
-from clp_engine.native_decoding import NativeDecoding
-from clp_engine.rollout_types import Rollout, SamplingParams, pad_left
+from clp_engine.rollouts.engines.modules import Decoding
+from clp_engine.rollouts.engines.native import NativeDecoding
+from clp_engine.rollouts.rows import Drawing
+from clp_engine.rollouts.types import Rollout, SamplingParams, pad_left
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

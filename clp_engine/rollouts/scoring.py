@@ -10,7 +10,7 @@ from clp_kernels import TokenStats
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.models.backbones.packing import join, pack_rollout
-from clp_engine.rollout_types import Rollout
+from clp_engine.rollouts.types import Rollout
 
 if TYPE_CHECKING:
     from clp_engine.policy import ConditionedPolicy

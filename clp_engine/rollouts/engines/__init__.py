@@ -1,0 +1,1 @@
+"""What a rollout draws from, one engine a file."""
