@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clp_engine.models.low_rank_layers import ConditionedLinear
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 
 FAMILIES = ("llama", "qwen2")
 

@@ -17,7 +17,7 @@ from clp_engine.rollouts.types import Rollout
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 # Of completions whose states are not there (yet).
 Hidden = Sequence[torch.Tensor | None]

@@ -13,7 +13,7 @@ from clp_engine.config import CLPConfig
 from clp_engine.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 
 def note(

@@ -810,7 +810,7 @@ def _superseded(target: Path, new: Path) -> list[Path]:
 
 def _adapter_notes(path: Path, asked: int | None, error: float) -> str:
     """What to know of an adapter: its rank, what was lost by cutting it, and how vLLM takes it; lines to follow its own."""
-    from clp_engine.peft_format import read_rank, vllm_rank
+    from clp_engine.policy.peft.writing import read_rank, vllm_rank
 
     rank = read_rank(path)
     lost = "" if asked is None else f", relative error of the deltas {error:.3g}"

@@ -18,7 +18,7 @@ from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.sizes import BOOKKEEPING, check_size
 from clp_engine.models.forms import CARRIERS, Conditioning
 from clp_engine.objectives.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
-from clp_engine.prompting import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
+from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
 from clp_engine.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
 
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")

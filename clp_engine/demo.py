@@ -27,7 +27,7 @@ from clp_engine.core.files import check_folder
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
     from clp_engine.evaluation import ParetoReport
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 TASK = "docsum"
 # Settings of the demo's training; everything else is CLPConfig's default.

@@ -38,7 +38,7 @@ from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import Rollout, SamplingParams
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 # Points per edge of the default grid: 11 points for two objectives, 66 for three, 56, 35, 21, 28, ... for
 # more.

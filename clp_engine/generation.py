@@ -24,7 +24,7 @@ from clp_engine.data.rewards import PendingRewards, RewardSet
 from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.objectives.estimators import needs_reference, scalarise
 from clp_engine.objectives.weightings import ConditionSampler
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import Rollout, SamplingParams
 

@@ -27,7 +27,7 @@ from clp_engine.run_folder import checkpoints, note
 
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.tasks import Task
     from clp_engine.trainer import CLPTrainer
 
@@ -225,7 +225,7 @@ def policy_directory(run: str | Path) -> Path:
 def load_policy(run: str | Path, device: str | None = None) -> ConditionedPolicy:
     directory = policy_directory(run)
     from clp_engine.core.transformers_releases import quiet_transformers
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
     quiet_transformers()
     return ConditionedPolicy.load(directory, device=device)

@@ -35,7 +35,7 @@ from clp_engine.rollouts.types import Rollout
 if TYPE_CHECKING:
     from clp_engine.config import CLPConfig
     from clp_engine.generation import Generation
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 ROLLOUT_SELECTIONS = ("none", "max_variance")
 TOKEN_SELECTIONS = ("none", "advantage_entropy")

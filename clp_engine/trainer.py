@@ -25,7 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clp_engine import best, callback_states, checkpoint, init_kwargs, lora_config, run_folder
+from clp_engine import best, callback_states, checkpoint, init_kwargs, run_folder
 from clp_engine.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.core.conditions import check_objectives
 from clp_engine.core.errors import ConfigError
@@ -45,7 +45,8 @@ from clp_engine.objectives.value_head import ValueHead, explained_variance
 from clp_engine.objectives.weightings import ConditionSampler, build_sampler
 from clp_engine.optimizer import FlatAdamW
 from clp_engine.partial import PartialRollouts
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.peft import lora_config
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rollouts.scoring import score
 from clp_engine.script_surface import ScriptSurface

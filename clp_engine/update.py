@@ -31,7 +31,7 @@ from clp_engine.selection import select_tokens
 
 if TYPE_CHECKING:
     from clp_engine.generation import Generation
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 
 @dataclass(frozen=True)

@@ -427,7 +427,7 @@ def base_model(name: str, device: str):
 
 def make_policy(name: str, device: str):
     """With random deltas."""
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
     policy = ConditionedPolicy.from_pretrained(base_model(name, device), OBJECTIVES, rank=RANK)
     uniform = torch.full((len(OBJECTIVES),), 1.0 / len(OBJECTIVES), device=device)
@@ -442,7 +442,7 @@ def make_policy(name: str, device: str):
 def without_adapters(model):
     """A policy whose layers are the model's own: what decoding costs where nothing is conditioned."""
     from clp_engine.models.low_rank_layers import place
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
     policy = ConditionedPolicy.from_pretrained(model, ("none",), conditioning="none", rank=1)
     place(policy.model, {name: layer.base for name, layer in policy.layers.items()})

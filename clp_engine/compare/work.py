@@ -195,7 +195,7 @@ def _anywhere(plan: Plan) -> list[list[float]]:
 
 def _untrained(plan: Plan):
     transformers_releases.quiet_transformers()
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
     return ConditionedPolicy.from_pretrained(plan.spec.model, plan.objectives, kl_is_beta=plan.kl_is_beta)
 
@@ -205,12 +205,12 @@ def _assemble(plan: Plan, evaluation: Evaluation):
     policies = [runs.load_policy(plan.run_folder(name)) for name in evaluation.runs]
     if evaluation.assembly == "single":
         return policies[0]
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
     soup = ConditionedPolicy.from_specialists(policies)
     if evaluation.assembly == "soup":
         return soup
-    from clp_engine.mixtures import LogitMixture
+    from clp_engine.policy.logit_mixture import LogitMixture
 
     return LogitMixture(soup)
 

@@ -23,7 +23,7 @@ from clp_engine.rollouts.rows import Drawing
 from clp_engine.rollouts.types import Rollout, SamplingParams, pad_left
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 # Buffers of decoding belong to a policy: threads that draw from the same one take turns.
 _TURNS: weakref.WeakKeyDictionary[ConditionedPolicy, threading.RLock] = weakref.WeakKeyDictionary()

@@ -18,7 +18,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.rollouts.engines.native import NativeDecoding
     from clp_engine.rollouts.types import SamplingParams
 

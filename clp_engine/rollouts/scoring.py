@@ -13,7 +13,7 @@ from clp_engine.models.backbones.packing import join, pack_rollout
 from clp_engine.rollouts.types import Rollout
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 ALL = ("logprob", "ref_logprob", "kl", "entropy")
 _NEEDS_REFERENCE = {"ref_logprob", "kl", "reverse_kl"}

@@ -19,7 +19,7 @@ from clp_engine.rollouts.types import SamplingParams
 from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 EXAMPLES = 6
 _REMEMBERED = 64  # completions of the base model: moving a slider asks for the same one again

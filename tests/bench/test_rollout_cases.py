@@ -134,7 +134,7 @@ def test_what_raises_is_a_result_and_the_others_are_measured(monkeypatch):
 
 
 def test_the_slots_of_a_gpu_are_right_in_bfloat16(monkeypatch):
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding
 
     def decoding(self, ids, mask, conditions, group, room, at_once):

@@ -162,7 +162,7 @@ def add_adapter(model: PreTrainedModel, config) -> PreTrainedModel:
 
 def build_policy(family: str = "qwen2", objectives=("a", "b"), *, trained: bool = True, **options):
     """A policy over a small model; `trained` gives its adapters something to say."""
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
     policy = ConditionedPolicy.from_pretrained(
         build_model(family), objectives, tokenizer=build_tokenizer(family), **{"rank": 4, **options}

@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from clp_engine import best
 from clp_engine.core.errors import ConfigError
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.script_surface import ABSENT
 from clp_engine.trainer import CLPTrainer
 

@@ -25,7 +25,7 @@ from clp_engine.compare.summary import Front, dominated, summarise
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.statistics import Estimate, Interval, t_probability, t_quantile
 from clp_engine.evaluation import Base, ParetoReport
-from clp_engine.mixtures import LogitMixture
+from clp_engine.policy.logit_mixture import LogitMixture
 from clp_engine.run_folder import checkpoints
 from clp_engine.trainer import CLPTrainer
 

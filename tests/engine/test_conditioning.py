@@ -13,13 +13,13 @@ from engine.conftest import (
     plain_logits,
 )
 
-from clp_engine import prompting
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.chat import encode_chat
 from clp_engine.models.forms import Conditioning
 from clp_engine.models.targets import unconditioned
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy import prompt_conditioning
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams
@@ -417,10 +417,10 @@ def test_the_text_follows_a_leading_special_token_of_a_plain_prompt():
     tokenizer = build_tokenizer()
     (w3,) = tokenizer("w3")["input_ids"]
     bos = tokenizer.bos_token_id
-    assert prompting.with_weighting("w1 w2", [bos, 5, 6], "w3", tokenizer) == [bos, w3, 5, 6]
-    assert prompting.with_weighting("w1 w2", [5, 6], "w3", tokenizer) == [w3, 5, 6]
-    assert prompting.with_weighting(None, [5], "w3", tokenizer) == [w3, 5]
-    assert prompting.with_weighting([{"role": "system", "content": "w1"}], [5, 6], "w3", tokenizer) == [w3, 5, 6]
+    assert prompt_conditioning.with_weighting("w1 w2", [bos, 5, 6], "w3", tokenizer) == [bos, w3, 5, 6]
+    assert prompt_conditioning.with_weighting("w1 w2", [5, 6], "w3", tokenizer) == [w3, 5, 6]
+    assert prompt_conditioning.with_weighting(None, [5], "w3", tokenizer) == [w3, 5]
+    assert prompt_conditioning.with_weighting([{"role": "system", "content": "w1"}], [5, 6], "w3", tokenizer) == [w3, 5, 6]
 
 
 TEMPLATES = {
@@ -448,7 +448,7 @@ def test_a_chat_s_last_user_message_begins_with_the_text_whatever_the_template_t
         chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
     ids = encode_chat(chat, tokenizer)
     shown = {
-        cut: tokenizer.convert_ids_to_tokens(prompting.with_weighting(chat, ids[cut:], " w5 w6\n", tokenizer))
+        cut: tokenizer.convert_ids_to_tokens(prompt_conditioning.with_weighting(chat, ids[cut:], " w5 w6\n", tokenizer))
         for cut in range(len(ids))
     }
     text = ["w5", "w6"] if template != "parts" else ["w5", "w6", "<eos>", "<bos>"]
@@ -464,7 +464,7 @@ def test_a_template_that_hides_the_text_is_refused():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | replace('w5', 'w6') }}{% endfor %}"
     with pytest.raises(ConfigError, match="chat template does not show it; change prompt_template"):
-        prompting.with_weighting([{"role": "user", "content": "w1"}], [5], "w5 ", tokenizer)
+        prompt_conditioning.with_weighting([{"role": "user", "content": "w1"}], [5], "w5 ", tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import torch
 from engine.conftest import build_model, build_tokenizer
 from engine.test_trainer import ROWS, build_trainer, log_of, low_words, settings, timeless
 
-from clp_engine import prompting
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.chat import encode_chat
 from clp_engine.data.prompts import PromptDataset
 from clp_engine.data.sources import read_rows
 from clp_engine.data.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.loader import PromptLoader
+from clp_engine.policy import prompt_conditioning
 from clp_engine.trainer import CLPTrainer
 
 READS_PARTS = (
@@ -272,7 +272,7 @@ def test_parts_of_text_are_read_whatever_the_template_knows(template):
         {"role": "user", "content": [{"type": "text", "text": "w9"}, {"type": "text", "text": " w8"}]},
     ]
     assert encode_chat(parts, tokenizer) == tokenizer("w1 w5 w1 w9 w8 w2").input_ids
-    shown = prompting.with_weighting(parts, encode_chat(parts, tokenizer), "w7 ", tokenizer)
+    shown = prompt_conditioning.with_weighting(parts, encode_chat(parts, tokenizer), "w7 ", tokenizer)
     assert shown == tokenizer("w1 w5 w1 w7 w9 w8 w2").input_ids
 
 

@@ -12,7 +12,7 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.evaluation import evaluate
 from clp_engine.models.backbones.causal import make_backbone
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import completion_stats, score
 from clp_engine.rollouts.types import SamplingParams, pad_left

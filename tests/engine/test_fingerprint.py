@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.models import fingerprint
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 
 OTHER = "was saved over another base model than .*tensors differ, first "
 

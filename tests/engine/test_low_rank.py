@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clp_engine.low_rank import cut_matrix, cut_product
+from clp_engine.policy.peft.svd_cut import cut_matrix, cut_product
 
 
 def factors(rank=7, rows=31, columns=19):

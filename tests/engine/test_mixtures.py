@@ -9,7 +9,7 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
 from clp_engine.evaluation import evaluate
-from clp_engine.mixtures import LogitMixture
+from clp_engine.policy.logit_mixture import LogitMixture
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams

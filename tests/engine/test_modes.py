@@ -10,7 +10,7 @@ from engine.conftest import build_model, build_tokenizer, model_inputs
 from later import later
 
 from clp_engine import CLPConfig, CLPTrainer, evaluate
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.types import SamplingParams
 
 FORMS = {

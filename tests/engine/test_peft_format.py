@@ -9,8 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.peft_format import VLLM_RANKS, vllm_rank
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.peft.writing import VLLM_RANKS, vllm_rank
+from clp_engine.policy.policy import ConditionedPolicy
 
 FAMILIES = ["qwen2", "llama", "gpt2", "gemma2", "t5"]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

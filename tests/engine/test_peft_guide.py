@@ -86,6 +86,6 @@ def test_its_commands_run_and_print_what_vllm_needs(followed, folder, monkeypatc
 
 
 def test_the_page_knows_vllm_s_ranks():
-    from clp_engine.peft_format import VLLM_RANKS
+    from clp_engine.policy.peft.writing import VLLM_RANKS
 
     assert ", ".join(map(str, VLLM_RANKS)) in PAGE.read_text(encoding="utf-8")

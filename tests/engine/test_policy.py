@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2PreTrainedModel
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.engines import native
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score

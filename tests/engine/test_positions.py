@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.positions import Room
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams

@@ -7,7 +7,7 @@ from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
 from later import later
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.engines import cuda_graphs, fused_step
 from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding
 from clp_engine.rollouts.rollout import rollout

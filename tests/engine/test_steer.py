@@ -22,7 +22,7 @@ from conftest import build_model, build_tokenizer
 from clp_engine import evaluate, trust
 from clp_engine.cli import main
 from clp_engine.core.errors import ConfigError
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.runs import RunSpec
 from clp_engine.steer.jobs import Full, Jobs
 from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest

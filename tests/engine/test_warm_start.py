@@ -8,9 +8,10 @@ import torch
 from engine.conftest import add_adapter, build_model, build_policy, build_tokenizer, model_inputs
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from clp_engine import CLPConfig, CLPTrainer, peft_reading
+from clp_engine import CLPConfig, CLPTrainer
 from clp_engine.core.errors import ConfigError
-from clp_engine.policy import ConditionedPolicy
+from clp_engine.policy.peft import reading
+from clp_engine.policy.policy import ConditionedPolicy
 
 LAYERS = {
     "qwen2": ["q_proj", "down_proj"],
@@ -391,7 +392,7 @@ def test_missing_files_are_named_and_no_pickle_is_opened(tmp_path):
 
 
 def test_an_expression_that_takes_for_ever_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(peft_reading, "_PATIENCE", 1)
+    monkeypatch.setattr(reading, "_PATIENCE", 1)
     hostile = {"rank_pattern": {"(([a-z_.0-9]+)+)+!": 4}}
     path = save(tmp_path / "a", change=hostile)
     with pytest.raises(ConfigError, match="rank_pattern: matching its expressions takes more than 1 s; write the names"):
@@ -405,7 +406,7 @@ def test_names_and_expressions_match_as_peft_has_them():
     keys = ["q_proj", "0.self_attn.q_proj", "q.proj", "model.layers.1", "layers.10.self_attn.q_proj", "_proj", "xq_proj"]
     for key in [*keys, *(f"(?:{key})" for key in keys), r"layers\\.\\d0\\..*", ".*", ""]:
         config = {"r": 1, "rank_pattern": {key: 2}}
-        ours = peft_reading._by_layer("here", config, "rank_pattern", "r", layers)
+        ours = reading._by_layer("here", config, "rank_pattern", "r", layers)
         peft_s = {
             layer: config["rank_pattern"].get(get_pattern_key(config["rank_pattern"].keys(), layer), 1)
             for layer in layers

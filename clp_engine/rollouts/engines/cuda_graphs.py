@@ -32,7 +32,7 @@ from clp_engine.rollouts.engines.fused_step import FusedStep
 from clp_engine.rollouts.engines.native import rope_tables
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from clp_engine.rollouts.engines import native
 from clp_engine.rollouts.engines.native import Unsupported
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.rollouts.engines.cuda_graphs import Step
 
 # Logits of this step and of transformers' modules, as a share of the largest: other orders of sums, other roundings.

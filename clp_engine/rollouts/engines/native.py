@@ -32,7 +32,7 @@ from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinea
 from clp_engine.models.positions import moving_rope
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 _CPU = torch.device("cpu")
 SWITCH = "CLP_ENGINE_DECODING"

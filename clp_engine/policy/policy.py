@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from clp_engine import peft_format, prompting, steerable, warm_start
 from clp_engine.core import ranges
 from clp_engine.core.conditions import (
     KL_CONDITIONING,
@@ -46,7 +45,9 @@ from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, Condition
 from clp_engine.models.memory import Memory
 from clp_engine.models.positions import Room
 from clp_engine.models.targets import attach, is_tied, lora_targets, untie
-from clp_engine.peft_reading import Adapter
+from clp_engine.policy import attached, prompt_conditioning
+from clp_engine.policy.peft import warm_start, writing
+from clp_engine.policy.peft.reading import Adapter
 from clp_engine.rollouts.engines import cuda_graphs, fused_step, native
 from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding, Slots
 from clp_engine.rollouts.engines.modules import BlendDecoding, Decoding
@@ -213,8 +214,8 @@ class ConditionedPolicy(nn.Module):
                 f"prompt_template was given with conditioning={conditioning!r}, which writes no prompt"
             )
         if parsed.prompt:
-            prompt_template = prompt_template or prompting.DEFAULT_TEMPLATE
-            prompting.check_template(prompt_template)
+            prompt_template = prompt_template or prompt_conditioning.DEFAULT_TEMPLATE
+            prompt_conditioning.check_template(prompt_template)
         if kl_conditioning not in KL_CONDITIONING:
             raise ConfigError(
                 f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}"
@@ -486,7 +487,7 @@ class ConditionedPolicy(nn.Module):
         if blend is None:
             return [""] * len(conditions)
         return [
-            prompting.weighting_text(self.spec.prompt_template, self.objectives, weights, kl) if moved else ""
+            prompt_conditioning.weighting_text(self.spec.prompt_template, self.objectives, weights, kl) if moved else ""
             for weights, kl, moved in zip(
                 conditions.weights.tolist(), conditions.kl.tolist(), blend.any(-1).tolist(), strict=True
             )
@@ -505,7 +506,7 @@ class ConditionedPolicy(nn.Module):
             )
         asked = [None] * len(prompt_ids) if prompts is None else prompts
         return [
-            prompting.with_weighting(prompt, ids, text, self.tokenizer) if text else list(ids)
+            prompt_conditioning.with_weighting(prompt, ids, text, self.tokenizer) if text else list(ids)
             for prompt, ids, text in zip(asked, prompt_ids, self._prompt_texts(conditions), strict=True)
         ]
 
@@ -755,7 +756,7 @@ class ConditionedPolicy(nn.Module):
         self._warn_of_tied_head()
         coefficients = self.coefficients(self.conditions(weights, kl))
         with write_directory(path) as temporary:
-            error = peft_format.save(temporary, self, coefficients[0], rank)
+            error = writing.save(temporary, self, coefficients[0], rank)
             self._describe_blend(temporary, weights, kl)
             fingerprint.write(temporary, self.model)
             if self.tokenizer is not None:
@@ -773,7 +774,7 @@ class ConditionedPolicy(nn.Module):
         refuse_overlap(directory, self.read_from)
         self._warn_of_tied_head()
         with write_directory(directory) as temporary:
-            errors = peft_format.save_each(temporary, self, rank)
+            errors = writing.save_each(temporary, self, rank)
             fingerprint.write(temporary, self.model)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
@@ -848,7 +849,7 @@ class ConditionedPolicy(nn.Module):
                 "policy.prompt_text(weights, kl) into them",
                 stacklevel=2,
             )
-        return steerable.attach(self, self._plain_copy(shared=True) if model is None else model)
+        return attached.attach(self, self._plain_copy(shared=True) if model is None else model)
 
     def _plain_copy(self, shared: bool = False) -> PreTrainedModel:
         """A copy of the base model, without deltas; shared: its modules are new, its weights the same."""

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.low_rank import Cut, cut_matrix, cut_product
 from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinear
 from clp_engine.models.whole_weight_layers import InterpolatedLinear
+from clp_engine.policy.peft.svd_cut import Cut, cut_matrix, cut_product
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 BLEND_FILE = "clp_blend.json"
 # Settings of a policy that say how its adapters are blended.

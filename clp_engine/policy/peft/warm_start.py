@@ -26,11 +26,11 @@ from clp_engine.models.base import load_base, model_location
 from clp_engine.models.forms import Conditioning
 from clp_engine.models.low_rank_layers import ConditionedLinear, find_targets
 from clp_engine.models.targets import head_name
-from clp_engine.peft_format import BLEND_FILE, BLEND_SETTINGS
-from clp_engine.peft_reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters
+from clp_engine.policy.peft.reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters
+from clp_engine.policy.peft.writing import BLEND_FILE, BLEND_SETTINGS
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 DEFAULT_RANK = 16
 

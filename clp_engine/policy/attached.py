@@ -35,7 +35,7 @@ from clp_engine.models.base import holds_adapters, refuse_quantised
 from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, place
 
 if TYPE_CHECKING:
-    from clp_engine.policy import ConditionedPolicy
+    from clp_engine.policy.policy import ConditionedPolicy
 
 # Arguments whose first dimension is the rows of a batch, the decoder's first: an encoder's may be those of its prompts.
 _BATCHED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "inputs")

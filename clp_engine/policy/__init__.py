@@ -1,0 +1,1 @@
+"""What users hold: a conditioned policy, and what is made of one."""

@@ -1,0 +1,1 @@
+"""PEFT's adapters, read and written."""
