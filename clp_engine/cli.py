@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # torch and transformers take seconds to import: only commands that use them do.
-from clp_engine import __version__, run_folder, runs, trust
+from clp_engine import __version__
 from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, read_json
 from clp_engine.core.ranges import COMMANDS, EVALUATION, GENERATION, SAMPLING, TRAINING, Range
 from clp_engine.data import sources
+from clp_engine.training import run_folder, runs, trust
 
 if TYPE_CHECKING:
-    from clp_engine.config import CLPConfig
     from clp_engine.rollouts.types import SamplingParams
+    from clp_engine.training.config import CLPConfig
 
 _EPILOG = """\
 examples:
@@ -232,7 +233,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     import dataclasses
 
-    from clp_engine.config import CLPConfig
+    from clp_engine.training.config import CLPConfig
 
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings; flags take precedence")
     parser.add_argument(
@@ -532,8 +533,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    from clp_engine.config import CLPConfig
     from clp_engine.core.yaml_reading import read_file, read_flag
+    from clp_engine.training.config import CLPConfig
 
     values = read_file(arguments.config) if arguments.config else {}
     own = {f.name for f in dataclasses.fields(CLPConfig)}
@@ -557,7 +558,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _training(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
     """What is trained and how, from a configuration file's content."""
-    from clp_engine.config import CLPConfig
+    from clp_engine.training.config import CLPConfig
 
     about = {name: values.get(name) for name in runs.RUN_KEYS}
     values = {name: value for name, value in values.items() if name not in about}
@@ -631,9 +632,9 @@ def _variance(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"out={out!r} is a folder; expected a file to write")
         check_folder("out", Path(out).parent)
     runs.RunSpec.load(arguments.run_folder)  # a file that cannot be read is reported before torch is imported
-    from clp_engine import diagnostics
+    from clp_engine.training import gradient_noise
 
-    result = diagnostics.along_run(
+    result = gradient_noise.along_run(
         arguments.run_folder,
         batches=arguments.batches,
         completions=arguments.completions,
@@ -646,7 +647,7 @@ def _variance(arguments: argparse.Namespace) -> None:
     )
     result.save(out)
     run_folder.note(Path(out).parent, [out])
-    print(f"{diagnostics.table(result)}\n\nnumbers: {out}")
+    print(f"{gradient_noise.table(result)}\n\nnumbers: {out}")
 
 
 def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
@@ -872,7 +873,7 @@ def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
         from clp_engine.core.yaml_reading import read_file
 
         return _training(read_file(path))
-    from clp_engine.config import CLPConfig
+    from clp_engine.training.config import CLPConfig
 
     spec = runs.RunSpec.load(path)
     if spec is None:

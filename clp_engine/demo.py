@@ -19,15 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import run_folder, runs
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
+from clp_engine.training import run_folder, runs
 
 if TYPE_CHECKING:
-    from clp_engine.config import CLPConfig
     from clp_engine.evaluation import ParetoReport
     from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.training.config import CLPConfig
 
 TASK = "docsum"
 # Settings of the demo's training; everything else is CLPConfig's default.
@@ -72,7 +72,7 @@ def run_demo(
     check_folder("out", out)
     spec = runs.RunSpec.from_values({"task": TASK, "objectives": list(objectives)})
     task = runs.find_task(TASK)
-    from clp_engine.config import CLPConfig
+    from clp_engine.training.config import CLPConfig
 
     settings = {
         **TRAINING,

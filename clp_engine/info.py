@@ -10,8 +10,8 @@ from clp_engine import __version__
 from clp_engine.core.provenance import installed, processor
 
 if TYPE_CHECKING:
-    from clp_engine.config import CLPConfig
-    from clp_engine.runs import RunSpec
+    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.runs import RunSpec
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "peft", "matplotlib")
 

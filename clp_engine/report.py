@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clp_engine.core.files import write_bytes, write_text
-from clp_engine.run_folder import note
+from clp_engine.training.run_folder import note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clp_engine.config import CLPConfig
-from clp_engine.trl_fields import ACCEPTED, ANYTHING, DEFAULT, FIELDS, SAME, TRANSLATED, Field
+from clp_engine.training.config import CLPConfig
+from clp_engine.training.trl_compat.fields import ACCEPTED, ANYTHING, DEFAULT, FIELDS, SAME, TRANSLATED, Field
 
 _BLOCK = re.compile(r"(<!-- trl:(?P<name>\w+) -->\n).*?(<!-- /trl -->)", re.DOTALL)
 _OWN = {option.name: option.default for option in dataclasses.fields(CLPConfig)}

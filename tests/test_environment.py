@@ -72,7 +72,7 @@ def test_the_source_distribution_holds_sources_model_and_licence(tmp_path):
         "LICENSE",
         "README.md",
         "csrc/cpu/kernels.hpp",
-        "clp_engine/trainer.py",
+        "clp_engine/training/trainer.py",
         "kernels/clp_kernels/multi_lora.py",
         "clp_engine/tasks/docsum/checkpoint/model.safetensors",
         "clp_engine/tasks/docsum/checkpoint/tokenizer.json",

@@ -442,8 +442,8 @@ def _ours(case: StepCase, steps: int, rewards: Sequence[Callable]) -> Steps:
 def our_trainer(
     case: StepCase, steps: int, rewards: Sequence[Callable], folder: str, callbacks: Sequence = ()
 ):
-    from clp_engine.config import CLPConfig
-    from clp_engine.trainer import CLPTrainer
+    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.trainer import CLPTrainer
 
     tokenizer = load_tokenizer()
     config = CLPConfig(

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clp_engine import runs
-from clp_engine.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
 from clp_engine.core import ranges
 from clp_engine.core.conditions import parse_weights
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.objectives.weightings import simplex_lattice
+from clp_engine.training import runs
+from clp_engine.training.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
 
 KINDS = ("clp", "specialists", "soup", "logit_mixing", "kl_specialists")
 BUDGETS = ("equal", "each")

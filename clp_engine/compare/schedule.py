@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clp_engine import runs
 from clp_engine.compare import work
 from clp_engine.compare.plan import Evaluation, Plan, Run
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
-from clp_engine.run_folder import checkpoints
+from clp_engine.training import runs
+from clp_engine.training.run_folder import checkpoints
 
 BUSY, INTERRUPTED = 75, 130  # exit codes of a worker
 _POLL = 0.2  # seconds between looks at the workers

@@ -16,18 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import runs
 from clp_engine.compare.plan import Evaluation, Plan, Run
-from clp_engine.config import WITHOUT_EFFECT
 from clp_engine.core import locking, transformers_releases
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import finish, write_directory, write_text
 from clp_engine.core.locking import Busy
-from clp_engine.run_folder import checkpoints, remove_checkpoint
+from clp_engine.training import runs
+from clp_engine.training.config import WITHOUT_EFFECT
+from clp_engine.training.run_folder import checkpoints, remove_checkpoint
 
 if TYPE_CHECKING:
     from clp_engine.evaluation import ParetoReport
-    from clp_engine.trainer import CLPTrainer
+    from clp_engine.training.trainer import CLPTrainer
 
 BASE = "base"  # the evaluation of the base model, which sets the reference point
 _INPUTS = "inputs.json"
@@ -86,7 +86,7 @@ def check_unchanged(run: Run, folder: Path) -> None:
 def train(plan: Plan, run: Run, progress: bool = True) -> None:
     """Train a run, from its newest checkpoint where there is one; nothing where it is done. Raises Busy, and whatever
     training raises; `runs.Interrupted` leaves a checkpoint."""
-    from clp_engine.config import CLPConfig
+    from clp_engine.training.config import CLPConfig
 
     folder = plan.run_folder(run.name)
     with exclusive(folder):

@@ -10,10 +10,10 @@ import threading
 import traceback
 from pathlib import Path
 
-from clp_engine import runs
 from clp_engine.compare import work
 from clp_engine.compare.plan import make_plan
 from clp_engine.compare.schedule import BUSY, INTERRUPTED, describe_error, pieces
+from clp_engine.training import runs
 
 
 def _interrupt_when_alone() -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import runs, trust
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
@@ -17,6 +16,7 @@ from clp_engine.evaluation import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
+from clp_engine.training import runs, trust
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy

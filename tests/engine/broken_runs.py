@@ -17,9 +17,9 @@ from engine.test_files import forked, kill_at
 from engine.test_trainer import ROWS, high_words, low_words, settings
 from safetensors.torch import load_file
 
-from clp_engine import run_folder
 from clp_engine.core.errors import ConfigError
-from clp_engine.trainer import CLPTrainer
+from clp_engine.training import run_folder
+from clp_engine.training.trainer import CLPTrainer
 
 torch.set_num_threads(1)  # its threads would not be in a forked process
 

@@ -8,7 +8,7 @@ from engine.test_trainer import build_trainer, log_of, settings
 from transformers import TrainerCallback
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.progress import Budget
+from clp_engine.training.budget import Budget
 
 
 def tokens_of_steps(log):

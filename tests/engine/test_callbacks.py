@@ -7,11 +7,11 @@ from engine.conftest import build_model, build_tokenizer
 from engine.test_trainer import ROWS, build_trainer, high_words, log_of, low_words, settings
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
-from clp_engine import best
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.script_surface import ABSENT
-from clp_engine.trainer import CLPTrainer
+from clp_engine.training import best
+from clp_engine.training.trainer import CLPTrainer
+from clp_engine.training.trl_compat.surface import ABSENT
 
 
 class At(TrainerCallback):

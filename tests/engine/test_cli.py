@@ -18,11 +18,11 @@ import torch
 from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 
-from clp_engine import runs
 from clp_engine.cli import main, parse_assignments
-from clp_engine.config import CLPConfig
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
+from clp_engine.training import runs
+from clp_engine.training.config import CLPConfig
 
 REWARDS = """
 def even(completion_ids, **_):

@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 
-from clp_engine import runs
 from clp_engine.cli import main
 from clp_engine.compare import compare, make_plan, report, schedule, work
 from clp_engine.compare.plan import Method
@@ -26,8 +25,9 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.statistics import Estimate, Interval, t_probability, t_quantile
 from clp_engine.evaluation import Base, ParetoReport
 from clp_engine.policy.logit_mixture import LogitMixture
-from clp_engine.run_folder import checkpoints
-from clp_engine.trainer import CLPTrainer
+from clp_engine.training import runs
+from clp_engine.training.run_folder import checkpoints
+from clp_engine.training.trainer import CLPTrainer
 
 REWARDS = """
 def even(completion_ids, **_):
@@ -301,7 +301,7 @@ def test_tokens_are_counted_to_the_last_one(workplace, finished):
     """Against the lengths in completions.jsonl, with a logging interval that does not divide the steps."""
     folder = workplace / "counted"
     spec = dataclasses.replace(make_plan(CONFIG).spec, command="train")
-    from clp_engine.config import CLPConfig
+    from clp_engine.training.config import CLPConfig
 
     values = {n: v for n, v in CONFIG.items() if n in {f.name for f in dataclasses.fields(CLPConfig)}}
     config = CLPConfig.from_dict(

@@ -14,9 +14,9 @@ from clp_engine.data.chat import encode_chat
 from clp_engine.data.prompts import PromptDataset
 from clp_engine.data.sources import read_rows
 from clp_engine.data.streams import EndOfData, PromptStream, prompts_of
-from clp_engine.loader import PromptLoader
 from clp_engine.policy import prompt_conditioning
-from clp_engine.trainer import CLPTrainer
+from clp_engine.training.trainer import CLPTrainer
+from clp_engine.training.trl_compat.dataloader_view import PromptLoader
 
 READS_PARTS = (
     "{% for m in messages %}w1 {% for p in m['content'] %}{{ p['text'] }} {% endfor %}{% endfor %}"

@@ -8,8 +8,8 @@ from engine.test_estimators import Enumerated
 from engine.test_trainer import build_trainer
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.diagnostics import gradient_noise, gradients_of, measure, variants_of
 from clp_engine.objectives.estimators import Tokens, coefficients, returns_to_go
+from clp_engine.training.gradient_noise import gradient_noise, gradients_of, measure, variants_of
 
 ALPHA = 0.4
 
@@ -101,7 +101,7 @@ def test_what_is_measured_is_the_gradient_that_training_takes(tmp_path, estimato
 @pytest.mark.check
 def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_is_not(tmp_path, monkeypatch):
     """60 batches: with the value head, whatever it says, the mean gradient is that of leave-one-out within the noise."""
-    from clp_engine import update
+    from clp_engine.training.stepping import update
 
     trainer = build_trainer(tmp_path, baseline="value", alpha=0.3, max_steps=2, max_completion_length=4)
     trainer.train()
@@ -119,7 +119,7 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
         scored.values.copy_(returns_to_go(scored.tokens, batch.rewards, scored.kl_coef, scored.scale, 4))
         return scored
 
-    monkeypatch.setattr("clp_engine.diagnostics.forward", foreseeing)
+    monkeypatch.setattr("clp_engine.training.gradient_noise.forward", foreseeing)
     unfair = measure(trainer, variants, batches=60, bootstrap=200)
     assert unfair[1].bias.low > fair[1].bias.high
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from engine.test_trainer import build_trainer, log_of, settings
 
-from clp_engine import generation
 from clp_engine.core.errors import ConfigError
-from clp_engine.update import backward, micro_batches
+from clp_engine.training.collecting import collector
+from clp_engine.training.stepping.update import backward, micro_batches
 
 
 def watched(trainer):
@@ -35,7 +35,7 @@ def test_the_first_pass_has_no_ratio_and_the_others_have_the_log_probs_of_sampli
 
 
 def test_a_larger_rollout_serves_several_steps(tmp_path, monkeypatch):
-    drawn, original = [], generation.rollout
+    drawn, original = [], collector.rollout
     monkeypatch.setattr(
         generation, "rollout", lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1]
     )

@@ -9,12 +9,12 @@ from engine.test_trainer import ROWS, high_words, low_words, settings
 from safetensors.torch import load_file
 from torch import nn
 
-from clp_engine import trainer as training
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.backbones import packing
-from clp_engine.optimizer import FlatAdamW, set_slots_of, slots_of
 from clp_engine.rollouts import scoring
-from clp_engine.trainer import CLPTrainer
+from clp_engine.training import trainer as training
+from clp_engine.training.stepping.flat_adamw import FlatAdamW, set_slots_of, slots_of
+from clp_engine.training.trainer import CLPTrainer
 
 SHAPES = ((3, 5), (7,), (1, 1), (16, 4), (0, 3))
 OPTIONS = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.02}

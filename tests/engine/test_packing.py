@@ -8,7 +8,6 @@ import torch
 from engine.conftest import CAUSAL, build_policy
 from transformers import AutoModelForCausalLM, XGLMConfig
 
-from clp_engine.config import CLPConfig
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.backbones.packing import join, pack, pack_rollout
@@ -22,6 +21,7 @@ from clp_engine.rollouts.scoring import (
     within_budget,
 )
 from clp_engine.rollouts.types import SamplingParams
+from clp_engine.training.config import CLPConfig
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.full((4,), 0.1))
@@ -158,7 +158,7 @@ def test_a_model_with_attention_of_its_own_is_padded_and_says_so_once(tmp_path, 
     torch.testing.assert_close(
         stats.logprob[6:9, : alone.logprob.shape[1]], alone.logprob, rtol=1e-4, atol=1e-4
     )
-    with caplog.at_level(logging.WARNING, "clp_engine.trainer"):
+    with caplog.at_level(logging.WARNING, "clp_engine.training.trainer"):
         trainer_of(policy, tmp_path)
     assert len([r for r in caplog.records if "two passes" in r.message]) == 1
     with pytest.raises(ConfigError, match="gradient_checkpointing"):
@@ -168,7 +168,7 @@ def test_a_model_with_attention_of_its_own_is_padded_and_says_so_once(tmp_path, 
 def trainer_of(policy, folder, **options):
     from engine.conftest import build_tokenizer
 
-    from clp_engine.trainer import CLPTrainer
+    from clp_engine.training.trainer import CLPTrainer
 
     policy.tokenizer = policy.tokenizer or build_tokenizer("qwen2")
     config = CLPConfig(

@@ -11,12 +11,13 @@ from engine.conftest import CAUSAL, build_model, build_policy
 from engine.test_rollout import MIXED, PROMPTS
 from engine.test_trainer import ROWS, log_of, settings
 
-from clp_engine import checkpoint, partial
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.update import backward, micro_batches
+from clp_engine.training import checkpoints
+from clp_engine.training.collecting import partial_rollouts
+from clp_engine.training.stepping.update import backward, micro_batches
 
 PARTIAL = {"partial_rollouts": True, "max_completion_length_per_step": 3, "max_completion_length": 12}
 
@@ -131,14 +132,14 @@ def test_nothing_is_lost(tmp_path):
 
 
 def test_a_phase_draws_at_most_so_many_tokens_of_each_completion(tmp_path, monkeypatch):
-    calls, original = [], partial.rollout
+    calls, original = [], partial_rollouts.rollout
 
     def rollout_(*args, begun=None, **kwargs):
         drawn = original(*args, begun=begun, **kwargs)
         calls.append((int(drawn.lengths.max()), begun is not None))
         return drawn
 
-    monkeypatch.setattr(partial, "rollout", rollout_)
+    monkeypatch.setattr(partial_rollouts, "rollout", rollout_)
     batches = collected(build_trainer(tmp_path, **PARTIAL), 3)
     assert max(length for length, _ in calls) == 3 and any(goes_on for _, goes_on in calls)
     # An ordinary rollout of these batches would have taken 12 decode steps each.
@@ -206,8 +207,8 @@ def test_partial_rollouts_train_and_resume_to_the_bit(tmp_path, changes):
     log = log_of(tmp_path / "whole")
     assert all(math.isfinite(v) for entry in log for v in entry.values())
     assert any(entry.get("partial/stale_tokens") for entry in log)
-    (first, *_, last) = checkpoint.checkpoints(tmp_path / "whole")
-    assert checkpoint.load_unfinished(first)["tokens"].numel() > 0
+    (first, *_, last) = checkpoints.checkpoints(tmp_path / "whole")
+    assert checkpoints.load_unfinished(first)["tokens"].numel() > 0
     assert {p.suffix for p in first.rglob("*") if p.is_file()} == {".safetensors", ".json"}
     shutil.copytree(first, tmp_path / "parts" / first.name)
     again = build_trainer(tmp_path / "parts", **changes).train(resume_from_checkpoint=True)

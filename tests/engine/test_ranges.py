@@ -13,7 +13,6 @@ from conftest import build_policy
 
 from clp_engine import ConditionedPolicy
 from clp_engine.compare.plan import EvaluationSettings
-from clp_engine.config import CLPConfig
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.ranges import Range
@@ -24,7 +23,8 @@ from clp_engine.rollouts.engines import native
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.steer.request import GenerateRequest
-from clp_engine.trainer import CLPTrainer
+from clp_engine.training.config import CLPConfig
+from clp_engine.training.trainer import CLPTrainer
 
 CLASSES = {CLPConfig: ranges.TRAINING, SamplingParams: ranges.SAMPLING, EvaluationSettings: ranges.EVALUATION}
 # Numbers and others that no setting of numbers takes, whatever its range.

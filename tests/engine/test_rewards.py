@@ -17,8 +17,8 @@ from engine.conftest import build_tokenizer
 from engine.test_trainer import build_trainer, log_of, low_words
 from transformers import AutoModelForSequenceClassification, Gemma3Config
 
-from clp_engine import ahead, generation
 from clp_engine.data.rewards import ClassifierReward, RewardSet
+from clp_engine.training.collecting import collector, reference_states
 
 BATCH = (["p"] * 3, ["a", "b", "c"], [[1], [2], [3]], {})
 
@@ -47,8 +47,8 @@ def test_the_reference_is_computed_while_the_reward_functions_run(tmp_path, monk
         computing.set()
         return original(*args)
 
-    original = ahead.reference_hidden
-    monkeypatch.setattr(generation.ahead, "reference_hidden", reference_hidden)
+    original = reference_states.reference_hidden
+    monkeypatch.setattr(collector.ahead, "reference_hidden", reference_hidden)
     build_trainer(tmp_path, rewards=[waits_for_the_reference, waits_too], max_steps=1).train()
     assert met == [True]
 
@@ -233,9 +233,9 @@ def test_phase_times_say_how_long_rewards_took_and_how_long_the_step_waited(tmp_
         time.sleep(0.5)
         return [float(len(c)) for c in completions]
 
-    original = ahead.reference_hidden
+    original = reference_states.reference_hidden
     monkeypatch.setattr(
-        generation.ahead, "reference_hidden", lambda *args: (time.sleep(0.4), original(*args))[1]
+        collector.ahead, "reference_hidden", lambda *args: (time.sleep(0.4), original(*args))[1]
     )
     for workers, name in ((1, "beside"), (0, "inline")):
         build_trainer(tmp_path / name, rewards=[slow], max_steps=1, reward_workers=workers).train()
@@ -283,7 +283,7 @@ def test_the_reference_is_computed_once_for_all_passes_and_up_to_a_limit(
 ):
     """16 completions in micro-batches of 4, two passes; with no room only the first micro-batch is kept."""
     split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-    monkeypatch.setattr(ahead, "MAX_BYTES", most)
+    monkeypatch.setattr(reference_states, "MAX_BYTES", most)
     trainer = build_trainer(tmp_path, max_steps=2, num_iterations=2, **split)
     rows = count_reference_rows(trainer.policy, monkeypatch)
     trainer.train()
@@ -293,7 +293,7 @@ def test_the_reference_is_computed_once_for_all_passes_and_up_to_a_limit(
 def test_what_is_kept_of_the_reference_does_not_change_the_gradient(tmp_path, monkeypatch):
     adapters = []
     for most in (1 << 30, 0):
-        monkeypatch.setattr(ahead, "MAX_BYTES", most)
+        monkeypatch.setattr(reference_states, "MAX_BYTES", most)
         trainer = build_trainer(
             tmp_path / str(most), max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=4
         )

@@ -13,8 +13,14 @@ from engine.test_trainer import build_trainer, log_of, settings
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.objectives.estimators import Coefficients, advantages, coefficients
-from clp_engine.selection import largest_in_group, max_variance, scheduled, select, select_tokens
-from clp_engine.update import backward, micro_batches
+from clp_engine.training.collecting.rollout_selection import (
+    largest_in_group,
+    max_variance,
+    scheduled,
+    select,
+    select_tokens,
+)
+from clp_engine.training.stepping.update import backward, micro_batches
 
 
 def best_by_trying_all(values, count):
@@ -300,7 +306,7 @@ def test_the_advantages_of_sampling_are_those_of_training(tmp_path):
     )
     chosen = select(trainer.policy, whole, trainer.args, 0.0)
     ((_, batch),) = micro_batches(whole, trainer.args)
-    from clp_engine.update import forward
+    from clp_engine.training.stepping.update import forward
 
     scored = forward(trainer.policy, batch, trainer.args)
     expected = scored.coefficients(trainer.args, "return", "leave_one_out", 0.5).advantage

@@ -19,15 +19,16 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 
-from clp_engine import evaluate, trust
+from clp_engine import evaluate
 from clp_engine.cli import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.runs import RunSpec
 from clp_engine.steer.jobs import Full, Jobs
 from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest
 from clp_engine.steer.server import listen
 from clp_engine.steer.session import Session
+from clp_engine.training import trust
+from clp_engine.training.runs import RunSpec
 
 CHAT = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} <eos>{% endif %}"
 

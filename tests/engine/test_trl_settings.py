@@ -9,10 +9,18 @@ import torch
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from clp_engine import cli
-from clp_engine.config import CLPConfig
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import chat_template
-from clp_engine.trl_fields import ACCEPTED, ANYTHING, DEFAULT, FIELDS, REFUSED, SAME, TRANSLATED
+from clp_engine.training.config import CLPConfig
+from clp_engine.training.trl_compat.fields import (
+    ACCEPTED,
+    ANYTHING,
+    DEFAULT,
+    FIELDS,
+    REFUSED,
+    SAME,
+    TRANSLATED,
+)
 
 SETTINGS = {option.name: option.default for option in dataclasses.fields(CLPConfig)}
 FOREIGN = sorted(name for name, field in FIELDS.items() if field.fate in (ACCEPTED, REFUSED))
@@ -146,7 +154,7 @@ def test_a_script_can_read_what_holds_of_a_field_that_is_no_setting():
 
 def test_settings_that_are_mappings_are_flags_as_yaml_and_as_json(tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr("clp_engine.runs.train", lambda spec, config, **_: seen.append(config))
+    monkeypatch.setattr("clp_engine.training.runs.train", lambda spec, config, **_: seen.append(config))
     flags = {
         "--lr-scheduler-kwargs": "{num_cycles: 2}",
         "--model-init-kwargs": '{"dtype": "float32"}',

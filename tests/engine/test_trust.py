@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from test_cli import in_workplace, refused, trained, workplace  # noqa: F401
 
-from clp_engine import trust
 from clp_engine.cli import main
 from clp_engine.core.errors import ConfigError
-from clp_engine.runs import RunSpec
 from clp_engine.steer.session import Session
+from clp_engine.training import trust
+from clp_engine.training.runs import RunSpec
 
 EVALUATE = ["evaluate", "--prompts", "2", "--bootstrap", "5", "--grid", "2"]
 

@@ -7,14 +7,14 @@ import torch
 from engine.conftest import build_policy
 from engine.test_trainer import ROWS, build_trainer, high_words, log_of, low_words
 
-from clp_engine import checkpoint
-from clp_engine.config import CLPConfig
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.objectives.estimators import objective_scales
 from clp_engine.objectives.value_head import ValueHead, explained_variance
 from clp_engine.rollouts.types import Rollout
-from clp_engine.update import MicroBatch, forward
+from clp_engine.training import checkpoints
+from clp_engine.training.config import CLPConfig
+from clp_engine.training.stepping.update import MicroBatch, forward
 
 
 def spoken(head: ValueHead) -> ValueHead:
@@ -184,13 +184,13 @@ def test_a_checkpoint_from_before_there_was_a_value_head_resumes(tmp_path):
     with pytest.raises(ConfigError, match="other settings for max_generated_tokens"):
         build_trainer(tmp_path, max_generated_tokens=9, **changes).train(resume_from_checkpoint=True)
     with pytest.raises(ConfigError, match="holds no value head"):
-        checkpoint.load_value_head(tmp_path / "checkpoint-2", ValueHead(32, 2))
+        checkpoints.load_value_head(tmp_path / "checkpoint-2", ValueHead(32, 2))
 
 
 def test_an_optimiser_of_ones_own_takes_the_head_in_and_a_schedule_of_ones_own_is_refused(tmp_path):
     from engine.test_trainer import settings
 
-    from clp_engine.trainer import CLPTrainer
+    from clp_engine.training.trainer import CLPTrainer
 
     def build(with_schedule):
         policy = build_policy(objectives=("low", "high"), trained=False)

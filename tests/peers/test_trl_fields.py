@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 from trl import GRPOConfig
 
 from clp_engine import trl_page
-from clp_engine.trl_fields import FIELDS, TRL_VERSION
+from clp_engine.training.trl_compat.fields import FIELDS, TRL_VERSION
 
 PAGE = Path(__file__).parents[2] / "docs" / "migrating-from-trl.md"
 

@@ -8,10 +8,10 @@ from engine.conftest import build_model
 from peers.both_trainers import ROWS, our_trainer, trl_trainer
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.generation import Generation
 from clp_engine.objectives.estimators import MixController
 from clp_engine.rollouts.types import Rollout
-from clp_engine.update import backward, micro_batches
+from clp_engine.training.collecting.collector import Generation
+from clp_engine.training.stepping.update import backward, micro_batches
 
 GROUP = 4
 # What TRL does without being asked; its KL follows below.

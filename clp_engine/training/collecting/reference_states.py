@@ -16,8 +16,8 @@ from clp_engine.rollouts.scoring import parts, unpacked
 from clp_engine.rollouts.types import Rollout
 
 if TYPE_CHECKING:
-    from clp_engine.config import CLPConfig
     from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.training.config import CLPConfig
 
 # Of completions whose states are not there (yet).
 Hidden = Sequence[torch.Tensor | None]

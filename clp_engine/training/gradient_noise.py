@@ -28,17 +28,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import checkpoint, runs, trust
-from clp_engine.config import CLPConfig
 from clp_engine.core import ranges, seeds, statistics, transformers_releases
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import CONFIDENCE, Interval
-from clp_engine.generation import Generation
 from clp_engine.objectives.estimators import ESTIMATORS
-from clp_engine.trainer import CLPTrainer
-from clp_engine.update import forward, micro_batches
+from clp_engine.training import checkpoints, runs, trust
+from clp_engine.training.collecting.collector import Generation
+from clp_engine.training.config import CLPConfig
+from clp_engine.training.stepping.update import forward, micro_batches
+from clp_engine.training.trainer import CLPTrainer
 
 Variant = tuple[str, str]  # estimator, baseline
 _SEED = 6  # counter that keeps this use of a run's seed apart (value.py has 5)
@@ -296,10 +296,10 @@ def _trainer(spec: runs.RunSpec, seed: int, completions: int | None) -> CLPTrain
 
 
 def _set_to(trainer: CLPTrainer, path: Path) -> None:
-    checkpoint.load_policy(path, trainer.policy)
-    trainer.controller.load_state_dict(checkpoint.read_state(path)["mix_controller"])
+    checkpoints.load_policy(path, trainer.policy)
+    trainer.controller.load_state_dict(checkpoints.read_state(path)["mix_controller"])
     if trainer.value_head is not None:
-        checkpoint.load_value_head(path, trainer.value_head)
+        checkpoints.load_value_head(path, trainer.value_head)
 
 
 # --- text --------------------------------------------------------------------------------------------------

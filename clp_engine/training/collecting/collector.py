@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from transformers.trainer_callback import TrainerState
 
-from clp_engine import ahead
-from clp_engine.config import CLPConfig
 from clp_engine.core import seeds
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.files import append_text
 from clp_engine.data.prompts import PromptBatch, Prompts, completion_texts
 from clp_engine.data.rewards import PendingRewards, RewardSet
-from clp_engine.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.objectives.estimators import needs_reference, scalarise
 from clp_engine.objectives.weightings import ConditionSampler
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import Rollout, SamplingParams
+from clp_engine.training.collecting import reference_states
+from clp_engine.training.config import CLPConfig
+from clp_engine.training.stepping.metrics import PhaseTimer, completion_metrics, reward_metrics
 
 # Counters that keep the uses of one seed apart (data.py has 1).
 _CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
@@ -199,7 +199,7 @@ class Collector:
         needed = needs_reference(conditions.kl, self.args.log_kl) or not self.policy.moves_hidden
         if for_training and needed:
             with self.timer("reference"):
-                reference = ahead.reference_hidden(self.policy, drawn, self.args)
+                reference = reference_states.reference_hidden(self.policy, drawn, self.args)
         started = time.perf_counter()
         rewards = pending.result()
         seconds = self.timer.seconds

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from clp_engine.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clp_engine.runs import RunSpec
+    from clp_engine.training.runs import RunSpec
 
 _KEY_BYTES = 32
 

@@ -19,17 +19,17 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import trust
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import finish, write_text
 from clp_engine.data.sources import load_reward, read_rows
-from clp_engine.run_folder import checkpoints, note
+from clp_engine.training import trust
+from clp_engine.training.run_folder import checkpoints, note
 
 if TYPE_CHECKING:
-    from clp_engine.config import CLPConfig
     from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.tasks import Task
-    from clp_engine.trainer import CLPTrainer
+    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.trainer import CLPTrainer
 
 RUN_KEYS = ("model", "task", "dataset", "eval_dataset", "rewards", "objectives")
 
@@ -244,7 +244,7 @@ def train(
     from transformers import TrainerCallback
 
     from clp_engine.core.transformers_releases import quiet_transformers
-    from clp_engine.trainer import CLPTrainer
+    from clp_engine.training.trainer import CLPTrainer
 
     quiet_transformers()
 

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clp_engine.ahead import reference_logprob
 from clp_engine.objectives.estimators import Coefficients, Tokens, advantages, objective_scales
 from clp_engine.rollouts.types import Rollout
+from clp_engine.training.collecting.reference_states import reference_logprob
 
 if TYPE_CHECKING:
-    from clp_engine.config import CLPConfig
-    from clp_engine.generation import Generation
     from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.training.collecting.collector import Generation
+    from clp_engine.training.config import CLPConfig
 
 ROLLOUT_SELECTIONS = ("none", "max_variance")
 TOKEN_SELECTIONS = ("none", "advantage_entropy")

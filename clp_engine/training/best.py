@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from transformers.trainer_callback import TrainerState
 
-from clp_engine import checkpoint, run_folder
-from clp_engine.config import CLPConfig
 from clp_engine.core.errors import ConfigError
+from clp_engine.training import checkpoints, run_folder
+from clp_engine.training.config import CLPConfig
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
@@ -46,4 +46,4 @@ def note(
 def load(state: TrainerState, policy: ConditionedPolicy) -> None:
     """Give the policy the adapters of the best evaluation, if there was one."""
     if state.best_model_checkpoint is not None:
-        checkpoint.load_policy(state.best_model_checkpoint, policy)
+        checkpoints.load_policy(state.best_model_checkpoint, policy)

@@ -32,9 +32,9 @@ from transformers.trainer_callback import TrainerState
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.prompts import PromptBatch, Prompts
-from clp_engine.generation import Collector, Generation
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import Rollout, pad_left
+from clp_engine.training.collecting.collector import Collector, Generation
 
 
 @dataclass

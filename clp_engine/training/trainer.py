@@ -25,8 +25,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clp_engine import best, callback_states, checkpoint, init_kwargs, run_folder
-from clp_engine.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.core.conditions import check_objectives
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import append_text, check_folder, write_text
@@ -35,23 +33,26 @@ from clp_engine.data import chat_template
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData, PromptStream, prompts_of
-from clp_engine.generation import Collector, Generation
-from clp_engine.loader import PromptLoader
-from clp_engine.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
 from clp_engine.models.base import holds_adapters
 from clp_engine.models.forms import Conditioning
 from clp_engine.objectives.estimators import MixController
 from clp_engine.objectives.value_head import ValueHead, explained_variance
 from clp_engine.objectives.weightings import ConditionSampler, build_sampler
-from clp_engine.optimizer import FlatAdamW
-from clp_engine.partial import PartialRollouts
 from clp_engine.policy.peft import lora_config
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.progress import Budget, finish_step_on_interrupt
 from clp_engine.rollouts.scoring import score
-from clp_engine.script_surface import ScriptSurface
-from clp_engine.selection import select
-from clp_engine.update import backward, micro_batches
+from clp_engine.training import best, callback_states, checkpoints, run_folder
+from clp_engine.training.budget import Budget, finish_step_on_interrupt
+from clp_engine.training.collecting.collector import Collector, Generation
+from clp_engine.training.collecting.partial_rollouts import PartialRollouts
+from clp_engine.training.collecting.rollout_selection import select
+from clp_engine.training.config import WITHOUT_EFFECT, CLPConfig
+from clp_engine.training.stepping.flat_adamw import FlatAdamW
+from clp_engine.training.stepping.metrics import CLIP_RATIOS, MetricLog, PhaseTimer, clip_ratios, read_scalars
+from clp_engine.training.stepping.update import backward, micro_batches
+from clp_engine.training.trl_compat import model_init_kwargs
+from clp_engine.training.trl_compat.dataloader_view import PromptLoader
+from clp_engine.training.trl_compat.surface import ScriptSurface
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ class CLPTrainer(ScriptSurface):
             seed=a.seed,
             dtype=a.base_dtype,
             device="cpu" if a.use_cpu else None,
-            attention=init_kwargs.attention(a.model_init_kwargs),
+            attention=model_init_kwargs.attention(a.model_init_kwargs),
             **adapter,
             **kl,
         )
@@ -626,8 +627,8 @@ class CLPTrainer(ScriptSurface):
         )
         read = self.policy.read_from
         if resume_from_checkpoint:
-            path = checkpoint.resolve(a.output_dir, resume_from_checkpoint)
-            read, self.run_id = [*read, path], checkpoint.read_state(path).get("run")
+            path = checkpoints.resolve(a.output_dir, resume_from_checkpoint)
+            read, self.run_id = [*read, path], checkpoints.read_state(path).get("run")
         run_folder.check_free(a.output_dir, self.run_id, a.overwrite_output_dir, read)
         if resume_from_checkpoint:
             self._restore(path)
@@ -829,7 +830,7 @@ class CLPTrainer(ScriptSurface):
         if self._save_pending:
             return
         self.state.stateful_callbacks = callback_states.exported(self.callback_handler.callbacks)
-        checkpoint.save(
+        checkpoints.save(
             self.args.output_dir,
             self.state.global_step,
             self.run_id,
@@ -852,7 +853,7 @@ class CLPTrainer(ScriptSurface):
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _restore(self, path: Path) -> None:
-        saved = checkpoint.read_state(path)
+        saved = checkpoints.read_state(path)
         # A setting that the checkpoint does not know had no other value then than its default.
         before = {**CLPConfig().to_dict(), **saved["config"]}
         changed = [
@@ -865,10 +866,10 @@ class CLPTrainer(ScriptSurface):
                 f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
                 "(or start a new run from its policy folder)"
             )
-        checkpoint.load(path, self.policy, self.optimizer, self.value_head)
+        checkpoints.load(path, self.policy, self.optimizer, self.value_head)
         self.train_dataset.load_state_dict(saved.get("data", {}))
         if self.partial is not None:
-            self.partial.load_state_dict(checkpoint.load_unfinished(path), self.train_dataset)
+            self.partial.load_state_dict(checkpoints.load_unfinished(path), self.train_dataset)
         self.lr_scheduler.load_state_dict(saved["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
             group["lr"] = rate

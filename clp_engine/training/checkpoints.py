@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clp_engine import run_folder
 from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import read_json, read_tensors
 from clp_engine.models import fingerprint
 from clp_engine.objectives.value_head import ValueHead
-from clp_engine.optimizer import set_slots_of, slots_of
-from clp_engine.run_folder import STATE_FILE, checkpoints
+from clp_engine.training import run_folder
+from clp_engine.training.run_folder import STATE_FILE, checkpoints
+from clp_engine.training.stepping.flat_adamw import set_slots_of, slots_of
 
 _TENSORS, _POLICY = "training.safetensors", "policy"
 _ADAPTERS = f"{_POLICY}/adapters.safetensors"

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clp_engine import init_kwargs, trl_settings
 from clp_engine.core import ranges
 from clp_engine.core.conditions import KL_CONDITIONING
 from clp_engine.core.errors import ConfigError, shown
@@ -19,7 +18,8 @@ from clp_engine.core.sizes import BOOKKEEPING, check_size
 from clp_engine.models.forms import CARRIERS, Conditioning
 from clp_engine.objectives.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
 from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
-from clp_engine.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
+from clp_engine.training.collecting.rollout_selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
+from clp_engine.training.trl_compat import model_init_kwargs, settings
 
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
@@ -53,7 +53,7 @@ def _takes_trl_s_fields(cls: type) -> type:
         twice = sorted(by_place.keys() & given.keys())
         if len(values) > len(names) or twice:
             plain(self, *values, **given)  # says what is wrong
-        settings, self._trl = trl_settings.understood(by_place | given, defaults)
+        settings, self._trl = settings.understood(by_place | given, defaults)
         plain(self, **settings)
 
     cls.__init__ = __init__
@@ -496,7 +496,7 @@ class CLPConfig:
             )
 
     def _check_base_model(self) -> None:
-        init_kwargs.check(self.model_init_kwargs)
+        model_init_kwargs.check(self.model_init_kwargs)
         asked = (self.model_init_kwargs or {}).get("dtype")
         if self.bf16 and asked not in (None, "auto", "bfloat16"):
             raise ConfigError(
@@ -615,7 +615,7 @@ class CLPConfig:
 
     def __getattr__(self, name: str) -> Any:
         """Fields of GRPOConfig that are no settings: what holds of them here."""
-        return trl_settings.read(self, name, self.__dict__.get("_trl", {}))
+        return settings.read(self, name, self.__dict__.get("_trl", {}))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -9,7 +9,7 @@ from typing import Any
 
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.ranges import COUNT
-from clp_engine.trl_fields import ACCEPTED, FIELDS, TRANSLATED
+from clp_engine.training.trl_compat.fields import ACCEPTED, FIELDS, TRANSLATED
 
 # Names that scripts for earlier versions of TRL and transformers use.
 FORMER = {

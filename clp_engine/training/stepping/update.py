@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from clp_kernels import TokenStats
 
-from clp_engine.ahead import joined
-from clp_engine.config import CLPConfig
 from clp_engine.core.conditions import Conditions
 from clp_engine.objectives.estimators import (
     DIFFERENTIATED,
@@ -27,11 +25,13 @@ from clp_engine.objectives.estimators import (
 from clp_engine.objectives.value_head import ValueHead
 from clp_engine.rollouts.scoring import ALL, completion_stats, parts, unpacked
 from clp_engine.rollouts.types import Rollout
-from clp_engine.selection import select_tokens
+from clp_engine.training.collecting.reference_states import joined
+from clp_engine.training.collecting.rollout_selection import select_tokens
+from clp_engine.training.config import CLPConfig
 
 if TYPE_CHECKING:
-    from clp_engine.generation import Generation
     from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.training.collecting.collector import Generation
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a step learns from: completions, their rewards, and the reference's states."""

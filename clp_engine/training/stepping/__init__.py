@@ -1,0 +1,1 @@
+"""What a step does with it: gradients, the optimiser, metrics."""

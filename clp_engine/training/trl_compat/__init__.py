@@ -1,0 +1,1 @@
+"""TRL's and transformers' conventions, where a script expects them."""
