@@ -31,7 +31,7 @@ from statistics import NormalDist
 from bench import report
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.statistics import Interval
-from clp_engine.evaluation import ParetoReport, Point
+from clp_engine.evaluation.evaluate import ParetoReport, Point
 
 LEVEL = 0.05
 _NORMAL = NormalDist()

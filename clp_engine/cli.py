@@ -575,7 +575,7 @@ def _training(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from clp_engine import report as rendering
+    from clp_engine.evaluation import report as rendering
 
     spec = _spec_of(arguments)
     reference = None
@@ -594,7 +594,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     check_folder("out", out)
     policy = runs.load_policy(arguments.run_folder, arguments.device)
     rewards = spec.reward_functions()
-    from clp_engine.evaluation import evaluate
+    from clp_engine.evaluation.evaluate import evaluate
 
     result = evaluate(
         policy,
@@ -821,9 +821,9 @@ def _adapter_notes(path: Path, asked: int | None, error: float) -> str:
 
 
 def _compare(arguments: argparse.Namespace) -> int | None:
-    from clp_engine import compare as comparing
-    from clp_engine.compare import report as rendering
     from clp_engine.core.yaml_reading import read_file
+    from clp_engine.evaluation import compare as comparing
+    from clp_engine.evaluation.compare import report as rendering
 
     config = read_file(arguments.config)
     if arguments.output_dir is not None:

@@ -25,7 +25,7 @@ from clp_engine.core.files import check_folder
 from clp_engine.training import run_folder, runs
 
 if TYPE_CHECKING:
-    from clp_engine.evaluation import ParetoReport
+    from clp_engine.evaluation.evaluate import ParetoReport
     from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.training.config import CLPConfig
 
@@ -126,7 +126,7 @@ def _prepare(out: Path, spec: runs.RunSpec) -> bool:
 def _evaluate(
     policy: ConditionedPolicy, spec: runs.RunSpec, config: CLPConfig, rows: list[dict], out: str | Path
 ) -> ParetoReport:
-    from clp_engine.evaluation import evaluate
+    from clp_engine.evaluation.evaluate import evaluate
     from clp_engine.rollouts.types import SamplingParams
 
     trained = runs.RunSpec.load(out)
@@ -163,7 +163,7 @@ def _bold(text: str) -> str:
 
 
 def _show_report(report: ParetoReport) -> None:
-    from clp_engine.report import summary, table
+    from clp_engine.evaluation.report import summary, table
 
     lines = table(report).split("\n")
     if len(report.points) > 20:  # a 66-point table says less than its corners and its summary

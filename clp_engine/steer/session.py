@@ -12,7 +12,7 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
 from clp_engine.data.prompts import encode_prompts
-from clp_engine.evaluation import ParetoReport
+from clp_engine.evaluation.evaluate import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest

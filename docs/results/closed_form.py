@@ -21,7 +21,7 @@ from statistics import mean
 import torch
 
 from clp_engine.core.conditions import KL_CONDITIONING
-from clp_engine.evaluation import source_commit, versions
+from clp_engine.evaluation.evaluate import source_commit, versions
 from clp_engine.core.files import write_text
 from clp_engine.objectives.weightings import build_sampler, simplex_lattice
 from clp_engine.tasks.closed_form import dilemma

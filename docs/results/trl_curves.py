@@ -25,8 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from clp_engine.compare.summary import CONFIDENCE, Estimate, t_probability
-from clp_engine.evaluation import source_commit, versions
+from clp_engine.evaluation.compare.summary import CONFIDENCE, Estimate, t_probability
+from clp_engine.evaluation.evaluate import source_commit, versions
 from clp_engine.core.files import write_text
 
 HERE = Path(__file__).with_suffix("")

@@ -18,12 +18,12 @@ import torch
 from conftest import build_model, build_tokenizer
 
 from clp_engine.cli import main
-from clp_engine.compare import compare, make_plan, report, schedule, work
-from clp_engine.compare.plan import Method
-from clp_engine.compare.summary import Front, dominated, summarise
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.statistics import Estimate, Interval, t_probability, t_quantile
-from clp_engine.evaluation import Base, ParetoReport
+from clp_engine.evaluation.compare import compare, make_plan, report, schedule, work
+from clp_engine.evaluation.compare.plan import Method
+from clp_engine.evaluation.compare.summary import Front, dominated, summarise
+from clp_engine.evaluation.evaluate import Base, ParetoReport
 from clp_engine.policy.logit_mixture import LogitMixture
 from clp_engine.training import runs
 from clp_engine.training.run_folder import checkpoints
@@ -356,7 +356,7 @@ def test_a_comparison_killed_in_the_middle_of_runs_ends_as_one_that_never_was(
     code = """
 import json, os
 from clp_engine import trainer
-from clp_engine.compare import compare
+from clp_engine.evaluation.compare import compare
 step = trainer.CLPTrainer._step
 def dying(self, bar):
     result = step(self, bar)
@@ -737,7 +737,7 @@ def test_every_figure_of_the_page_has_its_interval_and_every_table_is_whole():
 
 def test_without_matplotlib_the_page_is_written_and_a_line_says_so(tmp_path, monkeypatch, capsys):
     for name in [
-        n for n in sys.modules if n.partition(".")[0] == "matplotlib" or n == "clp_engine.compare.plots"
+        n for n in sys.modules if n.partition(".")[0] == "matplotlib" or n == "clp_engine.evaluation.compare.plots"
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import build_policy
 
-from clp_engine import evaluation as module
-from clp_engine import pareto
 from clp_engine.core import provenance
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import source_commit
 from clp_engine.data.rewards import RewardSet
-from clp_engine.evaluation import ParetoReport, default_grid, evaluate
-from clp_engine.report import draw, summary, table
+from clp_engine.evaluation import evaluate as module
+from clp_engine.evaluation import pareto
+from clp_engine.evaluation.evaluate import ParetoReport, default_grid, evaluate
+from clp_engine.evaluation.report import draw, summary, table
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams

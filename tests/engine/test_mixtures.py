@@ -8,7 +8,7 @@ from engine.conftest import VOCAB, build_model, build_policy, plain_logits
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
-from clp_engine.evaluation import evaluate
+from clp_engine.evaluation.evaluate import evaluate
 from clp_engine.policy.logit_mixture import LogitMixture
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score

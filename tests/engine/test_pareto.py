@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from clp_engine import pareto
 from clp_engine.core import statistics
+from clp_engine.evaluation import pareto
 
 
 def lattice(num_objectives, edge):

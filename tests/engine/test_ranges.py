@@ -12,12 +12,12 @@ import torch
 from conftest import build_policy
 
 from clp_engine import ConditionedPolicy
-from clp_engine.compare.plan import EvaluationSettings
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.ranges import Range
 from clp_engine.core.sizes import check_size
-from clp_engine.evaluation import evaluate
+from clp_engine.evaluation.compare.plan import EvaluationSettings
+from clp_engine.evaluation.evaluate import evaluate
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.rollouts.engines import native
 from clp_engine.rollouts.rollout import rollout

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clp_engine.compare import compare, make_plan
+from clp_engine.evaluation.compare import compare, make_plan
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 COMPARED = sorted(

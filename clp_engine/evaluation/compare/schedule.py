@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clp_engine.compare import work
-from clp_engine.compare.plan import Evaluation, Plan, Run
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
+from clp_engine.evaluation.compare import work
+from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
 from clp_engine.training import runs
 from clp_engine.training.run_folder import checkpoints
 
@@ -173,7 +173,7 @@ class _Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "clp_engine.compare.worker", str(plan_file(plan)), piece.key],
+                [sys.executable, "-m", "clp_engine.evaluation.compare.worker", str(plan_file(plan)), piece.key],
                 stdin=subprocess.PIPE,  # never written to: its end tells the worker that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,

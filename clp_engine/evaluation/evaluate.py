@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine import pareto
 from clp_engine.core import ranges, statistics
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError, shown
@@ -32,6 +31,7 @@ from clp_engine.core.sizes import check_size
 from clp_engine.core.statistics import CONFIDENCE, Interval
 from clp_engine.data.prompts import PromptBatch, PromptDataset, completion_texts
 from clp_engine.data.rewards import RewardSet
+from clp_engine.evaluation import pareto
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
@@ -169,7 +169,7 @@ class ParetoReport:
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write report.json, report.md and pareto.png into `directory`; each appears whole or not at all."""
-        from clp_engine.report import write_report
+        from clp_engine.evaluation.report import write_report
 
         return write_report(self, directory)
 

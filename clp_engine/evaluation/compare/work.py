@@ -16,17 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine.compare.plan import Evaluation, Plan, Run
 from clp_engine.core import locking, transformers_releases
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import finish, write_directory, write_text
 from clp_engine.core.locking import Busy
+from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
 from clp_engine.training import runs
 from clp_engine.training.config import WITHOUT_EFFECT
 from clp_engine.training.run_folder import checkpoints, remove_checkpoint
 
 if TYPE_CHECKING:
-    from clp_engine.evaluation import ParetoReport
+    from clp_engine.evaluation.evaluate import ParetoReport
     from clp_engine.training.trainer import CLPTrainer
 
 BASE = "base"  # the evaluation of the base model, which sets the reference point
@@ -144,14 +144,14 @@ def is_evaluated(plan: Plan, evaluation: Evaluation | None) -> bool:
 
 
 def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
-    from clp_engine.evaluation import ParetoReport
+    from clp_engine.evaluation.evaluate import ParetoReport
 
     return ParetoReport.load(plan.evaluation_folder(BASE if evaluation is None else evaluation.name))
 
 
 def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -> None:
     """Write the report of a method at a seed (or of one specialist), or of the base model; nothing where it is there."""
-    from clp_engine import evaluation as measuring
+    from clp_engine.evaluation import evaluate as measuring
     from clp_engine.rollouts.types import SamplingParams
 
     name = BASE if evaluation is None else evaluation.name

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clp_engine.compare.summary import Comparison, Contrast, MethodResult
 from clp_engine.core.files import write_text
 from clp_engine.core.statistics import Estimate
-from clp_engine.report import write_png
+from clp_engine.evaluation.compare.summary import Comparison, Contrast, MethodResult
+from clp_engine.evaluation.report import write_png
 
 PICTURES = ("fronts.png", "metrics.png")
 
@@ -23,7 +23,7 @@ def write(comparison: Comparison, directory: str | Path) -> list[Path]:
     text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     write_text(written[0], text + "\n")
     try:
-        from clp_engine.compare.plots import draw_fronts, draw_metrics
+        from clp_engine.evaluation.compare.plots import draw_fronts, draw_metrics
 
         figures = [draw_fronts(comparison), draw_metrics(comparison)]
     except ModuleNotFoundError as error:

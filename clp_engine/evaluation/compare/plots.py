@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from clp_engine.compare.summary import Comparison, FrontPoint
 from clp_engine.core.statistics import Estimate
+from clp_engine.evaluation.compare.summary import Comparison, FrontPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from clp_engine import pareto
-from clp_engine.compare import work
-from clp_engine.compare.plan import Method, Plan
 from clp_engine.core import provenance
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import Estimate
-from clp_engine.evaluation import Base, ParetoReport, Point, default_grid
+from clp_engine.evaluation import pareto
+from clp_engine.evaluation.compare import work
+from clp_engine.evaluation.compare.plan import Method, Plan
+from clp_engine.evaluation.evaluate import Base, ParetoReport, Point, default_grid
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from clp_engine.core.statistics import Interval
-    from clp_engine.evaluation import Base, ParetoReport, Point
+    from clp_engine.evaluation.evaluate import Base, ParetoReport, Point
 
 # Corner colours of the weight simplex for three objectives and more; a weighting mixes them.
 _CORNERS = ("#d1495b", "#2b7bba", "#2a9d5c", "#b8860b", "#7b4fa3", "#4d4d4d")

@@ -14,12 +14,12 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from clp_engine.compare import report, schedule
-from clp_engine.compare.plan import Plan, make_plan, slug
-from clp_engine.compare.summary import Comparison, collect
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, write_text
+from clp_engine.evaluation.compare import report, schedule
+from clp_engine.evaluation.compare.plan import Plan, make_plan, slug
+from clp_engine.evaluation.compare.summary import Comparison, collect
 
 __all__ = ["CompareFailed", "Comparison", "Plan", "compare", "make_plan"]
 

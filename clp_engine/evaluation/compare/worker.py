@@ -1,4 +1,4 @@
-"""python -m clp_engine.compare.worker CONFIG.json PIECE: one piece of a comparison, in a process of its own."""
+"""python -m clp_engine.evaluation.compare.worker CONFIG.json PIECE: one piece of a comparison, in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import threading
 import traceback
 from pathlib import Path
 
-from clp_engine.compare import work
-from clp_engine.compare.plan import make_plan
-from clp_engine.compare.schedule import BUSY, INTERRUPTED, describe_error, pieces
+from clp_engine.evaluation.compare import work
+from clp_engine.evaluation.compare.plan import make_plan
+from clp_engine.evaluation.compare.schedule import BUSY, INTERRUPTED, describe_error, pieces
 from clp_engine.training import runs
 
 
