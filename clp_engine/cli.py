@@ -742,7 +742,7 @@ def _generation_rows(arguments: argparse.Namespace, spec: runs.RunSpec | None, t
 
 def _steer(arguments: argparse.Namespace) -> None:
     runs.policy_directory(arguments.run_folder)  # a wrong folder is reported before torch is imported
-    from clp_engine.steer.server import serve
+    from clp_engine.serving.server import serve
 
     serve(
         arguments.run_folder,

@@ -23,10 +23,10 @@ from clp_engine import evaluate
 from clp_engine.cli import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.steer.jobs import Full, Jobs
-from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest
-from clp_engine.steer.server import listen
-from clp_engine.steer.session import Session
+from clp_engine.serving.jobs import Full, Jobs
+from clp_engine.serving.request import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest
+from clp_engine.serving.server import listen
+from clp_engine.serving.session import Session
 from clp_engine.training import trust
 from clp_engine.training.runs import RunSpec
 
@@ -179,7 +179,7 @@ def test_the_page_is_part_of_the_wheel(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     name = build.build_wheel(str(tmp_path), {"wheel.cmake": "false"})  # without the C++ extension: a second instead of minutes
     with zipfile.ZipFile(tmp_path / name) as wheel:
-        assert wheel.read("clp_engine/steer/page.html") == Path("clp_engine/steer/page.html").read_bytes()
+        assert wheel.read("clp_engine/serving/page.html") == Path("clp_engine/serving/page.html").read_bytes()
 
 
 # --- what is said -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from clp_engine.data.prompts import encode_prompts
 from clp_engine.evaluation.evaluate import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.steer.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
+from clp_engine.serving.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
 from clp_engine.training import runs, trust
 
 if TYPE_CHECKING:

@@ -34,9 +34,9 @@ from urllib.parse import urlsplit
 from clp_engine import __version__
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError, shown
-from clp_engine.steer.jobs import Full, Jobs
-from clp_engine.steer.request import MAX_CHARACTERS, GenerateRequest
-from clp_engine.steer.session import Session
+from clp_engine.serving.jobs import Full, Jobs
+from clp_engine.serving.request import MAX_CHARACTERS, GenerateRequest
+from clp_engine.serving.session import Session
 
 _MAX_BODY = 12 * MAX_CHARACTERS + 10_000  # a character is at most \uXXXX\uXXXX in JSON
 _LOOK_EVERY = 0.5  # seconds between looks at whether the client is still there
