@@ -2,6 +2,6 @@
 
 import sys
 
-from clp_engine.cli import main
+from clp_engine.cli.main import main
 
 sys.exit(main())

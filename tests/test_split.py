@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from clp_kernels import backends
 
-from clp_engine import cli
+from clp_engine.cli import main
 from clp_engine.core.conditions import KL_CONDITIONING
 from clp_engine.models.forms import CONDITIONING
 from clp_engine.objectives.estimators import BASELINES, ESTIMATORS
@@ -77,7 +77,7 @@ def test_every_op_and_every_command_is_on_the_list(monkeypatch):
 
     assert set(OPS) == {case.name for case in ALL}
     assert set(backends()) == {"reference", "cpu", "triton", "cuda"}
-    assert set(COMMANDS) == set(cli._parser([])._subparsers._group_actions[0].choices)
+    assert set(COMMANDS) == set(main._parser([])._subparsers._group_actions[0].choices)
 
 
 def test_the_tests_without_the_mark_touch_all_of_it(request):

@@ -65,9 +65,9 @@ def _settings(_) -> str:
 
 
 def _command_line(_) -> str:
-    from clp_engine import cli
+    from clp_engine.cli import main
 
-    parser = cli._parser([])
+    parser = main._parser([])
     [commands] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     sections = [f"```text\n{parser.format_help()}```"]
     for name, sub in commands.choices.items():

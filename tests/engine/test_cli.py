@@ -18,7 +18,7 @@ import torch
 from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 
-from clp_engine.cli import main, parse_assignments
+from clp_engine.cli.main import main, parse_assignments
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
 from clp_engine.training import runs
@@ -362,7 +362,8 @@ def test_interrupting_says_where_the_checkpoint_is_and_resuming_gives_the_same_p
 @pytest.fixture
 def small_demo(workplace, monkeypatch, tmp_path):
     """The demo on a tiny model and a made-up task; returns its run folder."""
-    from clp_engine import demo, tasks
+    from clp_engine import tasks
+    from clp_engine.cli import demo
     from clp_engine.tasks import docsum
 
     def share(remainder):
@@ -665,7 +666,7 @@ def test_weights_that_cannot_be_read_are_refused(text):
 
 def test_help_and_version_need_neither_torch_nor_numpy():
     code = (
-        "import sys; from clp_engine.cli import main\n"
+        "import sys; from clp_engine.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)"
@@ -708,7 +709,7 @@ def test_info_says_what_a_training_needs_before_it_starts(workplace, trained, ca
 
 def test_a_reader_that_leaves_early_is_not_an_error():
     much = (
-        "import sys, clp_engine.cli as cli; cli._info = lambda arguments: print('x' * 100000); "
+        "import sys, clp_engine.cli.main as cli; cli._info = lambda arguments: print('x' * 100000); "
         "sys.exit(cli.main(['info']))"
     )
     for command in ([sys.executable, "-m", "clp_engine", "--help"], [sys.executable, "-c", much]):

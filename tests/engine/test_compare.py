@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 
-from clp_engine.cli import main
+from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.statistics import Estimate, Interval, t_probability, t_quantile
 from clp_engine.evaluation.compare import compare, make_plan, report, schedule, work

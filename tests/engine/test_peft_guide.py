@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from clp_engine.cli import main
+from clp_engine.cli.main import main
 from clp_engine.tasks.docsum import checkpoint_path
 
 pytestmark = pytest.mark.check

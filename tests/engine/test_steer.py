@@ -20,7 +20,7 @@ import torch
 from conftest import build_model, build_tokenizer
 
 from clp_engine import evaluate
-from clp_engine.cli import main
+from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.serving.jobs import Full, Jobs

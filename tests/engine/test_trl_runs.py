@@ -11,7 +11,7 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainerCallback
 
 from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, ConfigError
-from clp_engine.info import describe
+from clp_engine.cli.info import describe
 from clp_engine.training.runs import RunSpec
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from clp_engine import cli
+from clp_engine.cli import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import chat_template
 from clp_engine.training.config import CLPConfig
@@ -162,7 +162,7 @@ def test_settings_that_are_mappings_are_flags_as_yaml_and_as_json(tmp_path, monk
         "--reward-weights": "1,3",
     }
     words = [word for pair in flags.items() for word in pair]
-    assert cli.main(["train", "--task", "docsum", "--output-dir", str(tmp_path / "run"), *words]) == 0
+    assert main.main(["train", "--task", "docsum", "--output-dir", str(tmp_path / "run"), *words]) == 0
     assert seen[0].lr_scheduler_kwargs == {"num_cycles": 2} and seen[0].eval_steps == 0.5
     assert seen[0].base_dtype == "float32" and seen[0].reward_weights == [1.0, 3.0]
 

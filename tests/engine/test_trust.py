@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_cli import in_workplace, refused, trained, workplace  # noqa: F401
 
-from clp_engine.cli import main
+from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.serving.session import Session
 from clp_engine.training import trust

@@ -518,7 +518,7 @@ def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from clp_engine.demo import run_demo
+    from clp_engine.cli.demo import run_demo
 
     objectives = "coverage,brevity,faithfulness" if arguments.faithfulness else arguments.objectives
     run_demo(
@@ -546,7 +546,7 @@ def _train(arguments: argparse.Namespace) -> None:
     check_folder("output_dir", config.output_dir)
     if not arguments.resume:  # before anything is loaded; training looks again, when it has the folder to itself
         run_folder.check_free(config.output_dir, "a new one", config.overwrite_output_dir)
-    from clp_engine.info import render_training
+    from clp_engine.cli.info import render_training
 
     print("\n".join(render_training(spec, config)))
     aside = ("--overwrite", "--overwrite-output-dir", "--overwrite_output_dir", "--resume")
@@ -860,7 +860,7 @@ def _whole_numbers(text: str, flag: str) -> list[int]:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from clp_engine.info import collect, render
+    from clp_engine.cli.info import collect, render
 
     training = None if arguments.config is None else _described_training(arguments.config)
     info = collect(training)
