@@ -6,15 +6,20 @@ __version__ = "0.1.0"
 
 # The public names, imported when first used: `clp-engine --help` should not wait for torch.
 _WHERE = {
-    "CLPConfig": "config",
-    "CLPTrainer": "trainer",
-    "ConditionedPolicy": "policy",
-    "Conditions": "conditions",
-    "ConfigError": "errors",
-    "LogitMixture": "mixtures",
-    "ParetoReport": "evaluation",
-    "SamplingParams": "rollout",
-    "evaluate": "evaluation",
+    "CLPConfig": "training.config",
+    "CLPTrainer": "training.trainer",
+    "ConditionSampler": "objectives.weightings",
+    "ConditionedPolicy": "policy.policy",
+    "Conditions": "core.conditions",
+    "ConfigError": "core.errors",
+    "LogitMixture": "policy.logit_mixture",
+    "ParetoReport": "evaluation.evaluate",
+    "RewardSet": "data.rewards",
+    "Rollout": "rollouts.types",
+    "SamplingParams": "rollouts.types",
+    "evaluate": "evaluation.evaluate",
+    "rollout": "rollouts.rollout",
+    "score": "rollouts.scoring",
 }
 __all__ = sorted(_WHERE)
 

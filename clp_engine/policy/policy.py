@@ -568,8 +568,8 @@ class ConditionedPolicy(nn.Module):
         arguments = self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room, at_once
         if self.device.type == "cuda" and cuda_graphs.serves(self):
             return SlotDecoding(*arguments, fused=fused_step.choose(self))
-        native = native.choose(self)
-        return BlendDecoding(*arguments) if native is None else NativeDecoding(*arguments, native)
+        plan = native.choose(self)
+        return BlendDecoding(*arguments) if plan is None else NativeDecoding(*arguments, plan)
 
     def token_stats(
         self,

@@ -53,8 +53,8 @@ def _takes_trl_s_fields(cls: type) -> type:
         twice = sorted(by_place.keys() & given.keys())
         if len(values) > len(names) or twice:
             plain(self, *values, **given)  # says what is wrong
-        settings, self._trl = settings.understood(by_place | given, defaults)
-        plain(self, **settings)
+        own, self._trl = settings.understood(by_place | given, defaults)
+        plain(self, **own)
 
     cls.__init__ = __init__
     return cls

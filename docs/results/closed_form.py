@@ -21,12 +21,12 @@ from statistics import mean
 import torch
 
 from clp_engine.core.conditions import KL_CONDITIONING
-from clp_engine.evaluation.evaluate import source_commit, versions
 from clp_engine.core.files import write_text
+from clp_engine.evaluation.evaluate import source_commit, versions
 from clp_engine.objectives.weightings import build_sampler, simplex_lattice
 from clp_engine.tasks.closed_form import dilemma
-from clp_engine.tasks.closed_form.task import TabularTask, Trained, combine, train, train_specialist
 from clp_engine.tasks.closed_form.policies import LogitMixture, Network, Tables, soup
+from clp_engine.tasks.closed_form.task import TabularTask, Trained, combine, train, train_specialist
 
 HERE = Path(__file__).parent
 PROMPTS, GROUP = 128, 4  # of every step of every run

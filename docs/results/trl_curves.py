@@ -25,9 +25,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from clp_engine.core.files import write_text
 from clp_engine.evaluation.compare.summary import CONFIDENCE, Estimate, t_probability
 from clp_engine.evaluation.evaluate import source_commit, versions
-from clp_engine.core.files import write_text
 
 HERE = Path(__file__).with_suffix("")
 LIBRARIES = {"clp": "CLPTrainer", "trl": "TRL GRPOTrainer with PEFT"}
@@ -330,8 +330,8 @@ and LoRA of rank {RANK} with lora_alpha {LORA_ALPHA} on all linear layers but th
 float32, and {PROMPTS} prompts of at most {PROMPT_TOKENS} tokens. What TRL does without being asked has names here:
 {ours}.
 TRL multiplies k3 by the ratio to the policy that sampled (`use_bias_correction_kl`), and the gradient of that is k2's where
-the ratio is 1, as in every step here. It is biased (`clp_engine/objectives/estimators.py`): chosen to have TRL's problem, not to solve it
-well.
+the ratio is 1, as in every step here. It is biased (`clp_engine.objectives.estimators`): chosen to have TRL's problem,
+not to solve it well.
 
 Made with {software}
 (commits {", ".join(commit[:12] for commit in result["commits"])}). Median step on one thread of a busy machine, for

@@ -144,8 +144,8 @@ def test_a_bfloat16_model_is_decoded_no_less_exactly_than_by_its_modules(native_
     half = policy_of(FAMILIES[native_family](), base=lambda model: model.bfloat16())
     whole = policy_of(FAMILIES[native_family](), base=lambda model: model.bfloat16().float())
     assert native.base_dtype(half) is torch.bfloat16
-    native, modules = both(half, MIXED)
-    error, theirs = (worst_difference(each, both(whole, MIXED)[1]) for each in (native, modules))
+    ours, modules = both(half, MIXED)
+    error, theirs = (worst_difference(each, both(whole, MIXED)[1]) for each in (ours, modules))
     assert 0 < error <= theirs  # equal where the prompt's part is the largest
 
 

@@ -37,7 +37,7 @@ def test_the_first_pass_has_no_ratio_and_the_others_have_the_log_probs_of_sampli
 def test_a_larger_rollout_serves_several_steps(tmp_path, monkeypatch):
     drawn, original = [], collector.rollout
     monkeypatch.setattr(
-        generation, "rollout", lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1]
+        collector, "rollout", lambda *args, **kwargs: drawn.append(original(*args, **kwargs)) or drawn[-1]
     )
     trainer = build_trainer(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Every numeric setting has a range (clp_engine/core/ranges.py): what lies outside is a ConfigError that names it, whoever asks."""
+"""Every numeric setting has a range (core/ranges.py): what lies outside is a ConfigError that names it, whoever asks."""
 
 import dataclasses
 import itertools

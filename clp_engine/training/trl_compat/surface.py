@@ -20,8 +20,8 @@ ABSENT = {
     "init_hf_repo": "nothing is pushed to the Hub from here",
     "predict": "use evaluate(), or policy.generate(prompts, weights=...)",
     "prediction_step": "use evaluate()",
-    "compute_loss": "a loss is put together in clp_engine.training.stepping.update and clp_engine.objectives.estimators; subclassing the trainer does not "
-    "change it",
+    "compute_loss": "a loss is put together in clp_engine.training.stepping and clp_engine.objectives; subclassing the trainer "
+    "does not change it",
     "training_step": "a step is CLPTrainer._step; callbacks hear its parts",
     "hyperparameter_search": "start a run for each setting: clp-engine train config.yaml --learning_rate ...",
     "ref_model": "the reference is the policy with every adapter off: policy.model under no blend",
