@@ -248,7 +248,7 @@ class LogitMixture:
 
 
 class MixtureDecoding:
-    """Logits of mixtures, see `decoding.Decoding`: each row runs as its parts, each part under one specialist or the base."""
+    """Logits of mixtures, see `modules.Decoding`: each row runs as its parts, each part under one specialist or the base."""
 
     drop_share = 0.25  # the cache is copied
 

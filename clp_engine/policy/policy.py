@@ -2,8 +2,8 @@
 
     theta(w, alpha) = theta_ref + c(alpha) * sum_i w_i * Delta_i
 
-(Conditioned Language Policy, parameter-space conditioning.) What Delta_i is, `conditioning` says: low-rank factors s_i B_i A_i
-on linear layers, whole weights, those of attention, or of the output projection; see `conditioning`. Rows of one batch may
+(Conditioned Language Policy, parameter-space conditioning.) What Delta_i is, `models.forms` says: low-rank factors s_i B_i A_i
+on linear layers, whole weights, those of attention, or of the output projection. Rows of one batch may
 have different (w, alpha); a row whose blend is zero is the reference model.
 """
 
@@ -64,11 +64,11 @@ class PolicySpec:
     """What makes a policy of a base model: saved beside the adapters, enough to build it again.
 
     base_model: name or path as given; objectives: names in order; ranks, lora_alphas: one per delta;
-    target_modules: exact names of the layers with low-rank factors; conditioning, carrier: see `conditioning`;
+    target_modules: exact names of the layers with low-rank factors; conditioning, carrier: see `models.forms`;
     min_kl: the smallest KL coefficient of training, for kl_conditioning "odds";
     kl_is_beta: whether `kl` means beta (objective w.R - beta KL) instead of alpha ((1 - alpha) w.R - alpha KL);
     default_kl: the KL coefficient a row has where none is asked for.
-    prompt_template: what prompt conditioning writes into the prompt, see `prompting`; None where it does not.
+    prompt_template: what prompt conditioning writes into the prompt, see `prompt_conditioning`; None where it does not.
     """
 
     base_model: str
@@ -170,14 +170,14 @@ class ConditionedPolicy(nn.Module):
             Of a PeftModel, each objective begins at the adapter of its name, or all of them at a single one; the adapters are
             taken out of the model (see `from_adapters` for other names). The reference is the base model without them.
         objectives: their names, in the order of weight vectors.
-        conditioning: "lora", "full", "attention", "logit", "prompt", "none", or several joined by "+"; see `conditioning`.
+        conditioning: "lora", "full", "attention", "logit", "prompt", "none", or several joined by "+"; see `models.forms`.
         carrier: which parameters are trained where conditioning is "prompt" or "none".
         rank, lora_alpha: of "lora" and "logit", one for all or one per objective; the update is scaled by lora_alpha / rank
             (rank: 16, lora_alpha: 2 * rank; of a PeftModel its own). An output projection with a rank of the hidden size or
             more is trained whole, unscaled.
         target_modules: of "lora", as in PEFT, or a function of the model that gives names; None is every linear layer but the
             output projection.
-        prompt_template: of "prompt", text with {weights} and, where the KL coefficient varies, {kl}; see `prompting`.
+        prompt_template: of "prompt", text with {weights} and, where the KL coefficient varies, {kl}; see `prompt_conditioning`.
         kl_conditioning, min_kl: see `conditions.blend_coefficients`. kl_is_beta, default_kl: see `PolicySpec`.
         dtype: float32 on a CPU and the checkpoint's own elsewhere, if None. attention: transformers' attn_implementation, where
             the model is loaded here. seed: of the adapters' start.
@@ -837,7 +837,7 @@ class ConditionedPolicy(nn.Module):
 
     def attach(self, model: PreTrainedModel | None = None) -> PreTrainedModel:
         """A transformers model whose forward and generate take `weights=` and `kl=`, for all rows or one per row; see
-        `steerable`.
+        `attached`.
 
         model: another loaded copy of the base model, which is changed in place (its detach() undoes that); None makes one that
         shares the base model's weights. The deltas are shared either way, and this policy is left as it was. Raises ConfigError

@@ -91,7 +91,7 @@ def completion_stats(
     hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32, with gradients if `differentiable` names
     it (None: all that have one). The reference runs without gradients, and only where `outputs` need it.
     hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
-    ref_hidden: (N, H), the reference's hidden states, where they are there already (`ahead`).
+    ref_hidden: (N, H), the reference's hidden states, where they are there already (`reference_states`).
     """
     needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
     grad = torch.is_grad_enabled()

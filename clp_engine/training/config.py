@@ -42,7 +42,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 def _takes_trl_s_fields(cls: type) -> type:
-    """Have the constructor take the fields of TRL's GRPOConfig beside the class's own, see `trl_settings`."""
+    """Have the constructor take the fields of TRL's GRPOConfig beside the class's own, see `trl_compat.settings`."""
     plain = cls.__init__
     names = [option.name for option in dataclasses.fields(cls)]
     defaults = {option.name: option.default for option in dataclasses.fields(cls)}
@@ -64,7 +64,7 @@ def _takes_trl_s_fields(cls: type) -> type:
 @dataclass
 class CLPConfig:
     """Settings of `CLPTrainer`. The fields of TRL's GRPOConfig are taken as well: each is a setting of the same name, is
-    translated into one, or is refused with the reason and the alternative (`trl_fields`).
+    translated into one, or is refused with the reason and the alternative (`trl_compat.fields`).
 
     One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions, `num_generations` for
     each of its prompts; the batch is cut into micro-batches of whole groups. A rollout serves one step, or `num_iterations`

@@ -76,7 +76,7 @@ def broken(folder, end_at, number):
     try:
         train(folder)
     except Exception as error:
-        # What the command line says in one line; see `cli.main`.
+        # What the command line says in one line; see `cli.main.main`.
         if not isinstance(error, ConfigError) and not (isinstance(error, OSError) and error.filename):
             print(f"full at {number}: no line for the user: {error!r}", flush=True)
         raise

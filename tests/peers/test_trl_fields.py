@@ -11,8 +11,8 @@ pytest.importorskip("trl")
 
 from trl import GRPOConfig
 
-from clp_engine import trl_page
 from clp_engine.training.trl_compat.fields import FIELDS, TRL_VERSION
+from tools import trl_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "migrating-from-trl.md"
 
@@ -39,6 +39,6 @@ def test_the_table_knows_trl_s_defaults():
 
 def test_the_migration_page_is_up_to_date():
     text = PAGE.read_text(encoding="utf-8")
-    assert trl_page.render(text) == text, "run: python -m clp_engine.trl_page docs/migrating-from-trl.md"
+    assert trl_page.render(text) == text, "run: python -m tools.trl_page docs/migrating-from-trl.md"
     for name in FIELDS:
         assert text.count(f"\n| `{name}` |") == 1 + (FIELDS[name].fate == "other default"), name

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clp_engine.tasks.docsum import pretrain
 from clp_engine.tasks.docsum.corpus import Docstring, make_pairs, training_docstrings
+from tools import docsum_pretrain as pretrain
 
 RECIPE = pretrain.Recipe(
     vocab_size=400,

@@ -1,4 +1,4 @@
-"""Encoder-decoder models (T5, BART, ...) behind the interface of `backbone`.
+"""Encoder-decoder models (T5, BART, ...) behind the interface of `causal`.
 
 The prompt runs through the encoder and its keys and values for the decoder's attention are computed once; the decoder's
 start token is the one position that predicts a completion's first token. No token is forced: a `forced_bos_token_id` of the

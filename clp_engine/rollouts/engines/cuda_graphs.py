@@ -230,7 +230,7 @@ AttentionInterface.register(NAME, slot_attention)
 
 
 class SlotDecoding:
-    """Logits of a policy, each row under its blend; see `decoding.Decoding`. Arguments as of `BlendDecoding`.
+    """Logits of a policy, each row under its blend; see `modules.Decoding`. Arguments as of `BlendDecoding`.
 
     A prompt's slot is free when the last of its rows has left.
     """

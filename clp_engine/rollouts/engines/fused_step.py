@@ -5,7 +5,7 @@ products, two norms with the residual before them, rotary embeddings with the ca
 (`clp_kernels.triton_kernels.decode_step`), and one more where rows are so few that their keys are cut into pieces. Small
 launches are what a decode step on a GPU is made of, once its products are at the bandwidth of their weights.
 
-Which policies: those that `native_decoding` reads (Llama and what has its structure), of one dtype, where Triton is there. A
+Which policies: those that `native` reads (Llama and what has its structure), of one dtype, where Triton is there. A
 plan is tried before it is used: random tokens through this step and through transformers' must give the same logits.
 """
 

@@ -461,7 +461,7 @@ def choose(policy: ConditionedPolicy) -> Plan | None:
 
 
 class NativeDecoding:
-    """`decoding.Decoding` by the native decoder; arguments as of `BlendDecoding`."""
+    """`modules.Decoding` by the native decoder; arguments as of `BlendDecoding`."""
 
     drop_share = 0.0
 

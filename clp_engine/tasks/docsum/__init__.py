@@ -5,7 +5,7 @@
     scores = REWARDS["coverage"](prompts=..., completions=[...], reference=[...])
 
 The documents are docstrings of this Python installation (`corpus`), the model and its tokenizer are shipped
-(`pretrain` is the recipe that made them), the rewards are coverage, brevity and faithfulness (`rewards`).
+(`tools/docsum_pretrain.py` is the recipe that made them), the rewards are coverage, brevity and faithfulness (`rewards`).
 """
 
 from clp_engine.tasks.docsum.corpus import Pair, build

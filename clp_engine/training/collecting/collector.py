@@ -38,10 +38,10 @@ class Generation:
 
     rewards: (B, M); scalar: (B,) w.R, times the sum of reward_weights where they are given; metrics: of everything that was
         drawn.
-    new_tokens: completion tokens drawn for it; others than its own where partial rollouts go on (`partial`).
-    reference: of each completion (n_b, H) or None, the reference's hidden states where they are there already (`ahead`).
-    advantage: (B,), taken from whole groups where `rollout` has a part of them alone (`selection`), or None.
-    token_share: of each group's tokens that stay in the loss (`selection`).
+    new_tokens: completion tokens drawn for it; others than its own where partial rollouts go on (`partial_rollouts`).
+    reference: of each completion (n_b, H) or None, the reference's hidden states, where `reference_states` had them computed.
+    advantage: (B,), taken from whole groups where `rollout` has a part of them alone (`rollout_selection`), or None.
+    token_share: of each group's tokens that stay in the loss (`rollout_selection`).
     old_logprob: (B, T), what the tokens were sampled with, where the policy has moved since (`rollout.logprobs`); None in
         the pass of the policy that sampled them, whose ratio is one by construction.
     passes: over these completions so far. values: (B, T), of a value head, from the first of them.

@@ -42,7 +42,7 @@ class MicroBatch:
     weights: (B, T), see `estimators.loss_weights`.
     old_logprob: (B, T), what the completions were sampled with, None where that is the policy as it is.
     values: (B, T), from the first pass over these completions; None in that pass, and without a value head.
-    ref_hidden, advantage, token_share: see `generation.Generation`; ref_hidden (N, H).
+    ref_hidden, advantage, token_share: see `collector.Generation`; ref_hidden (N, H).
     """
 
     rollout: Rollout

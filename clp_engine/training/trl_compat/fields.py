@@ -1,6 +1,6 @@
 """What becomes of each field of TRL's GRPOConfig: every one has one fate here, and none is passed over in silence.
 
-`trl_settings` acts on it, and `trl_page` makes the tables of the migration guide from it.
+`settings` acts on it, and `tools/trl_page.py` makes the tables of the migration guide from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TRL's keyword arguments as settings of CLPConfig, by the table in `trl_fields`."""
+"""TRL's keyword arguments as settings of CLPConfig, by the table in `fields`."""
 
 from __future__ import annotations
 

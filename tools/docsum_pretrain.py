@@ -1,4 +1,4 @@
-"""Makes the shipped checkpoint: `python -m clp_engine.tasks.docsum.pretrain --out DIR`.
+"""Makes the shipped checkpoint: `python -m tools.docsum_pretrain --out DIR`.
 
 Two phases of one run, a small Llama from scratch, Muon and AdamW, one learning-rate schedule (linear warm-up,
 constant through phase 1, linear to zero through phase 2):
@@ -604,7 +604,7 @@ def keep_large_blocks() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m clp_engine.tasks.docsum.pretrain", description=__doc__.split("\n")[0]
+        prog="python -m tools.docsum_pretrain", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the checkpoint (and of the run's state)"
@@ -628,7 +628,7 @@ def main(argv: list[str] | None = None) -> None:
     state = train(recipe, out, docs, pairs, resume, compiled)
     splits = {s: sum(p.split == s for p in pairs) for s in ("train", "validation", "test")}
     summary = {
-        "command": "python -m clp_engine.tasks.docsum.pretrain --out checkpoint --compile",
+        "command": "python -m tools.docsum_pretrain --out checkpoint --compile",
         "recipe": asdict(recipe),
         "pairs": splits,
         "training_docstrings": len(docs),

@@ -1,6 +1,6 @@
-"""The tables of the migration guide, made from `trl_fields` and `CLPConfig`.
+"""The tables of the migration guide, made from `trl_compat.fields` and `CLPConfig`.
 
-    python -m clp_engine.trl_page docs/migrating-from-trl.md
+    python -m tools.trl_page docs/migrating-from-trl.md
 
 writes anew what stands between `<!-- trl:NAME -->` and `<!-- /trl -->`; NAME is `defaults` or `fields`.
 """
