@@ -39,6 +39,7 @@ from clp_engine.attention_cache import join_with_room, repeat_rows, repeat_with_
 from clp_engine.base_model import keep_softcap
 from clp_engine.errors import ConfigError
 from clp_engine.packing import Packed
+from clp_engine.text_path import text_stack
 
 # Held by a pass through a decoder: which attention it runs stands in the model's config, which threads share.
 _ATTENTION = threading.RLock()
@@ -302,13 +303,13 @@ class CausalContext(Context):
 
 
 class CausalBackbone(Backbone):
-    """A decoder alone: prompt and completion are one sequence."""
+    """A decoder alone: prompt and completion are one sequence. Of a model of text and images, its language model's."""
 
     contexts_join = True
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
-        self.decoder = model.base_model
+        self.decoder = text_stack(model)
         self.packing_fault = None
         if self.decoder is model:
             raise ConfigError(

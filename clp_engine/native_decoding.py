@@ -293,11 +293,13 @@ def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.T
         raise Unsupported(f"its rotary embedding ({moving[0]}) depends on how much was read")
     types = getattr(config, "layer_types", None) or [None]
     ids = torch.arange(positions, device=policy.device).unsqueeze(0)
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        ids = ids.expand(3, 1, -1)  # time, height and width: the same for text
     like = decoder.embed_tokens.weight[:1]
     tables = []
     for kind in _rope_kinds(decoder, types):
         cos, sin = rotary(like, ids) if kind is None else rotary(like, ids, kind)
-        tables.append((cos[0], sin[0]))
+        tables.append((cos.view(-1, *cos.shape[-2:])[0], sin.view(-1, *sin.shape[-2:])[0]))
     return tables
 
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from clp_engine.backbone import Backbone
 from clp_engine.errors import ConfigError
+from clp_engine.text_path import text_stack
 
 # logits (rows, V) -> (tokens (rows,), whether all rows have ended)
 Draw = Callable[[torch.Tensor], tuple[torch.Tensor, bool]]
@@ -34,7 +35,7 @@ class WholeSequenceBackbone(Backbone):
     def __init__(self, model: PreTrainedModel, reason: str):
         super().__init__(model)
         self.packing_fault = reason
-        self.decoder = model.base_model
+        self.decoder = text_stack(model)
         if self.decoder is model:
             raise ConfigError(
                 f"{type(model).__name__} has no decoder stack under it; a causal language model is needed"
