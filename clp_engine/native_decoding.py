@@ -199,6 +199,8 @@ def read(
     _only(
         decoder, {"embed_tokens", "layers", "norm", *rotary}, {"embed_tokens", "layers", "norm", "rotary_emb"}
     )
+    if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):
+        raise Unsupported("its queries are scaled by their position (llama_4_scaling_beta of its rope_parameters)")
     types = getattr(config, "layer_types", None) or [None] * len(decoder.layers)
     sliding = getattr(config, "sliding_window", None)
     modules: dict[tuple[int, str], nn.Module] = {}
