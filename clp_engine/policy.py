@@ -132,7 +132,7 @@ class ConditionedPolicy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, spec: PolicySpec, tokenizer=None, seed: int = 0):
         super().__init__()
-        self.spec, self.tokenizer = spec, tokenizer
+        self.spec = spec
         self.conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
         self.blend = Blend()
         self.slots: Slots | None = None  # of the last rollout, for the next one
@@ -140,6 +140,7 @@ class ConditionedPolicy(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
         self.room = Room.of(model)
+        self.tokenizer = tokenizer
         self.layers = attach(
             model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
         )
@@ -352,6 +353,17 @@ class ConditionedPolicy(nn.Module):
         return self.spec.kl_is_beta
 
     @property
+    def tokenizer(self):
+        """Setting it raises ConfigError where its special tokens have no embedding, see `positions.Room.check_tokenizer`."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer) -> None:
+        if tokenizer is not None:
+            self.room.check_tokenizer(tokenizer)
+        self._tokenizer = tokenizer
+
+    @property
     def config(self):
         return self.model.config
 
@@ -534,6 +546,8 @@ class ConditionedPolicy(nn.Module):
         """The transformers model's forward, row i under its own (w, kl): give `conditions`, or `weights` and `kl` as for
         `conditions()`; an encoder-decoder takes `decoder_input_ids=` beside input_ids."""
         conditions = conditions or self.conditions(weights, kl, input_ids.shape[0])
+        if not torch.compiler.is_compiling():
+            self.room.check_ids([int(input_ids.min()), int(input_ids.max())], "input_ids", self.tokenizer)
         with self.blended(conditions):
             return self.model(input_ids, *args, **kwargs)
 
