@@ -183,10 +183,10 @@ class Backbone(ABC):
         return torch.arange(1, 7, device=self.model.device).unsqueeze(0) % vocabulary
 
     def _compare(self, ours: torch.Tensor, expected: torch.Tensor) -> None:
-        if difference := _difference(ours, expected):
+        if found := difference(ours, expected):
             raise ConfigError(
                 f"{type(self.model).__name__} does something between its tokens and its logits that is not a stack of "
-                f"layers with a cache, then a projection with bias, scale and softcap (difference {difference:.3g}); "
+                f"layers with a cache, then a projection with bias, scale and softcap (difference {found:.3g}); "
                 "it cannot be used"
             )
 
@@ -198,11 +198,11 @@ class Backbone(ABC):
         )
 
 
-def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference between logits, 0 where it is what rounding makes."""
-    difference = (ours.float() - expected.float()).abs().max().item()
+    found = (ours.float() - expected.float()).abs().max().item()
     tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
-    return 0.0 if difference <= tolerance * max(1.0, expected.abs().max().item()) else difference
+    return 0.0 if found <= tolerance * max(1.0, expected.abs().max().item()) else found
 
 
 def make_backbone(model: PreTrainedModel) -> Backbone:
@@ -430,9 +430,9 @@ class CausalBackbone(Backbone):
             except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
                 self.packing_fault = f"it does not take packed tokens ({error})"
                 return
-        if difference := _difference(ours, torch.cat(expected, 1)[0]):
+        if found := difference(ours, torch.cat(expected, 1)[0]):
             self.packing_fault = (
-                f"its packed tokens have other logits than plain ones (difference {difference:.3g})"
+                f"its packed tokens have other logits than plain ones (difference {found:.3g})"
             )
 
     def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:

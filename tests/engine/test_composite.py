@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engine.conftest import COMPOSITE, VOCAB, build_model, build_policy, build_tokenizer, plain_logits
-from transformers import AutoModelForCausalLM, Llama4TextConfig, Ministral3Config
+from transformers import AutoModelForCausalLM, Llama4TextConfig, Ministral3Config, PaliGemmaConfig
 from transformers.models.llama4 import Llama4ForCausalLM
 
 from clp_engine import native_decoding
@@ -262,6 +262,17 @@ def test_llama_4_is_a_causal_model_that_says_how_it_runs():
         logits = plain_logits(policy, PROMPTS[row // 2], completion, weights=weights, kl=0.1)
         expected = logits.log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1))[:, 0]
         torch.testing.assert_close(ours[row, : len(completion)], expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    common = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {**common, "model_type": "gemma", "vocab_size": VOCAB, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+    vision = {**common, "image_size": 8, "patch_size": 4, "projection_dim": 32}
+    config = PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=32, image_token_index=VOCAB - 1)
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config)
+    with pytest.raises(ConfigError, match=r"PaliGemma.* attends to tokens that come later"):
+        ConditionedPolicy.from_pretrained(model, ["a"])
 
 
 def test_a_router_is_not_a_projection():
