@@ -227,6 +227,35 @@ def test_queries_that_are_scaled_by_their_position_are_packed_and_not_left_to_th
     torch.testing.assert_close(score(policy, batch, MIXED).logprob, batch.logprobs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("conditioning", ["full", "attention", "lora+logit"])
+def test_whole_weights_are_merged_saved_and_read_back(conditioning, tmp_path):
+    policy = build_policy("gemma3", conditioning=conditioning)
+    ids = torch.randint(3, VOCAB - 3, (2, 9))
+    expected = policy(ids, weights=[0.3, 0.7]).logits
+    policy.merge(weights=[0.3, 0.7]).save_pretrained(tmp_path)
+    again = auto_class(policy.config).from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_on_layers_of_images_is_refused_with_what_to_do(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def adapter(**options):
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **options)
+        model = get_peft_model(build_model("llava"), config)
+        model.save_pretrained(tmp_path)
+        return model
+
+    adapter()
+    with pytest.raises(ConfigError, match=r"adapts model\.vision_tower\..*exclude_modules"):
+        ConditionedPolicy.from_adapters(build_model("llava"), {"a": tmp_path})
+    theirs = adapter(exclude_modules=r".*vision_tower.*")
+    policy = ConditionedPolicy.from_adapters(build_model("llava"), {"a": tmp_path, "b": None})
+    ids = torch.randint(3, VOCAB - 3, (2, 9))
+    found = policy(ids, weights=[1.0, 0.0]).logits
+    torch.testing.assert_close(found, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_targets_of_images_are_refused_and_names_that_both_have_mean_the_language_model():
     policy = build_policy("gemma3", target_modules=["q_proj"])
     assert set(policy.layers) == {f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)}
