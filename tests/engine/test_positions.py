@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine.conftest import VOCAB, build_model, build_policy, build_tokenizer
+from engine.conftest import VOCAB, build_classifier, build_model, build_policy, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from clp_engine.config import CLPConfig
@@ -10,6 +10,7 @@ from clp_engine.errors import ConfigError
 from clp_engine.evaluation import evaluate
 from clp_engine.policy import ConditionedPolicy
 from clp_engine.positions import Room
+from clp_engine.rewards import ClassifierReward
 from clp_engine.rollout import SamplingParams, rollout
 from clp_engine.scoring import score
 from clp_engine.steer.request import GenerateRequest
@@ -175,6 +176,17 @@ def test_padding_without_an_embedding_is_refused_where_no_tokenizer_says_it():
     policy.model.generation_config.pad_token_id = VOCAB
     with pytest.raises(ConfigError, match=f"padding has the token {VOCAB}, and the model's embedding {VOCAB} rows"):
         rollout(policy, [[5, 6], [7]], policy.conditions(rows=2))
+
+
+def test_a_reward_model_s_tokenizer_is_checked_as_the_policy_s_is():
+    model = build_classifier(pad_token_id=0)
+    with pytest.raises(ConfigError, match=rf"reward model 'LlamaFor.*pad_token '<other>' is token {VOCAB}"):
+        ClassifierReward(model, with_tokens(0, pad_token="<other>"))
+    with pytest.warns(UserWarning, match="resize_token_embeddings"):
+        reward = ClassifierReward(model, with_tokens(1))
+    assert len(reward(["w1"], [" w2"])) == 1
+    with pytest.raises(ConfigError, match="a text for the reward model 'LlamaFor.*' " + UNKNOWN):
+        reward(["w1"], [" <new0>"])
 
 
 @pytest.mark.parametrize("part", [{"type": "image", "url": "x.png"}, {"type": "image_url"}, {"type": "video"}, {}])
