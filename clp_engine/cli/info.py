@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from clp_engine.training.runs import RunSpec
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "peft", "matplotlib")
+_NAMED = 8  # parameters that are listed by name
 
 
 def collect(training: tuple[RunSpec, CLPConfig] | None = None) -> dict[str, Any]:
@@ -137,6 +138,7 @@ def _rendered_training(training: dict[str, Any]) -> list[str]:
         row(training["conditioning"], training["memory"]),
     ]
     lines += [row(n, c) for n, c in training["by_conditioning"].items() if n != training["conditioning"]]
-    if training["never_conditioned"]:
-        lines += [f"  never conditioned: {', '.join(training['never_conditioned'])}"]
+    if never := training["never_conditioned"]:
+        more = f" and {len(never) - _NAMED:,} more" if len(never) > _NAMED else ""
+        lines += [f"  never conditioned: {', '.join(never[:_NAMED])}{more}"]
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,30 +49,42 @@ class PromptBatch:
 
 
 def encode_prompts(prompts: Sequence[str | list], tokenizer) -> list[list[int]]:
-    """Tokens of each text, or of chat messages in the tokenizer's chat template, up to where the assistant answers.
+    """Tokens of each text, or of chat messages in the tokenizer's chat template, up to where the assistant answers. Raises
+    ConfigError for what is neither, and for messages that hold anything but text."""
+    for i, prompt in enumerate(prompts):
+        if prompt != "":  # a tokenizer may begin every text with a token
+            check_prompt(prompt, f"prompt {i}")
+    return _encoded(prompts, tokenizer)
 
-    All texts in one call of the tokenizer, which takes half a millisecond however short they are.
-    """
+
+def _encoded(prompts: Sequence[str | list], tokenizer) -> list[list[int]]:
+    """All texts in one call of the tokenizer, which takes half a millisecond however short they are."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     ids = iter(tokenizer(texts)["input_ids"] if texts else ())
     return [next(ids) if isinstance(prompt, str) else encode_chat(prompt, tokenizer) for prompt in prompts]
 
 
 class Prompts(ABC):
-    """Rows with a `prompt` column, text or chat messages, as an endless stream of epochs: `position` counts its rows."""
+    """Rows with a `prompt` column, text or chat messages, as an endless stream of epochs: `position` counts its rows.
 
-    def __init__(self, tokenizer, max_prompt_length: int | None = None):
-        self.tokenizer, self.max_prompt_length = tokenizer, max_prompt_length
+    check: called with the tokens that are left of each prompt and the name of its row; raises ConfigError where the model
+    cannot read them.
+    """
+
+    def __init__(
+        self, tokenizer, max_prompt_length: int | None = None, check: Callable[[list[int], str], None] | None = None
+    ):
+        self.tokenizer, self.max_prompt_length, self._check = tokenizer, max_prompt_length, check
         self.skipped = 0  # rows that could not be used, where they are left out
 
     def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> list[list[int]]:
         """Tokens of each row's prompt, the last `max_prompt_length` of them. Raises ConfigError naming the row, by its number,
         whose prompt cannot be encoded or has no tokens."""
         try:
-            encoded = encode_prompts([row["prompt"] for row in rows], self.tokenizer)
+            encoded = _encoded([row["prompt"] for row in rows], self.tokenizer)
         except Exception as error:  # tokenizers and chat templates raise what they like
             if len(rows) > 1:
-                encoded = [self.encode([row], [number])[0] for row, number in zip(rows, numbers)]
+                return [self.encode([row], [number])[0] for row, number in zip(rows, numbers)]
             else:
                 raise ConfigError(
                     f"{_named(numbers[0])}: its prompt cannot be encoded ({_first_line(error)}); mend or remove it"
@@ -80,7 +92,12 @@ class Prompts(ABC):
         for ids, number in zip(encoded, numbers):
             if not ids:
                 raise ConfigError(f"{_named(number)}: its prompt has no tokens; mend or remove it")
-        return [ids[-self.max_prompt_length :] for ids in encoded] if self.max_prompt_length else encoded
+        if self.max_prompt_length:
+            encoded = [ids[-self.max_prompt_length :] for ids in encoded]
+        if self._check is not None:
+            for ids, number in zip(encoded, numbers):
+                self._check(ids, _named(number))
+        return encoded
 
     def _fault(self, row: Any, number: int) -> str | None:
         """Why the row cannot be used, or None."""
@@ -147,8 +164,9 @@ class PromptDataset(Prompts):
         tokenizer,
         max_prompt_length: int | None = None,
         skip_bad_rows: bool = False,
+        check: Callable[[list[int], str], None] | None = None,
     ):
-        super().__init__(tokenizer, max_prompt_length)
+        super().__init__(tokenizer, max_prompt_length, check)
         if not has_rows(rows):
             raise ConfigError(
                 f"a dataset here must have a length and rows by index (a list of dicts, datasets.Dataset); "

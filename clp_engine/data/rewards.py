@@ -31,6 +31,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from clp_engine.core.errors import ConfigError
+from clp_engine.core.positions import Room
 from clp_engine.core.transformers_releases import keep_softcap
 from clp_engine.data.chat import messages_as_read
 from clp_engine.data.reward_threads import EventLoop, Workers
@@ -55,10 +56,15 @@ class ClassifierReward:
         )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self._room = Room.of(model)
+        self.__name__ = (model.config.name_or_path or type(model).__name__).rstrip("/").rsplit("/", 1)[-1]
+        try:
+            self._room.check_tokenizer(tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"reward model {self.__name__!r}: {error}") from None
         keep_softcap(model)
         for config in (model.config, model.config.get_text_config()):  # apart in models of text and images
             config.pad_token_id = tokenizer.pad_token_id
-        self.__name__ = (model.config.name_or_path or type(model).__name__).rstrip("/").rsplit("/", 1)[-1]
 
     @torch.no_grad()
     def __call__(self, prompts, completions, **_) -> list[float]:
@@ -73,7 +79,10 @@ class ClassifierReward:
                 padding=True,
                 padding_side="right",
                 add_special_tokens=False,  # as TRL has it: the prompt's text says where it begins
-            ).to(self.model.device)
+            )
+            highest = int(inputs["input_ids"].max())
+            self._room.check_ids([highest], f"a text for the reward model {self.__name__!r}", self.tokenizer)
+            inputs = inputs.to(self.model.device)
             scores += self.model(**inputs).logits[:, 0].float().tolist()
         return scores
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from clp_engine.core.errors import ConfigError
@@ -44,8 +44,9 @@ class PromptStream(Prompts):
         max_prompt_length: int | None = None,
         shuffle_seed: int | None = None,
         skip_bad_rows: bool = False,
+        check: Callable[[list[int], str], None] | None = None,
     ):
-        super().__init__(tokenizer, max_prompt_length)
+        super().__init__(tokenizer, max_prompt_length, check)
         self._skips = skip_bad_rows
         self.source, self.read_once = source, isinstance(source, Iterator)
         shuffles = hasattr(source, "shuffle") and hasattr(source, "set_epoch")
@@ -172,10 +173,11 @@ def prompts_of(
     max_prompt_length: int | None = None,
     shuffle_seed: int | None = None,
     skip_bad_rows: bool = False,
+    check: Callable[[list[int], str], None] | None = None,
 ) -> Prompts:
-    """Rows by index where there are, otherwise a stream. Raises ConfigError for what has no rows."""
+    """Rows by index where there are, otherwise a stream; check: see `data.Prompts`. Raises ConfigError for what has no rows."""
     if has_rows(rows):
-        return PromptDataset(rows, tokenizer, max_prompt_length, skip_bad_rows)
+        return PromptDataset(rows, tokenizer, max_prompt_length, skip_bad_rows, check)
     if isinstance(rows, Mapping):
         raise ConfigError(
             f"a dataset is a sequence of rows; got a mapping with the keys {', '.join(map(str, rows))}; choose one of them, or "
@@ -185,4 +187,4 @@ def prompts_of(
         raise ConfigError(
             f"a dataset is a list of dicts, a datasets.Dataset, or an iterable of rows; got {type(rows).__name__}"
         )
-    return PromptStream(rows, tokenizer, max_prompt_length, shuffle_seed, skip_bad_rows)
+    return PromptStream(rows, tokenizer, max_prompt_length, shuffle_seed, skip_bad_rows, check)

@@ -254,7 +254,11 @@ def evaluate(
     )
     rewards = _reward_set(reward_funcs, policy.objectives)
     rows = [{"prompt": row} if isinstance(row, str) else row for row in prompts]
-    dataset = PromptDataset(rows, policy.tokenizer, max_prompt_length)
+
+    def check(ids: list[int], where: str) -> None:
+        policy.room.check_prompt(ids, sampling.max_new_tokens, where, policy.tokenizer)
+
+    dataset = PromptDataset(rows, policy.tokenizer, max_prompt_length, check=check)
     weightings = _weightings(policy, grid)
     kls = _kl_coefficients(policy, kl)
     # All weightings at the first coefficient, then all at the second.

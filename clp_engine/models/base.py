@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from clp_engine.core.errors import ConfigError, shown
+from clp_engine.models.text_path import is_composite
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -36,9 +38,12 @@ def model_location(name_or_path: str | Path) -> str | Path:
 
 
 def auto_class(config: PretrainedConfig) -> type:
-    """The transformers class that makes the language model of a configuration."""
-    encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    return AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    """The transformers class that makes the language model of a configuration; models of text and images that transformers
+    does not count as causal language models have one of their own."""
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known or not is_composite(config) else AutoModelForImageTextToText
 
 
 # Packages whose layers keep weights in few bits, some of them under the name of nn.Linear.

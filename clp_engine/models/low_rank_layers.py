@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from clp_kernels import expand_gate, multi_lora_linear
@@ -20,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clp_engine.core.errors import ConfigError
+from clp_engine.models.text_path import beside_text
 
 
 @dataclass
@@ -249,32 +251,48 @@ class ConditionedLinear(ConditionedProjection):
         return f"in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}"
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Whether a layer is nn.Linear or Conv1D and computes what these compute (Llama 4's router, an nn.Linear, does not)."""
+    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> list[str]:
     """Names of the layers to condition.
 
     None or "all-linear": every nn.Linear / Conv1D but the output projection. Otherwise names, matched as PEFT matches
-    them: a module whose path is the name or ends in ".name". Raises ConfigError for a name that matches nothing.
+    them: a module whose path is the name or ends in ".name". Of a model of text and images these are layers of its language
+    model: text passes the others by. Raises ConfigError for a name that matches nothing, or those others alone.
     """
-    head = model.get_output_embeddings()
-    linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    }
+    head, beside = model.get_output_embeddings(), beside_text(model)
+    every = {name: module for name, module in model.named_modules() if is_projection(module)}
+    linear = {name: module for name, module in every.items() if not beside(name)}
     if target_modules in (None, "all-linear"):
         chosen = [name for name, module in linear.items() if module is not head]
     else:
         wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         chosen = [name for name in linear if any(name == w or name.endswith("." + w) for w in wanted)]
         for name in wanted:
-            if not any(c == name or c.endswith("." + name) for c in chosen):
-                kinds = sorted({c.rsplit(".", 1)[-1] for c in linear})
-                raise ConfigError(
-                    f"target_modules: no linear layer of {type(model).__name__} is called {name!r}; "
-                    f"it has {', '.join(kinds)}"
-                )
+            if any(c == name or c.endswith("." + name) for c in chosen):
+                continue
+            if any(c == name or c.endswith("." + name) for c in every):
+                refuse_beside_text(model, f"target_modules: {name!r}")
+            kinds = sorted({c.rsplit(".", 1)[-1] for c in linear})
+            raise ConfigError(
+                f"target_modules: no linear layer of {type(model).__name__} is called {name!r}; "
+                f"it has {', '.join(kinds)}"
+            )
         check_targets(model, chosen)
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no nn.Linear or Conv1D layer to condition")
     return chosen
+
+
+def refuse_beside_text(model: nn.Module, what: str) -> NoReturn:
+    """Raises ConfigError: `what` names layers that no token passes."""
+    raise ConfigError(
+        f"{what} names layers of {type(model).__name__} that text passes by (a tower or projector of images), and only text "
+        "is trained on here; leave it out"
+    )
 
 
 def check_targets(model: nn.Module, names: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.forms import Conditioning
 from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedLinear, find_targets, place
+from clp_engine.models.text_path import beside_text
 from clp_engine.models.whole_weight_layers import (
     InterpolatedAffine,
     InterpolatedEmbedding,
@@ -96,10 +97,11 @@ def is_whole(module: nn.Module, head: nn.Module | None, ranks: Sequence[int]) ->
 
 def attention_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers of attention modules: the projections of queries, keys, values and output."""
+    beside = beside_text(model)
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and _in_attention(model, name)
+        if isinstance(module, nn.Linear | Conv1D) and _in_attention(model, name) and not beside(name)
     ]
     if not names:
         raise ConfigError(f"{type(model).__name__} has no linear layers in modules called attention")
@@ -107,11 +109,14 @@ def attention_layers(model: nn.Module) -> list[str]:
 
 
 def unconditioned(model: nn.Module) -> list[str]:
-    """Names of parameters that "full" leaves as they are: T5's relative position biases, which all rows of a batch share."""
+    """Names of parameters that "full" leaves as they are: T5's relative position biases, which all rows of a batch share, and
+    what text passes by."""
+    beside = beside_text(model)
     return [
-        f"{name}.weight"
+        f"{name}.{own}" if name else own
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and _in_attention(model, name)
+        for own, _ in module.named_parameters(recurse=False)
+        if beside(name) or isinstance(module, nn.Embedding) and _in_attention(model, name)
     ]
 
 
@@ -162,7 +167,7 @@ def attach(
         attention = set(attention_layers(model))
     wrapped: dict[int, ConditionedLayer] = {}
     layers: dict[str, ConditionedLayer] = {}
-    everything = "full" in conditioning.carriers
+    everything, beside = "full" in conditioning.carriers, beside_text(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in wrapped:
             place(model, {name: wrapped[id(module)]})  # one layer in two places stays one layer
@@ -172,7 +177,7 @@ def attach(
             layer.reset_parameters(generator)
         elif name in attention:
             layer = InterpolatedLinear(module, blend, len(ranks))
-        elif everything and dict(module.named_parameters(recurse=False)):
+        elif everything and dict(module.named_parameters(recurse=False)) and not beside(name):
             layer = full(name, module)
         else:
             continue

@@ -27,7 +27,7 @@ from clp_kernels import TokenStats
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.positions import Room
+from clp_engine.core.positions import Room
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.scoring import completion_hidden
 from clp_engine.rollouts.types import Rollout

@@ -35,6 +35,7 @@ from clp_engine.core.conditions import (
 )
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import finish, read_json, read_tensors, refuse_overlap, write_directory
+from clp_engine.core.positions import Room
 from clp_engine.core.sizes import check_size
 from clp_engine.data.prompts import encode_prompts
 from clp_engine.models import fingerprint
@@ -43,7 +44,6 @@ from clp_engine.models.base import holds_adapters, load_base, same_weights
 from clp_engine.models.forms import Conditioning
 from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedLinear, place
 from clp_engine.models.memory import Memory
-from clp_engine.models.positions import Room
 from clp_engine.models.targets import attach, is_tied, lora_targets, untie
 from clp_engine.policy import attached, prompt_conditioning
 from clp_engine.policy.peft import warm_start, writing
@@ -128,7 +128,7 @@ class ConditionedPolicy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, spec: PolicySpec, tokenizer=None, seed: int = 0):
         super().__init__()
-        self.spec, self.tokenizer = spec, tokenizer
+        self.spec = spec
         self.conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
         self.blend = Blend()
         self.slots: Slots | None = None  # of the last rollout, for the next one
@@ -136,6 +136,7 @@ class ConditionedPolicy(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
         self.room = Room.of(model)
+        self.tokenizer = tokenizer
         self.layers = attach(
             model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
         )
@@ -348,6 +349,17 @@ class ConditionedPolicy(nn.Module):
         return self.spec.kl_is_beta
 
     @property
+    def tokenizer(self):
+        """Setting it raises ConfigError where its special tokens have no embedding, see `positions.Room.check_tokenizer`."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer) -> None:
+        if tokenizer is not None:
+            self.room.check_tokenizer(tokenizer)
+        self._tokenizer = tokenizer
+
+    @property
     def config(self):
         return self.model.config
 
@@ -530,6 +542,8 @@ class ConditionedPolicy(nn.Module):
         """The transformers model's forward, row i under its own (w, kl): give `conditions`, or `weights` and `kl` as for
         `conditions()`; an encoder-decoder takes `decoder_input_ids=` beside input_ids."""
         conditions = conditions or self.conditions(weights, kl, input_ids.shape[0])
+        if not torch.compiler.is_compiling():
+            self.room.check_ids([int(input_ids.min()), int(input_ids.max())], "input_ids", self.tokenizer)
         with self.blended(conditions):
             return self.model(input_ids, *args, **kwargs)
 

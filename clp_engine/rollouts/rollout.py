@@ -75,7 +75,8 @@ def rollout(
     device = policy.device
     shown = policy.shown_prompts(prompt_ids, conditions, prompts)
     for i, ids in enumerate(prompt_ids if shown is None else shown):
-        policy.room.check(len(ids), sampling.max_new_tokens, f"prompt {i}")
+        policy.room.check_prompt(ids, sampling.max_new_tokens, f"prompt {i}", policy.tokenizer)
+    policy.room.check_ids([policy.pad_token_id], "padding", policy.tokenizer)
     if begun is not None:
         shown, prompt_ids = (
             None if ids is None else [[*prompt, *tokens] for prompt, tokens in zip(ids, begun, strict=True)]

@@ -181,7 +181,8 @@ class Session:
 
     def _check_room(self, token_ids: list[int], request: GenerateRequest, conditions: Conditions, prompt) -> None:
         shown = self.policy.shown_prompts([token_ids], conditions, [prompt])
-        self.policy.room.check(len(token_ids if shown is None else shown[0]), request.max_new_tokens, "the text")
+        ids = token_ids if shown is None else shown[0]
+        self.policy.room.check_prompt(ids, request.max_new_tokens, "the text", self.policy.tokenizer)
 
     def _base_completion(self, prompt: _Prompt, sampling: SamplingParams, seed: int) -> dict[str, Any]:
         key = tuple(prompt.token_ids), sampling, seed

@@ -189,7 +189,9 @@ class CLPTrainer(ScriptSurface):
     def _training_prompts(self, rows) -> Prompts:
         a = self.args
         seed = a.seed if a.shuffle_dataset else None
-        prompts = prompts_of(rows, self.tokenizer, a.max_prompt_length, seed, a.skip_bad_rows)
+        prompts = prompts_of(
+            rows, self.tokenizer, a.max_prompt_length, seed, a.skip_bad_rows, self._check_prompt
+        )
         if isinstance(prompts, PromptStream):
             if a.max_steps <= 0 and a.max_generated_tokens is None:
                 raise ConfigError(
@@ -209,7 +211,17 @@ class CLPTrainer(ScriptSurface):
         if rows is None:
             return None
         a = self.args
-        return prompts_of(rows, self.tokenizer, a.max_prompt_length, skip_bad_rows=a.skip_bad_rows)
+        return prompts_of(
+            rows,
+            self.tokenizer,
+            a.max_prompt_length,
+            skip_bad_rows=a.skip_bad_rows,
+            check=self._check_prompt,
+        )
+
+    def _check_prompt(self, ids: list[int], where: str) -> None:
+        """Raises ConfigError where the model cannot read a prompt and its completion."""
+        self.policy.room.check_prompt(ids, self.args.max_completion_length, where, self.tokenizer)
 
     def _build_sampler(self) -> ConditionSampler:
         a = self.args

@@ -22,7 +22,7 @@ import torch
 
 from clp_engine.core.conditions import KL_CONDITIONING
 from clp_engine.core.files import write_text
-from clp_engine.evaluation.evaluate import source_commit, versions
+from clp_engine.core.provenance import source_commit, versions
 from clp_engine.objectives.weightings import build_sampler, simplex_lattice
 from clp_engine.tasks.closed_form import dilemma
 from clp_engine.tasks.closed_form.policies import LogitMixture, Network, Tables, soup

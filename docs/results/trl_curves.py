@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 
 from clp_engine.core.files import write_text
+from clp_engine.core.provenance import source_commit, versions
 from clp_engine.evaluation.compare.summary import CONFIDENCE, Estimate, t_probability
-from clp_engine.evaluation.evaluate import source_commit, versions
 
 HERE = Path(__file__).with_suffix("")
 LIBRARIES = {"clp": "CLPTrainer", "trl": "TRL GRPOTrainer with PEFT"}

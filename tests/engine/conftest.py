@@ -5,20 +5,25 @@ import torch
 from later import later
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     BartConfig,
     Gemma2Config,
     Gemma2PreTrainedModel,
+    Gemma3Config,
     GPT2Config,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlavaConfig,
+    Mistral3Config,
     MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen3VLConfig,
     T5Config,
 )
+
+from clp_engine.models.base import auto_class
 
 # As in transformers 5.23 and later: what the tests compare with has its softcap, too.
 Gemma2PreTrainedModel._supports_sdpa = False
@@ -69,18 +74,70 @@ CAUSAL = {
     "mistral": lambda: MistralConfig(**_SMALL, sliding_window=6),
     "gpt2": lambda: GPT2Config(**_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=128),
 }
+_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_QWEN_TOWER = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+}
+_QWEN_TOKENS = {f"{name}_token_id": VOCAB - i for i, name in enumerate(("image", "video"), 1)}
+_MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+# Models of text and images: a language model beside a tower and a projector.
+COMPOSITE = {
+    "gemma3": lambda: Gemma3Config(
+        text_config={
+            **_SMALL,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        vision_config=_TOWER,
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB - 1,
+    ),
+    "mistral3": lambda: Mistral3Config(
+        text_config={**_SMALL, "model_type": "mistral", "sliding_window": None},
+        vision_config={**_TOWER, "model_type": "pixtral", "head_dim": 8},
+        image_token_index=VOCAB - 1,
+    ),
+    "llava": lambda: LlavaConfig(
+        text_config={**_SMALL, "model_type": "llama"},
+        vision_config={**_TOWER, "model_type": "clip_vision_model", "projection_dim": 8},
+        image_token_index=VOCAB - 1,
+    ),
+    "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
+        text_config={**_SMALL, "rope_parameters": _MROPE},
+        vision_config={**_QWEN_TOWER, "fullatt_block_indexes": [0]},
+        **_QWEN_TOKENS,
+    ),
+    "qwen3_vl": lambda: Qwen3VLConfig(
+        text_config={**_SMALL, "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
+        vision_config={**_QWEN_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **_QWEN_TOKENS,
+    ),
+}
 ENCODER_DECODER = {
     "t5": lambda: T5Config(**_T5),
     "t5-v1.1": lambda: T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "bart": lambda: BartConfig(**_BART),
 }
-CONFIGS = {**CAUSAL, **ENCODER_DECODER}
+CONFIGS = {**CAUSAL, **COMPOSITE, **ENCODER_DECODER}
 
 
 def build_model(family: str, seed: int = 0):
     torch.manual_seed(seed)
-    auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODER else AutoModelForCausalLM
-    model = auto.from_config(CONFIGS[family]())
+    config = CONFIGS[family]()
+    model = auto_class(config).from_config(config)
     if family == "t5-v1.1":
         # transformers ties what it builds from a config; a checkpoint may hold the two apart.
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.15)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from clp_kernels import use_backend
-from engine.conftest import CAUSAL, build_model, build_policy, build_tokenizer
+from engine.conftest import CAUSAL, COMPOSITE, build_model, build_policy, build_tokenizer
 from later import later
 
 from clp_engine.core.conditions import Conditions
@@ -49,7 +49,7 @@ def fused(monkeypatch):
     monkeypatch.setattr(ConditionedPolicy, "decoding", decoding)
 
 
-FUSED = sorted(set(CAUSAL) - {"gpt2"})
+FUSED = sorted({*CAUSAL, *COMPOSITE} - {"gpt2"})
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
@@ -96,7 +96,7 @@ def test_a_fused_step_that_computes_something_else_is_not_used(monkeypatch):
     assert "computes something else" in fused_step.plan(build_policy("qwen2")).reason
 
 
-@pytest.mark.parametrize("name", sorted(CAUSAL))
+@pytest.mark.parametrize("name", [*sorted(CAUSAL), *later(*sorted(COMPOSITE))])
 @pytest.mark.parametrize("max_rows", [None, 6])
 def test_slots_say_what_caches_say(name, max_rows, with_slots):
     policy = build_policy(name)

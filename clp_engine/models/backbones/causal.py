@@ -38,6 +38,7 @@ from clp_engine.core.transformers_releases import cache_argument, keep_softcap
 from clp_engine.models.backbones import packing
 from clp_engine.models.backbones.kv_cache import join_with_room, repeat_rows, repeat_with_room
 from clp_engine.models.backbones.packing import Packed
+from clp_engine.models.text_path import text_stack
 
 # Held by a pass through a decoder: which attention it runs stands in the model's config, which threads share.
 _ATTENTION = threading.RLock()
@@ -175,10 +176,10 @@ class Backbone(ABC):
         return torch.arange(1, 7, device=self.model.device).unsqueeze(0) % vocabulary
 
     def _compare(self, ours: torch.Tensor, expected: torch.Tensor) -> None:
-        if difference := _difference(ours, expected):
+        if found := difference(ours, expected):
             raise ConfigError(
                 f"{type(self.model).__name__} does something between its tokens and its logits that is not a stack of "
-                f"layers with a cache, then a projection with bias, scale and softcap (difference {difference:.3g}); "
+                f"layers with a cache, then a projection with bias, scale and softcap (difference {found:.3g}); "
                 "it cannot be used"
             )
 
@@ -190,11 +191,11 @@ class Backbone(ABC):
         )
 
 
-def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference between logits, 0 where it is what rounding makes."""
-    difference = (ours.float() - expected.float()).abs().max().item()
+    found = (ours.float() - expected.float()).abs().max().item()
     tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
-    return 0.0 if difference <= tolerance * max(1.0, expected.abs().max().item()) else difference
+    return 0.0 if found <= tolerance * max(1.0, expected.abs().max().item()) else found
 
 
 def make_backbone(model: PreTrainedModel) -> Backbone:
@@ -295,13 +296,13 @@ class CausalContext(Context):
 
 
 class CausalBackbone(Backbone):
-    """A decoder alone: prompt and completion are one sequence."""
+    """A decoder alone: prompt and completion are one sequence. Of a model of text and images, its language model's."""
 
     contexts_join = True
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
-        self.decoder = model.base_model
+        self.decoder = text_stack(model)
         self.packing_fault = None
         if self.decoder is model:
             raise ConfigError(
@@ -422,9 +423,9 @@ class CausalBackbone(Backbone):
             except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
                 self.packing_fault = f"it does not take packed tokens ({error})"
                 return
-        if difference := _difference(ours, torch.cat(expected, 1)[0]):
+        if found := difference(ours, torch.cat(expected, 1)[0]):
             self.packing_fault = (
-                f"its packed tokens have other logits than plain ones (difference {difference:.3g})"
+                f"its packed tokens have other logits than plain ones (difference {found:.3g})"
             )
 
     def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.backbones.causal import Backbone
+from clp_engine.models.backbones.causal import Backbone, difference
+from clp_engine.models.text_path import text_stack
 
 # logits (rows, V) -> (tokens (rows,), whether all rows have ended)
 Draw = Callable[[torch.Tensor], tuple[torch.Tensor, bool]]
@@ -34,7 +35,7 @@ class WholeSequenceBackbone(Backbone):
     def __init__(self, model: PreTrainedModel, reason: str):
         super().__init__(model)
         self.packing_fault = reason
-        self.decoder = model.base_model
+        self.decoder = text_stack(model)
         if self.decoder is model:
             raise ConfigError(
                 f"{type(model).__name__} has no decoder stack under it; a causal language model is needed"
@@ -80,6 +81,20 @@ class WholeSequenceBackbone(Backbone):
             except (RuntimeError, TypeError, ValueError, AttributeError) as error:
                 raise ConfigError(f"{type(self.model).__name__} cannot be used: {error}") from error
         self._compare(ours, expected)
+        self._check_causal(ids, expected)
+
+    def _check_causal(self, ids: torch.Tensor, expected: torch.Tensor) -> None:
+        """Raises ConfigError where another last token changes the logits `expected` of the tokens before it (a prefix language
+        model such as PaliGemma): a completion's tokens would be scored by those that follow them."""
+        other = ids.clone()
+        other[:, -1] = ids[:, 0]
+        with torch.no_grad():
+            changed = difference(self._plain_logits(other[:, :3], other[:, 3:]), expected)
+        if changed:
+            raise ConfigError(
+                f"{type(self.model).__name__} attends to tokens that come later (its logits change by {changed:.3g} with the "
+                "token after them), so that completions have no log-probs token by token; it cannot be used"
+            )
 
     def prefill(self, prompt_ids, prompt_mask):
         raise ConfigError(f"{type(self.model).__name__} runs whole sequences alone: {self.packing_fault}")

@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.low_rank_layers import check_targets
+from clp_engine.models.low_rank_layers import check_targets, find_targets, refuse_beside_text
+from clp_engine.models.text_path import beside_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -116,6 +117,7 @@ def _chooser(config: LoraConfig) -> Callable[[PreTrainedModel], list[str]]:
                 f"peft_config: target_modules={config.target_modules!r} with what else it says leaves no layer of "
                 f"{type(model).__name__}"
             )
+        modules = _on_text_path(config, model, modules)
         odd = {name: type(m).__name__ for name, m in modules.items() if not isinstance(m, nn.Linear | Conv1D)}
         if odd:
             name, kind = next(iter(odd.items()))
@@ -131,12 +133,28 @@ def _chooser(config: LoraConfig) -> Callable[[PreTrainedModel], list[str]]:
     return choose
 
 
+def _on_text_path(config: LoraConfig, model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Without the layers of a model of text and images that text passes by; says so where they were asked for by name."""
+    beside = beside_text(model)
+    left = {name: module for name, module in modules.items() if not beside(name)}
+    if not left:
+        refuse_beside_text(model, f"peft_config: target_modules={config.target_modules!r}")
+    if config.target_modules is not None and len(left) < len(modules):
+        warnings.warn(
+            f"peft_config: {len(modules) - len(left)} of the {len(modules)} layers that it chooses get no adapter: text passes "
+            f"them by (a tower or projector of images of {type(model).__name__})",
+            stacklevel=4,
+        )
+    return left
+
+
 def _targets(config: LoraConfig, model: PreTrainedModel) -> Any:
     targets = config.target_modules
     if targets is None:
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
 
-        kind = model.config.model_type
+        kinds = model.config.model_type, model.config.get_text_config().model_type
+        kind = next((kind for kind in kinds if kind in CHOICES), kinds[0])
         if kind not in CHOICES:
             raise ConfigError(
                 f"peft_config: target_modules is missing, and peft has no choice of its own for {kind!r}; give names, or "
@@ -144,10 +162,7 @@ def _targets(config: LoraConfig, model: PreTrainedModel) -> Any:
             )
         return set(CHOICES[kind])
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        head = model.get_output_embeddings()
-        return {
-            name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
-        }
+        return set(find_targets(model, None))
     return targets
 
 

@@ -26,6 +26,7 @@ from clp_engine.models.base import load_base, model_location
 from clp_engine.models.forms import Conditioning
 from clp_engine.models.low_rank_layers import ConditionedLinear, find_targets
 from clp_engine.models.targets import head_name
+from clp_engine.models.text_path import beside_text
 from clp_engine.policy.peft.reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters
 from clp_engine.policy.peft.writing import BLEND_FILE, BLEND_SETTINGS
 
@@ -178,11 +179,16 @@ def _targets(
             f"LoRA adapters have low-rank deltas: expected conditioning 'lora', 'logit' or both, got "
             f"{', '.join(conditioning.carriers)}"
         )
-    head, modules = head_name(model), dict(model.named_modules())
+    head, modules, beside = head_name(model), dict(model.named_modules()), beside_text(model)
     names: list[str] = []
     for adapter in adapters:
         for name, factors in () if adapter is None else adapter.layers.items():
             _check_layer(adapter, name, factors, modules.get(name))
+            if beside(name):
+                raise ConfigError(
+                    f"{adapter.source} adapts {name}, which text passes by (a tower or projector of images), and only text is "
+                    "trained on here: merge the adapter into the base model, or train it without those layers (exclude_modules)"
+                )
             carrier = "logit" if name == head and "logit" in conditioning.carriers else "lora"
             if carrier not in conditioning.carriers:
                 raise ConfigError(

@@ -27,9 +27,9 @@ from clp_kernels.decoder import DecoderLayer, DecoderWeights, Decoding, Draws, L
 from torch import nn
 
 from clp_engine.core.errors import ConfigError
+from clp_engine.core.positions import moving_rope
 from clp_engine.models.backbones.causal import CausalBackbone
 from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinear
-from clp_engine.models.positions import moving_rope
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
@@ -199,6 +199,8 @@ def read(
     _only(
         decoder, {"embed_tokens", "layers", "norm", *rotary}, {"embed_tokens", "layers", "norm", "rotary_emb"}
     )
+    if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):
+        raise Unsupported("its queries are scaled by their position (llama_4_scaling_beta of its rope_parameters)")
     types = getattr(config, "layer_types", None) or [None] * len(decoder.layers)
     sliding = getattr(config, "sliding_window", None)
     modules: dict[tuple[int, str], nn.Module] = {}
@@ -293,11 +295,13 @@ def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.T
         raise Unsupported(f"its rotary embedding ({moving[0]}) depends on how much was read")
     types = getattr(config, "layer_types", None) or [None]
     ids = torch.arange(positions, device=policy.device).unsqueeze(0)
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        ids = ids.expand(3, 1, -1)  # time, height and width: the same for text
     like = decoder.embed_tokens.weight[:1]
     tables = []
     for kind in _rope_kinds(decoder, types):
         cos, sin = rotary(like, ids) if kind is None else rotary(like, ids, kind)
-        tables.append((cos[0], sin[0]))
+        tables.append((cos.view(-1, *cos.shape[-2:])[0], sin.view(-1, *sin.shape[-2:])[0]))
     return tables
 
 

@@ -1,0 +1,35 @@
+"""What text passes on its way from tokens to logits: the whole of a language model, and a part of a model of text and images.
+
+Models of text and images (Gemma 3, Mistral 3, LLaVA, Qwen-VL) hold a language model, a tower for images and a projector from
+one to the other. Text needs the language model's stack of layers and the output projection alone. What those models keep
+between two calls (Qwen-VL's rope_deltas) belongs to images; where the stack is called by itself, it is not read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def is_composite(config: PretrainedConfig) -> bool:
+    """Whether a causal model has other towers (for images, for audio) beside its language model."""
+    return not getattr(config, "is_encoder_decoder", False) and config.get_text_config() is not config
+
+
+def text_stack(model: PreTrainedModel) -> PreTrainedModel:
+    """The stack of layers that turns tokens into hidden states; `model` itself where it has none under it."""
+    stack = model.base_model
+    if stack is model:  # Llama 4's language model is prefixed as a part of the model of text and images
+        stack = getattr(model, "model", model)
+    return stack.get_decoder() if is_composite(model.config) else stack
+
+
+def beside_text(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Tells of a module, by its name, whether no token passes it: the towers and projectors of a model of text and images."""
+    if not is_composite(model.config):
+        return lambda name: False
+    stack, head = text_stack(model), model.get_output_embeddings()
+    inside = {id(module) for module in (*stack.modules(), head)}
+    passed = {name for name, m in model.named_modules(remove_duplicate=False) if id(m) in inside}
+    return lambda name: name not in passed
