@@ -1,6 +1,6 @@
 """The decode step of a rollout: against its floor, a blend per row against the merged model, few weightings against many.
 
-What is timed is `clp_engine.rollouts.rollout` as training calls it, drawing included: on a GPU graphs over fixed slots, on a CPU
+What is timed is `clp_engine.rollout` as training calls it, drawing included: on a GPU graphs over fixed slots, on a CPU
 one call of C++ for all tokens. No row ends before it has written `new` tokens.
 
     step        (seconds of the rollout - set-up - prefill) / (new - 1): the first token comes of the prefill

@@ -25,7 +25,8 @@ def lora_targets(
     conditioning: Conditioning,
     target_modules: str | Sequence[str] | Callable[[PreTrainedModel], list[str]] | None,
 ) -> list[str]:
-    """Names of the layers that get low-rank factors; see `find_targets`, or a function of the model that chooses them. The output projection is among them with the carrier "logit"."""
+    """Names of the layers that get low-rank factors; see `find_targets`, or a function of the model that
+    chooses them. The output projection is among them with the carrier "logit"."""
     if target_modules is not None and "lora" not in conditioning.carriers:
         raise ConfigError(
             f"target_modules={target_modules!r} is for 'lora', which is not among {', '.join(conditioning.carriers)}"
