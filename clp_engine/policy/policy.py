@@ -49,9 +49,10 @@ from clp_engine.policy import attached, prompt_conditioning
 from clp_engine.policy.peft import warm_start, writing
 from clp_engine.policy.peft.reading import Adapter
 from clp_engine.rollouts.engines import cuda_graphs, fused_step, native
-from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding, Slots
+from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding
 from clp_engine.rollouts.engines.modules import BlendDecoding, Decoding
 from clp_engine.rollouts.engines.native import NativeDecoding
+from clp_engine.rollouts.engines.slots import Slots
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import completion_hidden
 from clp_engine.rollouts.types import Rollout, SamplingParams

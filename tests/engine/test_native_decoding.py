@@ -22,7 +22,7 @@ from transformers import (
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.engines import llama_weights, native
 from clp_engine.rollouts.engines.modules import BlendDecoding
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.rows import Drawing
@@ -143,7 +143,7 @@ def test_a_bfloat16_model_is_decoded_no_less_exactly_than_by_its_modules(native_
     """Both against the float32 model of the same numbers, and behind a prompt that transformers reads in bfloat16."""
     half = policy_of(FAMILIES[native_family](), base=lambda model: model.bfloat16())
     whole = policy_of(FAMILIES[native_family](), base=lambda model: model.bfloat16().float())
-    assert native.base_dtype(half) is torch.bfloat16
+    assert llama_weights.base_dtype(half) is torch.bfloat16
     ours, modules = both(half, MIXED)
     error, theirs = (worst_difference(each, both(whole, MIXED)[1]) for each in (ours, modules))
     assert 0 < error <= theirs  # equal where the prompt's part is the largest

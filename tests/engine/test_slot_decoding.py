@@ -147,7 +147,7 @@ def test_slots_are_kept_for_the_next_rollout_and_graphs_for_the_same_parameters(
     parameter.data = parameter.data.clone()
     rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(4))
     assert policy.slots is slots and not slots.graphs
-    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(cuda_graphs.ROUND + 1))
+    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(slots.ROUND + 1))
     assert policy.slots is not slots
 
 

@@ -21,12 +21,12 @@ from clp_kernels.backends import backends, forced_backend
 from clp_kernels.decoder import DecoderLayer, DecoderWeights
 from torch import nn
 
-from clp_engine.rollouts.engines import native
-from clp_engine.rollouts.engines.native import Unsupported
+from clp_engine.rollouts.engines import llama_weights, native, trials
+from clp_engine.rollouts.engines.trials import Unsupported
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.rollouts.engines.cuda_graphs import Step
+    from clp_engine.rollouts.engines.slots import Step
 
 # Logits of this step and of transformers' modules, as a share of the largest: other orders of sums, other roundings.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -48,10 +48,10 @@ _PLANS: weakref.WeakKeyDictionary[nn.Module, FusedStep] = weakref.WeakKeyDiction
 def plan(policy: ConditionedPolicy) -> FusedStep:
     """How this policy's step is computed. Worked out at the first call and kept while the base weights are the same; hooks and
     such are looked for every time."""
-    kept = native.current(_PLANS, policy, tuple(native.frozen_weights(policy)), _make)
+    kept = trials.current(_PLANS, policy, tuple(llama_weights.frozen_weights(policy)), _make)
     try:
         if kept.reason is None:
-            native.check_modules(policy, native.base_dtype(policy), policy.device)
+            llama_weights.check_modules(policy, llama_weights.base_dtype(policy), policy.device)
     except Unsupported as error:
         return FusedStep(None, {}, str(error))
     return kept
@@ -71,10 +71,10 @@ def _make(policy: ConditionedPolicy, identity: tuple) -> FusedStep:
         triton = backends()["triton"]
         if not triton.available:
             raise Unsupported(triton.reason)
-        if (dtype := native.base_dtype(policy)) not in _TOLERANCE:
+        if (dtype := llama_weights.base_dtype(policy)) not in _TOLERANCE:
             raise Unsupported(f"the base model is {dtype}, not float32, float16 or bfloat16")
-        weights, modules = native.read(policy, dtype, policy.device)
-        native.rope_tables(policy, 1)
+        weights, modules = llama_weights.read(policy, dtype, policy.device)
+        llama_weights.rope_tables(policy, 1)
         for layer in weights.layers:
             for gain in (layer.q_norm, layer.k_norm):
                 if gain is not None and gain.shape != (weights.head_dim,):
@@ -85,20 +85,20 @@ def _make(policy: ConditionedPolicy, identity: tuple) -> FusedStep:
         _verify(policy, made)
         return made
 
-    return native.made_or_refused(policy, make, lambda reason: FusedStep(None, {}, reason, identity))
+    return trials.made_or_refused(policy, make, lambda reason: FusedStep(None, {}, reason, identity))
 
 
 def _verify(policy: ConditionedPolicy, made: FusedStep) -> None:
     """Raises Unsupported where this step and transformers' modules differ over the same slots."""
     from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding
 
-    trial = native.Trial.of(policy)
+    trial = trials.Trial.of(policy)
     before, policy.slots = policy.slots, None
     try:
         decoding = SlotDecoding(policy, *trial.arguments, fused=made)
         decoding.add(slice(None))
         for tokens in trial.tokens:
-            native.check_alike(policy, *decoding.compared(tokens), _TOLERANCE[native.base_dtype(policy)])
+            trials.check_alike(policy, *decoding.compared(tokens), _TOLERANCE[llama_weights.base_dtype(policy)])
     finally:
         policy.slots = before
 
