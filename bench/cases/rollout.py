@@ -403,19 +403,20 @@ class Subject:
 @contextmanager
 def timed_parts(policy, phases: Phases) -> Iterator[None]:
     """Inside, what a rollout of the policy sets up and what it reads of prompts are phases of their own."""
-    make = policy.decoding
+    from clp_engine.rollouts.engines import choice
+    from clp_engine.rollouts.engines.base import DecoderRequest, Stepwise
 
-    def decoding(*arguments):
+    def decoder(request):
         with phases("set-up"):
-            made = make(*arguments)
+            made = choice.step_decoder(DecoderRequest.of(request))
         phases.time_methods(made, {"add": "prefill"})
         return made
 
-    policy.decoding = decoding
+    policy.engine = Stepwise(decoder)
     try:
         yield
     finally:
-        del policy.decoding
+        del policy.engine
 
 
 def base_model(name: str, device: str):

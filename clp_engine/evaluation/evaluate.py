@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +35,7 @@ from clp_engine.evaluation import pareto
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
-from clp_engine.rollouts.types import Rollout, SamplingParams
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.rollouts.types import Rollout, Samplable, SamplingParams
 
 # Points per edge of the default grid: 11 points for two objectives, 66 for three, 56, 35, 21, 28, ... for
 # more.
@@ -205,7 +202,7 @@ class _Measured:
 
 
 def evaluate(
-    policy: ConditionedPolicy,
+    policy: Samplable,
     reward_funcs: RewardSet | Mapping[str, Callable] | Sequence[Callable],
     prompts: Sequence[str | Row],
     *,
@@ -252,19 +249,19 @@ def evaluate(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    rewards = _reward_set(reward_funcs, policy.objectives)
+    rewards = _reward_set(reward_funcs, policy.profile.objectives)
     rows = [{"prompt": row} if isinstance(row, str) else row for row in prompts]
 
     def check(ids: list[int], where: str) -> None:
-        policy.room.check_prompt(ids, sampling.max_new_tokens, where, policy.tokenizer)
+        policy.profile.room.check_prompt(ids, sampling.max_new_tokens, where, policy.profile.tokenizer)
 
-    dataset = PromptDataset(rows, policy.tokenizer, max_prompt_length, check=check)
+    dataset = PromptDataset(rows, policy.profile.tokenizer, max_prompt_length, check=check)
     weightings = _weightings(policy, grid)
     kls = _kl_coefficients(policy, kl)
     # All weightings at the first coefficient, then all at the second.
     repeated = [value for value in kls for _ in weightings]
     conditions = policy.conditions(weightings * len(kls), repeated, len(repeated))
-    points, objectives = len(conditions) + 1, len(policy.objectives)
+    points, objectives = len(conditions) + 1, len(policy.profile.objectives)
     check_size(
         f"num_generations={num_generations:,} completions of {len(rows):,} prompts at {points:,} points",
         8 * points * len(rows) * num_generations * (objectives + 3),
@@ -275,14 +272,14 @@ def evaluate(
         8 * bootstrap * (len(rows) + points * objectives),
         "cpu",
     )
-    margins = _by_objective(margin, policy.objectives, "margin")
+    margins = _by_objective(margin, policy.profile.objectives, "margin")
     if reference_point is not None:
-        reference_point = _by_objective(reference_point, policy.objectives, "reference_point")
+        reference_point = _by_objective(reference_point, policy.profile.objectives, "reference_point")
 
     plan = _Plan(num_generations, sampling, batch_rows, seed, progress)
     measured = _measure(policy, rewards, dataset, conditions, plan)
     means = pareto.mean_rewards(measured.rewards)
-    for i, name in enumerate(policy.objectives):
+    for i, name in enumerate(policy.profile.objectives):
         if np.isnan(means[:, i]).any():
             raise ConfigError(f"objective {name!r}: the reward function returned None for every completion")
     reference = means[-1] - margins if reference_point is None else reference_point
@@ -290,21 +287,21 @@ def evaluate(
         "prompts": len(rows),
         "num_generations": num_generations,
         "sampling": {**dataclasses.asdict(sampling), "stop_strings": list(sampling.stop_strings)},
-        "margin": None if reference_point is not None else dict(zip(policy.objectives, margins.tolist())),
+        "margin": None if reference_point is not None else dict(zip(policy.profile.objectives, margins.tolist())),
         "bootstrap": bootstrap,
         "confidence": CONFIDENCE,
         "seed": seed,
-        "device": str(policy.device),
-        "kl_name": "beta" if policy.kl_is_beta else "alpha",
+        "device": str(policy.conditioned.device),
+        "kl_name": "beta" if policy.profile.kl_is_beta else "alpha",
         "random_numbers": "common: completion g of prompt n has the same random stream at every point",
     }
-    summary = _summary(measured, means, conditions, reference, policy.objectives, bootstrap, seed)
+    summary = _summary(measured, means, conditions, reference, policy.profile.objectives, bootstrap, seed)
     if len(kls) > 1:
         summary |= _kl_summary(measured, means, conditions, kls, kl_limit, bootstrap, seed)
     report = ParetoReport(
         task=task,
-        model=policy.spec.base_model,
-        objectives=list(policy.objectives),
+        model=policy.profile.base_model,
+        objectives=list(policy.profile.objectives),
         **summary,
         seconds={"train": train_seconds, "evaluate": round(time.perf_counter() - start, 3)},
         setup=setup,
@@ -345,12 +342,12 @@ def _reward_set(reward_funcs, objectives: Sequence[str]) -> RewardSet:
     return RewardSet(dict(zip(objectives, funcs)))
 
 
-def _weightings(policy: ConditionedPolicy, grid) -> list:
+def _weightings(policy: Samplable, grid) -> list:
     if grid is None:
-        return default_grid(len(policy.objectives)).tolist()
+        return default_grid(len(policy.profile.objectives)).tolist()
     if isinstance(grid, numbers.Real):
         ranges.EVALUATION["grid"].check("grid", grid)
-        return simplex_lattice(len(policy.objectives), grid).tolist()
+        return simplex_lattice(len(policy.profile.objectives), grid).tolist()
     if isinstance(grid, str) or not isinstance(grid, Iterable):
         raise ConfigError(f"grid={shown(grid)}: expected points per edge, or a list of weightings")
     grid = grid.tolist() if hasattr(grid, "tolist") else list(grid)
@@ -359,9 +356,9 @@ def _weightings(policy: ConditionedPolicy, grid) -> list:
     return grid
 
 
-def _kl_coefficients(policy: ConditionedPolicy, kl: float | Sequence[float] | None) -> list[float]:
+def _kl_coefficients(policy: Samplable, kl: float | Sequence[float] | None) -> list[float]:
     if kl is None:
-        return [policy.spec.default_kl]
+        return [policy.profile.default_kl]
     several = isinstance(kl, Sequence | np.ndarray) and not isinstance(kl, str)
     kls = [float(ranges.EVALUATION["kl"].check("kl", value)) for value in (kl if several else [kl])]
     if not kls or len(set(kls)) < len(kls):
@@ -382,7 +379,7 @@ def _by_objective(value, objectives: Sequence[str], name: str) -> np.ndarray:
 
 
 def _measure(
-    policy: ConditionedPolicy,
+    policy: Samplable,
     reward_set: RewardSet,
     dataset: PromptDataset,
     conditions: Conditions,
@@ -390,10 +387,10 @@ def _measure(
 ) -> _Measured:
     """Run every prompt at every condition and at the base."""
     generations = plan.num_generations
-    everyone = Conditions.cat([conditions, Conditions.reference(1, len(policy.objectives))])
+    everyone = Conditions.cat([conditions, Conditions.reference(1, len(policy.profile.objectives))])
     whole = dataset.batch(range(len(dataset)))
     shape = (len(everyone), len(dataset), generations)
-    rewards = np.full((*shape, len(policy.objectives)), np.nan)
+    rewards = np.full((*shape, len(policy.profile.objectives)), np.nan)
     kl, length, truncated = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     with tqdm(total=math.prod(shape), desc="evaluate", unit="row", disable=not plan.progress) as bar:
         for points, prompts in _batches(whole.token_ids, len(everyone), plan.batch_rows // generations):
@@ -436,12 +433,12 @@ def _batches(
 
 
 def _rewards(
-    policy: ConditionedPolicy, reward_set: RewardSet, drawn: Rollout, batch: PromptBatch
+    policy: Samplable, reward_set: RewardSet, drawn: Rollout, batch: PromptBatch
 ) -> np.ndarray:
     """(B, M) rewards of a rollout."""
     prompts, columns = batch.repeated(drawn.group)
     ids = drawn.token_lists()
-    values = reward_set(prompts, completion_texts(policy.tokenizer, ids, prompts), ids, columns)
+    values = reward_set(prompts, completion_texts(policy.profile.tokenizer, ids, prompts), ids, columns)
     return values.cpu().numpy().astype(np.float64)
 
 

@@ -3,16 +3,14 @@
     theta(w, alpha) = theta_ref + c(alpha) * sum_i w_i * Delta_i
 
 (Conditioned Language Policy, parameter-space conditioning.) What Delta_i is, `models.forms` says: low-rank factors s_i B_i A_i
-on linear layers, whole weights, those of attention, or of the output projection. Rows of one batch may
-have different (w, alpha); a row whose blend is zero is the reference model.
+on linear layers, whole weights, those of attention, or of the output projection. Rows of one batch may have different
+(w, alpha); a row whose blend is zero is the reference model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from clp_kernels import HeadLoRA, TokenStats, interpolate, linear_logprob
+from clp_kernels import TokenStats, interpolate
 from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from clp_engine.core import ranges
@@ -37,25 +34,17 @@ from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import finish, read_json, read_tensors, refuse_overlap, write_directory
 from clp_engine.core.positions import Room
 from clp_engine.core.sizes import check_size
-from clp_engine.data.prompts import encode_prompts
 from clp_engine.models import fingerprint
-from clp_engine.models.backbones.causal import CausalBackbone, find_head, make_backbone
 from clp_engine.models.base import holds_adapters, load_base, same_weights
+from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.forms import Conditioning
-from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedLinear, place
-from clp_engine.models.memory import Memory
-from clp_engine.models.targets import attach, is_tied, lora_targets, untie
+from clp_engine.models.targets import lora_targets, untie
 from clp_engine.policy import attached, prompt_conditioning
 from clp_engine.policy.peft import warm_start, writing
 from clp_engine.policy.peft.reading import Adapter
-from clp_engine.rollouts.engines import cuda_graphs, fused_step, native
-from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding
-from clp_engine.rollouts.engines.modules import BlendDecoding, Decoding
-from clp_engine.rollouts.engines.native import NativeDecoding
-from clp_engine.rollouts.engines.slots import Slots
-from clp_engine.rollouts.rollout import rollout
-from clp_engine.rollouts.scoring import completion_hidden
-from clp_engine.rollouts.types import Rollout, SamplingParams
+from clp_engine.rollouts import texts
+from clp_engine.rollouts.scoring import hidden_states
+from clp_engine.rollouts.types import Profile, Rollout
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 
@@ -120,7 +109,7 @@ def _per_delta(value, deltas: Sequence[str], name: str) -> tuple:
     return values
 
 
-class ConditionedPolicy(nn.Module):
+class ConditionedPolicy(ConditionedModel):
     """A causal or encoder-decoder language model with one delta per objective, blended per row.
 
     Build with `from_pretrained` or `load`. The base model is frozen and always in evaluation mode: dropout would make the
@@ -128,20 +117,12 @@ class ConditionedPolicy(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, spec: PolicySpec, tokenizer=None, seed: int = 0):
-        super().__init__()
-        self.spec = spec
-        self.conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
-        self.blend = Blend()
-        self.slots: Slots | None = None  # of the last rollout, for the next one
+        conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
+        if tokenizer is not None:  # before anything is done to the model
+            Room.of(model).check_tokenizer(tokenizer)
+        super().__init__(model, conditioning, spec.target_modules, spec.ranks, spec.scalings, seed)
+        self.spec, self._tokenizer = spec, tokenizer
         self.loaded_from: list[Path] = []  # folders of adapters
-        self.model = model.requires_grad_(False).eval()
-        self.backbone = make_backbone(model)
-        self.room = Room.of(model)
-        self.tokenizer = tokenizer
-        self.layers = attach(
-            model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
-        )
-        self.backbone.head = find_head(model)  # it may have been wrapped
 
     @classmethod
     def from_pretrained(
@@ -329,7 +310,7 @@ class ConditionedPolicy(nn.Module):
             ranks=tuple(s.spec.ranks[0] for s in specialists),
             lora_alphas=tuple(s.spec.lora_alphas[0] for s in specialists),
         )
-        policy = cls(first._plain_copy(), spec, first.tokenizer)
+        policy = cls(first.plain_copy(), spec, first.tokenizer)
         theirs = [s.adapter_parameters() for s in specialists]
         with torch.no_grad():
             for name, parameter in policy.adapter_parameters().items():
@@ -338,6 +319,8 @@ class ConditionedPolicy(nn.Module):
                 parameter.copy_(torch.cat(parts, policy.layers[layer].delta_dim(part)))
         policy.loaded_from = [folder for s in specialists for folder in s.loaded_from]
         return policy
+
+    engine = None  # what draws from it, see `rollouts.types.RolloutEngine`; None: the fastest that serves
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -361,12 +344,23 @@ class ConditionedPolicy(nn.Module):
         self._tokenizer = tokenizer
 
     @property
-    def config(self):
-        return self.model.config
+    def conditioned(self) -> ConditionedModel:
+        return self
 
     @property
-    def device(self) -> torch.device:
-        return self.model.device
+    def profile(self) -> Profile:
+        """What a caller must know before it asks for completions."""
+        spec = self.spec
+        return Profile(
+            spec.objectives,
+            spec.kl_is_beta,
+            spec.default_kl,
+            spec.base_model,
+            self.tokenizer,
+            self.pad_token_id,
+            self.stop_token_ids,
+            self.room,
+        )
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -383,69 +377,6 @@ class ConditionedPolicy(nn.Module):
             if (value := getattr(source, "pad_token_id", None)) is not None:
                 return value
         return (self.stop_token_ids or [0])[0]
-
-    def train(self, mode: bool = True) -> ConditionedPolicy:
-        """Keeps the model in evaluation mode (no dropout); the adapters have no mode of their own."""
-        self.training = mode
-        return self
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The deltas, trainable parameters by '<layer>.<part>': lora_a, lora_b, delta or delta_bias; one that several layers
-        share under the first one's name."""
-        parameters: dict[str, nn.Parameter] = {}
-        seen: set[int] = set()
-        for name, layer in self.layers.items():
-            for part, parameter in layer.deltas_by_name().items():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    parameters[f"{name}.{part}"] = parameter
-        return parameters
-
-    @property
-    def moves_hidden(self) -> bool:
-        """Whether hidden states depend on the blend: not where the output projection alone is conditioned."""
-        head = self.backbone.head.module
-        return self.conditioning.prompt or any(layer is not head for layer in self.layers.values())
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether the completions of a prompt share its computation; else transformers' generate writes each from its start."""
-        return self.backbone.shares_prompts
-
-    def detours(self) -> list[str]:
-        """What this model cannot take of the fast path, and why: a sentence each."""
-        found = []
-        if not self.shares_prompts:
-            return [
-                "completions are written by transformers' generate and scored as whole sequences, each with its prompt: "
-                + self.backbone.packing_fault
-            ]
-        if self.backbone.packing_fault is not None:
-            found.append(
-                "scoring pads its batches and computes prompts and completions in two passes: "
-                + self.backbone.packing_fault
-            )
-        if self.device.type == "cpu" and (reason := native.plan(self).reason) is not None:
-            found.append(f"decoding goes through transformers' modules: {reason}")
-        elif self.device.type == "cuda" and not cuda_graphs.serves(self):
-            found.append(
-                "decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers"
-            )
-        elif self.device.type == "cuda" and (reason := fused_step.plan(self).reason) is not None:
-            found.append(f"decoding goes through transformers' modules, in CUDA graphs: {reason}")
-        return found
-
-    @property
-    def joins_reference(self) -> bool:
-        """Whether scoring without gradients computes policy and reference in one pass. On a CPU the base model alone is cheaper
-        for the reference's rows than a blend of zeros, and there are no launches to save."""
-        return self.backbone.packing_fault is None and self.device.type != "cpu"
-
-    @property
-    def memory(self) -> Memory:
-        """What stays allocated while this policy is trained."""
-        base = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
-        return Memory(base, sum(p.numel() for p in self.adapter_parameters().values()))
 
     # -- conditions ---------------------------------------------------------------------------------------------------
 
@@ -551,40 +482,11 @@ class ConditionedPolicy(nn.Module):
     def completion_hidden(
         self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(N, H): the hidden state that predicts each completion token, see `scoring.completion_hidden`.
+        """(N, H): the hidden state that predicts each completion token, see `scoring.hidden_states`.
 
         conditions: one row per prompt, or None for the base model. Differentiable in the adapters.
         """
-        return completion_hidden(self, batch, self.coefficients(conditions), mask)
-
-    def checkpoint_layers(self) -> None:
-        """Trade time for memory in training: see `CausalBackbone.checkpoint_layers`. Raises ConfigError for a model that does
-        not take packed tokens."""
-        if not isinstance(self.backbone, CausalBackbone):
-            raise ConfigError(f"gradient_checkpointing: {self.backbone.packing_fault}")
-
-        def in_force() -> Callable[[], contextlib.AbstractContextManager]:
-            return functools.partial(self.blend.use, self.blend.coefficients, self.blend.index)
-
-        self.backbone.checkpoint_layers(in_force)
-
-    def decoding(
-        self,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        conditions: Conditions,
-        group: int,
-        room: int,
-        at_once: int,
-    ) -> Decoding:
-        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each;
-        at_once: prompts that are on their way together, at most. On a CPU the native decoder, on a GPU graphs over fixed slots,
-        and transformers' modules where these cannot serve."""
-        arguments = self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room, at_once
-        if self.device.type == "cuda" and cuda_graphs.serves(self):
-            return SlotDecoding(*arguments, fused=fused_step.choose(self))
-        plan = native.choose(self)
-        return BlendDecoding(*arguments) if plan is None else NativeDecoding(*arguments, plan)
+        return hidden_states(self, batch, self.coefficients(conditions), mask)
 
     def token_stats(
         self,
@@ -601,76 +503,25 @@ class ConditionedPolicy(nn.Module):
 
         conditions: one per row, needed only where the output projection itself is conditioned.
         """
-        head = self.backbone.head
-        lora = None
-        if (
-            isinstance(head.module, ConditionedLinear)
-            and (blend := self.coefficients(conditions)) is not None
-        ):
-            with self.blend.use(blend):
-                gate = self.blend.gate(head.module.ranks, head.module.scalings)
-            lora = HeadLoRA(head.module.lora_a.to(hidden.dtype), head.module.lora_b.to(hidden.dtype), gate)
-        return linear_logprob(
+        return self.stats_under(
+            self.coefficients(conditions) if self.conditions_output else None,
             hidden,
-            head.module.weight,
             targets,
-            bias=head.bias,
-            temperature=temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
             ref_hidden=ref_hidden,
-            lora=lora,
-            outputs=tuple(outputs),
+            temperature=temperature,
+            outputs=outputs,
             differentiable=differentiable,
         )
 
-    def generate(
-        self,
-        prompts: str | Sequence,
-        weights=None,
-        kl=None,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_strings: Sequence[str] = (),
-        num_return_sequences: int = 1,
-        max_rows: int | None = None,
-        seed: int = 0,
-    ) -> list:
-        """Completions of prompts, each under its own weighting.
+    def generate(self, prompts: str | Sequence, weights=None, kl=None, **options) -> list:
+        """Completions of prompts, each under its own weighting; options as of `texts.generate`: max_new_tokens, temperature,
+        top_k, top_p, min_p, stop_strings, num_return_sequences, max_rows, seed.
 
         prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
-        `conditions`). stop_strings: texts that end a completion; max_rows: completions decoded at once, see `rollout`. Returns
-        one string per prompt, or one list of `num_return_sequences` strings per prompt where more than one was asked for. Any
-        thread may call this; calls run one after another.
+        `conditions`). Returns one string per prompt, or one list of `num_return_sequences` strings per prompt where more than
+        one was asked for. Any thread may call this; calls run one after another.
         """
-        if self.tokenizer is None:
-            raise ConfigError("this policy has no tokenizer; give one to from_pretrained(tokenizer=...)")
-        ranges.check(ranges.GENERATION, num_return_sequences=num_return_sequences, seed=seed)
-        if max_rows is not None:
-            ranges.check(ranges.GENERATION, max_rows=max_rows)
-        one = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], Mapping)
-        prompts = [prompts] if one else list(prompts)
-        if not prompts:
-            return []
-        encoded = encode_prompts(prompts, self.tokenizer)
-        drawn = rollout(
-            self,
-            encoded,
-            self.conditions(weights, kl, len(prompts)),
-            num_generations=num_return_sequences,
-            sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, stop_strings),
-            seed=seed,
-            prompts=prompts,
-            max_rows=max_rows,
-        )
-        texts = self.tokenizer.batch_decode(drawn.token_lists(), skip_special_tokens=True)
-        if num_return_sequences == 1:
-            return texts
-        return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]
+        return texts.generate(self, prompts, weights, kl, **options)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -741,20 +592,6 @@ class ConditionedPolicy(nn.Module):
         bases = {self.spec.base_model, self.model.config.name_or_path or ""}
         return [*self.loaded_from, *(Path(base) for base in sorted(bases) if base and Path(base).is_dir())]
 
-    def load_adapters(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set every adapter parameter; raises ConfigError where names or shapes differ from this policy's."""
-        own = self.adapter_parameters()
-        if own.keys() != tensors.keys():
-            odd = sorted(own.keys() ^ tensors.keys())
-            raise ConfigError(f"adapters do not fit this policy: {len(odd)} names differ, such as {odd[0]!r}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                if parameter.shape != tensors[name].shape:
-                    raise ConfigError(
-                        f"adapter {name}: shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
-                    )
-                parameter.copy_(tensors[name])
-
     def export_adapter(self, path: str | Path, weights=None, kl=None, *, rank: int | None = None) -> float:
         """Write one blend as an ordinary PEFT LoRA adapter, for peft, transformers and vLLM; returns the error.
 
@@ -796,17 +633,12 @@ class ConditionedPolicy(nn.Module):
         return errors
 
     def _warn_of_tied_head(self) -> None:
-        if self._splits_tied_head:
+        if self.splits_tied_head:
             warnings.warn(
                 "this adapter changes an output projection that shares its weight with the input embedding: use it as an "
                 "adapter, or write a merged model with merge(); peft's merge_and_unload would change both",
                 stacklevel=3,
             )
-
-    @property
-    def _splits_tied_head(self) -> bool:
-        """Whether the output projection is changed apart from the input embedding that it shares its weight with."""
-        return "logit" in self.conditioning.carriers and is_tied(self.model)
 
     def _describe_blend(self, path: Path, weights, kl) -> None:
         condition = self.conditions(weights, kl)
@@ -825,8 +657,8 @@ class ConditionedPolicy(nn.Module):
         the two apart (tie_word_embeddings=False). With prompt conditioning its prompts need `prompt_text(weights, kl)`.
         """
         coefficients = self.coefficients(self.conditions(weights, kl))[0]
-        merged = self._plain_copy()
-        if self._splits_tied_head:
+        merged = self.plain_copy()
+        if self.splits_tied_head:
             untie(merged)
         parameters, stacks, done = [], [], set()
         with torch.no_grad():
@@ -864,24 +696,5 @@ class ConditionedPolicy(nn.Module):
                 "policy.prompt_text(weights, kl) into them",
                 stacklevel=2,
             )
-        return attached.attach(self, self._plain_copy(shared=True) if model is None else model)
+        return attached.attach(self, self.plain_copy(shared=True) if model is None else model)
 
-    def _plain_copy(self, shared: bool = False) -> PreTrainedModel:
-        """A copy of the base model, without deltas; shared: its modules are new, its weights the same."""
-        layers = {
-            name: module
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            if isinstance(module, ConditionedLayer)
-        }
-        place(self.model, {name: layer.base for name, layer in layers.items()})
-        try:
-            tensors = [*self.model.parameters(), *self.model.buffers()] if shared else []
-            copied = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
-        finally:
-            place(self.model, layers)
-        for (
-            module
-        ) in copied.modules():  # a forward of `checkpoint_layers` would run the layer it was made for
-            if hasattr(module.__dict__.get("forward"), "changes_no_numbers"):
-                del module.forward
-        return copied

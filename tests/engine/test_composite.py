@@ -13,6 +13,7 @@ from clp_engine.models.base import auto_class
 from clp_engine.models.text_path import beside_text, text_stack
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.engines.choice import detours
 from clp_engine.rollouts.rollout import SamplingParams, rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.training.config import CLPConfig
@@ -68,7 +69,7 @@ def llama4_policy(**options):
 
 def test_the_whole_fast_path_is_taken_for_text(composite):
     policy = build_policy(composite)
-    assert policy.detours() == []
+    assert detours(policy) == []
     assert policy.shares_prompts
     assert native.plan(policy).reason is None
 
@@ -107,7 +108,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(composite, slow):
     policy = build_policy(composite)
     if slow:
         policy.model.register_forward_hook(lambda *_: None)  # the native decoder leaves models with hooks to transformers
-        assert any("hooks" in line for line in policy.detours())
+        assert any("hooks" in line for line in detours(policy))
     stale(policy.model)
     found = drawn_by(policy, temperature=0).token_lists()[::2]
     model = policy.attach()
@@ -162,7 +163,7 @@ def test_a_composite_is_loaded_from_disk_saved_and_exported_for_peft(composite, 
     base.save_pretrained(tmp_path / "base")
     build_tokenizer().save_pretrained(tmp_path / "base")
     policy = ConditionedPolicy.from_pretrained(str(tmp_path / "base"), ["a", "b"], rank=4)
-    assert policy.detours() == []
+    assert detours(policy) == []
     with torch.no_grad():
         for name, parameter in policy.adapter_parameters().items():
             if name.endswith("lora_b"):
@@ -222,7 +223,7 @@ def test_queries_that_are_scaled_by_their_position_are_packed_and_not_left_to_th
     policy = ConditionedPolicy.from_pretrained(
         AutoModelForCausalLM.from_config(config), ["a", "b"], tokenizer=build_tokenizer()
     )
-    assert ["llama_4_scaling_beta" in line for line in policy.detours()] == [True]
+    assert ["llama_4_scaling_beta" in line for line in detours(policy)] == [True]
     batch = drawn_by(policy)
     torch.testing.assert_close(score(policy, batch, MIXED).logprob, batch.logprobs, rtol=1e-4, atol=1e-4)
 
@@ -282,7 +283,7 @@ def test_a_lora_config_chooses_on_the_text_path_and_says_what_it_leaves():
 
 def test_llama_4_is_a_causal_model_that_says_how_it_runs():
     policy = llama4_policy()
-    [detour] = policy.detours()
+    [detour] = detours(policy)
     assert "chunked_attention" in detour
     batch = drawn_by(policy)
     ours = score(policy, batch, MIXED).logprob

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2PreTrainedModel
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.engines import trials
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams
@@ -217,7 +217,7 @@ def test_alpha_1_is_the_reference_to_the_bit_where_the_blend_heeds_alpha(kl_cond
 @pytest.mark.parametrize("path", ["torch", "auto"])
 def test_threads_that_generate_at_once_get_what_they_would_get_alone(path, monkeypatch):
     """16 threads under 16 weightings, while another scores completions under a 17th."""
-    monkeypatch.setenv(native.SWITCH, path)
+    monkeypatch.setenv(trials.SWITCH, path)
     policy = build_policy("llama")
     weightings = [[i / 15, 1 - i / 15] for i in range(16)]
 

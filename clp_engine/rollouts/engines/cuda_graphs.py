@@ -1,93 +1,120 @@
-"""Decoding over buffers that never move: what a CUDA graph can be captured of and replayed for every token.
+"""Decoding by CUDA graphs over fixed slots: on a GPU a step is one launch.
 
-A slot holds a prompt's keys and values once, for all rows of its group, and each row's own. Prompts take free slots and leave
-them; a step runs over the first so many slots, a bucket, whoever is in them:
-
-    scores = [ q K_prompt^T | q K_own^T ],    y = softmax(scores + mask) [ V_prompt ; V_own ]
-
-The rows of a group are one matrix product with their prompt's keys: these are read once per group and token. Buckets are powers
-of two, prompts and completions have room for a multiple of ROUND tokens, so that a few graphs serve a whole run; they outlive
-the rollout with their buffers and are captured again where a parameter has moved. Factors are converted to the model's dtype
-once for a rollout: what the graph reads of them are copies.
-
-On a GPU a step is one graph launch. Elsewhere, or where capture fails (said once), the same step runs as it is.
+Graphs and their buffers (`slots`) outlive the rollout, and are captured again where a parameter has moved. Elsewhere, or where
+capture fails (said once), the same step runs as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import AttentionInterface
+from clp_kernels.backends import forced_backend
+from torch import nn
 
 from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.low_rank_layers import ConditionedLinear
-from clp_engine.rollouts.engines import fused_step
+from clp_engine.rollouts.engines import fused_step, llama_weights, trials
+from clp_engine.rollouts.engines.base import DecoderRequest
 from clp_engine.rollouts.engines.fused_step import FusedStep
-from clp_engine.rollouts.engines.slots import NAME, Slots, Step, _round_up, _step, slot_attention
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.rollouts.engines.slots import NAME, Slots, Step, in_force, round_up
+from clp_engine.rollouts.engines.trials import SWITCH, Unsupported
 
 logger = logging.getLogger(__name__)
 
 _WARM_UP = 3  # steps before capture: libraries choose and allocate in the first ones
-def serves(policy: ConditionedPolicy) -> bool:
-    """Whether every step of the policy is the same work on the same buffers: low-rank factors, attention that packs."""
+# The slots of a model's last rollout, for its next one; plans made, and models that were told why there is none.
+_SLOTS: weakref.WeakKeyDictionary[nn.Module, Slots] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, FusedStep] = weakref.WeakKeyDictionary()
+
+
+def serves(model: ConditionedModel) -> bool:
+    """Whether every step of the model is the same work on the same buffers: low-rank factors, attention that packs."""
     return (
-        isinstance(policy.backbone, CausalBackbone)
-        and policy.backbone.packing_fault is None
-        and all(isinstance(layer, ConditionedLinear) for layer in policy.layers.values())
+        isinstance(model.backbone, CausalBackbone)
+        and model.backbone.packing_fault is None
+        and all(isinstance(layer, ConditionedLinear) for layer in model.layers.values())
     )
 
 
-AttentionInterface.register(NAME, slot_attention)
+def plan(model: ConditionedModel) -> FusedStep:
+    """How this model's step is computed. Worked out at the first call and kept while the base weights are the same; hooks and
+    such are looked for every time."""
+    kept = trials.current(_PLANS, model, tuple(llama_weights.frozen_weights(model)), _make)
+    try:
+        if kept.reason is None:
+            llama_weights.check_modules(model, llama_weights.base_dtype(model), model.device)
+    except Unsupported as error:
+        return FusedStep(None, {}, str(error))
+    return kept
 
 
-class SlotDecoding:
-    """Logits of a policy, each row under its blend; see `modules.Decoding`. Arguments as of `BlendDecoding`.
+def choose(model: ConditionedModel) -> FusedStep | None:
+    """The plan of a model whose step is fused, or None. CLP_ENGINE_DECODING=torch: transformers' modules for everything; so do
+    back-ends forced that are not a GPU's."""
+    if os.environ.get(SWITCH, "") == "torch" or forced_backend() in ("reference", "cpu"):
+        return None
+    made = plan(model)
+    return made if made.reason is None else None
 
-    A prompt's slot is free when the last of its rows has left.
+
+def _make(model: ConditionedModel, identity: tuple) -> FusedStep:
+    def make() -> FusedStep:
+        made = fused_step.read(model, identity)
+        _verify(model, made)
+        return made
+
+    return trials.made_or_refused(model, make, lambda reason: FusedStep(None, {}, reason, identity))
+
+
+def _verify(model: ConditionedModel, made: FusedStep) -> None:
+    """Raises Unsupported where the fused step and transformers' modules differ over the same slots."""
+    trial = trials.Trial.of(model)
+    before = _SLOTS.pop(model, None)
+    try:
+        decoder = GraphDecoder(trial.request, made)
+        decoder.add(slice(None))
+        tolerance = fused_step.TOLERANCE[llama_weights.base_dtype(model)]
+        for tokens in trial.tokens:
+            trials.check_alike(model, *decoder.compared(tokens), tolerance)
+    finally:
+        _SLOTS.pop(model, None)
+        if before is not None:
+            _SLOTS[model] = before
+
+
+class GraphDecoder:
+    """Logits of slots, each row under its blend; see `base.StepDecoder`. fused: the model's plan, None for transformers'
+    modules. A prompt's slot is free when the last of its rows has left.
     """
 
     drop_share = 0.25  # groups move, and another graph may have to be captured
+    write = None
 
-    def __init__(
-        self,
-        policy: ConditionedPolicy,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        blend: torch.Tensor | None,
-        group: int,
-        room: int,
-        at_once: int,
-        fused: FusedStep | None = None,
-    ):
-        self._policy, self._backbone = policy, policy.backbone
-        self._fused = fused
-        self._prompts, self._blends, self._group = (prompt_ids, prompt_mask), blend, group
-        self._slots = _slots_for(policy, at_once, prompt_ids.shape[1], group, room)
+    def __init__(self, request: DecoderRequest, fused: FusedStep | None = None):
+        self._request, self._model, self._group, self._fused = request, request.model, request.group, fused
+        self._slots = _slots_for(request)
         with torch.no_grad():
-            self._slots.convert(policy.layers)
+            self._slots.convert(self._model.layers)
         self._taken = [0] * self._slots.count  # rows that still run, by slot
-        self._rows = torch.empty(0, dtype=torch.long, device=policy.device)  # where each running row lies
+        # where each running row lies
+        self._rows = torch.empty(0, dtype=torch.long, device=self._model.device)
 
     @property
     def places(self) -> int:
         return self._taken.count(0)
 
     def add(self, prompts: slice) -> torch.Tensor:
-        s = self._slots
-        ids, mask = (t[prompts] for t in self._prompts)
-        skip = ids.shape[1] - int(mask.sum(-1).max())
-        ids, mask = ids[:, skip:], mask[:, skip:]
-        blend = None if self._blends is None else self._blends[prompts]
-        with self._policy.blend.use(blend):
-            hidden, context = self._backbone.prefill(ids, mask)
-            logits = self._backbone.head.logits(hidden[:, -1])
+        s, backbone = self._slots, self._model.backbone
+        (ids, mask), blend = self._request.prompts(prompts), self._request.blends(prompts)
+        with self._model.blend.use(blend):
+            hidden, context = backbone.prefill(ids, mask)
+            logits = backbone.head.logits(hidden[:, -1])
         free = [slot for slot, rows in enumerate(self._taken) if rows == 0][: len(ids)]
         for slot in free:
             self._taken[slot] = self._group
@@ -176,10 +203,10 @@ class SlotDecoding:
 
     @contextlib.contextmanager
     def _blended(self, step: Step) -> Iterator[None]:
-        s, policy = self._slots, self._policy
+        s, model = self._slots, self._model
         # A new tensor, so that nothing derived from other coefficients at the same address is used again.
         blend = s.coefficients[: step.rows]
-        with policy.blend.use(blend, factors={policy.layers[name]: kept for name, kept in s.factors.items()}):
+        with model.blend.use(blend, factors={model.layers[name]: kept for name, kept in s.factors.items()}):
             yield
 
     def _forward(self, count: int) -> torch.Tensor:
@@ -187,30 +214,30 @@ class SlotDecoding:
             return self._forward_of_modules(count)
         step = Step(self._slots, count)
         with self._blended(step):
-            return fused_step.logits(self._policy, self._fused, step)
+            return fused_step.logits(self._model, self._fused, step)
 
     def _forward_of_modules(self, count: int) -> torch.Tensor:
         s = self._slots
         step = Step(s, count)
-        token = _step.set(step)
+        token = in_force.set(step)
         try:
-            with self._blended(step), self._backbone.attention(NAME):
-                hidden = self._backbone.decoder(
+            with self._blended(step), self._model.backbone.attention(NAME):
+                hidden = self._model.backbone.decoder(
                     input_ids=s.tokens[: step.rows], position_ids=step.positions(), use_cache=False
                 ).last_hidden_state
-                return self._backbone.head.logits(hidden[:, -1])
+                return self._model.backbone.head.logits(hidden[:, -1])
         finally:
-            _step.reset(token)
+            in_force.reset(token)
 
 
-def _slots_for(policy: ConditionedPolicy, at_once: int, width: int, group: int, room: int) -> Slots:
-    """The policy's slots of the last rollout where they are large enough, or new ones."""
-    addresses = tuple(p.data_ptr() for p in policy.parameters())
-    slots = policy.slots
-    width, room = _round_up(width), _round_up(room)
-    if slots is None or not slots.fits(at_once, width, group, room) or slots.device != policy.device:
-        deltas = len(policy.spec.ranks)
-        slots = policy.slots = Slots(at_once, width, group, room, policy.device, deltas)
+def _slots_for(request: DecoderRequest) -> Slots:
+    """The model's slots of the last rollout where they are large enough, or new ones."""
+    model, at_once, group = request.model, request.at_once, request.group
+    addresses = tuple(p.data_ptr() for p in model.parameters())
+    slots = _SLOTS.get(model)
+    width, room = round_up(request.prompt_ids.shape[1]), round_up(request.room)
+    if slots is None or not slots.fits(at_once, width, group, room) or slots.device != model.device:
+        slots = _SLOTS[model] = Slots(at_once, width, group, room, model.device, model.deltas)
     if slots.parameters != addresses:
         slots.parameters, slots.factors, slots.graphs = addresses, {}, {}
     return slots

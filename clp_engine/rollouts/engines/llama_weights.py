@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,9 @@ from torch import nn
 
 from clp_engine.core.positions import moving_rope
 from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinear
 from clp_engine.rollouts.engines.trials import Unsupported
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
-
 
 _CPU = torch.device("cpu")
 
@@ -121,14 +117,14 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def check_modules(policy: ConditionedPolicy, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> None:
+def check_modules(model: ConditionedModel, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> None:
     """Nothing that would run beside the layers' own computation, and all base weights of one kind. Raises Unsupported."""
 
     def name(module: nn.Module, part: str = "") -> str:
-        found = next((n for n, m in policy.model.named_modules() if m is module), "")
+        found = next((n for n, m in model.model.named_modules() if m is module), "")
         return ".".join(filter(None, (found, part))) or "the model"
 
-    for module in _modules(policy.model):
+    for module in _modules(model.model):
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unsupported(f"{name(module)} has forward hooks")
         if "forward" in vars(module) and not getattr(module.forward, "changes_no_numbers", False):
@@ -148,13 +144,13 @@ def check_modules(policy: ConditionedPolicy, dtype: torch.dtype = torch.float32,
 
 
 def read(
-    policy: ConditionedPolicy, dtype: torch.dtype = torch.float32, device: torch.device = _CPU
+    model: ConditionedModel, dtype: torch.dtype = torch.float32, device: torch.device = _CPU
 ) -> tuple[DecoderWeights, dict[tuple[int, str], nn.Module]]:
     """The decoder, and its linear layers by their place in it; of one dtype, on one device. Raises Unsupported."""
-    backbone, config = policy.backbone, policy.model.config.get_text_config()
+    backbone, config = model.backbone, model.model.config.get_text_config()
     if not isinstance(backbone, CausalBackbone):
-        raise Unsupported(f"{type(policy.model).__name__} is an encoder-decoder")
-    check_modules(policy, dtype, device)
+        raise Unsupported(f"{type(model.model).__name__} is an encoder-decoder")
+    check_modules(model, dtype, device)
     decoder = backbone.decoder
     rotary = [n for n, _ in decoder.named_children() if n.startswith("rotary_emb")]
     _only(
@@ -245,14 +241,14 @@ def _rope_kinds(decoder: nn.Module, types: list) -> list:
     return sorted({_rope_kind(decoder, t) for t in types}, key=str)
 
 
-def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def rope_tables(model: ConditionedModel, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(cos, sin), each (positions, rotary), for each kind of layer: the model's own."""
-    decoder, config = policy.backbone.decoder, policy.model.config.get_text_config()
+    decoder, config = model.backbone.decoder, model.model.config.get_text_config()
     rotary = decoder.rotary_emb
     if moving := moving_rope(rotary):
         raise Unsupported(f"its rotary embedding ({moving[0]}) depends on how much was read")
     types = getattr(config, "layer_types", None) or [None]
-    ids = torch.arange(positions, device=policy.device).unsqueeze(0)
+    ids = torch.arange(positions, device=model.device).unsqueeze(0)
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         ids = ids.expand(3, 1, -1)  # time, height and width: the same for text
     like = decoder.embed_tokens.weight[:1]
@@ -263,15 +259,15 @@ def rope_tables(policy: ConditionedPolicy, positions: int) -> list[tuple[torch.T
     return tables
 
 
-def base_dtype(policy: ConditionedPolicy) -> torch.dtype:
+def base_dtype(model: ConditionedModel) -> torch.dtype:
     """The dtype of the base; float32 where it has no embedding to tell it, so that what differs is named."""
-    embedding = getattr(getattr(policy.backbone, "decoder", None), "embed_tokens", None)
+    embedding = getattr(getattr(model.backbone, "decoder", None), "embed_tokens", None)
     return getattr(getattr(embedding, "weight", None), "dtype", torch.float32)
 
 
-def frozen_weights(policy: ConditionedPolicy) -> Iterator[tuple[int, int]]:
+def frozen_weights(model: ConditionedModel) -> Iterator[tuple[int, int]]:
     """What changes when the base weights are others, or were changed in place."""
-    for module in _modules(policy.model):
+    for module in _modules(model.model):
         for p in module._parameters.values():
             if p is not None and not p.requires_grad:
                 yield p.data_ptr(), p._version

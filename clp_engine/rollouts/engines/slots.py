@@ -1,31 +1,34 @@
-"""Slots"""
+"""Buffers that never move, so that one captured CUDA graph can be replayed for every token.
+
+A slot holds a prompt's keys and values once, for all rows of its group, and each row's own. Prompts take free slots and leave
+them; a step runs over the first so many slots, a bucket, whoever is in them:
+
+    scores = [ q K_prompt^T | q K_own^T ],    y = softmax(scores + mask) [ V_prompt ; V_own ]
+
+The rows of a group are one matrix product with their prompt's keys: these are read once per group and token. Buckets are powers
+of two, prompts and completions have room for a multiple of ROUND tokens, so that a few graphs serve a whole run. Factors are
+converted to the model's dtype once for a rollout: what a graph reads of them are copies.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import AttentionInterface
 
+from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.rollouts.engines.llama_weights import rope_tables
 
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
-
-
 NAME = "clp_slots"
-
-
 ROUND = 64  # tokens by which the room for prompts and for completions grows
+in_force: ContextVar[Step | None] = ContextVar("step", default=None)
 
 
-_step: ContextVar[Step | None] = ContextVar("step", default=None)
-
-
-def _round_up(tokens: int) -> int:
+def round_up(tokens: int) -> int:
     return -(-tokens // ROUND) * ROUND
 
 
@@ -65,11 +68,11 @@ class Slots:
     def buckets(self) -> list[int]:
         return sorted({min(1 << i, self.count) for i in range(self.count.bit_length() + 1)})
 
-    def rope(self, policy: ConditionedPolicy) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def rope(self, model: ConditionedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The model's tables of rotary embeddings for all positions there is room for."""
         if not self.ropes:
             self.ropes = [
-                (cos.contiguous(), sin.contiguous()) for cos, sin in rope_tables(policy, self.width + self.room)
+                (cos.contiguous(), sin.contiguous()) for cos, sin in rope_tables(model, self.width + self.room)
             ]
         return self.ropes
 
@@ -157,7 +160,7 @@ def slot_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface for the step in force: query (rows, Hq, 1, D), key and value (rows, Hkv, 1, D), which
     are put where the rows' own are -> ((rows, 1, Hq, D), None)."""
-    step = _step.get()
+    step = in_force.get()
     slots, rows, layer = step.slots, step.rows, module.layer_idx
     (prompt_keys, prompt_values), own = slots.prompts[layer], slots.own[layer]
     at = slots.lengths[:rows]
@@ -198,3 +201,6 @@ def slot_attention(
         + shares[..., slots.width :] @ own[1][:rows]
     )
     return out.reshape(rows, 1, heads * shared, size), None
+
+
+AttentionInterface.register(NAME, slot_attention)
