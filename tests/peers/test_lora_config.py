@@ -76,7 +76,7 @@ def test_layers_ranks_and_scalings_are_peft_s(tmp_path, family, what):
     trainer = CLPTrainer(
         build_model(family),
         {"a": len, "b": len},
-        CLPConfig(output_dir=str(tmp_path)),
+        CLPConfig(output_dir=str(tmp_path), max_completion_length=16),
         ROWS,
         processing_class=build_tokenizer(family),
         peft_config=LoraConfig(task_type=task, **options),
@@ -95,7 +95,7 @@ def test_a_model_type_without_a_choice_of_peft_s_needs_names(tmp_path, monkeypat
         CLPTrainer(
             model,
             len,
-            CLPConfig(output_dir=str(tmp_path)),
+            CLPConfig(output_dir=str(tmp_path), max_completion_length=16),
             ROWS,
             None,
             build_tokenizer(),
