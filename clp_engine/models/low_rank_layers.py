@@ -117,14 +117,28 @@ class Blend(threading.local):
 
     def of_rows(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """values (rows of `coefficients`, L) for each row of x (..., H), to be broadcast over it: (..., L)."""
+        if self.index is not None and x.dim() == 4:
+            shape = [1, 1, 1, values.shape[-1]]
+            shape[self._token_dimension(x)] = -1
+            return values[self.index].view(shape)
         index = self.index_for(x)
         if index is None:
             return values.view(-1, *(1,) * (x.dim() - 2), values.shape[-1])
         return values[index].view(*x.shape[:-1], -1)
 
-    def per_row(self, deltas: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """sum_i c_i deltas_i for each row of y (..., H), deltas (D, H), to be broadcast over it."""
-        return self.of_rows((self.coefficients.to(deltas.dtype) @ deltas).to(y.dtype), y)
+    def _token_dimension(self, x: torch.Tensor) -> int:
+        """Where the packed tokens of x lie, whose heads are normalised one by one: (1, N, heads, H) as Qwen 3 has them, or
+        (1, heads, N, H) as Gemma 3. With as many heads as tokens, strides tell: heads were a token's last dimension."""
+        found = [d for d in (1, 2) if x.shape[d] == len(self.index)]
+        if x.shape[0] != 1 or not found:
+            raise RuntimeError(f"a conditioned layer received {tuple(x.shape)} for {len(self.index)} packed tokens")
+        return max(found, key=x.stride)
+
+    def per_row(self, deltas: torch.Tensor, y: torch.Tensor, laid_out: torch.Tensor | None = None) -> torch.Tensor:
+        """sum_i c_i deltas_i for each row of y (..., H), deltas (D, H), to be broadcast over it. laid_out: of y's shape, and in
+        memory as the model made it, where y need not be."""
+        rows = y if laid_out is None else laid_out
+        return self.of_rows((self.coefficients.to(deltas.dtype) @ deltas).to(y.dtype), rows)
 
 
 class ConditionedLayer(nn.Module):

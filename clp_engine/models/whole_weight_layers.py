@@ -120,11 +120,11 @@ class InterpolatedAffine(ConditionedLayer):
             return self.base(x)
         unit = {"weight": self._gain} if self._shift is None else {"weight": self._gain, "bias": self._shift}
         normed = functional_call(self.base, unit, (x,))
-        gain = self.base.weight + self._blend.per_row(self.delta, normed)
+        gain = self.base.weight + self._blend.per_row(self.delta, normed, x)
         y = normed * (gain + self.offset if self.offset else gain).to(normed.dtype)
         if self.delta_bias is None:
             return y
-        return y + (self.base.bias + self._blend.per_row(self.delta_bias, normed)).to(y.dtype)
+        return y + (self.base.bias + self._blend.per_row(self.delta_bias, normed, x)).to(y.dtype)
 
     def targets(self) -> list[tuple[str, torch.Tensor]]:
         return [("weight", self.delta)] + ([] if self.delta_bias is None else [("bias", self.delta_bias)])

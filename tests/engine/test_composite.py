@@ -228,6 +228,21 @@ def test_queries_that_are_scaled_by_their_position_are_packed_and_not_left_to_th
     torch.testing.assert_close(score(policy, batch, MIXED).logprob, batch.logprobs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("lengths", [(1, 1, 2), (2, 4, 5)], ids=["as many tokens as heads", "more"])
+def test_norms_of_heads_are_blended_for_each_packed_token(family, lengths):
+    """Their inputs are (1, tokens, heads, size) in one family and (1, heads, tokens, size) in the other."""
+    policy = build_policy(family, conditioning="full")
+    assert any(name.endswith("q_norm") for name in policy.layers)
+    conditions = Conditions(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.full((2,), 0.1))
+    first, second, room = lengths
+    prompts = [[5] * first, [8] * second]
+    batch = rollout(policy, prompts, conditions, sampling=SamplingParams(room), seed=1)
+    heads = policy.config.text_config.num_attention_heads
+    assert (len(pack_rollout(batch).ids) == heads) == (room == 2)
+    torch.testing.assert_close(score(policy, batch, conditions).logprob, batch.logprobs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("conditioning", ["full", "attention", "lora+logit"])
 def test_whole_weights_are_merged_saved_and_read_back(conditioning, tmp_path):
     policy = build_policy("gemma3", conditioning=conditioning)
