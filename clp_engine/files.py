@@ -19,11 +19,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from clp_engine.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     import torch
 
+# What safetensors' load_file raises for a file that is damaged or something else (SafetensorError is an Exception of its own).
+UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 # The host may be missing: earlier versions left it out.
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|ready|old)-(?:(?P<host>.+)-)?(?P<pid>\d+)")
 
@@ -152,12 +156,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file, all of them finite floating-point numbers. Raises ConfigError naming the file where it
     holds something else."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path} is damaged or no safetensors file ({error}); write or copy it again") from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):

@@ -32,6 +32,7 @@ from clp_engine import (
     peft_format,
     prompting,
     ranges,
+    records,
     slot_decoding,
     steerable,
     warm_start,
@@ -49,7 +50,7 @@ from clp_engine.conditions import (
 )
 from clp_engine.data import encode_prompts
 from clp_engine.decoding import BlendDecoding, Decoding
-from clp_engine.errors import ConfigError, shown
+from clp_engine.errors import ConfigError
 from clp_engine.files import finish, read_json, read_tensors, refuse_overlap, write_directory
 from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory, check_size
@@ -100,15 +101,12 @@ def _read_spec(path: Path) -> PolicySpec:
         raise ConfigError(
             f"{path} has settings this version does not know ({', '.join(unknown)}); it was written by a newer one"
         )
+    spec = records.of(PolicySpec, raw, path, "write or copy the policy again")
     try:
-        spec = PolicySpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()})
         ranges.ADAPTER["rank"].check("ranks", spec.ranks, several=ranges.LISTS)
         ranges.ADAPTER["lora_alpha"].check("lora_alphas", spec.lora_alphas, several=ranges.LISTS)
         ranges.check(ranges.ADAPTER, default_kl=spec.default_kl)
-        lists = (spec.objectives, spec.target_modules)
-        if not all(isinstance(t, tuple) and all(isinstance(name, str) for name in t) for t in lists):
-            raise TypeError(f"objectives and target_modules are {shown(lists)}")
-    except (TypeError, ConfigError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{path} is damaged ({error}); write or copy the policy again") from error
     return spec
 

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine import locking, runs
+from clp_engine import locking, records, runs
 from clp_engine.compare.plan import Evaluation, Plan, Run
 from clp_engine.config import WITHOUT_EFFECT
 from clp_engine.errors import ConfigError
-from clp_engine.files import finish, write_directory, write_text
+from clp_engine.files import finish, read_json, write_directory, write_text
 from clp_engine.locking import Busy
 from clp_engine.run_folder import checkpoints, remove_checkpoint
 
@@ -48,7 +48,7 @@ class Training:
 
     @classmethod
     def load(cls, path: Path) -> Training | None:
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        return records.read(path, cls, "remove it to train the run again") if path.is_file() else None
 
 
 # --- training ------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def is_evaluated(plan: Plan, evaluation: Evaluation | None) -> bool:
     """Whether a report is there that was made of the same runs in the same way; None is the base model's."""
     name = BASE if evaluation is None else evaluation.name
     path = plan.evaluation_folder(name) / _INPUTS
-    return path.is_file() and _read_json(path).get("digest") == plan.evaluation_digest(evaluation)
+    return path.is_file() and read_json(path).get("digest") == plan.evaluation_digest(evaluation)
 
 
 def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
@@ -234,5 +234,3 @@ def _write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
