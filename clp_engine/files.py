@@ -126,6 +126,16 @@ def _exists(path: Path) -> bool:
     return True
 
 
+def nameable(path: str) -> bool:
+    """Whether a file system could hold a file of this path: text from elsewhere may have NUL, half of a surrogate pair, or names
+    that are longer than any."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in encoded and len(encoded) < 4000 and all(len(part) < 256 for part in encoded.split(b"/"))
+
+
 def check_folder(name: str, path: str | Path) -> None:
     """Raises ConfigError where no file could be written into the folder `path`, which need not be there yet. name: of the
     setting or flag, for the message."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from clp_engine import files, records
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
 from clp_engine.locking import Busy, exclusive
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class Manifest:
             return None
         remedy = "expected what a training wrote: remove it to keep every file in the folder"
         written = records.read(path, _Written, remedy)
+        if odd := next((name for name in written.files if not files.nameable(name)), None):
+            raise ConfigError(f"{path} is damaged or another's ({shown(odd)} can be no file); {remedy}")
         return cls(written.run, frozenset(written.files))
 
     def write(self, folder: str | Path) -> None:
