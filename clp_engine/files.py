@@ -127,8 +127,8 @@ def _exists(path: Path) -> bool:
 
 
 def nameable(path: str) -> bool:
-    """Whether a file system could hold a file of this path: text from elsewhere may have NUL, half of a surrogate pair, or names
-    that are longer than any."""
+    """Whether a file system could hold a file of this path: text from elsewhere may have NUL, half of a surrogate pair, or a
+    name of thousands of characters."""
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
