@@ -50,7 +50,7 @@ from clp_engine.conditions import (
 )
 from clp_engine.data import encode_prompts
 from clp_engine.decoding import BlendDecoding, Decoding
-from clp_engine.errors import ConfigError
+from clp_engine.errors import ConfigError, shown
 from clp_engine.files import finish, read_json, read_tensors, refuse_overlap, write_directory
 from clp_engine.layers import attach, is_tied, lora_targets, untie
 from clp_engine.memory import Memory, check_size
@@ -455,13 +455,18 @@ class ConditionedPolicy(nn.Module):
             parsed = [parse_weights(w, self.objectives) for w in (weights if per_row else [weights])]
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        kls = torch.as_tensor(self.spec.default_kl if kl is None else kl, dtype=torch.float32).reshape(-1)
+        except (TypeError, OverflowError) as error:
+            raise ConfigError(f"weights={shown(weights)}: expected numbers from 0 to 1 ({error})") from None
+        try:
+            kls = torch.as_tensor(self.spec.default_kl if kl is None else kl, dtype=torch.float32).reshape(-1)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ConfigError(f"kl={shown(kl)}: expected a number, or one per row ({error})") from None
         for name, count in (("weights", len(parsed)), ("kl", len(kls))):
             if count not in (1, rows):
                 raise ConfigError(f"{name} has {count} entries for {rows} rows; expected one, or one per row")
-        if not bool((kls >= 0).all()) or not self.kl_is_beta and bool((kls > 1).any()):
+        if not bool(((kls >= 0) & kls.isfinite()).all()) or not self.kl_is_beta and bool((kls > 1).any()):
             raise ConfigError(
-                f"kl={kl!r}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
+                f"kl={shown(kl)}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
             )
         return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
 

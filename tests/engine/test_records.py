@@ -100,7 +100,8 @@ READERS = {  # file: (its content, how it is read from its folder, changes of on
     "report.json": (REPORT, ParetoReport.load, [("points", {}), ("points", [{}]), ("base", None), ("objectives", "a"),
                                                 ("hypervolume", None), ("regret", {"a": "b"}), ("setup", [])]),
     "training.json": (TRAINING, lambda folder: Training.load(folder / "training.json"), [("seconds", "1"), ("steps", 1.5)]),
-    "base_model.json": ({"w": [[1], "float32", 1.0, 1.0]}, check_base_model, [("w", 1), ("w", [1]), ("w", [[1], "float32", "x", 1.0])]),
+    "base_model.json": ({"w": [[1], "float32", 1.0, 1.0]}, check_base_model,
+                        [("w", 1), ("w", [1]), ("w", [[1], "float32", "x", 1.0])]),
 }  # fmt: skip
 
 
