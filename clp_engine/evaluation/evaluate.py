@@ -9,7 +9,6 @@ point, so that two points differ by their parameters rather than by luck.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
 import time
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine.core import ranges, statistics
+from clp_engine.core import ranges, records, statistics
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.provenance import source_commit, versions
@@ -129,26 +128,7 @@ class ParetoReport:
     def from_dict(cls, raw: Mapping[str, Any]) -> ParetoReport:
         """The inverse of `to_dict`; keys that are not known here are left out, and what reports did not always
         have may be missing. Raises ConfigError for another missing key."""
-        try:
-            always = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-            values = {name: raw[name] for name in always}
-            values |= {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
-            values["points"] = [Point(**{**p, "rewards": _intervals(p["rewards"])}) for p in raw["points"]]
-            base = raw["base"]
-            values["base"] = Base(
-                **{
-                    **base,
-                    "rewards": _intervals(base["rewards"]),
-                    "hypervolume_interval": Interval(**base["hypervolume_interval"]),
-                }
-            )
-            for name in ("hypervolume_interval", "hypervolume_gain", "realised_utility_interval"):
-                values[name] = Interval(**raw[name])
-            if values.get("kl_hypervolume") is not None:
-                values["kl_hypervolume"] = Interval(**raw["kl_hypervolume"])
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"not a report of this version of clp-engine: {error}") from error
-        return cls(**values)
+        return records.of(cls, raw, "the report")
 
     @classmethod
     def load(cls, path: str | Path) -> ParetoReport:
@@ -156,23 +136,15 @@ class ParetoReport:
         not parse."""
         path = Path(path)
         path = path / "report.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"no report at {path}; write one with: clp-engine evaluate RUN") from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(raw)
+        if not path.exists():
+            raise ConfigError(f"no report at {path}; write one with: clp-engine evaluate RUN")
+        return records.read(path, cls, "write it again with: clp-engine evaluate RUN")
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write report.json, report.md and pareto.png into `directory`; each appears whole or not at all."""
         from clp_engine.evaluation.report import write_report
 
         return write_report(self, directory)
-
-
-def _intervals(rewards: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
-    return {name: Interval(**value) for name, value in rewards.items()}
 
 
 def default_grid(num_objectives: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from clp_kernels import TokenStats, interpolate
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from clp_engine.core import ranges
+from clp_engine.core import ranges, records
 from clp_engine.core.conditions import (
     KL_CONDITIONING,
     Conditions,
@@ -86,15 +86,12 @@ def _read_spec(path: Path) -> PolicySpec:
         raise ConfigError(
             f"{path} has settings this version does not know ({', '.join(unknown)}); it was written by a newer one"
         )
+    spec = records.of(PolicySpec, raw, path, "write or copy the policy again")
     try:
-        spec = PolicySpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()})
         ranges.ADAPTER["rank"].check("ranks", spec.ranks, several=ranges.LISTS)
         ranges.ADAPTER["lora_alpha"].check("lora_alphas", spec.lora_alphas, several=ranges.LISTS)
         ranges.check(ranges.ADAPTER, default_kl=spec.default_kl)
-        lists = (spec.objectives, spec.target_modules)
-        if not all(isinstance(t, tuple) and all(isinstance(name, str) for name in t) for t in lists):
-            raise TypeError(f"objectives and target_modules are {shown(lists)}")
-    except (TypeError, ConfigError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{path} is damaged ({error}); write or copy the policy again") from error
     return spec
 
@@ -397,13 +394,18 @@ class ConditionedPolicy(ConditionedModel):
             parsed = [parse_weights(w, self.objectives) for w in (weights if per_row else [weights])]
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        kls = torch.as_tensor(self.spec.default_kl if kl is None else kl, dtype=torch.float32).reshape(-1)
+        except (TypeError, OverflowError) as error:
+            raise ConfigError(f"weights={shown(weights)}: expected numbers from 0 to 1 ({error})") from None
+        try:
+            kls = torch.as_tensor(self.spec.default_kl if kl is None else kl, dtype=torch.float32).reshape(-1)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ConfigError(f"kl={shown(kl)}: expected a number, or one per row ({error})") from None
         for name, count in (("weights", len(parsed)), ("kl", len(kls))):
             if count not in (1, rows):
                 raise ConfigError(f"{name} has {count} entries for {rows} rows; expected one, or one per row")
-        if not bool((kls >= 0).all()) or not self.kl_is_beta and bool((kls > 1).any()):
+        if not bool(((kls >= 0) & kls.isfinite()).all()) or not self.kl_is_beta and bool((kls > 1).any()):
             raise ConfigError(
-                f"kl={kl!r}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
+                f"kl={shown(kl)}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
             )
         return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
 

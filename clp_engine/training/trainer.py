@@ -880,6 +880,10 @@ class CLPTrainer(ScriptSurface):
                 "(or start a new run from its policy folder)"
             )
         checkpoints.load(path, self.policy, self.optimizer, self.value_head)
+        with checkpoints.restoring(path):
+            self._restore_state(path, saved)
+
+    def _restore_state(self, path: Path, saved: Mapping) -> None:
         self.train_dataset.load_state_dict(saved.get("data", {}))
         if self.partial is not None:
             self.partial.load_state_dict(checkpoints.load_unfinished(path), self.train_dataset)

@@ -14,8 +14,9 @@ from clp_engine.models.text_path import beside_text, text_stack
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.engines import native
 from clp_engine.rollouts.engines.choice import detours
-from clp_engine.rollouts.rollout import SamplingParams, rollout
+from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.types import SamplingParams
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
 

@@ -133,7 +133,7 @@ def test_without_matplotlib_the_rest_is_written_and_a_line_says_so(tmp_path, rep
     assert "pareto.png" not in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("content, complaint", [("{}", "not a report"), ("{", "not JSON")])
+@pytest.mark.parametrize("content, complaint", [("{}", "is missing.; write it again"), ("{", "no JSON")])
 def test_loading_what_is_not_a_report_says_so(tmp_path, content, complaint):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ConfigError, match=complaint):

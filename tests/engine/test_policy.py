@@ -258,3 +258,24 @@ def test_attention_that_caps_its_scores_is_not_left_to_one_that_does_not(monkeyp
         expected = models["eager"](**given).logits
         policy = ConditionedPolicy.from_pretrained(models["sdpa"], ["a"], rank=2)
         torch.testing.assert_close(policy(**given).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "weights, kl, said",
+    [
+        ({"a": None}, None, "weights={'a': None}: expected numbers"),
+        (5, None, "weights=5: expected numbers"),
+        ([[0.5, None]], None, "weights=.*: expected numbers"),
+        (None, "x", "kl='x': expected a number"),
+        (None, {}, "kl={}: expected a number"),
+        (None, [0.1, None], "kl=.*: expected a number"),
+        (None, 10**400, "kl=.*: expected a number"),
+        (None, float("inf"), "kl=inf: expected beta >= 0"),
+        (None, float("nan"), "kl=nan: expected beta >= 0"),
+    ],
+    ids=str,
+)
+def test_conditions_that_are_no_finite_numbers_are_refused(weights, kl, said):
+    policy = ConditionedPolicy.from_pretrained(build_model("llama"), ["a", "b"], kl_is_beta=True)
+    with pytest.raises(ConfigError, match=said):
+        policy.conditions(weights, kl)

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine.core import locking, transformers_releases
+from clp_engine.core import locking, records, transformers_releases
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.files import finish, write_directory, write_text
+from clp_engine.core.files import finish, read_json, write_directory, write_text
 from clp_engine.core.locking import Busy
 from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
 from clp_engine.training import runs
@@ -49,7 +49,7 @@ class Training:
 
     @classmethod
     def load(cls, path: Path) -> Training | None:
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        return records.read(path, cls, "remove it to train the run again") if path.is_file() else None
 
 
 # --- training ------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def is_evaluated(plan: Plan, evaluation: Evaluation | None) -> bool:
     """Whether a report is there that was made of the same runs in the same way; None is the base model's."""
     name = BASE if evaluation is None else evaluation.name
     path = plan.evaluation_folder(name) / _INPUTS
-    return path.is_file() and _read_json(path).get("digest") == plan.evaluation_digest(evaluation)
+    return path.is_file() and read_json(path).get("digest") == plan.evaluation_digest(evaluation)
 
 
 def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
@@ -235,5 +235,3 @@ def _write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -198,7 +198,10 @@ def _adapter(
             f"{source} computes nothing: its lora_alpha is 0; leave it out (None for its objective), or write what it was "
             "trained with"
         )
-    return Adapter(source, config.get("base_model_name_or_path") or "", layers, base_weights or {})
+    base = config.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise ConfigError(f"{source}: base_model_name_or_path={shown(base)}: expected the name of a model, or null")
+    return Adapter(source, base, layers, base_weights or {})
 
 
 def _file(location: str | Path, name: str) -> Path:
