@@ -724,5 +724,5 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_the_remedy(monkeypatch,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoint-2")
 
     monkeypatch.setattr(runs, "train", full)
-    line = refused(["train", "config.yaml", "--output-dir", "other"], capsys)
+    line = refused(["train", "config.yaml", "--output-dir", "full-disk"], capsys)
     assert "run/checkpoint-2: No space left on device; make room" in line and "--resume" in line
