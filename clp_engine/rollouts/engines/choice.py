@@ -45,7 +45,9 @@ def detours(model: ConditionedModel) -> list[str]:
     if model.device.type == "cpu" and (reason := native.plan(model).reason) is not None:
         found.append(f"decoding goes through transformers' modules: {reason}")
     elif model.device.type == "cuda" and not cuda_graphs.serves(model):
-        found.append("decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers")
+        found.append(
+            "decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers"
+        )
     elif model.device.type == "cuda" and (reason := cuda_graphs.plan(model).reason) is not None:
         found.append(f"decoding goes through transformers' modules, in CUDA graphs: {reason}")
     return found

@@ -117,7 +117,9 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def check_modules(model: ConditionedModel, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> None:
+def check_modules(
+    model: ConditionedModel, dtype: torch.dtype = torch.float32, device: torch.device = _CPU
+) -> None:
     """Nothing that would run beside the layers' own computation, and all base weights of one kind. Raises Unsupported."""
 
     def name(module: nn.Module, part: str = "") -> str:
@@ -157,7 +159,9 @@ def read(
         decoder, {"embed_tokens", "layers", "norm", *rotary}, {"embed_tokens", "layers", "norm", "rotary_emb"}
     )
     if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):
-        raise Unsupported("its queries are scaled by their position (llama_4_scaling_beta of its rope_parameters)")
+        raise Unsupported(
+            "its queries are scaled by their position (llama_4_scaling_beta of its rope_parameters)"
+        )
     types = getattr(config, "layer_types", None) or [None] * len(decoder.layers)
     sliding = getattr(config, "sliding_window", None)
     modules: dict[tuple[int, str], nn.Module] = {}

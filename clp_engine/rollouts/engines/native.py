@@ -47,6 +47,7 @@ from clp_engine.rollouts.engines.trials import (
 # model, transformers rounds every result, which the native decoder does not.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
+
 @dataclass(frozen=True)
 class Plan:
     """How a model is decoded: natively with `packed` weights and `layers` by their place in it, or not, for `reason`."""
@@ -182,7 +183,9 @@ class NativeDecoder:
     def keep(self, rows: torch.Tensor) -> None:
         self._decoding.keep(rows)
 
-    def write(self, logits: torch.Tensor, draws: Draws, others_wait: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(
+        self, logits: torch.Tensor, draws: Draws, others_wait: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`clp_kernels.decoder.Decoding.write`, until there is a place for a prompt if others wait for one."""
         missing = self._request.group - (self._slots - len(self._decoding))
         return self._decoding.write(logits, draws, missing if others_wait else 0)

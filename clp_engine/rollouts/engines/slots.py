@@ -72,7 +72,8 @@ class Slots:
         """The model's tables of rotary embeddings for all positions there is room for."""
         if not self.ropes:
             self.ropes = [
-                (cos.contiguous(), sin.contiguous()) for cos, sin in rope_tables(model, self.width + self.room)
+                (cos.contiguous(), sin.contiguous())
+                for cos, sin in rope_tables(model, self.width + self.room)
             ]
         return self.ropes
 

@@ -75,7 +75,9 @@ class Trial:
         prompts = [drawn(length).tolist() for length in (3, 7, 5)]
         blend = torch.rand(len(prompts), model.deltas, generator=generator, device="cpu")
         blend[0] = 0
-        request = DecoderRequest(model, *pad_left(prompts, 0, device), blend.to(device), group, steps, len(prompts))
+        request = DecoderRequest(
+            model, *pad_left(prompts, 0, device), blend.to(device), group, steps, len(prompts)
+        )
         return cls(request, [drawn(len(prompts) * group).to(device) for _ in range(steps)])
 
 
