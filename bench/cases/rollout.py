@@ -442,7 +442,7 @@ def make_policy(name: str, device: str):
 
 def without_adapters(model):
     """A policy whose layers are the model's own: what decoding costs where nothing is conditioned."""
-    from clp_engine.models.low_rank_layers import place
+    from clp_engine.models.blend import place
     from clp_engine.policy.policy import ConditionedPolicy
 
     policy = ConditionedPolicy.from_pretrained(model, ("none",), conditioning="none", rank=1)

@@ -20,9 +20,12 @@ from transformers import PreTrainedModel
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.positions import Room
-from clp_engine.models.backbones.causal import CausalBackbone, find_head, make_backbone
+from clp_engine.models.backbones.base import find_head
+from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.models.backbones.choice import make_backbone
+from clp_engine.models.blend import Blend, ConditionedLayer, place
 from clp_engine.models.forms import Conditioning
-from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedLinear, place
+from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.models.memory import Memory
 from clp_engine.models.targets import attach, is_tied
 

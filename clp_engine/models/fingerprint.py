@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from clp_engine.core import records
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import read_json
-from clp_engine.models.low_rank_layers import ConditionedLayer
+from clp_engine.models.blend import ConditionedLayer
 
 FILE = "base_model.json"
 _KEPT: WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Tensor]]] = WeakKeyDictionary()

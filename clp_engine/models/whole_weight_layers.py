@@ -16,7 +16,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedProjection
+from clp_engine.models.blend import Blend, ConditionedLayer
+from clp_engine.models.low_rank_layers import ConditionedProjection
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> nn.Parameter:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from clp_engine.core.conditions import Conditions, blend_coefficients
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.base import holds_adapters, refuse_quantised
-from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, place
+from clp_engine.models.blend import Blend, ConditionedLayer, place
 
 if TYPE_CHECKING:
     from clp_engine.policy.steerable import SteerableModel

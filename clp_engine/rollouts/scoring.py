@@ -8,12 +8,22 @@ import torch
 from clp_kernels import TokenStats
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.models.backbones.packing import join, pack_rollout
+from clp_engine.models.backbones.packing import Packed, join, pack
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.rollouts.types import Rollout, Samplable
 
 ALL = ("logprob", "ref_logprob", "kl", "entropy")
 _NEEDS_REFERENCE = {"ref_logprob", "kl", "reverse_kl"}
+
+
+def pack_rollout(batch: Rollout, mask: torch.Tensor | None = None, plain: bool = False) -> Packed:
+    """`pack` for a rollout; mask: by default all completion tokens; plain: prompts as the reference reads them."""
+    prompts = batch.prompt_ids, batch.counts[0]
+    if plain and batch.plain_ids is not None:
+        prompts = batch.plain_ids, batch.plain_mask.sum(-1).cpu()
+    elif mask is None:
+        return batch.packed
+    return pack(*prompts, batch.completion_ids, batch.counts[1] if mask is None else mask.sum(-1).cpu())
 
 
 def hidden_states(

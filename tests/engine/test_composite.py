@@ -8,14 +8,13 @@ from transformers.models.llama4 import Llama4ForCausalLM
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.backbones.packing import pack_rollout
 from clp_engine.models.base import auto_class
 from clp_engine.models.text_path import beside_text, text_stack
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.engines import native
 from clp_engine.rollouts.engines.choice import detours
 from clp_engine.rollouts.rollout import rollout
-from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.scoring import pack_rollout, score
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer

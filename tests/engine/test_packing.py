@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, XGLMConfig
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.backbones.packing import join, pack, pack_rollout
+from clp_engine.models.backbones.packing import join, pack
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import (
     completion_stats,
     hidden_states,
     joint_hidden_states,
+    pack_rollout,
     score,
     within_budget,
 )

@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import read_json, read_tensors
 from clp_engine.core.ranges import COUNT, MAPPINGS, Range
-from clp_engine.models.low_rank_layers import place
+from clp_engine.models.blend import place
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<part>[AB])\.weight$")

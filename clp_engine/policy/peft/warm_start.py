@@ -24,8 +24,8 @@ from clp_engine.core.files import read_json
 from clp_engine.models import fingerprint
 from clp_engine.models.base import load_base, model_location
 from clp_engine.models.forms import Conditioning
-from clp_engine.models.low_rank_layers import ConditionedLinear, find_targets
-from clp_engine.models.targets import head_name
+from clp_engine.models.low_rank_layers import ConditionedLinear
+from clp_engine.models.targets import find_targets, head_name
 from clp_engine.models.text_path import beside_text
 from clp_engine.policy.peft.reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters
 from clp_engine.policy.peft.writing import BLEND_FILE, BLEND_SETTINGS

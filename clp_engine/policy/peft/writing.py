@@ -22,7 +22,8 @@ from torch.nn import functional
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import refuse_overlap, write_directory
 from clp_engine.models import fingerprint
-from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinear
+from clp_engine.models.blend import ConditionedLayer
+from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.models.whole_weight_layers import InterpolatedLinear
 from clp_engine.policy.peft.svd_cut import Cut, cut_matrix, cut_product
 from clp_engine.policy.steerable import SteerableModel

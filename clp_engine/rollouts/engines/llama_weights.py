@@ -11,8 +11,9 @@ from torch import nn
 
 from clp_engine.core.positions import moving_rope
 from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.models.blend import ConditionedLayer
 from clp_engine.models.conditioned import ConditionedModel
-from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinear
+from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.rollouts.engines.trials import Unsupported
 
 _CPU = torch.device("cpu")
