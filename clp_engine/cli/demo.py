@@ -8,6 +8,7 @@ goes on where it stopped; a finished one is replaced.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clp_engine.cli.arguments import add_number, listed
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
@@ -51,6 +53,35 @@ TRAINING: dict[str, Any] = {
 EVALUATION: dict[str, Any] = {"prompts": 256, "num_generations": 2, "margin": 0.1, "batch_rows": 192}
 EXAMPLES = 3
 _WIDEST = 110  # columns of text, however wide the terminal
+
+HELP = "train, evaluate and show the embedded example, a summariser"
+EPILOG = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--objectives",
+        default="coverage,brevity",
+        metavar="A,B",
+        help="rewards to be steered between (default: %(default)s)",
+    )
+    which.add_argument("--faithfulness", action="store_true", help="coverage, brevity and faithfulness")
+    add_number(parser, ranges.COMMANDS, "steps", "optimiser steps of training")
+    add_number(parser, ranges.COMMANDS, "prompts", "held-out documents to evaluate on")
+    add_number(parser, ranges.COMMANDS, "seed", "of everything random", default=0)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    objectives = "coverage,brevity,faithfulness" if arguments.faithfulness else arguments.objectives
+    run_demo(
+        arguments.out,
+        listed(objectives),
+        steps=arguments.steps,
+        prompts=arguments.prompts,
+        seed=arguments.seed,
+    )
 
 
 def run_demo(

@@ -2,22 +2,62 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clp_engine import __version__
+from clp_engine.cli.train import training_of
+from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import installed, processor
+from clp_engine.training import runs
 
 if TYPE_CHECKING:
     from clp_engine.training.config import CLPConfig
-    from clp_engine.training.runs import RunSpec
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "peft", "matplotlib")
 _NAMED = 8  # parameters that are listed by name
 
+HELP = "show versions, devices, kernel back-ends, and what a training would need"
+EPILOG = None
 
-def collect(training: tuple[RunSpec, CLPConfig] | None = None) -> dict[str, Any]:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG.yaml|RUN",
+        help="a training: its parameters and memory, and those of other conditioning",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    training = None if arguments.config is None else _described_training(arguments.config)
+    info = collect(training)
+    print(json.dumps(info, indent=2) if arguments.json else render(info))
+
+
+def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
+    """What a configuration file or a run folder trains."""
+    if not Path(path).is_dir():
+        from clp_engine.core.yaml_reading import read_file
+
+        return training_of(read_file(path))
+    from clp_engine.training.config import CLPConfig
+
+    spec = runs.RunSpec.load(path)
+    if spec is None:
+        raise ConfigError(
+            f"{path} holds no run.json; give a run folder, or a configuration file that names the model"
+        )
+    return spec, CLPConfig.from_dict(spec.config)
+
+
+def collect(training: tuple[runs.RunSpec, CLPConfig] | None = None) -> dict[str, Any]:
     """Plain data: versions by package (None where missing), devices, back-ends with availability and reason,
     tasks; `training`: see `describe`."""
     import torch
@@ -26,9 +66,7 @@ def collect(training: tuple[RunSpec, CLPConfig] | None = None) -> dict[str, Any]
     from clp_engine.core.provenance import source_commit
     from clp_engine.tasks import task_names
 
-    devices = [
-        {"device": "cpu", "name": processor(), "memory_gib": None, "threads": torch.get_num_threads()}
-    ]
+    devices = [{"device": "cpu", "name": processor(), "memory_gib": None, "threads": torch.get_num_threads()}]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(i)
         devices.append(
@@ -55,7 +93,7 @@ def collect(training: tuple[RunSpec, CLPConfig] | None = None) -> dict[str, Any]
     }
 
 
-def describe(spec: RunSpec, config: CLPConfig) -> dict[str, Any]:
+def describe(spec: runs.RunSpec, config: CLPConfig) -> dict[str, Any]:
     """What a run trains and the memory that stays allocated (see `memory.Memory`), beside other forms of conditioning; read
     from the model's configuration, without loading it."""
     import torch
@@ -115,7 +153,7 @@ def render(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render_training(spec: RunSpec, config: CLPConfig) -> list[str]:
+def render_training(spec: runs.RunSpec, config: CLPConfig) -> list[str]:
     """`describe()` for people, of the form that is about to be trained alone."""
     described = describe(spec, config)
     return _rendered_training({**described, "by_conditioning": {}})
