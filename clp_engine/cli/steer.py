@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     runs.policy_directory(arguments.run_folder)  # a wrong folder is reported before torch is imported
-    from clp_engine.serving.server import serve
+    from clp_engine.serving.app import serve
 
     serve(
         arguments.run_folder,

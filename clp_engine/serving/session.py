@@ -1,4 +1,4 @@
-"""The policy behind the page: what it is, what its run measured, and what it says beside the base model."""
+"""The policy behind the page: its description, the front that its run measured, and completions beside the base model's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clp_engine.data.prompts import encode_prompts
 from clp_engine.evaluation.evaluate import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.serving.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
+from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
 from clp_engine.training import runs, trust
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class Session:
     """A policy and the folder it came from; see `describe` and `generate`.
 
     run: a run folder, or a policy folder or checkpoint in it, as for `clp-engine generate`.
-    examples: a file of prompts to choose from, as for `sources.read_rows`; None: the run's own data, where it is in the run's
-    folder or this user trained the run.
-    Raises ConfigError where there is no policy, or none with a tokenizer, or the examples cannot be read.
+    examples: a file of prompts that the page offers, in the formats of `sources.read_rows`. None takes the run's own data,
+    if they lie in the run's folder or this user trained the run.
+    Raises ConfigError where the run has no policy, the policy has no tokenizer, or the examples cannot be read.
     """
 
     def __init__(self, run: str | Path, device: str | None = None, examples: str | Path | None = None):
@@ -55,7 +55,7 @@ class Session:
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """What the page needs to know, for JSON. The report is read anew: it may have been written meanwhile."""
+        """What the page shows of the policy, for JSON. Each call reads the report again, which an evaluation may have replaced."""
         policy, config = self.policy, self._config
         front, front_note = self._front()
         template = getattr(policy.tokenizer, "chat_template", None) is not None
@@ -134,9 +134,10 @@ class Session:
     # -- what it says -------------------------------------------------------------------------------------------------
 
     def generate(self, request: GenerateRequest) -> dict[str, Any]:
-        """The policy's completion at the request's condition and, where asked for, the base model's, for JSON.
+        """The policy's completion at the request's condition and, where requested, the base model's, for JSON.
 
-        Raises ConfigError for weights and KL coefficients that do not fit the policy, and for a text that is too long for it.
+        Raises ConfigError for weights and KL coefficients that do not fit the policy, and for a text that is too long for
+        the model.
         """
         if request.kl is not None and not (kl := _kl(self.policy, self._config))["adjustable"]:
             raise ConfigError(f"kl was given, and {kl['reason'][0].lower()}{kl['reason'][1:]}")

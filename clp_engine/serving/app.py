@@ -1,13 +1,15 @@
-"""The page and its two questions over HTTP, to this machine alone.
+"""The HTTP server of the page and its two requests, for this machine alone.
 
     GET  /               page.html
-    GET  /api/model      what is steered: objectives, KL coefficient, limits, examples, front (`Session.describe`)
-    POST /api/generate   JSON in (`GenerateRequest`), the completions out (`Session.generate`)
+    GET  /api/model      the policy: objectives, KL coefficient, limits, examples, front (`Session.describe`)
+    POST /api/generate   takes JSON (`GenerateRequest`), answers with the completions (`Session.generate`)
 
-An answer that is not 200 is {"error": "what is wrong"}. Who may ask: a browser on any site can send requests to a local port,
-and a foreign name can be made to point to it (DNS rebinding). So the Host must be an address or this machine's own name, never
-a foreign one; a request that a page sends must come from this one (Origin, Sec-Fetch-Site); and a body must be declared JSON,
-which a form of another site cannot do.
+An answer with another status than 200 is {"error": "what is wrong"}.
+
+A page of any site can make the browser send requests to a local port, and a foreign name can be made to point to that port
+(DNS rebinding). The server therefore checks three things. The Host must be an address or this machine's own name. A request
+from a page must come from the server's own page (Origin, Sec-Fetch-Site). A body must be declared as JSON, which the form of
+another site cannot do.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from clp_engine import __version__
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.serving.jobs import Full, Jobs
-from clp_engine.serving.request import MAX_CHARACTERS, GenerateRequest
+from clp_engine.serving.requests import MAX_CHARACTERS, GenerateRequest
 from clp_engine.serving.session import Session
 
 _MAX_BODY = 12 * MAX_CHARACTERS + 10_000  # a character is at most \uXXXX\uXXXX in JSON
@@ -53,11 +55,11 @@ def serve(
     device: str | None = None,
     examples: str | Path | None = None,
 ) -> None:
-    """Load the policy of a run and show it until Ctrl-C.
+    """Load the policy of a run and serve the page until Ctrl-C.
 
-    host, port: where to listen; port 0 takes any that is free. allow_remote: let `host` be reached from other machines.
-    browser: open the page. examples: a file of prompts to choose from. Raises ConfigError where the run has no policy, the
-    address cannot be had, or would be open to other machines without allow_remote.
+    host, port: the address to listen on; port 0 takes any free one. allow_remote: allow a host that other machines can reach.
+    browser: open the page. examples: a file of prompts that the page offers. Raises ConfigError where the run has no policy,
+    where the server cannot listen on the address, or where other machines could reach the address without allow_remote.
     """
     jobs = Jobs()
     server = listen(host, port, allow_remote, jobs)  # first: loading takes seconds
@@ -76,7 +78,7 @@ def serve(
 
 
 def listen(host: str, port: int, allow_remote: bool, jobs: Jobs) -> SteerServer:
-    """A server that listens, and answers once it has a session. Raises ConfigError as `serve` does."""
+    """A listening server, which answers once it has a session. Raises ConfigError for an address, as `serve` does."""
     ranges.check(ranges.COMMANDS, port=port)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -96,7 +98,7 @@ def listen(host: str, port: int, allow_remote: bool, jobs: Jobs) -> SteerServer:
 
 
 class SteerServer(ThreadingHTTPServer):
-    """Threads answer; completions are `jobs`, done one after another elsewhere."""
+    """Each request is answered in a thread of its own; completions are submitted to `jobs`, which another thread runs."""
 
     daemon_threads = True
     request_queue_size = 128  # a browser opens several connections at once; socketserver's 5 would turn some away
