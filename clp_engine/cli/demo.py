@@ -27,7 +27,7 @@ from clp_engine.core.files import check_folder
 from clp_engine.training import run_folder, runs
 
 if TYPE_CHECKING:
-    from clp_engine.evaluation.evaluate import ParetoReport
+    from clp_engine.evaluation.report import ParetoReport
     from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.training.config import CLPConfig
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clp_engine import __version__
 from clp_engine.cli.train import training_of
+from clp_engine.core import tables
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import installed, processor
 from clp_engine.training import runs
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from clp_engine.training.config import CLPConfig
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "peft", "matplotlib")
+_PARTS = ("base", "deltas", "gradients", "optimizer", "total")  # of `memory.Memory`
 _NAMED = 8  # parameters that are listed by name
+_WIDTHS = (14, 16, *(12 for _ in _PARTS))  # of the columns in the terminal
 
 HELP = "show versions, devices, kernel back-ends, and what a training would need"
 EPILOG = None
@@ -109,8 +112,9 @@ def describe(spec: runs.RunSpec, config: CLPConfig) -> dict[str, Any]:
     count = len(spec.objectives)
 
     def plain(cost: memory.Memory) -> dict[str, Any]:
-        parts = ("base", "deltas", "gradients", "optimizer", "total")
-        return {"trained_parameters": cost.trained} | {f"{part}_bytes": getattr(cost, part) for part in parts}
+        return {"trained_parameters": cost.trained} | {
+            f"{part}_bytes": getattr(cost, part) for part in _PARTS
+        }
 
     chosen = memory.estimate(
         model,
@@ -133,18 +137,17 @@ def describe(spec: runs.RunSpec, config: CLPConfig) -> dict[str, Any]:
 
 
 def render(info: dict[str, Any]) -> str:
-    """`collect()` for people."""
-    lines = ["versions"]
-    lines += [f"  {name:<14}{value or 'not installed'}" for name, value in info["versions"].items()]
+    """`collect()` as text for people."""
+    versions = {name: value or "not installed" for name, value in info["versions"].items()}
     if info["commit"]:
-        lines.append(f"  {'commit':<14}{info['commit']}")
-    lines += ["devices"]
+        versions["commit"] = info["commit"]
+    lines = ["versions", *_pairs(versions), "devices"]
     for device in info["devices"]:
         more = f"{device['threads']} threads" if device["threads"] else f"{device['memory_gib']} GiB"
-        lines.append(f"  {device['device']:<14}{device['name']}, {more}")
+        lines += _pairs({device["device"]: f"{device['name']}, {more}"})
     lines += ["kernel back-ends"]
     for name, backend in info["backends"].items():
-        lines.append(f"  {name:<14}{'' if backend['available'] else 'missing: '}{backend['reason']}")
+        lines += _pairs({name: f"{'' if backend['available'] else 'missing: '}{backend['reason']}"})
     if info["forced_backend"]:
         lines.append(f"  CLP_KERNELS_BACKEND={info['forced_backend']} forces one of them")
     lines += ["tasks", f"  {', '.join(info['tasks'])}"]
@@ -159,23 +162,23 @@ def render_training(spec: runs.RunSpec, config: CLPConfig) -> list[str]:
     return _rendered_training({**described, "by_conditioning": {}})
 
 
+def _pairs(values: dict[str, str]) -> list[str]:
+    return [f"  {line}" for line in tables.pairs(values, _WIDTHS[0])]
+
+
 def _rendered_training(training: dict[str, Any]) -> list[str]:
     from clp_engine.core.sizes import size
 
-    def row(name: str, cost: dict[str, Any]) -> str:
-        parts = "".join(
-            f"{size(cost[f'{part}_bytes']):>12}"
-            for part in ("base", "deltas", "gradients", "optimizer", "total")
-        )
-        return f"  {name:<14}{cost['trained_parameters']:>16,}{parts}"
-
-    heads = "".join(f"{head:>12}" for head in ("model", "deltas", "gradients", "optimiser", "total"))
+    forms = {training["conditioning"]: training["memory"]}
+    forms |= {name: cost for name, cost in training["by_conditioning"].items() if name not in forms}
+    rows = [["", "trained", "model", "deltas", "gradients", "optimiser", "total"]]
+    for name, cost in forms.items():
+        sizes = [size(cost[f"{part}_bytes"]) for part in _PARTS]
+        rows.append([name, f"{cost['trained_parameters']:,}", *sizes])
     lines = [
         f"  {training['model']}, objectives {', '.join(training['objectives'])}; without activations:",
-        f"  {'':<14}{'trained':>16}{heads}",
-        row(training["conditioning"], training["memory"]),
+        *(f"  {line}" for line in tables.columns(rows, _WIDTHS)),
     ]
-    lines += [row(n, c) for n, c in training["by_conditioning"].items() if n != training["conditioning"]]
     if never := training["never_conditioned"]:
         more = f" and {len(never) - _NAMED:,} more" if len(never) > _NAMED else ""
         lines += [f"  never conditioned: {', '.join(never[:_NAMED])}{more}"]

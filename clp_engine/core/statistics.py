@@ -26,11 +26,24 @@ class Interval:
         """samples: the mean in each resample."""
         return cls(float(mean), *map(float, interval(samples, CONFIDENCE)))
 
+    def __format__(self, spec: str) -> str:
+        """`mean [low, high]`, each number in the format `spec`."""
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def resample_counts(count: int, resamples: int, seed: int = 0) -> Array:
+    """How often each of `count` elements occurs in `resamples` draws of `count` with replacement: (resamples, count).
+
+    counts[b] ~ Multinomial(count, 1 / count)
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+
 
 def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
     """Mean rewards in `resamples` draws of N prompts with replacement: (P, N, M) -> (resamples, P, M).
 
-        count ~ Multinomial(N, 1/N);    mean[b, p, i] = sum_n count[b, n] R[p, n, i] / sum_n count[b, n]
+        mean[b, p, i] = sum_n count[b, n] R[p, n, i] / sum_n count[b, n]
 
     Paired: one draw of prompts serves all policies, so what a prompt has of its own (an easy document)
     cancels in a difference between two of them. NaN entries of `rewards` (objective does not apply) leave
@@ -42,8 +55,7 @@ def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
             f"rewards has shape {rewards.shape}; expected (policies, prompts, objectives), none of them zero"
         )
     policies, prompts, objectives = rewards.shape
-    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    counts = counts.astype(np.float64)
+    counts = resample_counts(prompts, resamples, seed)
     by_prompt = np.swapaxes(rewards, 0, 1).reshape(prompts, policies * objectives)
     applies = ~np.isnan(by_prompt)
     means = divide(counts @ np.where(applies, by_prompt, 0.0), counts @ applies.astype(np.float64))

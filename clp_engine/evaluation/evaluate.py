@@ -9,7 +9,6 @@ point, so that two points differ by their parameters rather than by luck.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
 import time
@@ -32,6 +31,8 @@ from clp_engine.core.statistics import CONFIDENCE, Interval
 from clp_engine.data.prompts import PromptBatch, PromptDataset, completion_texts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.evaluation import pareto
+from clp_engine.evaluation.front import Base, Point, default_grid
+from clp_engine.evaluation.report import ParetoReport
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
@@ -40,149 +41,7 @@ from clp_engine.rollouts.types import Rollout, SamplingParams
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
 
-# Points per edge of the default grid: 11 points for two objectives, 66 for three, 56, 35, 21, 28, ... for
-# more.
-_POINTS_PER_EDGE = {1: 2, 2: 11, 3: 11, 4: 6, 5: 4}
-_POINTS_PER_EDGE_ABOVE = 3
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Point:
-    """What the policy does at one weighting and one KL coefficient.
-
-    rewards: mean over prompts; kl: mean over completions of `sum_t KL(pi(.|y_<t) || pi_ref(.|y_<t))`, in
-    nats, exact over the vocabulary; length: mean tokens per completion, end token included; truncated: share
-    of completions that did not end by themselves; non_dominated: no other point is at least as good
-    everywhere and better somewhere.
-    """
-
-    weights: dict[str, float]
-    kl_coef: float
-    rewards: dict[str, Interval]
-    kl: float
-    length: float
-    truncated: float
-    non_dominated: bool
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base model at the same prompts; hypervolume: of its single point."""
-
-    rewards: dict[str, Interval]
-    hypervolume: float
-    hypervolume_interval: Interval
-    length: float
-    truncated: float
-
-
-@dataclass(frozen=True)
-class ParetoReport:
-    """The content of report.json; see `pareto` for the formula of each metric.
-
-    reference_point: of the hypervolume, fixed before the front is known. hypervolume_gain: front minus base,
-    paired over prompts. hypervolume_chance: what a front that is no better than the base model stays below
-    95 % of the time. expected_utility: over the default lattice of weightings; realised_utility, regret: over
-    the points evaluated. steerability: None where a rank correlation is undefined. seconds, setup, versions,
-    commit: how it was made.
-
-    Where several KL coefficients were evaluated, else None: kl_steerability, -1 if a larger coefficient always
-    leads to less KL (None as well where it is undefined); kl_hypervolume, of reward against KL up to kl_limit.
-    """
-
-    task: str | None
-    model: str
-    objectives: list[str]
-    reference_point: dict[str, float]
-    points: list[Point]
-    base: Base
-    hypervolume: float
-    hypervolume_interval: Interval
-    hypervolume_gain: Interval
-    hypervolume_chance: float
-    expected_utility: float
-    realised_utility: float
-    realised_utility_interval: Interval
-    regret: dict[str, float]
-    steerability: dict[str, float | None]
-    seconds: dict[str, float | None]
-    setup: dict[str, Any]
-    versions: dict[str, str]
-    commit: str | None
-    kl_steerability: float | None = None
-    kl_hypervolume: Interval | None = None
-    kl_limit: float | None = None
-
-    @property
-    def kl_coefs(self) -> list[float]:
-        """The KL coefficients evaluated, in their order."""
-        return list(dict.fromkeys(point.kl_coef for point in self.points))
-
-    @property
-    def kl_name(self) -> str:
-        """What the KL coefficient is: alpha or beta."""
-        return self.setup.get("kl_name", "alpha")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in report.json: plain dicts, lists, numbers and strings."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ParetoReport:
-        """The inverse of `to_dict`; keys that are not known here are left out, and what reports did not always
-        have may be missing. Raises ConfigError for another missing key."""
-        try:
-            always = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-            values = {name: raw[name] for name in always}
-            values |= {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
-            values["points"] = [Point(**{**p, "rewards": _intervals(p["rewards"])}) for p in raw["points"]]
-            base = raw["base"]
-            values["base"] = Base(
-                **{
-                    **base,
-                    "rewards": _intervals(base["rewards"]),
-                    "hypervolume_interval": Interval(**base["hypervolume_interval"]),
-                }
-            )
-            for name in ("hypervolume_interval", "hypervolume_gain", "realised_utility_interval"):
-                values[name] = Interval(**raw[name])
-            if values.get("kl_hypervolume") is not None:
-                values["kl_hypervolume"] = Interval(**raw["kl_hypervolume"])
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"not a report of this version of clp-engine: {error}") from error
-        return cls(**values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ParetoReport:
-        """From report.json, or from the folder it is in. Raises ConfigError where there is none or it does
-        not parse."""
-        path = Path(path)
-        path = path / "report.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"no report at {path}; write one with: clp-engine evaluate RUN") from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(raw)
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write report.json, report.md and pareto.png into `directory`; each appears whole or not at all."""
-        from clp_engine.evaluation.report import write_report
-
-        return write_report(self, directory)
-
-
-def _intervals(rewards: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
-    return {name: Interval(**value) for name, value in rewards.items()}
-
-
-def default_grid(num_objectives: int) -> np.ndarray:
-    """The weightings evaluated by default, (P, M): a simplex lattice of P = 1, 11, 66, 56, 35 for M = 1 to
-    5."""
-    edge = _POINTS_PER_EDGE.get(num_objectives, _POINTS_PER_EDGE_ABOVE)
-    return simplex_lattice(num_objectives, edge).double().numpy()
 
 
 @dataclass(frozen=True)
@@ -316,8 +175,7 @@ def evaluate(
     return report
 
 
-# --- arguments
-# --------------------------------------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------------------------------
 
 
 def _reward_set(reward_funcs, objectives: Sequence[str]) -> RewardSet:
@@ -377,8 +235,7 @@ def _by_objective(value, objectives: Sequence[str], name: str) -> np.ndarray:
     return np.array([float(ranges.EVALUATION[name].check(name, values[o])) for o in objectives])
 
 
-# --- measuring
-# --------------------------------------------------------------------------------------------------------
+# --- measuring -----------------------------------------------------------------------------------------------
 
 
 def _measure(
@@ -445,8 +302,7 @@ def _rewards(
     return values.cpu().numpy().astype(np.float64)
 
 
-# --- metrics
-# ----------------------------------------------------------------------------------------------------------
+# --- metrics -------------------------------------------------------------------------------------------------
 
 
 def _summary(
@@ -536,7 +392,3 @@ def _kl_summary(
         "kl_hypervolume": Interval.of(volume(means, kl), volume(resampled_rewards, resampled_kl)),
         "kl_limit": limit,
     }
-
-
-# --- provenance
-# -------------------------------------------------------------------------------------------------------

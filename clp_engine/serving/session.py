@@ -12,7 +12,7 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
 from clp_engine.data.prompts import encode_prompts
-from clp_engine.evaluation.evaluate import ParetoReport
+from clp_engine.evaluation.report import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
@@ -55,7 +55,7 @@ class Session:
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """What the page shows of the policy, for JSON. Each call reads the report again, which an evaluation may have replaced."""
+        """What the page shows of the policy, for JSON. Each call reads the report again: it may be new."""
         policy, config = self.policy, self._config
         front, front_note = self._front()
         template = getattr(policy.tokenizer, "chat_template", None) is not None

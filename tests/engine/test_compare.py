@@ -23,7 +23,8 @@ from clp_engine.core.statistics import Estimate, Interval, t_probability, t_quan
 from clp_engine.evaluation.compare import compare, make_plan, report, schedule, work
 from clp_engine.evaluation.compare.plan import Method
 from clp_engine.evaluation.compare.summary import Front, dominated, summarise
-from clp_engine.evaluation.evaluate import Base, ParetoReport
+from clp_engine.evaluation.front import Base
+from clp_engine.evaluation.report import ParetoReport
 from clp_engine.policy.logit_mixture import LogitMixture
 from clp_engine.training import runs
 from clp_engine.training.run_folder import checkpoints

@@ -454,7 +454,7 @@ def _references(value: Any, methods: Sequence[Method]) -> tuple[str, ...]:
 
 def _grid(grid: Any, objectives: Sequence[str], added: Sequence[Weighting]) -> tuple[Weighting, ...]:
     """The weightings of every conditioned policy: the lattice or list asked for, and the specialists'."""
-    from clp_engine.evaluation.evaluate import default_grid
+    from clp_engine.evaluation.front import default_grid
 
     if grid is None:
         weightings = default_grid(len(objectives)).tolist()

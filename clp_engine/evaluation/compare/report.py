@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from clp_engine.core import tables
 from clp_engine.core.files import write_text
 from clp_engine.core.statistics import Estimate
 from clp_engine.evaluation.compare.summary import Comparison, Contrast, MethodResult
-from clp_engine.evaluation.report import write_png
+from clp_engine.evaluation.plots import write_png
 
 PICTURES = ("fronts.png", "metrics.png")
 
@@ -52,18 +53,6 @@ def shown(value: Estimate | None, digits: int = 3, scale: float = 1.0, sign: boo
     return text if value.half_width is None else f"{text} ± {value.half_width * scale:.{digits}f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligned Markdown, the first `left` columns to the left and the rest to the right."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
-
-
 def method_table(comparison: Comparison) -> str:
     """Quality: one line per method."""
     names = comparison.objectives if len(comparison.objectives) > 1 else []
@@ -96,7 +85,7 @@ def method_table(comparison: Comparison) -> str:
         ]
         for m in comparison.methods
     ]
-    return table(header, rows)
+    return tables.markdown(header, rows, left=1)
 
 
 def cost_table(comparison: Comparison) -> str:
@@ -119,7 +108,7 @@ def cost_table(comparison: Comparison) -> str:
         ]
         for m in comparison.methods
     ]
-    return table(header, rows)
+    return tables.markdown(header, rows, left=1)
 
 
 def contrast_table(contrasts: Sequence[Contrast]) -> str:
@@ -137,7 +126,7 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
         ]
         for c in contrasts
     ]
-    return table(header, rows)
+    return tables.markdown(header, rows, left=1)
 
 
 def difference_table(contrasts: Sequence[Contrast], comparison: Comparison) -> str:
@@ -147,7 +136,7 @@ def difference_table(contrasts: Sequence[Contrast], comparison: Comparison) -> s
     header = [*_asked_header(comparison), *(c.method for c in contrasts)]
     by_method = [{tuple(_asked(d, comparison)): comparison.fair(d) for d in c.differences} for c in contrasts]
     rows = [[*key, *(shown(found.get(tuple(key)), 4, sign=True) for found in by_method)] for key in keys]
-    return table(header, rows, left=0)
+    return tables.markdown(header, rows)
 
 
 def front_table(method: MethodResult, comparison: Comparison) -> str:
@@ -164,7 +153,7 @@ def front_table(method: MethodResult, comparison: Comparison) -> str:
         ]
         for p in method.points
     ]
-    return table(header, rows, left=0)
+    return tables.markdown(header, rows)
 
 
 def _asked_header(comparison: Comparison) -> list[str]:

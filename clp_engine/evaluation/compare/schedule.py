@@ -173,7 +173,13 @@ class _Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "clp_engine.evaluation.compare.worker", str(plan_file(plan)), piece.key],
+                [
+                    sys.executable,
+                    "-m",
+                    "clp_engine.evaluation.compare.worker",
+                    str(plan_file(plan)),
+                    piece.key,
+                ],
                 stdin=subprocess.PIPE,  # never written to: its end tells the worker that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -26,7 +26,8 @@ from clp_engine.core.statistics import Estimate
 from clp_engine.evaluation import pareto
 from clp_engine.evaluation.compare import work
 from clp_engine.evaluation.compare.plan import Method, Plan
-from clp_engine.evaluation.evaluate import Base, ParetoReport, Point, default_grid
+from clp_engine.evaluation.front import Base, Point, default_grid
+from clp_engine.evaluation.report import ParetoReport
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from clp_engine.training.config import WITHOUT_EFFECT
 from clp_engine.training.run_folder import checkpoints, remove_checkpoint
 
 if TYPE_CHECKING:
-    from clp_engine.evaluation.evaluate import ParetoReport
+    from clp_engine.evaluation.report import ParetoReport
     from clp_engine.training.trainer import CLPTrainer
 
 BASE = "base"  # the evaluation of the base model, which sets the reference point
@@ -144,7 +144,7 @@ def is_evaluated(plan: Plan, evaluation: Evaluation | None) -> bool:
 
 
 def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
-    from clp_engine.evaluation.evaluate import ParetoReport
+    from clp_engine.evaluation.report import ParetoReport
 
     return ParetoReport.load(plan.evaluation_folder(BASE if evaluation is None else evaluation.name))
 
@@ -165,7 +165,9 @@ def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -
         report = measuring.evaluate(
             policy,
             spec.reward_functions(),
-            spec.eval_rows(settings.prompts, seed=settings.seed, split=settings.split if plan.spec.task else None),
+            spec.eval_rows(
+                settings.prompts, seed=settings.seed, split=settings.split if plan.spec.task else None
+            ),
             # One weighting of an untrained policy: the base model, and once more the base model.
             grid=[list(w) for w in (_anywhere(plan) if evaluation is None else evaluation.grid)],
             kl=list(kl) if isinstance(kl, tuple) else kl,
