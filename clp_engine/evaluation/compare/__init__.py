@@ -18,8 +18,10 @@ from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, write_text
 from clp_engine.evaluation.compare import report, schedule
-from clp_engine.evaluation.compare.plan import Plan, make_plan, slug
-from clp_engine.evaluation.compare.summary import Comparison, collect
+from clp_engine.evaluation.compare.methods import slug
+from clp_engine.evaluation.compare.plan import Plan, make_plan
+from clp_engine.evaluation.compare.results import Comparison
+from clp_engine.evaluation.compare.summary import collect
 
 __all__ = ["CompareFailed", "Comparison", "Plan", "compare", "make_plan"]
 

@@ -10,21 +10,30 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clp_engine.core import ranges
 from clp_engine.core.conditions import parse_weights
 from clp_engine.core.errors import ConfigError, shown
+from clp_engine.evaluation.compare.methods import (
+    SAMPLER_SETTINGS,
+    Method,
+    Weighting,
+    mapping,
+    read_methods,
+    read_references,
+    rounded,
+    slug,
+    weighting_name,
+)
+from clp_engine.evaluation.front import default_grid
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.training import runs
 from clp_engine.training.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
 
-KINDS = ("clp", "specialists", "soup", "logit_mixing", "kl_specialists")
-BUDGETS = ("equal", "each")
 OWN_KEYS = (
     "seeds",
     "methods",
@@ -34,18 +43,8 @@ OWN_KEYS = (
     "keep_checkpoints",
     "title",
 )
-# Settings of a run that do not change what is trained.
-# A specialist has one weighting, so these mean nothing to it and must not make two of the same differ.
-_SAMPLER_SETTINGS = (
-    "weight_sampler",
-    "concentration",
-    "corner_probability",
-    "grid_resolution",
-    "fixed_weights",
-)
 # Checkpoints are there to go on from, nothing else: often, and one of them.
 _RUN_DEFAULTS = {"save_steps": 20, "save_total_limit": 1}
-Weighting = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class EvaluationSettings:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any] | None) -> EvaluationSettings:
-        values = _mapping("evaluation", values or {})
+        values = mapping("evaluation", values or {})
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
@@ -125,32 +124,6 @@ class Evaluation:
     assembly: str
     grid: tuple[Weighting, ...]
     kl: float | tuple[float, ...] | None
-
-
-@dataclass(frozen=True)
-class Method:
-    """One line of the report. settings: CLPConfig's, where they differ from the shared ones."""
-
-    name: str
-    kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    weightings: tuple[Weighting, ...] = ()
-    kls: tuple[float, ...] = ()
-    kl_name: str = "alpha"
-    budget: str = "equal"
-
-    @property
-    def description(self) -> str:
-        changed = ", ".join(f"{name} {_short(value)}" for name, value in self.settings.items())
-        each = "each with a full budget" if self.budget == "each" else "sharing one budget"
-        what = {
-            "clp": "one conditioned run",
-            "specialists": f"{len(self.weightings)} runs, one per weighting",
-            "soup": f"a specialist per objective, deltas interpolated, {each}",
-            "logit_mixing": f"a specialist per objective, logits mixed while decoding, {each}",
-            "kl_specialists": f"{len(self.kls)} runs, one per {self.kl_name}",
-        }[self.kind]
-        return f"{what} ({changed})" if changed else what
 
 
 @dataclass(frozen=True)
@@ -216,7 +189,7 @@ class Plan:
 
 def make_plan(config: Mapping[str, Any]) -> Plan:
     """From a configuration file's content. Raises ConfigError for whatever cannot be meant."""
-    config = dict(_mapping("the configuration", config))
+    config = dict(mapping("the configuration", config))
     about = {name: config.get(name) for name in runs.RUN_KEYS}
     own = {name: config.get(name) for name in OWN_KEYS}
     shared = {name: value for name, value in config.items() if name not in (*about, *own)}
@@ -237,7 +210,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     evaluation = EvaluationSettings.from_values(own["evaluation"])
     if spec.task is None and spec.eval_dataset is None:
         raise ConfigError("eval_dataset is missing; methods are compared on held-out prompts")
-    methods = _methods(own["methods"], spec.objectives)
+    methods = read_methods(own["methods"], spec.objectives)
     spec = dataclasses.replace(
         spec, command="compare", config=_settings(shared, "the shared settings").to_dict()
     )
@@ -251,7 +224,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
         _settings(shared, "the shared settings").kl_is_beta,
         seeds,
         methods,
-        _references(own["reference_methods"], methods),
+        read_references(own["reference_methods"], methods),
         builder.runs,
         builder.evaluations,
         evaluation,
@@ -309,7 +282,7 @@ class _Builder:
         """Name of the run with these settings, 1 / share of the full budget."""
         values = {**self.shared, **self.budget, **method.settings}
         if settings:  # a specialist
-            dropped = (*_SAMPLER_SETTINGS, *(KL_NAMES if method.kls else ()))
+            dropped = (*SAMPLER_SETTINGS, *(KL_NAMES if method.kls else ()))
             values = {name: value for name, value in values.items() if name not in dropped}
         values |= settings
         for name in ("max_steps", "max_generated_tokens"):
@@ -330,12 +303,6 @@ class _Builder:
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
-
-
-def _mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name}: expected names and values; got {value!r}")
-    return {str(key): entry for key, entry in value.items()}
 
 
 def _settings(values: Mapping[str, Any], where: str) -> CLPConfig:
@@ -367,95 +334,8 @@ def _budget(tokens: Any, shared: Mapping[str, Any]) -> dict[str, int]:
     return {"max_generated_tokens": tokens}
 
 
-def _methods(value: Any, objectives: Sequence[str]) -> tuple[Method, ...]:
-    if not value:
-        raise ConfigError("methods is missing; name at least one, such as 'CLP: {conditioning: lora}'")
-    methods = tuple(_method(name, raw or {}, objectives) for name, raw in _mapping("methods", value).items())
-    slugs: dict[str, str] = {}
-    for method in methods:
-        other = slugs.setdefault(slug(method.name), method.name)
-        if other != method.name:
-            raise ConfigError(f"methods {other!r} and {method.name!r} would share a folder; rename one")
-    return methods
-
-
-def _method(name: str, raw: Any, objectives: Sequence[str]) -> Method:
-    values = dict(_mapping(f"method {name!r}", raw))
-    kind = values.pop("kind", "clp")
-    if kind not in KINDS:
-        raise ConfigError(f"method {name!r}: kind {kind!r}; expected one of {', '.join(KINDS)}")
-    taken = [
-        s
-        for s in ("seed", "output_dir", "max_generated_tokens", "max_steps", "num_train_epochs")
-        if s in values
-    ]
-    if kind != "clp":
-        taken += [s for s in ("conditioning", *_SAMPLER_SETTINGS) if s in values]
-    if taken:
-        raise ConfigError(f"method {name!r}: {taken[0]} is set by the comparison itself; leave it out")
-    own: dict[str, Any] = {}
-    if kind == "specialists":
-        own["weightings"] = _weightings(name, values.pop("weightings", None), objectives)
-    elif kind in ("soup", "logit_mixing"):
-        own["budget"] = values.pop("budget", "equal")
-        if own["budget"] not in BUDGETS:
-            raise ConfigError(f"method {name!r}: budget {own['budget']!r}; expected {' or '.join(BUDGETS)}")
-        if len(objectives) < 2:
-            raise ConfigError(
-                f"method {name!r}: {kind} takes at least two objectives; there is {objectives[0]}"
-            )
-    elif kind == "kl_specialists":
-        own |= _kls(name, values, objectives)
-    return Method(name, kind, values, **own)
-
-
-def _weightings(name: str, value: Any, objectives: Sequence[str]) -> tuple[Weighting, ...]:
-    if value is None:
-        value = simplex_lattice(len(objectives), 5 if len(objectives) == 2 else 3).flip(0).tolist()
-    if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f"method {name!r}: weightings={value!r}: expected a list, such as [[1, 0], [0, 1]]")
-    try:
-        parsed = tuple(_rounded(parse_weights(w, objectives).tolist()) for w in value)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"method {name!r}: {error}") from error
-    if len(set(parsed)) < len(parsed):
-        raise ConfigError(f"method {name!r}: a weighting occurs twice")
-    return parsed
-
-
-def _kls(name: str, values: dict[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
-    """kl_name and kls of `alphas` or `betas`, which leave `values`."""
-    given = [(key, values.pop(key)) for key in ("alphas", "betas") if key in values]
-    if len(given) != 1 or not isinstance(given[0][1], list | tuple) or not given[0][1]:
-        raise ConfigError(f"method {name!r}: expected alphas: [0.01, 0.1, ...], or betas")
-    if len(objectives) != 1:
-        raise ConfigError(f"method {name!r}: kl_specialists takes one objective; got {', '.join(objectives)}")
-    key, kls = given[0]
-    ranges.TRAINING[key[:-1]].check(f"method {name!r}: {key}", kls, several=ranges.LISTS)
-    return {"kl_name": key[:-1], "kls": tuple(float(k) for k in kls)}
-
-
-def _references(value: Any, methods: Sequence[Method]) -> tuple[str, ...]:
-    """Baselines that ratios are taken to: as given, else the first soup and the first specialists."""
-    if value is None:
-        kinds = [{"soup"}, {"specialists", "kl_specialists"}]
-        firsts = [next((m.name for m in methods if m.kind in kind), None) for kind in kinds]
-        return tuple(name for name in firsts if name is not None)
-    if not isinstance(value, str | list | tuple):
-        raise ConfigError(f"reference_methods={value!r}: expected names of methods")
-    names = [value] if isinstance(value, str) else list(value)
-    unknown = [n for n in names if n not in {m.name for m in methods}]
-    if unknown:
-        raise ConfigError(
-            f"reference_methods: unknown method {unknown[0]!r}; the methods are {', '.join(m.name for m in methods)}"
-        )
-    return tuple(names)
-
-
 def _grid(grid: Any, objectives: Sequence[str], added: Sequence[Weighting]) -> tuple[Weighting, ...]:
     """The weightings of every conditioned policy: the lattice or list asked for, and the specialists'."""
-    from clp_engine.evaluation.front import default_grid
-
     if grid is None:
         weightings = default_grid(len(objectives)).tolist()
     elif isinstance(grid, int):
@@ -467,7 +347,7 @@ def _grid(grid: Any, objectives: Sequence[str], added: Sequence[Weighting]) -> t
             raise ConfigError(f"evaluation: grid: {error}") from error
     else:
         raise ConfigError(f"evaluation: grid={grid!r}: expected points per edge or a list of weightings")
-    return tuple(sorted({_rounded(w) for w in [*weightings, *added]}))
+    return tuple(sorted({rounded(w) for w in [*weightings, *added]}))
 
 
 def _kl_grid(kl: Any, added: Sequence[float]) -> float | tuple[float, ...] | None:
@@ -476,24 +356,7 @@ def _kl_grid(kl: Any, added: Sequence[float]) -> float | tuple[float, ...] | Non
     return values if len(values) > 1 else values[0] if values else None
 
 
-def _rounded(weights: Sequence[float]) -> Weighting:
-    # Six digits, as in reports: weights are float32, and 0.1 should be 0.1 wherever it comes from.
-    return tuple(round(float(w), 6) for w in weights)
-
-
 # --- names -------------------------------------------------------------------------------------------------------------
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-") or "method"
-
-
-def weighting_name(weights: Sequence[float]) -> str:
-    return "-".join(f"{w:g}" for w in weights)
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def run_digest(spec: runs.RunSpec, config: CLPConfig) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from clp_engine.core.statistics import Estimate
-from clp_engine.evaluation.compare.summary import Comparison, FrontPoint
+from clp_engine.evaluation.compare.results import Comparison, FrontPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from pathlib import Path
 from clp_engine.core import tables
 from clp_engine.core.files import write_text
 from clp_engine.core.statistics import Estimate
-from clp_engine.evaluation.compare.summary import Comparison, Contrast, MethodResult
+from clp_engine.evaluation.compare.results import Comparison, Contrast, MethodResult
 from clp_engine.evaluation.plots import write_png
 
 PICTURES = ("fronts.png", "metrics.png")
