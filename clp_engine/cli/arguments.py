@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and what their texts are read with."""
+"""Flags that several commands share, and the functions that read their values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS_HELP = "a=0.7,b=0.3, or 0.7,0.3 in the order of the objectives"
 
 
 def in_range(values: Range) -> Callable[[str], float]:
-    """What argparse reads a number in this range with."""
+    """A `type` for argparse: it reads a number and checks it against the range."""
 
     def read(text: str) -> float:
         try:
@@ -38,7 +38,7 @@ def add_number(
     default: float | None = None,
     metavar: str | None = None,
 ) -> None:
-    """The flag of a number that the range `table[name]` holds; a default is named at the end of the help text."""
+    """Add a flag for a number in the range `table[name]`. The help text ends with the default, if there is one."""
     parser.add_argument(
         "--" + name.replace("_", "-"),
         type=in_range(table[name]),
@@ -57,7 +57,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def listed(text: str | None) -> list[str] | None:
-    """'a, b' as ['a', 'b']; None stays None."""
+    """The list ['a', 'b'] of the text 'a, b'. None gives None."""
     return None if text is None else [part.strip() for part in text.split(",")]
 
 
@@ -101,7 +101,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
-    """'a=0.7,b=0.3' as a mapping, '0.7,0.3' as a list; ConfigError for anything else."""
+    """The mapping of 'a=0.7,b=0.3', or the list of '0.7,0.3'. Raises ConfigError for another text."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     pairs = [part.partition("=") for part in parts]
     named = [bool(equals) for _, equals, _ in pairs]

@@ -1,4 +1,4 @@
-"""clp-engine compare: methods and baselines over seeds, in one report."""
+"""clp-engine compare: train and evaluate methods and baselines over seeds, and write one report of them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""clp-engine demo: one small summariser of documentation, steered between rewards that conflict, on two CPU
-cores.
+"""clp-engine demo: train a small summariser that can be steered between conflicting rewards, on two CPU cores.
 
-Trains LoRA-CLP on DocSum, evaluates base and trained policy on the default grid over held-out documents,
-writes the report, and shows the table and what the model says at a few weightings. A run that was interrupted
-goes on where it stopped; a finished one is replaced.
+The demo trains LoRA-CLP on DocSum and evaluates the trained policy and the base model on the default grid, over held-out
+documents. It writes the report, and prints the table of points and some summaries at a few weightings. An interrupted demo is
+resumed; a finished one is replaced.
 """
 
 from __future__ import annotations
@@ -92,9 +91,10 @@ def run_demo(
     prompts: int | None = None,
     seed: int = 0,
 ) -> ParetoReport:
-    """The whole demo in the run folder `out`, with its output on stdout.
+    """Run the demo in the run folder `out`, and print its results.
 
-    Raises ConfigError for unknown objectives, a folder that holds something else, or a size below one.
+    steps, prompts: of training and evaluation; None takes the defaults. Raises ConfigError for unknown objectives, for a
+    folder that holds files of another kind, and for a number below one.
     """
     started = time.perf_counter()
     for name, value in (("steps", steps), ("prompts", prompts)):

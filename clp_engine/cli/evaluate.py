@@ -1,4 +1,4 @@
-"""clp-engine evaluate: the Pareto front of a run, into its folder."""
+"""clp-engine evaluate: measure the Pareto front of a run, and write the report into the folder of the run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _kls(text: str) -> list[float]:
-    """'0.01,0.1' as a list."""
+    """The list [0.01, 0.1] of the text '0.01,0.1'."""
     return [in_range(EVALUATION["kl"])(part) for part in text.split(",")]
 
 
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
-    """The run's own description; what is measured and on what, from the flags where they say so."""
+    """The description of the run, with task, dataset and rewards from the flags where these were given."""
     policy = runs.policy_directory(arguments.run_folder)
     spec = runs.RunSpec.load(arguments.run_folder) or runs.RunSpec.load(policy.parent)
     if arguments.task is None and arguments.rewards is None:

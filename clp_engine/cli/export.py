@@ -1,4 +1,4 @@
-"""clp-engine export: weightings or objectives of a policy as PEFT adapters or whole models."""
+"""clp-engine export: write a policy at a weighting, or each of its objectives, as PEFT adapters or whole models."""
 
 from __future__ import annotations
 
@@ -83,8 +83,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _superseded(target: Path, new: Path) -> list[Path]:
-    """Weights in `target` that transformers would load with, or instead of, the new ones: those of an earlier export. Raises
-    ConfigError for an adapter that is not one's."""
+    """Files of an earlier export in `target` that transformers would load with, or instead of, the new weights.
+
+    Raises ConfigError where `target` holds an adapter that clp-engine did not write.
+    """
     adapter = [target / name for name in ("adapter_config.json", "adapter_model.safetensors", "blend.json")]
     if adapter[0].exists() and not adapter[2].exists():
         raise ConfigError(
@@ -96,7 +98,7 @@ def _superseded(target: Path, new: Path) -> list[Path]:
 
 
 def _adapter_notes(path: Path, asked: int | None, error: float) -> str:
-    """What to know of an adapter: its rank, what was lost by cutting it, and how vLLM takes it; lines to follow its own."""
+    """Lines of text about an adapter: its rank, the error of the cut to that rank, and the setting that vLLM needs for it."""
     from clp_engine.policy.peft.writing import read_rank, vllm_rank
 
     rank = read_rank(path)

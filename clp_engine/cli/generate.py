@@ -1,4 +1,4 @@
-"""clp-engine generate: completions of prompts at a weighting of the objectives."""
+"""clp-engine generate: print completions of prompts at a weighting of the objectives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this installation is made of: versions, devices, kernel back-ends, tasks; and what a training would need of it."""
+"""clp-engine info: versions, devices, kernel back-ends and tasks of this installation, and the memory that a training needs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
-    """What a configuration file or a run folder trains."""
+    """The run and the settings in a configuration file or a run folder."""
     if not Path(path).is_dir():
         from clp_engine.core.yaml_reading import read_file
 
@@ -61,8 +61,8 @@ def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
 
 
 def collect(training: tuple[runs.RunSpec, CLPConfig] | None = None) -> dict[str, Any]:
-    """Plain data: versions by package (None where missing), devices, back-ends with availability and reason,
-    tasks; `training`: see `describe`."""
+    """The installation as plain data: versions by package (None for a missing one), devices, tasks, and for each back-end
+    whether and why it is available. training: a run and its settings, which `describe` describes."""
     import torch
     from clp_kernels import backends
 
@@ -97,8 +97,8 @@ def collect(training: tuple[runs.RunSpec, CLPConfig] | None = None) -> dict[str,
 
 
 def describe(spec: runs.RunSpec, config: CLPConfig) -> dict[str, Any]:
-    """What a run trains and the memory that stays allocated (see `memory.Memory`), beside other forms of conditioning; read
-    from the model's configuration, without loading it."""
+    """The trained parameters of a run and the memory that stays allocated (see `memory.Memory`), and the same for the other
+    forms of conditioning. They follow from the model's configuration; the model itself is not loaded."""
     import torch
 
     from clp_engine.models import memory
@@ -157,7 +157,7 @@ def render(info: dict[str, Any]) -> str:
 
 
 def render_training(spec: runs.RunSpec, config: CLPConfig) -> list[str]:
-    """`describe()` for people, of the form that is about to be trained alone."""
+    """`describe()` as lines of text for people, without the other forms of conditioning."""
     described = describe(spec, config)
     return _rendered_training({**described, "by_conditioning": {}})
 

@@ -1,4 +1,4 @@
-"""The command line, clp-engine. A mistake of the user is one line on stderr and exit code 2."""
+"""The command line: it finds the command and runs it. A mistake of the user gives one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ exit codes: 0 done, 1 an error of the engine, 2 a mistake in what was asked, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage in front. Flags are not abbreviated: a new one breaks no script."""
+    """A parser whose errors are one line. It takes no abbreviated flags, so that a new flag breaks no script."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, allow_abbrev=False, **options)
@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _with_hyphens(argument: str) -> str:
-    """A flag under the name of its setting, --learning_rate=0.001, as the flag that it is, --learning-rate=0.001."""
+    """The flag with hyphens for underscores: --learning-rate=0.001 for --learning_rate=0.001, the name of the setting."""
     if not argument.startswith("--"):
         return argument
     flag, *value = argument.split("=", 1)
@@ -67,7 +67,7 @@ def _with_hyphens(argument: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run the command that `argv` names, by default that of the process. Returns the exit code."""
     argv = [_with_hyphens(a) for a in (sys.argv[1:] if argv is None else argv)]
     debug = "--traceback" in argv or os.environ.get("CLP_DEBUG", "0") not in ("", "0")
     try:

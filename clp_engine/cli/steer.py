@@ -1,4 +1,4 @@
-"""clp-engine steer: a local page with a slider for each objective."""
+"""clp-engine steer: serve a local page with a slider for each objective."""
 
 from __future__ import annotations
 

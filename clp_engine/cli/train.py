@@ -1,4 +1,4 @@
-"""clp-engine train: a conditioned policy from a configuration file, flags, or both."""
+"""clp-engine train: train a conditioned policy as a configuration file, flags, or both say."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def training_of(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
-    """What is trained and how, from a configuration file's content."""
+    """The run and its settings, from the content of a configuration file."""
     from clp_engine.training.config import CLPConfig
 
     about = {name: values.get(name) for name in runs.RUN_KEYS}

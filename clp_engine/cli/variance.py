@@ -1,4 +1,4 @@
-"""clp-engine variance: the noise and bias of each estimator's gradient at the checkpoints of a run."""
+"""clp-engine variance: measure the noise and bias of each estimator's gradient at the checkpoints of a run."""
 
 from __future__ import annotations
 
