@@ -1,9 +1,8 @@
-"""The front of a conditioned policy: rewards, KL and length at a grid of weightings and KL coefficients,
-beside the base model's.
+"""Measuring a front: a policy's rewards, KL and length at a grid of weightings and KL coefficients, and the base model's.
 
-One resident model serves all weightings and the base (the row of weight zero): batches hold rows of every
-point. Common random numbers: completion g of prompt n draws from the random stream (seed, n, g) at every
-point, so that two points differ by their parameters rather than by luck.
+One model in memory serves every weighting, and the base model as the row of weight zero. Each batch holds rows of all points.
+The random numbers are common to all points: completion g of prompt n draws from the random stream (seed, n, g) at every point,
+so that two points differ by their parameters and not by luck.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Per policy and prompt; the base is the last of the P + 1 policies."""
+    """The measurements of P + 1 policies at N prompts; the last policy is the base model."""
 
     rewards: np.ndarray  # (P + 1, N, M), mean over the generations the objective applies to, or NaN
     kl: np.ndarray  # (P + 1, N)
@@ -84,20 +83,25 @@ def evaluate(
     train_seconds: float | None = None,
     progress: bool = True,
 ) -> ParetoReport:
-    """Rewards, KL and length of the policy over a grid of weightings and of the base model, and the metrics.
+    """Measure the policy at a grid of weightings, and the base model, and compute the metrics of the front.
 
-    reward_funcs: one per objective of the policy, in its order, or a mapping by objective name.
-    prompts: texts, or dataset rows with `prompt` and further columns, which the reward functions receive.
-    grid: weightings (mappings or sequences), or points per edge of the simplex lattice; None is 11 points for
-        two objectives, 66 for three.
-    kl: the KL coefficient of all points, or a list: every weighting is evaluated at each. None is the policy's
-        default. kl_limit: KL up to which reward is compared with KL (`pareto.kl_hypervolume`); None is the
-        largest of the points: give one to compare reports with each other.
-    num_generations: completions per prompt and point. max_prompt_length: keep the last so many tokens of a
-        prompt. batch_rows: completions decoded together.
-    reference_point: by objective; None is the base model's mean reward minus `margin`, in units of reward.
-    bootstrap: resamples of prompts for the 95 % intervals. seed: of sampling and resampling.
-    output_dir: where to write report.json, report.md and pareto.png. task, train_seconds: for the report.
+    reward_funcs: a reward function for each objective of the policy, in its order, or a mapping by objective
+    prompts: texts, or dataset rows with `prompt` and further columns, which the reward functions receive
+    grid: weightings (mappings or sequences), or points along an edge of the simplex lattice; None takes 11 points for two
+        objectives and 66 for three
+    kl: the KL coefficient of all points, or a list, at each of which every weighting is evaluated; None takes the policy's
+        default
+    kl_limit: the largest KL at which reward is compared with KL (`pareto.kl_hypervolume`); None takes the largest KL of the
+        points. Reports can be compared only at one limit
+    num_generations: completions for each prompt and point
+    max_prompt_length: tokens of a prompt that are kept, its last ones; None keeps all
+    batch_rows: completions decoded together
+    reference_point: by objective; None takes the base model's mean reward minus `margin`, in units of reward
+    bootstrap: resamples of the prompts, for the 95 % intervals
+    seed: of sampling and resampling
+    output_dir: the folder for report.json, report.md and pareto.png; None writes nothing
+    task, train_seconds: named in the report
+
     Raises ConfigError where reward functions, prompts, grid or reference point do not fit the policy.
     """
     start = time.perf_counter()

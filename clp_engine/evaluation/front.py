@@ -23,11 +23,11 @@ F = TypeVar("F", bound="ParetoFront")
 class Point:
     """The policy at one weighting and one KL coefficient.
 
-    rewards: mean over prompts, by objective.
-    kl: mean over completions of `sum_t KL(pi(.|y_<t) || pi_ref(.|y_<t))`, in nats, exact over the vocabulary.
-    length: mean tokens of a completion, end token included.
-    truncated: share of the completions that ended at the limit of tokens.
-    non_dominated: whether no other point is at least as good in every reward and better in one.
+    rewards: mean over prompts, by objective
+    kl: mean over completions of `sum_t KL(pi(.|y_<t) || pi_ref(.|y_<t))`, in nats, exact over the vocabulary
+    length: mean tokens of a completion, end token included
+    truncated: share of the completions that were cut at the limit of tokens
+    non_dominated: whether no other point is at least as good in every reward and better in one
     """
 
     weights: dict[str, float]
@@ -54,18 +54,21 @@ class Base:
 class ParetoFront:
     """The content of report.json. `pareto` has the formula of each metric.
 
-    task, model, objectives: what was evaluated. points: the policy at each weighting and KL coefficient. base: the base
-    model. reference_point: of the hypervolume, fixed before the front is known.
-
-    hypervolume: of all points. hypervolume_gain: that of the front minus that of the base model, paired over prompts.
-    hypervolume_chance: the hypervolume that a front no better than the base model stays below in 95 % of cases.
-    expected_utility: over the default lattice of weightings. realised_utility, regret: over the evaluated points.
-    steerability: by objective; None where the rank correlation is undefined.
-    seconds, setup, versions, commit: how the report was made.
-
-    The last three fields are None unless several KL coefficients were evaluated. kl_steerability: -1 if a larger
-    coefficient always leads to less KL; also None where it is undefined. kl_hypervolume: of reward against KL up to
-    kl_limit.
+    task, model, objectives: what was evaluated
+    points: the policy at each weighting and KL coefficient
+    base: the base model
+    reference_point: of the hypervolume, fixed before the front is known
+    hypervolume: of all points
+    hypervolume_gain: that of the front minus that of the base model, paired over prompts
+    hypervolume_chance: the hypervolume that a front no better than the base model stays below in 95 % of cases
+    expected_utility: over the default lattice of weightings
+    realised_utility, regret: over the evaluated points
+    steerability: by objective; None where the rank correlation is undefined
+    seconds, setup, versions, commit: how the report was made
+    kl_steerability: -1 if a larger KL coefficient always leads to less KL; None where it is undefined, or one coefficient
+        was evaluated
+    kl_hypervolume: of reward against KL up to kl_limit; None where one KL coefficient was evaluated
+    kl_limit: the largest KL that counts in kl_hypervolume; None where one KL coefficient was evaluated
     """
 
     task: str | None

@@ -1,4 +1,4 @@
-"""The picture of a front: pareto.png. It needs matplotlib, which is imported at the first drawing."""
+"""The picture of a front, pareto.png. Drawing needs matplotlib; importing this module does not."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ _MARKERS, _STYLES = "osD^vP", ("-", "--", "-.", ":")
 
 
 def draw(report: ParetoFront) -> Figure:
-    """Two objectives: the front, coloured by weight, one line per KL coefficient. More: one panel per pair. One: its reward
-    against KL, coloured by KL coefficient where there are several."""
+    """The picture of a front.
+
+    One objective: its reward against KL, coloured by KL coefficient where several were evaluated. Two objectives: the one
+    reward against the other, coloured by weight, with a line for each KL coefficient. More objectives: a panel for each pair.
+    """
     from matplotlib.figure import Figure
 
     pairs = list(combinations(report.objectives, 2))
@@ -113,7 +116,7 @@ def _error_bars(axis: Axes, at: Point | Base, x: str, y: str, colour: str, alpha
 
 
 def _colours(report: ParetoFront, points: Sequence[Point]) -> list:
-    """Two objectives: the colour map at the first one's weight. More: the corner colours, mixed by weight."""
+    """The colour of each point. Two objectives: a colour map at the first weight. More: corner colours, mixed by weight."""
     from matplotlib import colormaps
     from matplotlib.colors import to_rgb
 
@@ -157,7 +160,7 @@ def _corner_legend(figure: Figure, report: ParetoFront) -> None:
 
 
 def _reward_against_kl(figure: Figure, report: ParetoFront) -> None:
-    """The points in the order of their KL, connected where there are several KL coefficients, the base model at KL 0."""
+    """Draw the points in the order of their KL, with the base model at KL 0. A line connects several points."""
     axis, name = figure.add_subplot(), report.objectives[0]
     points = sorted(report.points, key=lambda p: p.kl)
     rewards = [p.rewards[name] for p in points]
@@ -188,7 +191,7 @@ def _reward_against_kl(figure: Figure, report: ParetoFront) -> None:
 
 
 def _scatter_by_coefficient(figure: Figure, axis: Axes, report: ParetoFront, points: Sequence[Point]) -> None:
-    """Colour is the KL coefficient, on a logarithmic scale where none is 0."""
+    """Draw the points, coloured by KL coefficient: on a logarithmic scale, unless a coefficient is 0."""
     from matplotlib.colors import LogNorm, Normalize
 
     coefficients = [p.kl_coef for p in points]

@@ -24,8 +24,8 @@ class ParetoReport(ParetoFront):
 
     @classmethod
     def load(cls, path: str | Path) -> ParetoReport:
-        """The report in the file `path`, or in report.json of the folder `path`. Raises ConfigError where there is no such
-        file, or where it does not hold a report."""
+        """The report in the file `path`, or in report.json of the folder `path`. Raises ConfigError where the file is missing
+        or holds no report."""
         path = Path(path)
         path = path / "report.json" if path.is_dir() else path
         try:
@@ -67,10 +67,10 @@ class ParetoReport(ParetoFront):
 
 
 def table(report: ParetoFront) -> str:
-    """One line per point and one for the base, columns aligned; valid Markdown and readable as it is.
+    """The table of a front: a row for each point, and one for the base model.
 
-    alpha (or beta) has a column where it varies. Rewards are `mean [low, high]`; a star marks the points no
-    other point dominates.
+    alpha (or beta) has a column where it varies. Rewards are `mean [low, high]`. A star marks the points that no other
+    point dominates.
     """
     names = report.objectives
     coefficient = [report.kl_name] if len(report.kl_coefs) > 1 else []
@@ -100,7 +100,7 @@ def table(report: ParetoFront) -> str:
 
 
 def summary(report: ParetoFront) -> str:
-    """The metrics of the front, one `name  value` per line, columns aligned."""
+    """The metrics of a front, a line `name  value` for each."""
     rho = ", ".join(
         f"{name} {'undefined' if value is None else f'{value:.2f}'}"
         for name, value in report.steerability.items()
@@ -148,7 +148,7 @@ _HOW_TO_READ = """## How to read this
 
 
 def markdown(report: ParetoFront, picture: bool = True) -> str:
-    """report.md: table, metrics, and how to read them. picture: whether pareto.png lies beside it."""
+    """The content of report.md: table, metrics, and how to read them. picture: whether pareto.png lies beside it."""
     setup, each = report.setup, report.setup["num_generations"]
     coefficients = report.kl_coefs
     count = len(report.points) // len(coefficients)

@@ -101,7 +101,9 @@ class SteerServer(ThreadingHTTPServer):
     """Each request is answered in a thread of its own; completions are submitted to `jobs`, which another thread runs."""
 
     daemon_threads = True
-    request_queue_size = 128  # a browser opens several connections at once; socketserver's 5 would turn some away
+    request_queue_size = (
+        128  # a browser opens several connections at once; socketserver's 5 would turn some away
+    )
     block_on_close = False  # a browser keeps its connections open
 
     def __init__(self, family: socket.AddressFamily, address: tuple, allow_remote: bool, jobs: Jobs):
@@ -167,7 +169,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._check_sender()
             path = self._path()
-            route = {"/": ("GET", self._page), "/api/model": ("GET", self._model), "/api/generate": ("POST", self._generate)}
+            route = {
+                "/": ("GET", self._page),
+                "/api/model": ("GET", self._model),
+                "/api/generate": ("POST", self._generate),
+            }
             if path not in route:
                 raise Refused(HTTPStatus.NOT_FOUND, f"there is no {path} here")
             allowed, answer = route[path]
@@ -265,7 +271,9 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
-        size = int(length.lstrip("0")[:19] or 0)  # int() refuses digits by the thousand; a cut number is still too large
+        size = int(
+            length.lstrip("0")[:19] or 0
+        )  # int() refuses digits by the thousand; a cut number is still too large
         if size > _MAX_BODY:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -286,7 +294,9 @@ class Handler(BaseHTTPRequestHandler):
         # A lone surrogate cannot be sent; a tokenizer may produce one.
         self._send(text.encode("utf-8", "replace"), "application/json; charset=utf-8", status, **headers)
 
-    def _send(self, body: bytes, content_type: str, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> None:
+    def _send(
+        self, body: bytes, content_type: str, status: HTTPStatus = HTTPStatus.OK, **headers: str
+    ) -> None:
         fixed = {
             "Content-Type": content_type,
             "Content-Length": str(len(body)),

@@ -147,7 +147,9 @@ class Session:
         started = time.perf_counter()
         answer = {
             # Six digits: they are float32, and 0.1 should read as 0.1.
-            "weights": {n: round(w, 6) for n, w in zip(self.policy.objectives, conditions.weights[0].tolist())},
+            "weights": {
+                n: round(w, 6) for n, w in zip(self.policy.objectives, conditions.weights[0].tolist())
+            },
             "kl": round(conditions.kl[0].item(), 6),
             "prompt_tokens": len(prompt.token_ids),
             "prompt_note": prompt.note,
@@ -167,7 +169,9 @@ class Session:
 
             prompt = as_prompt(text, tokenizer)
             if text not in prompt:
-                note = "The text is longer than the model reads; what comes after the first words was left out."
+                note = (
+                    "The text is longer than the model reads; what comes after the first words was left out."
+                )
         elif request.chat:
             if getattr(tokenizer, "chat_template", None) is None:
                 raise ConfigError("chat was asked for, and this policy's tokenizer has no chat template")
@@ -180,7 +184,9 @@ class Session:
         self._check_room(token_ids, request, conditions, prompt)
         return _Prompt(prompt, token_ids, note)
 
-    def _check_room(self, token_ids: list[int], request: GenerateRequest, conditions: Conditions, prompt) -> None:
+    def _check_room(
+        self, token_ids: list[int], request: GenerateRequest, conditions: Conditions, prompt
+    ) -> None:
         shown = self.policy.shown_prompts([token_ids], conditions, [prompt])
         ids = token_ids if shown is None else shown[0]
         self.policy.room.check_prompt(ids, request.max_new_tokens, "the text", self.policy.tokenizer)
@@ -221,7 +227,8 @@ def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
     known = {"name": name, "value": round(spec.default_kl, 6)}
     if spec.kl_conditioning == "none" and "{kl}" not in (spec.prompt_template or ""):
         reason = (
-            f"The policy is not conditioned on {name}: kl_conditioning was none in training, so it is the same at any value."
+            f"The policy is not conditioned on {name}: kl_conditioning was none in training, "
+            "so it is the same at any value."
         )
         return {**known, "adjustable": False, "reason": reason}
     trained = config.get(f"{name}_range") or config.get(f"{name}_grid")
@@ -230,7 +237,9 @@ def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
     else:
         low, high = spec.min_kl or spec.default_kl / 10, max(10 * spec.default_kl, 0.1)
         high = high if policy.kl_is_beta else min(high, 1.0)
-        reason = f"Training is not known to have seen other values than {spec.default_kl:g}; this goes beyond it."
+        reason = (
+            f"Training is not known to have seen other values than {spec.default_kl:g}; this goes beyond it."
+        )
     return {**known, "adjustable": True, "low": low, "high": high, "reason": reason}
 
 
