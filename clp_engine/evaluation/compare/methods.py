@@ -1,4 +1,4 @@
-"""The methods of a comparison: their kinds, and their entries in the configuration."""
+"""The methods of a comparison, and the reading of their entries in the configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ Weighting = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the report. settings: CLPConfig's, where they differ from the shared ones."""
+    """A method: one row of the report.
+
+    settings: of CLPConfig, where they differ from the shared ones
+    weightings: of specialists
+    kls, kl_name: of kl_specialists; alpha or beta
+    budget: of soup and logit_mixing: one full budget for all specialists ("equal"), or one for each ("each")
+    """
 
     name: str
     kind: str
@@ -52,12 +58,14 @@ class Method:
 
 
 def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """`value` with its keys as strings. Raises ConfigError unless it is a mapping."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name}: expected names and values; got {value!r}")
     return {str(key): entry for key, entry in value.items()}
 
 
 def read_methods(value: Any, objectives: Sequence[str]) -> tuple[Method, ...]:
+    """The methods of the configuration. Raises ConfigError for an invalid one, and for two that would share a folder."""
     if not value:
         raise ConfigError("methods is missing; name at least one, such as 'CLP: {conditioning: lora}'")
     methods = tuple(_method(name, raw or {}, objectives) for name, raw in mapping("methods", value).items())
@@ -114,7 +122,7 @@ def _weightings(name: str, value: Any, objectives: Sequence[str]) -> tuple[Weigh
 
 
 def _kls(name: str, values: dict[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
-    """kl_name and kls of `alphas` or `betas`, which leave `values`."""
+    """The fields kl_name and kls, from `alphas` or `betas`, which are removed from `values`."""
     given = [(key, values.pop(key)) for key in ("alphas", "betas") if key in values]
     if len(given) != 1 or not isinstance(given[0][1], list | tuple) or not given[0][1]:
         raise ConfigError(f"method {name!r}: expected alphas: [0.01, 0.1, ...], or betas")
@@ -126,7 +134,7 @@ def _kls(name: str, values: dict[str, Any], objectives: Sequence[str]) -> dict[s
 
 
 def read_references(value: Any, methods: Sequence[Method]) -> tuple[str, ...]:
-    """Baselines that ratios are taken to: as given, else the first soup and the first specialists."""
+    """The names of the baselines: the given ones, else the first soup and the first specialists."""
     if value is None:
         kinds = [{"soup"}, {"specialists", "kl_specialists"}]
         firsts = [next((m.name for m in methods if m.kind in kind), None) for kind in kinds]
@@ -148,6 +156,7 @@ def rounded(weights: Sequence[float]) -> Weighting:
 
 
 def slug(text: str) -> str:
+    """A name for folders: lower case, with hyphens for other characters than letters, digits, `.` and `+`."""
     return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-") or "method"
 
 

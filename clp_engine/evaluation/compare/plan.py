@@ -1,7 +1,8 @@
-"""What a comparison consists of: methods, the training runs they need, which of these they share, and what is evaluated.
+"""The plan of a comparison: its methods, the training runs that they need and share, and the evaluations.
 
-A plan is made from the configuration alone and touches no file. Two methods that need the same training get the same run:
-its folder carries a digest of everything that determines training, so a changed setting never finds an older result.
+A plan follows from the configuration, the data and the reward files; making it writes nothing. Methods that need the same
+training share a run. The name of its folder holds a digest of everything that determines the training, so that a changed
+setting never finds an older result.
 """
 
 from __future__ import annotations
@@ -49,12 +50,16 @@ _RUN_DEFAULTS = {"save_steps": 20, "save_total_limit": 1}
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How every policy is measured: on the same prompts, with the same random numbers.
+    """The evaluation of every policy: on the same prompts, with the same random numbers.
 
-    prompts: how many held-out ones, None for all; split: of the task's data. grid: as for `evaluate`; the specialists'
-    weightings are added to it. kl: one KL coefficient or a list, None for the policy's own. margin: the reference point is
-    the base model's mean reward minus this. kl_limit: largest KL that counts in the volume of reward against KL.
-    max_new_tokens, temperature: as in training unless given. seed: of prompts, sampling and bootstrap.
+    prompts: number of held-out prompts; None takes all
+    split: of the task's data
+    grid: as for `evaluate`; the weightings of specialists are added to it
+    kl: a KL coefficient or a list; None takes the policy's own
+    margin: the reference point is the base model's mean reward minus this
+    kl_limit: the largest KL that counts in the volume of reward against KL
+    max_new_tokens, temperature: of sampling; None takes those of training
+    seed: of the choice of prompts, sampling and bootstrap
     """
 
     prompts: int | None = 256
@@ -80,7 +85,7 @@ class EvaluationSettings:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """The weightings of grid and the objectives of margin are checked where they are used."""
+        """Check the numbers. The plan checks the weightings of grid, and `evaluate` the objectives of margin."""
         table = dict(ranges.EVALUATION)
         if isinstance(self.grid, list | tuple):
             del table["grid"]
@@ -94,7 +99,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. name: its folder under runs/; spec.config holds every setting, seed and folder included."""
+    """A training run. name: of its folder under runs/. spec.config: every setting, with the seed and the folder."""
 
     name: str
     spec: runs.RunSpec
@@ -111,10 +116,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One report: the policy that `assembly` makes of `runs`, at `grid`.
+    """An evaluation: the policy that `assembly` makes of `runs`, measured at `grid`.
 
-    name: its folder under evaluations/. assembly: "single" (the run's policy), "soup" (one policy with a delta per run) or
-    "logit_mixing" (the soup's specialists, mixed while decoding). kl: as for `evaluate`.
+    name: of its folder under evaluations/
+    assembly: "single" (the policy of the run), "soup" (one policy with a delta for each run), or "logit_mixing" (the
+        specialists of a soup, whose logits are mixed while decoding)
+    kl: as for `evaluate`
     """
 
     name: str
@@ -128,7 +135,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """Methods and what they need. base: the evaluation that gives every other one its reference point."""
+    """A comparison: its methods, and the runs and evaluations that they need, by name. references: names of the baselines."""
 
     output_dir: Path
     spec: runs.RunSpec
@@ -162,12 +169,12 @@ class Plan:
         return self.output_dir / "evaluations" / name
 
     def users(self, run: str) -> list[str]:
-        """Methods that need this run, in order."""
+        """The names of the methods that need the run `run`, in the order of the configuration."""
         needing = {e.method for e in self.evaluations.values() if run in e.runs}
         return [m.name for m in self.methods if m.name in needing]
 
     def evaluation_digest(self, evaluation: Evaluation | None) -> str:
-        """Of everything a report depends on; None is the base model's."""
+        """A digest of everything that the report of an evaluation depends on. None stands for the base model."""
         return _digest(
             {
                 "about": _about(self.spec, "eval_dataset"),
@@ -179,7 +186,7 @@ class Plan:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """SamplingParams of every evaluation: those of the shared training settings, unless given."""
+        """The fields of SamplingParams for every evaluation: those given, else those of the shared training settings."""
         e, trained = self.evaluation, self.spec.config
         return {
             "max_new_tokens": e.max_new_tokens or trained["max_completion_length"],
@@ -188,7 +195,7 @@ class Plan:
 
 
 def make_plan(config: Mapping[str, Any]) -> Plan:
-    """From a configuration file's content. Raises ConfigError for whatever cannot be meant."""
+    """The plan of a configuration file's content. Raises ConfigError for an invalid configuration."""
     config = dict(mapping("the configuration", config))
     about = {name: config.get(name) for name in runs.RUN_KEYS}
     own = {name: config.get(name) for name in OWN_KEYS}
@@ -234,7 +241,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
 
 
 class _Builder:
-    """Collects runs and evaluations; a run that is there already is shared."""
+    """Collects the runs and evaluations of methods. Methods share a run whose settings are equal."""
 
     def __init__(self, output, spec, shared, budget, methods, evaluation):
         self.output, self.spec, self.shared, self.budget = output, spec, shared, budget
@@ -279,7 +286,7 @@ class _Builder:
     def run(
         self, method: Method, seed: int, settings: dict[str, Any], share: int = 1, label: str | None = None
     ) -> str:
-        """Name of the run with these settings, 1 / share of the full budget."""
+        """Add a run with these settings and 1 / share of the full budget, unless there is one. Returns its name."""
         values = {**self.shared, **self.budget, **method.settings}
         if settings:  # a specialist
             dropped = (*SAMPLER_SETTINGS, *(KL_NAMES if method.kls else ()))
@@ -321,7 +328,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 
 def _budget(tokens: Any, shared: Mapping[str, Any]) -> dict[str, int]:
-    """The setting that holds a full budget, if it is not max_steps among the shared ones."""
+    """The setting for a full budget; none where the shared settings hold max_steps."""
     if tokens is None:
         if not isinstance(shared.get("max_steps"), int) or shared["max_steps"] < 1:
             raise ConfigError(
@@ -335,7 +342,7 @@ def _budget(tokens: Any, shared: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _grid(grid: Any, objectives: Sequence[str], added: Sequence[Weighting]) -> tuple[Weighting, ...]:
-    """The weightings of every conditioned policy: the lattice or list asked for, and the specialists'."""
+    """The weightings of every conditioned policy: those of the lattice or list, and those of the specialists."""
     if grid is None:
         weightings = default_grid(len(objectives)).tolist()
     elif isinstance(grid, int):
@@ -360,10 +367,10 @@ def _kl_grid(kl: Any, added: Sequence[float]) -> float | tuple[float, ...] | Non
 
 
 def run_digest(spec: runs.RunSpec, config: CLPConfig) -> str:
-    """Of what is trained on what for which rewards, and of every setting with an effect, the seed apart.
+    """A digest of the model, the data, the rewards, and every setting with an effect but the seed.
 
-    Settings at their default do not enter, so that a new one does not orphan finished runs; a changed default is noticed
-    by comparing run.json (see `work.check_unchanged`).
+    Settings at their default are left out, so that finished runs stay valid when a setting is added. `work.check_unchanged`
+    detects a changed default by comparison with run.json.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(CLPConfig)}
     settings = {
@@ -375,7 +382,7 @@ def run_digest(spec: runs.RunSpec, config: CLPConfig) -> str:
 
 
 def _about(spec: runs.RunSpec, data: str) -> dict[str, Any]:
-    """What a run or a report is about; files by their content."""
+    """The model, objectives, task, data and rewards of a run or report, with digests of the content of files."""
     dataset = getattr(spec, data)
     return {
         "model": [spec.model, _model_files(spec.model)],
@@ -393,7 +400,7 @@ def _content(path: Path) -> str | None:
 
 
 def _model_files(name: str) -> list | None:
-    """Names and sizes of a model folder's files; reading gigabytes of weights would take too long."""
+    """Names and sizes of the files in a model folder. Reading gigabytes of weights would take too long."""
     folder = Path(name)
     if not (folder / "config.json").is_file():
         return None

@@ -1,4 +1,4 @@
-"""A Comparison as files: comparison.json for programs, comparison.md for people, fronts.png and metrics.png to look at."""
+"""A Comparison as files: comparison.json for programs; comparison.md, fronts.png and metrics.png for people."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ PICTURES = ("fronts.png", "metrics.png")
 
 
 def write(comparison: Comparison, directory: str | Path) -> list[Path]:
-    """Write everything into `directory`; each file appears whole or not at all. Without matplotlib there are no pictures;
-    a line on stderr says so."""
+    """Write all files into `directory`, and return their paths. Each file appears whole or not at all.
+
+    Without matplotlib there are no pictures, and a line on stderr says so.
+    """
     directory = Path(directory)
     written = [directory / "comparison.json", directory / "comparison.md"]
     text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
@@ -46,7 +48,7 @@ def write(comparison: Comparison, directory: str | Path) -> list[Path]:
 
 
 def shown(value: Estimate | None, digits: int = 3, scale: float = 1.0, sign: bool = False) -> str:
-    """`mean ± half width`, or the mean alone with one seed, or a dash."""
+    """`mean ± half width`, or the mean alone with one seed, or a dash for None."""
     if value is None:
         return "–"
     text = f"{value.mean * scale:{'+' if sign else ''}.{digits}f}"
@@ -54,7 +56,7 @@ def shown(value: Estimate | None, digits: int = 3, scale: float = 1.0, sign: boo
 
 
 def method_table(comparison: Comparison) -> str:
-    """Quality: one line per method."""
+    """The metrics, a row for each method."""
     names = comparison.objectives if len(comparison.objectives) > 1 else []
     header = [
         "method",
@@ -89,7 +91,7 @@ def method_table(comparison: Comparison) -> str:
 
 
 def cost_table(comparison: Comparison) -> str:
-    """What training took: one line per method."""
+    """The cost of training, a row for each method."""
     header = ["method", "runs", "steps", "completions", "tokens generated", "parameters", "seconds"]
 
     def whole(value: Estimate) -> str:
@@ -112,7 +114,7 @@ def cost_table(comparison: Comparison) -> str:
 
 
 def contrast_table(contrasts: Sequence[Contrast]) -> str:
-    """Every method against one reference."""
+    """The contrasts with one reference, a row for each method."""
     header = ["method", "seeds", "volume ratio", "ratio, matched", "utility", "objective", "dominated"]
     rows = [
         [
@@ -130,7 +132,7 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
 
 
 def difference_table(contrasts: Sequence[Contrast], comparison: Comparison) -> str:
-    """w.R (or the objective) of each method less that of one reference, weighting by weighting."""
+    """w.R (or the objective) of each method minus that of one reference, a row for each weighting."""
     # One that was evaluated at few weightings may come first: the longest list has them all, in order.
     keys = [_asked(d, comparison) for d in max((c.differences for c in contrasts), key=len)]
     header = [*_asked_header(comparison), *(c.method for c in contrasts)]
@@ -172,7 +174,7 @@ def _asked(point, comparison: Comparison) -> list[str]:
 
 
 def markdown(comparison: Comparison, pictures: bool = True) -> str:
-    """comparison.md."""
+    """The content of comparison.md. pictures: whether the pictures lie beside it."""
     c = comparison
     title = c.config.get("title") or f"Comparison on {c.task or c.model}: {', '.join(c.objectives)}"
     parts = [f"# {title}", _what_was_run(c), _methods(c)]
@@ -202,7 +204,7 @@ def markdown(comparison: Comparison, pictures: bool = True) -> str:
 
 
 def in_short(c: Comparison) -> str:
-    """What the figures say of each conditioned method, one line for each; empty without a baseline."""
+    """The main figures of each conditioned method, a line for each. Empty without a baseline."""
     lines = []
     for method in (m for m in c.methods if m.kind == "clp"):
         said = []
@@ -227,7 +229,7 @@ def in_short(c: Comparison) -> str:
 
 
 def _verdict(difference: Estimate) -> str:
-    """Whether the interval of a difference leaves zero out."""
+    """A remark where the interval of a difference holds zero."""
     if difference.low is None:
         return ""
     return " (within the luck of seeds)" if difference.low <= 0 <= difference.high else ""
@@ -349,7 +351,7 @@ def _provenance(c: Comparison) -> str:
 
 
 def summary(comparison: Comparison) -> str:
-    """For the terminal: the table of methods, and the ratios to each reference."""
+    """The table of methods and the contrasts with each reference, for the terminal."""
     parts = [method_table(comparison)]
     for reference in dict.fromkeys(c.reference for c in comparison.contrasts):
         against = [c for c in comparison.contrasts if c.reference == reference]

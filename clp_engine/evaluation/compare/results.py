@@ -1,4 +1,4 @@
-"""The content of comparison.json: methods over their seeds, and their differences."""
+"""The content of comparison.json, as dataclasses: each method over its seeds, and its differences from the baselines."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from clp_engine.evaluation.front import Base
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One weighting (and KL coefficient) of a method, over its seeds. utility: w.R; objective: what training maximises there,
-    `(1 - alpha) w.R - alpha KL`, or `w.R - beta KL`; matched: one of the specialists' weightings."""
+    """A method at one weighting and KL coefficient, over its seeds.
+
+    utility: w.R
+    objective: the quantity that training maximises, `(1 - alpha) w.R - alpha KL` or `w.R - beta KL`
+    matched: whether specialists were trained for this weighting (and KL coefficient)
+    """
 
     weights: dict[str, float]
     kl_coef: float
@@ -27,15 +31,18 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A method over the seeds it has been evaluated for.
+    """A method over the seeds that it was evaluated for.
 
-    hypervolume, expected_utility, realised_utility, steerability: see `pareto`; over all points of the method. kl_volume:
-    hypervolume of (reward, -KL) points, for one objective only. kl_steerability: rank correlation of the KL coefficient with
-    the KL, -1 where a larger one always means less; None where one coefficient was evaluated. `_matched`: over the
-    weightings (and KL coefficients) that specialists were trained for: None where there are no specialists, or the method
-    lacks one of their points.
-    kl, length: means over the points. The rest is what training took, summed over the runs the method needs (whoever else
-    needs them too): runs, optimiser steps, completions, tokens generated, parameters trained, seconds of steps.
+    hypervolume, expected_utility, realised_utility, steerability: see `pareto`; over all points of the method
+    kl_volume: hypervolume of the points (reward, -KL); None with several objectives
+    kl_steerability: rank correlation of the KL coefficient with the KL, -1 where a larger coefficient always means less KL;
+        None where one coefficient was evaluated
+    kl, length: means over the points
+    runs, steps, completions, generated_tokens, trained_parameters, seconds: of training, summed over the runs that the
+        method needs, whether or not other methods share them; seconds are those of optimiser steps
+
+    A metric with `_matched` is over the weightings and KL coefficients that specialists were trained for. It is None without
+    specialists, and where the method lacks one of their points.
     """
 
     name: str
@@ -62,7 +69,7 @@ class MethodResult:
     seconds: Estimate
 
     def volume(self, matched: bool = False) -> Estimate | None:
-        """The hypervolume that says something: of rewards, or of reward and KL where there is one reward."""
+        """The hypervolume to compare: of rewards, or of reward and KL where there is one objective."""
         volumes = (
             (self.kl_volume, self.kl_volume_matched)
             if self.kl_volume
@@ -73,7 +80,7 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """At one weighting (and KL coefficient), method minus reference, paired over seeds."""
+    """The method minus the reference at one weighting and KL coefficient, paired over seeds."""
 
     weights: dict[str, float]
     kl_coef: float
@@ -83,12 +90,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A method against a reference, over the seeds both have.
+    """A method against a reference, over the seeds that both were evaluated for.
 
-    volume_ratio: of `MethodResult.volume`, method by reference, each at all its own points; volume_ratio_matched: both at
-    the specialists' weightings. dominated: how many of the reference's `reference_points` points some point of the method
-    dominates (with one objective: in reward and KL).
-    differences: at every weighting both have; utility, objective: their means over the weightings.
+    volume_ratio: `MethodResult.volume` of the method by that of the reference, each over all its points
+    volume_ratio_matched: the same, both at the weightings of the specialists
+    dominated: number of the reference's points that some point of the method dominates (with one objective: in reward and KL)
+    reference_points: number of the reference's points
+    differences: at every weighting that both were evaluated at
+    utility, objective: the means of the differences over the weightings
     """
 
     method: str
@@ -105,7 +114,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The content of comparison.json. missing: methods and seeds that have no complete report yet."""
+    """The content of comparison.json. missing: the methods and seeds without a complete evaluation."""
 
     task: str | None
     model: str
@@ -131,7 +140,7 @@ class Comparison:
         return next(m for m in self.methods if m.name == name)
 
     def fair(self, contrast: Contrast | Difference) -> Estimate | None:
-        """The difference to look at: of w.R, or with one objective (which is compared at several KL) of the objective."""
+        """The difference that treats methods equally: of w.R, or with one objective that of the quantity training maximises."""
         return contrast.utility if self.kl_limit is None else contrast.objective
 
     @property

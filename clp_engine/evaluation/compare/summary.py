@@ -1,12 +1,12 @@
-"""What a comparison shows: every method over its seeds, and every method against the baselines.
+"""From the reports of evaluations to a Comparison: every method over its seeds, and every method against the baselines.
 
-Intervals are over training seeds. All methods and seeds share the prompts and the random numbers of the evaluation, so a
-difference between two methods at one seed is paired; the interval is Student's for the mean of n independent seeds,
+Intervals are over training seeds: Student's interval for the mean of n independent seeds,
 
     mean +- t_(n-1, 97.5 %) * s / sqrt(n),
 
-and None with one seed. It covers the luck of training. It does not cover the choice of prompts, which is the same for all:
-for that see the bootstrap intervals of each report.json.
+and None with one seed. All methods and seeds share the prompts and the random numbers of the evaluation, so that the
+difference of two methods at one seed is paired. The interval covers the luck of training. It does not cover the choice of
+prompts, which all methods share; each report.json has bootstrap intervals over prompts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from clp_engine.evaluation.report import ParetoReport
 
 @dataclass(frozen=True)
 class Front:
-    """A method at one seed, as arrays: weights (P, M), kl_coefs (P,), rewards (P, M), kl (P,), length (P,)."""
+    """The P points of a method at one seed, as arrays: weights and rewards (P, M), kl_coefs, kl and length (P,)."""
 
     weights: np.ndarray
     kl_coefs: np.ndarray
@@ -58,7 +58,7 @@ class Front:
 
     @property
     def keys(self) -> list[tuple[float, ...]]:
-        """(w_1 ... w_M, kl) of every point: the same asked of two methods is the same key."""
+        """(w_1 ... w_M, KL coefficient) of every point. Two methods have one key for one weighting and coefficient."""
         return [
             (*(round(w, 6) for w in row), round(kl, 6))
             for row, kl in zip(self.weights.tolist(), self.kl_coefs.tolist())
@@ -73,7 +73,7 @@ class Front:
         return keep * self.utility - self.kl_coefs * self.kl
 
     def restricted(self, keys: set[tuple[float, ...]]) -> Front | None:
-        """The points with these keys; None unless every one is there."""
+        """The points with these keys, or None where one of them is missing."""
         rows = [i for i, key in enumerate(self.keys) if key in keys]
         return self.at(rows) if keys and len(rows) == len(keys) else None
 
@@ -82,7 +82,7 @@ class Front:
 
 
 def collect(plan: Plan, command: str = "") -> Comparison:
-    """From every report of the plan that is there. Raises ConfigError where there is none yet."""
+    """The Comparison of all finished evaluations of a plan. Raises ConfigError where none is finished."""
     fronts: dict[str, dict[int, Front]] = {}
     trainings: dict[str, dict[int, list[work.Training]]] = {}
     missing = []
@@ -133,7 +133,7 @@ def summarise(
     kl_limit: float | None = None,
     **about: Any,
 ) -> Comparison:
-    """Aggregate fronts (method -> seed -> Front) over seeds; `about` fills the other fields of Comparison."""
+    """Aggregate fronts and trainings (both method -> seed) over seeds. about: the other fields of Comparison."""
     present = [m for m in methods if fronts[m.name]]
     every = [f for m in present for f in fronts[m.name].values()]
     if len(objectives) > 1:
@@ -176,7 +176,7 @@ def summarise(
 
 @dataclass(frozen=True)
 class _Measure:
-    """What every front is measured against."""
+    """The yardsticks that all fronts share: reference point, base model, limit of KL, and the points of specialists."""
 
     objectives: Sequence[str]
     reference: np.ndarray
@@ -186,15 +186,15 @@ class _Measure:
     matched: set[tuple[float, ...]]
 
     def coordinates(self, front: Front) -> np.ndarray:
-        """What points are compared in, (P, ...), all to be maximised: rewards, or with one objective (R, -KL)."""
+        """The coordinates in which points are compared, larger ones being better: rewards (P, M), or (R, -KL) (P, 2)."""
         return front.rewards if self.kl_limit is None else np.stack([front.rewards[:, 0], -front.kl], -1)
 
     def hypervolume(self, front: Front) -> float:
         return float(pareto.hypervolume(front.rewards, self.reference))
 
     def kl_volume(self, front: Front) -> float:
-        """Of the points (R, -KL) above (R_base, -kl_limit): reward gained over the base model, integrated over the KL that
-        may be spent,  integral_0^limit max(0, max_{p : KL_p <= x} R_p - R_base) dx."""
+        """The hypervolume of the points (R, -KL) above (R_base, -kl_limit): the gain in reward over the base model, integrated
+        over the KL that may be spent,  integral_0^limit max(0, max_{p : KL_p <= x} R_p - R_base) dx."""
         return float(pareto.hypervolume(self.coordinates(front), np.array([self.base[0], -self.kl_limit])))
 
     def volume(self, front: Front) -> float:
@@ -274,7 +274,7 @@ def _points(fronts: Sequence[Front], measure: _Measure) -> tuple[FrontPoint, ...
 
 
 def _steerability(fronts: Sequence[Front], objectives: Sequence[str]) -> dict[str, Estimate | None]:
-    """None where it is undefined at some seed."""
+    """Steerability by objective. None where it is undefined at some seed."""
     by_seed = np.stack([pareto.steerability(f.rewards, f.weights) for f in fronts])  # (seeds, M)
     return {
         name: None if np.isnan(column).any() else Estimate.of(column.tolist())
@@ -321,7 +321,8 @@ def _ratio(pairs: Sequence[tuple[Front, Front]], measure: _Measure) -> Estimate 
 
 
 def dominated(front: np.ndarray, reference: np.ndarray) -> int:
-    """How many points of `reference` (Q, M) some point of `front` (P, M) dominates: as good everywhere, better somewhere."""
+    """The number of points of `reference` (Q, M) that some point of `front` (P, M) dominates: it is at least as good in every
+    objective, and better in one."""
     q, p = front[None, :, :], reference[:, None, :]
     return int(((q >= p).all(-1) & (q > p).any(-1)).any(-1).sum())
 
@@ -347,5 +348,5 @@ def _differences(pairs: Sequence[tuple[Front, Front]], measure: _Measure) -> tup
 
 
 def _mean_over_points(estimates: Sequence[Estimate]) -> Estimate | None:
-    """Mean over points at each seed first, then over seeds."""
+    """The mean over points at each seed, then over seeds."""
     return Estimate.of(np.mean([e.values for e in estimates], 0).tolist()) if estimates else None

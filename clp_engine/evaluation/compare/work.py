@@ -1,10 +1,10 @@
-"""Doing one piece of a plan: train a run, or evaluate what was trained. Each is done once and can be repeated at any time.
+"""One piece of work of a comparison: the training of a run, or an evaluation. A finished piece is not done again.
 
-trainings/RUN.json      written last: what the training took; its presence means that the run is done
-EVALUATION/inputs.json  digest of what the report depends on; another digest means that it is stale
+trainings/RUN.json      cost of the training, written last: its presence means that the run is done
+EVALUATION/inputs.json  digest of everything that the report depends on; another digest means that the report is stale
 
-runs/ is needed as long as something is to be evaluated. trainings/ and evaluations/ are small, and all that a report needs:
-they can be kept elsewhere, and a comparison goes on from them with what is missing.
+runs/ is needed until everything is evaluated. trainings/ and evaluations/ are small, and the report of the comparison needs
+nothing else. A copy of these two folders is enough to continue a comparison.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _INPUTS = "inputs.json"
 
 @dataclass(frozen=True)
 class Training:
-    """What a run took. seconds: of its steps, without loading and saving, summed over interruptions."""
+    """The cost of a run. seconds: of its optimiser steps, without loading and saving, summed over interruptions."""
 
     seconds: float
     steps: int
@@ -56,7 +56,7 @@ class Training:
 
 
 def is_trained(plan: Plan, run: Run) -> bool:
-    """Whether a run is done: its record is there, and its policy, unless every report that is made of it is there, too."""
+    """Whether a run is done: it has a record, and either its policy or every report that needs the policy is there."""
     if not plan.training_record(run.name).is_file():
         return False
     folder = plan.run_folder(run.name)
@@ -67,7 +67,7 @@ def is_trained(plan: Plan, run: Run) -> bool:
 
 
 def check_unchanged(run: Run, folder: Path) -> None:
-    """Raises ConfigError where a run was made under other settings: the digest does not see a changed default."""
+    """Raises ConfigError where the run in `folder` had other settings: a changed default does not change the digest."""
     saved = runs.RunSpec.load(folder)
     if saved is None:
         return
@@ -84,8 +84,10 @@ def check_unchanged(run: Run, folder: Path) -> None:
 
 
 def train(plan: Plan, run: Run, progress: bool = True) -> None:
-    """Train a run, from its newest checkpoint where there is one; nothing where it is done. Raises Busy, and whatever
-    training raises; `runs.Interrupted` leaves a checkpoint."""
+    """Train a run unless it is done, from its newest checkpoint if it has one.
+
+    Raises Busy where another process trains it, and the errors of training. `runs.Interrupted` leaves a checkpoint.
+    """
     from clp_engine.training.config import CLPConfig
 
     folder = plan.run_folder(run.name)
@@ -107,7 +109,7 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
 
 
 def _training(trainer: CLPTrainer) -> Training:
-    """seconds: a sum over the steps, from the means in the log, which survive an interruption as a clock does not."""
+    """The cost of a finished training. Its seconds are summed from the means in the log, which outlast an interruption."""
     import torch
 
     from clp_engine.core.provenance import source_commit, versions
@@ -137,7 +139,7 @@ def _training(trainer: CLPTrainer) -> Training:
 
 
 def is_evaluated(plan: Plan, evaluation: Evaluation | None) -> bool:
-    """Whether a report is there that was made of the same runs in the same way; None is the base model's."""
+    """Whether the report of an evaluation is there and has the digest of the plan. None stands for the base model."""
     name = BASE if evaluation is None else evaluation.name
     path = plan.evaluation_folder(name) / _INPUTS
     return path.is_file() and _read_json(path).get("digest") == plan.evaluation_digest(evaluation)
@@ -150,7 +152,7 @@ def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
 
 
 def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -> None:
-    """Write the report of a method at a seed (or of one specialist), or of the base model; nothing where it is there."""
+    """Write the report of an evaluation, unless it is there. None stands for the base model."""
     from clp_engine.evaluation import evaluate as measuring
     from clp_engine.rollouts.types import SamplingParams
 
@@ -203,7 +205,7 @@ def _untrained(plan: Plan):
 
 
 def _assemble(plan: Plan, evaluation: Evaluation):
-    """The policy to evaluate, made of its runs."""
+    """The policy of an evaluation, assembled from its runs."""
     policies = [runs.load_policy(plan.run_folder(name)) for name in evaluation.runs]
     if evaluation.assembly == "single":
         return policies[0]
@@ -222,7 +224,7 @@ def _assemble(plan: Plan, evaluation: Evaluation):
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a piece, `.<name>.lock` beside its folder; Busy where another process has it."""
+    """Hold the lock of a piece, `.<name>.lock` beside its folder. Raises Busy where another process holds it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
