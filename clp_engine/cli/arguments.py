@@ -1,10 +1,10 @@
-"""Flags that several commands share, and the functions that read their values."""
+"""Flags and configuration that several commands share, and the functions that read their values."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.ranges import EVALUATION, SAMPLING, Range
@@ -12,6 +12,7 @@ from clp_engine.training import runs
 
 if TYPE_CHECKING:
     from clp_engine.rollouts.types import SamplingParams
+    from clp_engine.training.config import CLPConfig
 
 RUN_HELP = "run folder (or a policy folder or checkpoint in it)"
 WEIGHTS_HELP = "a=0.7,b=0.3, or 0.7,0.3 in the order of the objectives"
@@ -61,17 +62,16 @@ def listed(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",")]
 
 
-def add_sampling(parser: argparse.ArgumentParser, seeds: Range) -> None:
+def add_sampling(parser: argparse.ArgumentParser, table: Mapping[str, Range]) -> None:
+    """Add the flags of sampling. table: holds the range of the seed."""
     for name, text in (
-        ("max_new_tokens", "default: as in training, or 128"),
-        ("temperature", "0 is greedy; default: as in training, or 1"),
+        ("max_new_tokens", "the most tokens of a completion (default: as in training, or 128)"),
+        ("temperature", "0 is greedy (default: as in training, or 1)"),
         ("top_k", "draw from the k likeliest tokens"),
         ("top_p", "draw from the nucleus of this mass"),
     ):
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=in_range(SAMPLING[name]), metavar="N", help=text
-        )
-    parser.add_argument("--seed", type=in_range(seeds), default=0, help="default: %(default)s")
+        add_number(parser, SAMPLING, name, text)
+    add_number(parser, table, "seed", "seed of all random numbers", default=0)
     add_device(parser)
 
 
@@ -124,3 +124,21 @@ def whole_numbers(text: str, flag: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"{flag} {text}: expected whole numbers, such as 0,1") from None
+
+
+def training_of(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
+    """The run and its settings, from the content of a configuration file."""
+    from clp_engine.training.config import CLPConfig
+
+    about = {name: values.get(name) for name in runs.RUN_KEYS}
+    values = {name: value for name, value in values.items() if name not in about}
+    CLPConfig.from_dict(values)  # a wrong setting is reported before anything is loaded
+    spec = runs.RunSpec.from_values(about)
+    if spec.task is not None:
+        task = runs.find_task(spec.task)
+        values = {
+            "max_completion_length": task.max_completion_length,
+            "max_prompt_length": task.max_prompt_length,
+            **values,
+        }
+    return spec, CLPConfig.from_dict(values)

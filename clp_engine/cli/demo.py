@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--faithfulness", action="store_true", help="coverage, brevity and faithfulness")
     add_number(parser, ranges.COMMANDS, "steps", "optimiser steps of training")
     add_number(parser, ranges.COMMANDS, "prompts", "held-out documents to evaluate on")
-    add_number(parser, ranges.COMMANDS, "seed", "of everything random", default=0)
+    add_number(parser, ranges.COMMANDS, "seed", "seed of all random numbers", default=0)
 
 
 def run(arguments: argparse.Namespace) -> None:

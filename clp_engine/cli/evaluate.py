@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rewards", nargs="+", metavar="NAME=REWARD", help="in place of what RUN names: as for train"
     )
     add_trust(parser)
-    add_sampling(parser, EVALUATION["seed"])
+    add_sampling(parser, EVALUATION)
 
 
 def _kls(text: str) -> list[float]:

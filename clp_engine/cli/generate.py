@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(given, COMMANDS, "examples", "N held-out documents of the run's task (without a prompt: 3)")
     add_number(parser, GENERATION, "num_return_sequences", "completions per prompt", default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
-    add_sampling(parser, GENERATION["seed"])
+    add_sampling(parser, GENERATION)
 
 
 def run(arguments: argparse.Namespace) -> None:

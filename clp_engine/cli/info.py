@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clp_engine import __version__
-from clp_engine.cli.train import training_of
+from clp_engine.cli.arguments import training_of
 from clp_engine.core import tables
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import installed, processor

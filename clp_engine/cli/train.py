@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
 
+from clp_engine.cli.arguments import training_of
 from clp_engine.core.files import check_folder
 from clp_engine.core.ranges import TRAINING
 from clp_engine.training import run_folder, runs
-
-if TYPE_CHECKING:
-    from clp_engine.training.config import CLPConfig
 
 HELP = "train a conditioned policy"
 EPILOG = """\
@@ -99,9 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in runs.RUN_KEYS}
     spec, config = training_of(values | {name: value for name, value in given.items() if value is not None})
     check_folder("output_dir", config.output_dir)
-    if (
-        not arguments.resume
-    ):  # before anything is loaded; training looks again, when it has the folder to itself
+    # Before anything is loaded. Training looks again when it has the folder to itself.
+    if not arguments.resume:
         run_folder.check_free(config.output_dir, "a new one", config.overwrite_output_dir)
     from clp_engine.cli.info import render_training
 
@@ -111,21 +107,3 @@ def run(arguments: argparse.Namespace) -> None:
     again = shlex.join(["clp-engine", *words, "--resume"])
     runs.train(spec, config, resume=arguments.resume, again=again)
     print(f"policy: {config.output_dir}/policy\nnext:   clp-engine evaluate {config.output_dir}")
-
-
-def training_of(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
-    """The run and its settings, from the content of a configuration file."""
-    from clp_engine.training.config import CLPConfig
-
-    about = {name: values.get(name) for name in runs.RUN_KEYS}
-    values = {name: value for name, value in values.items() if name not in about}
-    CLPConfig.from_dict(values)  # a wrong setting is reported before anything is loaded
-    spec = runs.RunSpec.from_values(about)
-    if spec.task is not None:
-        task = runs.find_task(spec.task)
-        values = {
-            "max_completion_length": task.max_completion_length,
-            "max_prompt_length": task.max_prompt_length,
-            **values,
-        }
-    return spec, CLPConfig.from_dict(values)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baselines", metavar="A,B", help="which baselines (default: all; value where the run has it)"
     )
     add_number(parser, COMMANDS, "bootstrap", "resamples for the intervals", default=1000)
-    add_number(parser, COMMANDS, "seed", "of the batches", default=0)
+    add_number(parser, COMMANDS, "seed", "seed of the batches", default=0)
     parser.add_argument(
         "--out", metavar="FILE", help="where to write the numbers (default: RUN/variance.json)"
     )
