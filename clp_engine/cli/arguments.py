@@ -50,10 +50,12 @@ def add_number(
 
 
 def add_kl(parser: argparse.ArgumentParser) -> None:
+    """Add --kl, the KL coefficient."""
     add_number(parser, EVALUATION, "kl", "KL coefficient, for policies conditioned on it")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 
@@ -76,6 +78,7 @@ def add_sampling(parser: argparse.ArgumentParser, table: Mapping[str, Range]) ->
 
 
 def sampling_params(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> SamplingParams:
+    """The sampling that the flags ask for. A missing flag takes the value of the training of `spec`, or a default."""
     from clp_engine.rollouts.types import SamplingParams
 
     trained = {} if spec is None else spec.config
@@ -93,6 +96,7 @@ def sampling_params(arguments: argparse.Namespace, spec: runs.RunSpec | None) ->
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add --trust-run, which lets the code of another person's run be executed."""
     parser.add_argument(
         "--trust-run",
         action="store_true",
@@ -120,6 +124,7 @@ def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
 
 
 def whole_numbers(text: str, flag: str) -> list[int]:
+    """The list [0, 1] of the text '0,1'. Raises ConfigError that names the flag for another text."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -95,6 +95,7 @@ class Estimate:
 
     @property
     def half_width(self) -> float | None:
+        """Half the width of the interval, or None without one."""
         return None if self.high is None else self.high - self.mean
 
 

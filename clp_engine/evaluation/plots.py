@@ -214,6 +214,7 @@ def _scatter_by_coefficient(figure: Figure, axis: Axes, report: ParetoFront, poi
 
 
 def write_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the file appears whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     write_bytes(path, image.getvalue())

@@ -116,6 +116,7 @@ class SteerServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """The address of the page."""
         host, port = self.server_address[:2]
         if ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()
@@ -150,6 +151,8 @@ class Refused(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
+    """The answer to one connection: it checks the sender and the request, and sends JSON or the page."""
+
     server: SteerServer
     protocol_version = "HTTP/1.1"
     server_version = f"clp-engine/{__version__}"

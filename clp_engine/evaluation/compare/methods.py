@@ -45,6 +45,7 @@ class Method:
 
     @property
     def description(self) -> str:
+        """The method in a few words: its kind, and the settings that differ."""
         changed = ", ".join(f"{name} {_short(value)}" for name, value in self.settings.items())
         each = "each with a full budget" if self.budget == "each" else "sharing one budget"
         what = {
@@ -151,6 +152,7 @@ def read_references(value: Any, methods: Sequence[Method]) -> tuple[str, ...]:
 
 
 def rounded(weights: Sequence[float]) -> Weighting:
+    """Weights with six digits, so that float32 values compare equal."""
     # Six digits, as in reports: weights are float32, and 0.1 should be 0.1 wherever it comes from.
     return tuple(round(float(w), 6) for w in weights)
 
@@ -161,6 +163,7 @@ def slug(text: str) -> str:
 
 
 def weighting_name(weights: Sequence[float]) -> str:
+    """A weighting as part of a folder's name, such as 0.25-0.75."""
     return "-".join(f"{w:g}" for w in weights)
 
 

@@ -77,6 +77,7 @@ class EvaluationSettings:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any] | None) -> EvaluationSettings:
+        """From the entry `evaluation` of the configuration. Raises ConfigError for an unknown or invalid setting."""
         values = mapping("evaluation", values or {})
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
@@ -106,10 +107,12 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
+        """The settings of training, by name."""
         return self.spec.config
 
     @property
     def budget(self) -> str:
+        """The budget as text, such as "400,000 tokens"."""
         tokens = self.config.get("max_generated_tokens")
         return f"{tokens:,} tokens" if tokens else f"{self.config['max_steps']} steps"
 
@@ -154,15 +157,18 @@ class Plan:
         return self.spec.objectives
 
     def method(self, name: str) -> Method:
+        """The method of a name."""
         return next(m for m in self.methods if m.name == name)
 
     def of(self, method: str, seed: int) -> list[Evaluation]:
+        """The evaluations of a method at a seed."""
         return [e for e in self.evaluations.values() if (e.method, e.seed) == (method, seed)]
 
     def run_folder(self, name: str) -> Path:
         return self.output_dir / "runs" / name
 
     def training_record(self, name: str) -> Path:
+        """The file for the cost of a run, which exists when the run is done."""
         return self.output_dir / "trainings" / f"{name}.json"
 
     def evaluation_folder(self, name: str) -> Path:

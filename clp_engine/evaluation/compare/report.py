@@ -142,6 +142,7 @@ def difference_table(contrasts: Sequence[Contrast], comparison: Comparison) -> s
 
 
 def front_table(method: MethodResult, comparison: Comparison) -> str:
+    """The points of a method, a row for each."""
     names = comparison.objectives
     header = [*_asked_header(comparison), *names, "utility", "objective", "KL", "tokens"]
     rows = [

@@ -134,6 +134,7 @@ class Comparison:
     command: str
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of comparison.json."""
         return dataclasses.asdict(self)
 
     def method(self, name: str) -> MethodResult:
@@ -145,8 +146,10 @@ class Comparison:
 
     @property
     def fair_name(self) -> str:
+        """The name of the quantity that `fair` is a difference of."""
         return "w.R" if self.kl_limit is None else "objective"
 
     @property
     def varies_kl(self) -> bool:
+        """Whether the points have several KL coefficients."""
         return len({p.kl_coef for m in self.methods for p in m.points}) > 1

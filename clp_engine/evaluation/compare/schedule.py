@@ -43,6 +43,7 @@ class Piece:
         return work.is_evaluated(plan, self.what)
 
     def do(self, plan: Plan, progress: bool) -> None:
+        """Train or evaluate. Raises the errors of `work.train` and `work.evaluate`."""
         if isinstance(self.what, Run):
             work.train(plan, self.what, progress)
         else:
@@ -136,6 +137,7 @@ def execute(plan: Plan, todo: Sequence[Piece], jobs: int, say: Callable[[str], N
 
 
 def title(plan: Plan, piece: Piece) -> str:
+    """A piece as a line of text."""
     if piece.what is None:
         return "evaluate the base model"
     if isinstance(piece.what, Evaluation):
@@ -215,6 +217,7 @@ def _stop(running: dict[str, _Worker]) -> None:
 
 
 def describe_error(error: BaseException) -> str:
+    """An error as one line, with its type unless it is a ConfigError."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
 

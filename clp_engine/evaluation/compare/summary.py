@@ -66,9 +66,11 @@ class Front:
 
     @property
     def utility(self) -> np.ndarray:
+        """w.R of each point, (P,)."""
         return (self.weights * self.rewards).sum(-1)
 
     def objective(self, kl_is_beta: bool) -> np.ndarray:
+        """`(1 - alpha) w.R - alpha KL` of each point, or `w.R - beta KL`, (P,)."""
         keep = 1.0 if kl_is_beta else 1 - self.kl_coefs
         return keep * self.utility - self.kl_coefs * self.kl
 

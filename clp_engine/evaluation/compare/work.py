@@ -49,6 +49,7 @@ class Training:
 
     @classmethod
     def load(cls, path: Path) -> Training | None:
+        """The cost in a training record, or None where there is no such file."""
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
@@ -146,6 +147,7 @@ def is_evaluated(plan: Plan, evaluation: Evaluation | None) -> bool:
 
 
 def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
+    """The report of an evaluation. None stands for the base model."""
     from clp_engine.evaluation.report import ParetoReport
 
     return ParetoReport.load(plan.evaluation_folder(BASE if evaluation is None else evaluation.name))
