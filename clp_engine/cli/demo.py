@@ -122,7 +122,7 @@ def run_demo(
         f"{config.batch_size} summaries, each group of {config.num_generations} under its own weighting."
     )
     again = shlex.join(["clp-engine", *(sys.argv[1:] if sys.argv[1:2] == ["demo"] else ["demo"])])
-    # More prompts than the run gets to see would only take time to prepare.
+    # Preparing more prompts than the run can use takes time.
     limit = config.max_steps * config.batch_size // config.num_generations
     policy = runs.train(spec, config, resume=resume, again=again, limit=limit).policy
     rows = spec.eval_rows((prompts or EVALUATION["prompts"]) + EXAMPLES, seed=seed)
@@ -137,7 +137,7 @@ def run_demo(
 
 
 def _prepare(out: Path, spec: runs.RunSpec) -> bool:
-    """Whether to resume. Training replaces what a finished or different demo left in `out`."""
+    """Whether to resume the demo in `out`. Otherwise training replaces the files of a finished or different demo."""
     found = runs.RunSpec.load(out)
     if found is None:
         began = run_folder.Manifest.read(out) is not None  # and was killed before it had described itself
@@ -204,7 +204,7 @@ def _show_report(report: ParetoReport) -> None:
 
 
 def _shown_weightings(count: int) -> list[list[float]]:
-    """Each objective alone, with the equal mixture in the middle."""
+    """The weightings of each objective alone, and the equal one between the first two."""
     corners = [[float(i == j) for j in range(count)] for i in range(count)]
     middle = [[1 / count] * count] if count > 1 else []
     return [*corners[:1], *middle, *corners[1:]]

@@ -259,7 +259,7 @@ def _measure(
     with tqdm(total=math.prod(shape), desc="evaluate", unit="row", disable=not plan.progress) as bar:
         for points, prompts in _batches(whole.token_ids, len(everyone), plan.batch_rows // generations):
             batch = whole.taken(prompts.tolist())
-            # Equal streams at every point: the seed does not know the point.
+            # The seeds do not depend on the point: every point has the same random streams.
             seeds = derive(plan.seed, prompts.unsqueeze(-1), torch.arange(generations)).flatten()
             drawn = rollout(
                 policy,
@@ -270,7 +270,7 @@ def _measure(
                 row_seeds=seeds,
                 prompts=batch.prompts,
             )
-            # Greedy decoding (temperature 0) has no KL of its own: that of the model is given.
+            # Greedy decoding (temperature 0) has no distribution: the KL is that of the model at temperature 1.
             stats = score(
                 policy, drawn, everyone[points], outputs=("kl",), temperature=plan.sampling.temperature or 1.0
             )

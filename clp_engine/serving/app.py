@@ -40,7 +40,7 @@ from clp_engine.serving.jobs import Full, Jobs
 from clp_engine.serving.requests import MAX_CHARACTERS, GenerateRequest
 from clp_engine.serving.session import Session
 
-_MAX_BODY = 12 * MAX_CHARACTERS + 10_000  # a character is at most \uXXXX\uXXXX in JSON
+_MAX_BODY = 12 * MAX_CHARACTERS + 10_000  # JSON takes at most 12 bytes for a character: \uXXXX\uXXXX
 _LOOK_EVERY = 0.5  # seconds between looks at whether the client is still there
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
@@ -101,9 +101,8 @@ class SteerServer(ThreadingHTTPServer):
     """Each request is answered in a thread of its own; completions are submitted to `jobs`, which another thread runs."""
 
     daemon_threads = True
-    request_queue_size = (
-        128  # a browser opens several connections at once; socketserver's 5 would turn some away
-    )
+    # A browser opens several connections at once; socketserver's default of 5 would refuse some.
+    request_queue_size = 128
     block_on_close = False  # a browser keeps its connections open
 
     def __init__(self, family: socket.AddressFamily, address: tuple, allow_remote: bool, jobs: Jobs):
@@ -133,7 +132,7 @@ class SteerServer(ThreadingHTTPServer):
 
 
 def _content_policy(page: str) -> str:
-    """Only the page's own script runs, by its hash: text that a model wrote never does."""
+    """The Content-Security-Policy of the page: it names the hash of the page's script, so that no text of a model runs."""
     scripts = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(page)]
     hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in scripts)
     return (
@@ -184,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{path} takes {allowed}", Allow=allowed)
             answer()
         except Refused as refused:
-            # What was not read of a body would be taken for the next request.
+            # The unread rest of a body would be taken for the next request.
             self.close_connection = True
             self._send_json({"error": str(refused)}, refused.status, **refused.headers)
         except ConfigError as error:
@@ -254,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.session
 
     def _wait(self, future: Future) -> dict[str, Any]:
-        """The job's result. A client that hangs up takes back what has not begun."""
+        """The result of a job. A job that has not begun is cancelled when its client hangs up."""
         while not wait([future], _LOOK_EVERY).done:
             if self._hung_up() and future.cancel():
                 raise ConnectionAbortedError("the client hung up")
@@ -274,9 +273,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
-        size = int(
-            length.lstrip("0")[:19] or 0
-        )  # int() refuses digits by the thousand; a cut number is still too large
+        # int() refuses thousands of digits; the first 19 are still too large a number.
+        size = int(length.lstrip("0")[:19] or 0)
         if size > _MAX_BODY:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -320,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Requests are not worth a line each; errors are printed where they happen."""
+        """Print nothing: requests are many, and errors are printed where they happen."""
 
 
 def _host_name(host: str) -> str:

@@ -27,7 +27,7 @@ _REMEMBERED = 64  # completions of the base model: moving a slider asks for the 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """prompt: text or chat messages; token_ids: what the model reads of it; note: what it does not read, or None."""
+    """prompt: text or chat messages. token_ids: the tokens that the model reads. note: on text that was cut off, or None."""
 
     prompt: str | list[dict[str, str]]
     token_ids: list[int]
@@ -86,7 +86,7 @@ class Session:
         return {} if self.spec is None else self.spec.config
 
     def _weights_note(self) -> str | None:
-        """Why the weights do nothing, where they do nothing."""
+        """The reason why the weights have no effect, or None where they have one."""
         if len(self.policy.objectives) == 1:
             return "There is one objective, so its weight is always 1."
         if not self.policy.conditioning.blended and not self.policy.conditioning.prompt:
@@ -94,7 +94,7 @@ class Session:
         return None
 
     def _front(self) -> tuple[dict[str, Any] | None, str | None]:
-        """(points and base of the report, or None; why there is none)."""
+        """The points and base of the report, or None; and the reason where there are none, or None."""
         folders = [self.run]
         if runs.policy_directory(self.run) == self.run.parent / "policy":  # RUN/policy: the report is RUN's
             folders.append(self.run.parent)
@@ -161,7 +161,7 @@ class Session:
         return answer | {"seconds": round(time.perf_counter() - started, 3)}
 
     def _read(self, request: GenerateRequest, conditions: Conditions) -> _Prompt:
-        """The request's text as the model reads it, the way it was trained."""
+        """The request's text in the form of the prompts in training, as tokens."""
         tokenizer, note, text = self.policy.tokenizer, None, request.text.strip()
         prompt: str | list[dict[str, str]] = text
         if self.spec is not None and self.spec.task is not None:
@@ -221,7 +221,7 @@ class Session:
 
 
 def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
-    """Name, value and range of the KL coefficient, or why it cannot be moved."""
+    """Name, value and range of the KL coefficient, or the reason why it is fixed."""
     spec = policy.spec
     name = "beta" if policy.kl_is_beta else "alpha"
     known = {"name": name, "value": round(spec.default_kl, 6)}
@@ -246,7 +246,7 @@ def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
 def _examples(
     spec: runs.RunSpec | None, run: Path, given: str | Path | None
 ) -> tuple[list[dict[str, str]], bool | None]:
-    """Texts to try, and whether the run's prompts are chats (None where that is not known)."""
+    """Texts that the page offers, and whether the run's prompts are chats (None where this is unknown)."""
     if given is not None:
         rows = sources.read_rows(given)[:EXAMPLES]
     elif spec is None:
@@ -256,7 +256,7 @@ def _examples(
         return [{"name": row["name"], "text": row["document"]} for row in rows], False
     else:
         path = Path(spec.eval_dataset or spec.dataset)
-        # A run of somebody else could name any file of this user, for whoever sees the page to read.
+        # Another person's run could name any file of this user, and the page would show it.
         folder = run if (run / "run.json").is_file() else run.parent
         if not (trust.is_own(spec) or path.resolve().is_relative_to(folder.resolve())):
             return [], None
@@ -270,7 +270,7 @@ def _examples(
 
 
 def _user_text(prompt: Any) -> str | None:
-    """What a user would type for this prompt; None for a chat of several messages."""
+    """The text that a user would type for this prompt. None for a chat of several messages."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and isinstance(prompt[0].get("content"), str):

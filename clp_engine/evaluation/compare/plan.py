@@ -44,7 +44,7 @@ OWN_KEYS = (
     "keep_checkpoints",
     "title",
 )
-# Checkpoints are there to go on from, nothing else: often, and one of them.
+# Checkpoints serve only to resume an interrupted run: they are frequent, and the newest is kept.
 _RUN_DEFAULTS = {"save_steps": 20, "save_total_limit": 1}
 
 
@@ -300,7 +300,7 @@ class _Builder:
         values |= settings
         for name in ("max_steps", "max_generated_tokens"):
             if values.get(name, 0) > 0:
-                # Rounded up: what does not divide goes to the baseline.
+                # Rounded up: the remainder goes to the baseline.
                 values[name] = math.ceil(values[name] / share)
         where = f"method {method.name!r}"
         config = _settings({**values, "seed": seed}, where)

@@ -44,7 +44,7 @@ def styles(comparison: Comparison) -> dict[str, Style]:
         line = "--" if method.kind in _BASELINES else "-"
         result[method.name] = Style(
             _COLOURS[taken % len(_COLOURS)],
-            # Beyond eight methods colours come again, with other markers.
+            # Beyond ten methods the colours repeat, with other markers.
             _MARKERS[(taken + taken // len(_COLOURS)) % len(_MARKERS)],
             line,
         )

@@ -133,7 +133,7 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
 
 def difference_table(contrasts: Sequence[Contrast], comparison: Comparison) -> str:
     """w.R (or the objective) of each method minus that of one reference, a row for each weighting."""
-    # One that was evaluated at few weightings may come first: the longest list has them all, in order.
+    # The first method may have few weightings. The longest list holds all of them, in order.
     keys = [_asked(d, comparison) for d in max((c.differences for c in contrasts), key=len)]
     header = [*_asked_header(comparison), *(c.method for c in contrasts)]
     by_method = [{tuple(_asked(d, comparison)): comparison.fair(d) for d in c.differences} for c in contrasts]

@@ -26,7 +26,7 @@ from clp_engine.training.run_folder import checkpoints
 
 BUSY, INTERRUPTED = 75, 130  # exit codes of a worker
 _POLL = 0.2  # seconds between looks at the workers
-_PATIENCE = 2.0  # seconds before a piece that another process has is looked at again
+_PATIENCE = 2.0  # seconds between looks at a piece that another process holds
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def execute(plan: Plan, todo: Sequence[Piece], jobs: int, say: Callable[[str], N
                 if code == 0:
                     done.add(key)
                 elif code == BUSY:
-                    # Behind the others: there may be enough to do until it is free.
+                    # It queues behind the other pieces: they may keep this process busy until it is free.
                     waiting.append(worker.piece)
                     counter -= 1
                     if not any(done.issuperset(p.needs) for p in waiting[:-1]):
@@ -184,7 +184,7 @@ class _Worker:
                     str(plan_file(plan)),
                     piece.key,
                 ],
-                stdin=subprocess.PIPE,  # never written to: its end tells the worker that we are gone
+                stdin=subprocess.PIPE,  # never written to: its end tells the worker that this process has ended
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

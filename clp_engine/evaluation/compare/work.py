@@ -99,7 +99,7 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
             {
                 **run.config,
                 "disable_tqdm": not progress or run.config["disable_tqdm"],
-                "overwrite_output_dir": True,  # the folder is the comparison's: a policy without a record is made again
+                "overwrite_output_dir": True,  # the comparison owns the folder: a policy without a record is trained again
             }
         )
         trainer = runs.train(run.spec, config, resume=bool(checkpoints(folder)), again="the same command")
@@ -120,7 +120,7 @@ def _training(trainer: CLPTrainer) -> Training:
     unlogged = {**trainer.metric_log.drain(), "step": state.global_step}
     for entry in [*state.log_history, unlogged]:
         if "step_time" not in entry:
-            continue  # of an evaluation, or nothing happened since the last entry
+            continue  # an entry of an evaluation, or without a step since the last entry
         steps, before = entry["step"] - before, entry["step"]
         seconds += entry["step_time"] * steps
     return Training(
@@ -172,7 +172,7 @@ def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -
             spec.eval_rows(
                 settings.prompts, seed=settings.seed, split=settings.split if plan.spec.task else None
             ),
-            # One weighting of an untrained policy: the base model, and once more the base model.
+            # At any one weighting, an untrained policy is the base model.
             grid=[list(w) for w in (_anywhere(plan) if evaluation is None else evaluation.grid)],
             kl=list(kl) if isinstance(kl, tuple) else kl,
             num_generations=settings.num_generations,

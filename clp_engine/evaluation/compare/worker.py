@@ -24,7 +24,7 @@ def _interrupt_when_alone() -> None:
 
 def main(config: str, key: str) -> int:
     """Do the piece `key` of the plan that the file `config` holds. Returns the exit code."""
-    # It is how we are told to stop, even where whoever started us was started with it ignored.
+    # SIGINT stops this process, even if the parent inherited that SIGINT is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_interrupt_when_alone, daemon=True).start()
     plan = make_plan(json.loads(Path(config).read_text(encoding="utf-8")))
