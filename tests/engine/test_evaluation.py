@@ -16,8 +16,10 @@ from clp_engine.core.provenance import source_commit
 from clp_engine.data.rewards import RewardSet
 from clp_engine.evaluation import evaluate as module
 from clp_engine.evaluation import pareto
-from clp_engine.evaluation.evaluate import ParetoReport, default_grid, evaluate
-from clp_engine.evaluation.report import draw, summary, table
+from clp_engine.evaluation.evaluate import evaluate
+from clp_engine.evaluation.front import default_grid
+from clp_engine.evaluation.plots import draw
+from clp_engine.evaluation.report import ParetoReport, summary, table
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams

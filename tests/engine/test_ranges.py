@@ -22,7 +22,7 @@ from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.rollouts.engines import trials
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.serving.request import GenerateRequest
+from clp_engine.serving.requests import GenerateRequest
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
 

@@ -31,7 +31,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import read_tensors
 from clp_engine.data.prompts import check_row
 from clp_engine.evaluation.compare.work import Training
-from clp_engine.evaluation.evaluate import ParetoReport
+from clp_engine.evaluation.report import ParetoReport
 from clp_engine.models import fingerprint
 from clp_engine.policy.peft import reading, warm_start
 from clp_engine.serving import server

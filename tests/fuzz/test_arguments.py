@@ -27,7 +27,7 @@ from clp_engine.core.positions import Room  # noqa: E402
 from clp_engine.data.prompts import PromptDataset  # noqa: E402
 from clp_engine.policy.policy import ConditionedPolicy  # noqa: E402
 from clp_engine.rollouts.types import SamplingParams  # noqa: E402
-from clp_engine.serving.request import GenerateRequest  # noqa: E402
+from clp_engine.serving.requests import GenerateRequest  # noqa: E402
 from clp_engine.training.config import CLPConfig  # noqa: E402
 
 pytestmark = pytest.mark.check
