@@ -34,7 +34,7 @@ from clp_engine.evaluation.compare.work import Training
 from clp_engine.evaluation.report import ParetoReport
 from clp_engine.models import fingerprint
 from clp_engine.policy.peft import reading, warm_start
-from clp_engine.serving import server
+from clp_engine.serving import app as server
 from clp_engine.training import checkpoints, run_folder, runs
 from clp_engine.training.config import CLPConfig
 

@@ -90,7 +90,4 @@ def load_dataset(
 
 def as_prompt(text: str, tokenizer) -> str:
     """A DocSum prompt of any text: the text itself if it has the separator, else with it as the document."""
-    from clp_engine.tasks.docsum import make_prompt
-    from clp_engine.tasks.docsum.dataset import SUMMARY_TOKEN
-
     return text if SUMMARY_TOKEN in text else make_prompt("document", text.strip(), tokenizer)
