@@ -67,7 +67,7 @@ def collect(training: tuple[runs.RunSpec, CLPConfig] | None = None) -> dict[str,
     from clp_kernels import backends
 
     from clp_engine.core.provenance import source_commit
-    from clp_engine.tasks import task_names
+    from clp_engine.tasks.registry import task_names
 
     devices = [{"device": "cpu", "name": processor(), "memory_gib": None, "threads": torch.get_num_threads()}]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -31,9 +31,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.positions import Room
 from clp_engine.core.transformers_releases import keep_softcap
 from clp_engine.data.chat import messages_as_read
+from clp_engine.data.positions import Room
 from clp_engine.data.reward_threads import EventLoop, Workers
 
 logger = logging.getLogger(__name__)

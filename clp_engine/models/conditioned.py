@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.positions import Room
+from clp_engine.data.positions import Room
 from clp_engine.models.backbones.base import find_head
 from clp_engine.models.backbones.causal import CausalBackbone
 from clp_engine.models.backbones.choice import make_backbone

@@ -21,7 +21,7 @@ from clp_engine.core.conditions import (
     parse_weights,
 )
 from clp_engine.core.errors import ConfigError, shown
-from clp_engine.core.positions import Room
+from clp_engine.data.positions import Room
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.forms import Conditioning
 from clp_engine.policy import prompt_conditioning

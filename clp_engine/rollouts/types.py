@@ -13,7 +13,7 @@ from clp_kernels import TokenStats
 from clp_engine.core import ranges
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError, shown
-from clp_engine.core.positions import Room
+from clp_engine.data.positions import Room
 from clp_engine.models.backbones.packing import Packed, pack
 from clp_engine.models.conditioned import ConditionedModel
 

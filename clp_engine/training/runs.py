@@ -28,7 +28,7 @@ from clp_engine.training.run_folder import checkpoints, note
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.tasks import Task
+    from clp_engine.tasks.registry import Task
     from clp_engine.training.config import CLPConfig
     from clp_engine.training.trainer import CLPTrainer
 
@@ -171,7 +171,7 @@ def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def find_task(name: str) -> Task:
-    from clp_engine.tasks import get_task
+    from clp_engine.tasks.registry import get_task
 
     try:
         return get_task(name)

@@ -363,9 +363,8 @@ def test_interrupting_says_where_the_checkpoint_is_and_resuming_gives_the_same_p
 @pytest.fixture
 def small_demo(workplace, monkeypatch, tmp_path):
     """The demo on a tiny model and a made-up task; returns its run folder."""
-    from clp_engine import tasks
     from clp_engine.cli import demo
-    from clp_engine.tasks import docsum
+    from clp_engine.tasks import docsum, registry
 
     def share(remainder):
         return lambda completion_ids, **_: [
@@ -393,7 +392,7 @@ def small_demo(workplace, monkeypatch, tmp_path):
         max_prompt_length=16,
         max_completion_length=5,
     )
-    monkeypatch.setattr(tasks, "get_task", lambda name: task)
+    monkeypatch.setattr(registry, "get_task", lambda name: task)
     monkeypatch.setattr(docsum, "checkpoint_path", lambda: workplace / "base")
     monkeypatch.setattr(
         demo,

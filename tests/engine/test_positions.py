@@ -6,7 +6,7 @@ from engine.conftest import VOCAB, build_classifier, build_model, build_policy, 
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.positions import Room
+from clp_engine.data.positions import Room
 from clp_engine.data.rewards import ClassifierReward
 from clp_engine.evaluation.evaluate import evaluate
 from clp_engine.policy.policy import ConditionedPolicy

@@ -23,7 +23,7 @@ from engine.conftest import build_model, build_tokenizer  # noqa: E402
 
 from clp_engine.core import ranges  # noqa: E402
 from clp_engine.core.errors import ConfigError  # noqa: E402
-from clp_engine.core.positions import Room  # noqa: E402
+from clp_engine.data.positions import Room  # noqa: E402
 from clp_engine.data.prompts import PromptDataset  # noqa: E402
 from clp_engine.policy.policy import ConditionedPolicy  # noqa: E402
 from clp_engine.rollouts.types import SamplingParams  # noqa: E402

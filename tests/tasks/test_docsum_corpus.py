@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clp_engine.tasks import docsum, get_task, task_names
+from clp_engine.tasks import docsum
 from clp_engine.tasks.docsum import corpus
 from clp_engine.tasks.docsum.corpus import (
     Docstring,
@@ -16,6 +16,7 @@ from clp_engine.tasks.docsum.corpus import (
     split_of,
     training_docstrings,
 )
+from clp_engine.tasks.registry import get_task, task_names
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from clp_kernels.decoder import DecoderLayer, DecoderWeights, Linear
 from torch import nn
 
-from clp_engine.core.positions import moving_rope
+from clp_engine.data.positions import moving_rope
 from clp_engine.models.backbones.causal import CausalBackbone
 from clp_engine.models.blend import ConditionedLayer
 from clp_engine.models.conditioned import ConditionedModel
