@@ -382,7 +382,7 @@ def small_demo(workplace, monkeypatch, tmp_path):
             for i in range(20)
         ][:limit]
 
-    task = tasks.Task(
+    task = registry.Task(
         name="docsum",
         objectives={n: share(i) for i, n in enumerate(("coverage", "brevity", "faithfulness"))},
         default_objectives=("coverage", "brevity"),
