@@ -4,7 +4,7 @@
     f(z) = v . silu(U z + b) + c,     U (WIDTH, H + M + 2)
 
 h_t is the policy's hidden state that predicts token t: a function of the prompt, the condition and the tokens before t, so V
-leaves the expected gradient as it is (`estimators`, baseline "value"). It needs no second completion of the prompt.
+leaves the expected gradient as it is (`coefficients`, baseline "value"). It needs no second completion of the prompt.
 
 The head is fitted by least squares to the observed returns to go G_t, in units of their running location and spread:
 

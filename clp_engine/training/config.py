@@ -16,9 +16,11 @@ from clp_engine.core.conditions import KL_CONDITIONING
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.sizes import BOOKKEEPING, check_size
 from clp_engine.models.forms import CARRIERS, Conditioning
-from clp_engine.objectives.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
+from clp_engine.objectives.advantages import BASELINES, SCALE_REWARDS
+from clp_engine.objectives.coefficients import ESTIMATORS
+from clp_engine.objectives.losses import LOSS_TYPES
+from clp_engine.objectives.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
 from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
-from clp_engine.training.collecting.rollout_selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
 from clp_engine.training.trl_compat import model_init_kwargs, settings
 
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")

@@ -10,7 +10,7 @@ Over batches i, j, all of it means over pairs of two different batches, hence wi
 
 r is the mean of `return` and `exact` with an unbiased baseline: their own bias is 0, and what is measured for them is noise. A
 mean of products below zero is noise, too, and shown as 0. Intervals are 95 % percentiles over bootstrap resamples of batches.
-group_mean is shorter than the others by the factor (n - 1) / n of `estimators.group_mean`, which shows as a bias.
+group_mean is shorter than the others by the factor (n - 1) / n of `advantages.group_mean`, which shows as a bias.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import CONFIDENCE, Interval
-from clp_engine.objectives.estimators import ESTIMATORS
+from clp_engine.objectives.coefficients import ESTIMATORS
 from clp_engine.training import checkpoints, runs, trust
 from clp_engine.training.collecting.collector import Generation
 from clp_engine.training.config import CLPConfig

@@ -35,8 +35,8 @@ from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData, PromptStream, prompts_of
 from clp_engine.models.base import holds_adapters
 from clp_engine.models.forms import Conditioning
-from clp_engine.objectives.estimators import MixController
 from clp_engine.objectives.value_head import ValueHead, explained_variance
+from clp_engine.objectives.variance_mix import MixController
 from clp_engine.objectives.weightings import ConditionSampler, build_sampler
 from clp_engine.policy.peft import lora_config
 from clp_engine.policy.policy import ConditionedPolicy

@@ -8,7 +8,7 @@ from engine.test_estimators import Enumerated
 from engine.test_trainer import build_trainer
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.objectives.estimators import Tokens, coefficients, returns_to_go
+from clp_engine.objectives.coefficients import RewardedTokens, Tokens, coefficients, returns_to_go
 from clp_engine.training.gradient_noise import gradient_noise, gradients_of, measure, variants_of
 
 ALPHA = 0.4
@@ -30,7 +30,7 @@ def gradients_of_groups(policy: Enumerated, estimator: str, size: int = 2):
     rows = groups.flatten()
     tokens = Tokens(*(v[rows].detach() for v in (each.logprob, each.ref_logprob, each.kl, each.mask)))
     kl = torch.full((len(rows),), ALPHA, dtype=torch.float64)
-    c = coefficients(tokens, policy.rewards[rows], kl, 1 - kl, size, estimator=estimator)
+    c = coefficients(RewardedTokens(tokens, policy.rewards[rows], kl, 1 - kl, size), estimator=estimator)
     g = (c.logprob.unsqueeze(-1) * jacobian["logprob"][rows]).sum(1)
     if c.kl is not None:
         g = g + (c.kl.unsqueeze(-1) * jacobian["kl"][rows]).sum(1)
@@ -116,7 +116,7 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
 
     def foreseeing(policy, batch, config, value_head=None):
         scored = original(policy, batch, config, value_head)
-        scored.values.copy_(returns_to_go(scored.tokens, batch.rewards, scored.kl_coef, scored.scale, 4))
+        scored.values.copy_(returns_to_go(scored.rewarded()))
         return scored
 
     monkeypatch.setattr("clp_engine.training.gradient_noise.forward", foreseeing)

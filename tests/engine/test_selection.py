@@ -12,14 +12,9 @@ from engine.test_closed_form import BOUND, THREE_TOKENS, distance, one_thread  #
 from engine.test_trainer import build_trainer, log_of, settings
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.objectives.estimators import Coefficients, advantages, coefficients
-from clp_engine.training.collecting.rollout_selection import (
-    largest_in_group,
-    max_variance,
-    scheduled,
-    select,
-    select_tokens,
-)
+from clp_engine.objectives.coefficients import Coefficients, advantages, coefficients
+from clp_engine.objectives.selection import largest_in_group, max_variance, scheduled, select_tokens
+from clp_engine.training.collecting.rollout_selection import select
 from clp_engine.training.stepping.update import backward, micro_batches
 
 
@@ -269,22 +264,20 @@ def test_resuming_is_exact_with_a_schedule(tmp_path):
 # -- where it leads ----------------------------------------------------------------------------------------------------
 
 
-def of_chosen_rollouts(tokens, rewards, kl_coef, reward_scale, group_size, **options):
+def of_chosen_rollouts(batch, **options):
     """Two of every four completions, the mean over them."""
     options.pop("mix")
-    given = (tokens, rewards, kl_coef, reward_scale, group_size)
-    found = advantages(*given, **options)
-    rows = torch.zeros(len(rewards) // group_size, group_size)
-    rows.scatter_(1, max_variance(found.view(-1, group_size), group_size // 2), 2.0)
-    c = coefficients(*given, **options)
+    found = advantages(batch, **options).view(-1, batch.group_size)
+    rows = torch.zeros(found.shape).scatter_(1, max_variance(found, batch.group_size // 2), 2.0)
+    c = coefficients(batch, **options)
     return dataclasses.replace(c, logprob=c.logprob * rows.view(-1, 1))
 
 
-def of_chosen_tokens(tokens, rewards, kl_coef, reward_scale, group_size, **options):
+def of_chosen_tokens(batch, **options):
     """Half the tokens of every group; the entropy's place is taken by -log p, which it is the mean of."""
-    c = coefficients(tokens, rewards, kl_coef, reward_scale, group_size, **options)
-    groups = torch.arange(len(rewards)) // group_size
-    return select_tokens(c, -tokens.logprob.detach(), tokens.mask, groups, 0.5)
+    c = coefficients(batch, **options)
+    groups = torch.arange(len(batch.rewards)) // batch.group_size
+    return select_tokens(c, -batch.tokens.logprob.detach(), batch.tokens.mask, groups, 0.5)
 
 
 @pytest.mark.check

@@ -9,7 +9,7 @@ from engine.test_trainer import ROWS, build_trainer, high_words, log_of, low_wor
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.objectives.estimators import objective_scales
+from clp_engine.objectives.coefficients import objective_scales
 from clp_engine.objectives.value_head import ValueHead, explained_variance
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training import checkpoints

@@ -8,7 +8,7 @@ from engine.conftest import build_model
 from peers.both_trainers import ROWS, our_trainer, trl_trainer
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.objectives.estimators import MixController
+from clp_engine.objectives.variance_mix import MixController
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.collector import Generation
 from clp_engine.training.stepping.update import backward, micro_batches

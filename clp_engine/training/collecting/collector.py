@@ -19,7 +19,8 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.files import append_text
 from clp_engine.data.prompts import PromptBatch, Prompts, completion_texts
 from clp_engine.data.rewards import PendingRewards, RewardSet
-from clp_engine.objectives.estimators import needs_reference, scalarise
+from clp_engine.objectives.advantages import scalarise
+from clp_engine.objectives.coefficients import needs_reference
 from clp_engine.objectives.weightings import ConditionSampler
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout

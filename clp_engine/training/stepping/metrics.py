@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.objectives.estimators import Coefficients
+from clp_engine.objectives.coefficients import Coefficients
 from clp_engine.rollouts.types import Rollout
 
 # Bins of w_i in which an objective's mean reward is logged: a policy that heeds w has more of it in the higher bins.

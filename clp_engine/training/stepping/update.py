@@ -10,23 +10,24 @@ import torch
 from clp_kernels import TokenStats
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.objectives.estimators import (
+from clp_engine.objectives.advantages import rescale_rewards
+from clp_engine.objectives.coefficients import (
     DIFFERENTIATED,
     Coefficients,
-    MixController,
+    RewardedTokens,
     Tokens,
     coefficients,
-    loss_weights,
     needs_reference,
     objective_scales,
-    rescale_rewards,
     returns_to_go,
 )
+from clp_engine.objectives.losses import loss_weights
+from clp_engine.objectives.selection import select_tokens
 from clp_engine.objectives.value_head import ValueHead
+from clp_engine.objectives.variance_mix import MixController
 from clp_engine.rollouts.scoring import ALL, completion_stats, parts, unpacked
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.reference_states import joined
-from clp_engine.training.collecting.rollout_selection import select_tokens
 from clp_engine.training.config import CLPConfig
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class MicroBatch:
     """Whole groups of completions and what their gradient needs.
 
     conditions: one row per prompt. rewards: (B,) w.R, scaled as the run scales it.
-    weights: (B, T), see `estimators.loss_weights`.
+    weights: (B, T), see `losses.loss_weights`.
     old_logprob: (B, T), what the completions were sampled with, None where that is the policy as it is.
     values: (B, T), from the first pass over these completions; None in that pass, and without a value head.
     ref_hidden, advantage, token_share: see `collector.Generation`; ref_hidden (N, H).
@@ -133,20 +134,25 @@ class Scored:
 
     def coefficients(self, config: CLPConfig, estimator: str, baseline: str, mix: float) -> Coefficients:
         return coefficients(
+            self.rewarded(self.values if baseline == "value" else None),
+            estimator=estimator,
+            baseline=baseline,
+            mix=mix,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            delta=config.delta,
+        )
+
+    def rewarded(self, values: torch.Tensor | None = None) -> RewardedTokens:
+        return RewardedTokens(
             self.tokens,
             self.batch.rewards,
             self.kl_coef,
             self.scale,
             self.batch.rollout.group,
-            estimator=estimator,
-            baseline=baseline,
-            mix=mix,
-            values=self.values if baseline == "value" else None,
-            old_logprob=self.batch.old_logprob,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-            delta=config.delta,
-            advantage=self.batch.advantage,
+            values,
+            self.batch.old_logprob,
+            self.batch.advantage,
         )
 
     def loss(self, c: Coefficients) -> torch.Tensor:
@@ -232,15 +238,7 @@ def backward(
     loss.backward()
     targets = predictions = None
     if value_head is not None:
-        returns = returns_to_go(
-            tokens,
-            batch.rewards,
-            scored.kl_coef,
-            scored.scale,
-            batch.rollout.group,
-            estimator=config.kl_estimator,
-            mix=mix,
-        )
+        returns = returns_to_go(scored.rewarded(), estimator=config.kl_estimator, mix=mix)
         fitted = ((batch.weights > 0) & ~returns.isnan())[tokens.mask]
         targets, predicted = returns[tokens.mask][fitted], scored.predicted[fitted]
         (value_head.loss(predicted, targets) / step_tokens).backward()
