@@ -24,6 +24,7 @@ stops elsewhere.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 
@@ -32,6 +33,27 @@ from clp_engine.objectives.coefficients import Coefficients
 ROLLOUT_SELECTIONS = ("none", "max_variance")
 TOKEN_SELECTIONS = ("none", "advantage_entropy")
 SCHEDULES = ("constant", "linear")
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """Which completions and tokens of a rollout are trained on.
+
+    rollouts: one of ROLLOUT_SELECTIONS; rollout_share: of each group, kept by it. tokens: one of TOKEN_SELECTIONS; token_share:
+    of each group's tokens, kept by it. schedule: of both shares, one of SCHEDULES. mask_truncated: completions that never ended
+    are in the baseline of their group but not in the loss, so they are not chosen.
+    """
+
+    rollouts: str = "none"
+    rollout_share: float = 1.0
+    tokens: str = "none"
+    token_share: float = 1.0
+    schedule: str = "constant"
+    mask_truncated: bool = False
+
+    @property
+    def selects(self) -> bool:
+        return self.rollouts != "none" or self.tokens != "none"
 
 
 def scheduled(share: float, schedule: str, progress: float) -> float:

@@ -19,8 +19,11 @@ from clp_engine.models.forms import CARRIERS, Conditioning
 from clp_engine.objectives.advantages import BASELINES, SCALE_REWARDS
 from clp_engine.objectives.coefficients import ESTIMATORS
 from clp_engine.objectives.losses import LOSS_TYPES
-from clp_engine.objectives.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
+from clp_engine.objectives.policy_gradient import LossSettings
+from clp_engine.objectives.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS, SelectionSettings
 from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
+from clp_engine.rollouts.types import SamplingParams
+from clp_engine.training.settings import MicroBatching, RolloutSettings
 from clp_engine.training.trl_compat import model_init_kwargs, settings
 
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
@@ -527,6 +530,62 @@ class CLPConfig:
                 raise ConfigError(
                     "kl_conditioning='odds' needs an alpha below 1: at 1 there is only the reference"
                 )
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        return LossSettings(
+            self.kl_estimator,
+            self.baseline,
+            self.scale_rewards,
+            self.loss_type,
+            self.max_completion_length,
+            self.mask_truncated_completions,
+            self.epsilon,
+            self.epsilon_high,
+            self.delta,
+            self.kl_is_beta,
+            self.log_kl,
+        )
+
+    @property
+    def selection_settings(self) -> SelectionSettings:
+        return SelectionSettings(
+            self.rollout_selection,
+            self.rollout_share,
+            self.token_selection,
+            1.0 if self.selected_tokens is None else self.selected_tokens,
+            self.selection_schedule,
+            self.mask_truncated_completions,
+        )
+
+    @property
+    def micro_batching(self) -> MicroBatching:
+        return MicroBatching(
+            self.per_device_train_batch_size, self.max_tokens_per_microbatch, self.temperature
+        )
+
+    @property
+    def rollout_settings(self) -> RolloutSettings:
+        sampling = SamplingParams(
+            self.max_completion_length,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            tuple(self.stop_strings or ()),
+        )
+        return RolloutSettings(
+            self.rollout_size // self.num_generations,
+            self.num_generations,
+            self.batch_size // self.num_generations,
+            self.steps_per_rollout,
+            self.evaluation_group,
+            sampling,
+            self.seed,
+            self.shuffle_dataset,
+            self.max_completion_length_per_step,
+            self.rollout_rows,
+        )
 
     @property
     def reward_scale(self) -> float:

@@ -1,5 +1,6 @@
 """Noise and bias of the gradient: the formulas against an enumerable policy, and what is measured on a small model."""
 
+import dataclasses
 from itertools import product
 
 import pytest
@@ -87,7 +88,9 @@ def test_what_is_measured_is_the_gradient_that_training_takes(tmp_path, estimato
         max_steps=2,
     )
     trainer.train()  # away from the reference
-    trainer.args.kl_estimator, trainer.args.baseline = estimator, baseline
+    trainer.objective.settings = dataclasses.replace(
+        trainer.objective.settings, kl_estimator=estimator, baseline=baseline
+    )
     generation = trainer.collector.training_batch(trainer.train_dataset, 7, trainer.state)
     (measured,) = gradients_of(trainer, generation, [(estimator, baseline)])
     taken = []
@@ -106,7 +109,7 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
     trainer = build_trainer(tmp_path, baseline="value", alpha=0.3, max_steps=2, max_completion_length=4)
     trainer.train()
     with torch.no_grad():
-        trainer.value_head.output.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        trainer.objective.value_head.output.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     variants = [("return", "leave_one_out"), ("return", "value")]
     fair = measure(trainer, variants, batches=60, bootstrap=200)
     assert fair[1].bias.low == 0 and fair[0].bias.mean == 0
@@ -114,9 +117,9 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
 
     original = update.forward
 
-    def foreseeing(policy, batch, config, value_head=None):
-        scored = original(policy, batch, config, value_head)
-        scored.values.copy_(returns_to_go(scored.rewarded()))
+    def foreseeing(*given):
+        scored = original(*given)
+        scored.values.copy_(returns_to_go(scored.rewarded))
         return scored
 
     monkeypatch.setattr("clp_engine.training.gradient_noise.forward", foreseeing)

@@ -34,7 +34,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.data.prompts import PromptBatch, Prompts
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import Rollout, pad_left
-from clp_engine.training.collecting.collector import Collector, Generation
+from clp_engine.training.collecting.batches import TrainingBatch
+from clp_engine.training.collecting.collector import CollectorParts
 
 
 @dataclass
@@ -65,74 +66,70 @@ class Group:
 
 
 class PartialRollouts:
-    """The completions under way, and the batches they become; in the place of `Collector.training_batch`."""
+    """A `Collector` whose completions may take several steps: those under way, and the batches they become."""
 
-    def __init__(self, collector: Collector):
-        self._collector, self._args = collector, collector.args
-        if collector.policy.model.config.is_encoder_decoder:
+    def __init__(self, parts: CollectorParts):
+        self._parts, self._settings = parts, parts.planner.settings
+        if parts.policy.model.config.is_encoder_decoder:
             raise ConfigError(
                 "partial_rollouts reads what is there of a completion as a part of its prompt, which an encoder-decoder "
                 "does not; use partial_rollouts=False"
             )
         self._sampling = dataclasses.replace(
-            collector.sampling, max_new_tokens=collector.args.max_completion_length_per_step
+            self._settings.sampling, max_new_tokens=self._settings.tokens_per_phase
         )
         self._groups: list[Group] = []  # in the order of their numbers; some may not have begun
         self._planned = 0  # groups that were ever put there
 
-    @property
-    def _batch_groups(self) -> int:
-        return self._args.rollout_size // self._args.num_generations
-
-    def training_batch(self, dataset: Prompts, step: int, state: TrainerState) -> Generation:
+    def training_batch(self, dataset: Prompts, step: int, state: TrainerState) -> TrainingBatch:
         """The first P groups that have ended, rewarded, with the log-probs of the policies that drew them."""
-        count, before = self._batch_groups, {g.number: g.tokens for g in self._groups}
+        count, before = self._settings.prompts, {g.number: g.tokens for g in self._groups}
         phases = 0
         while len(done := [g for g in self._groups if self._is_done(g)]) < count:
             self._run_phase(dataset)
             phases += 1
         drawn_now = sum(g.tokens - before.get(g.number, 0) for g in self._groups)
         batch = done[:count]
-        batch = [batch[i] for i in self._collector.arranged([g.prompt.token_ids[0] for g in batch])]
+        batch = [batch[i] for i in self._parts.planner.arranged([g.prompt.token_ids[0] for g in batch])]
         trained = {g.number for g in batch}
         self._groups = [g for g in self._groups if g.number not in trained]
-        generation = self._collector.rewarded_batch(
+        made = self._parts.rewarding.training_batch(
             _together(batch),
             Conditions.cat([g.condition for g in batch]),
             self._assembled(batch),
             step,
             state,
-            new_tokens=drawn_now,
         )
-        generation.metrics |= {
+        made.new_tokens, made.stale = drawn_now, True
+        made.metrics |= {
             "partial/phases": phases,
             "partial/waiting_groups": sum(g.tokens > 0 for g in self._groups),
             "partial/stale_tokens": sum(before.get(g.number, 0) for g in batch)
             / max(sum(g.tokens for g in batch), 1),
         }
-        return generation
+        return made
 
     def _is_done(self, group: Group) -> bool:
         return not any(self._goes_on(c) for c in group.completions)
 
     def _goes_on(self, completion: Completion) -> bool:
-        return not completion.terminated and len(completion.tokens) < self._args.max_completion_length
+        return not completion.terminated and len(completion.tokens) < self._settings.sampling.max_new_tokens
 
     def _run_phase(self, dataset: Prompts) -> None:
         """At most L more tokens for each completion of the first P groups that have not ended."""
-        count = self._batch_groups
+        count = self._settings.prompts
         while len(unfinished := [g for g in self._groups if not self._is_done(g)]) < count:
             self._plan(dataset)
         active = unfinished[:count]
         fresh = [g for g in active if not g.tokens]
-        fresh = [fresh[i] for i in self._collector.arranged([g.prompt.token_ids[0] for g in fresh])]
+        fresh = [fresh[i] for i in self._parts.planner.arranged([g.prompt.token_ids[0] for g in fresh])]
         going_on = [(g, c) for g in active if g.tokens for c in g.completions if self._goes_on(c)]
-        with self._collector.timer("rollout"):
+        with self._parts.timer("rollout"):
             if going_on:
                 groups, completions = zip(*going_on)
                 self._draw(groups, completions, 1, begun=[c.tokens for c in completions])
             if fresh:
-                self._draw(fresh, [c for g in fresh for c in g.completions], self._args.num_generations)
+                self._draw(fresh, [c for g in fresh for c in g.completions], self._settings.group)
 
     def _draw(
         self, groups: Sequence[Group], completions: Sequence[Completion], per_prompt: int, begun=None
@@ -140,14 +137,14 @@ class PartialRollouts:
         """`per_prompt` completions of each group's prompt go on."""
         batch = _together(groups)
         drawn = rollout(
-            self._collector.policy,
+            self._parts.policy,
             batch.token_ids,
             Conditions.cat([g.condition for g in groups]),
             num_generations=per_prompt,
             sampling=self._sampling,
             row_seeds=torch.tensor([c.seed for c in completions]),
             prompts=batch.prompts,
-            max_rows=self._args.rollout_rows,
+            max_rows=self._settings.max_rows,
             begun=begun,
         )
         logprobs = drawn.logprobs.tolist()
@@ -160,18 +157,18 @@ class PartialRollouts:
 
     def _plan(self, dataset: Prompts) -> None:
         """Put the next P prompts of the stream behind the others: those of an ordinary run's next rollout."""
-        step = self._planned // self._batch_groups * self._args.steps_per_rollout
-        batch, conditions, row_seeds = self._collector.planned(dataset, step)
-        for i, seeds in enumerate(row_seeds.tolist()):
-            completions = [Completion(seed) for seed in seeds]
+        step = self._planned // self._settings.prompts * self._settings.steps
+        planned = self._parts.planner.rollout(dataset, step)
+        for i, seeds in enumerate(planned.row_seeds.tolist()):
+            prompt, condition = planned.batch.taken([i]), planned.conditions[i : i + 1]
             self._groups.append(
-                Group(self._planned + i, batch.taken([i]), conditions[i : i + 1], completions)
+                Group(self._planned + i, prompt, condition, [Completion(seed) for seed in seeds])
             )
-        self._planned += len(row_seeds)
+        self._planned += len(planned.row_seeds)
 
     def _assembled(self, groups: Sequence[Group]) -> Rollout:
         """The rollout that these completions would have come from at one go."""
-        policy, batch = self._collector.policy, _together(groups)
+        policy, batch = self._parts.policy, _together(groups)
         conditions = Conditions.cat([g.condition for g in groups])
         shown = policy.shown_prompts(batch.token_ids, conditions, batch.prompts)
         plain = pad_left(batch.token_ids, policy.pad_token_id, policy.device)
@@ -213,7 +210,7 @@ class PartialRollouts:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], dataset: Prompts) -> None:
         """Raises ConfigError where the dataset has other prompts than it had."""
-        group = self._args.num_generations
+        s, group = self._settings, self._settings.group
         prompts = state["prompts"].split(state["prompt_lengths"].tolist())
         lengths = state["lengths"].tolist()
         completions = [
@@ -227,8 +224,7 @@ class PartialRollouts:
         ]
         self._planned, self._groups = int(state["planned"]), []
         for i, number in enumerate(state["numbers"].tolist()):
-            a = self._args
-            prompt = dataset.batch(dataset.indices(number, 1, a.seed, a.shuffle_dataset))
+            prompt = dataset.batch(dataset.indices(number, 1, s.seed, s.shuffle))
             if prompt.token_ids[0] != prompts[i].tolist():
                 raise ConfigError(
                     f"prompt {number} of the run is not what it was when the checkpoint was written, and has completions "

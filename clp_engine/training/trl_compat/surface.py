@@ -13,6 +13,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from clp_engine.core.errors import ConfigError
+
 ABSENT = {
     "push_to_hub": "write what should be shared, policy.export_adapter(path, weights=...) or policy.merge(weights=...)."
     "save_pretrained(path), and upload that folder with huggingface_hub.upload_folder",
@@ -29,6 +31,22 @@ ABSENT = {
     "tools": "prompts and completions are text of one turn; there are no tools",
     "environments": "prompts come from a dataset; there are no environments",
 }
+
+
+def refuse(reward_funcs: Any, quantization_config: Any, **absent: Any) -> None:
+    """Raises ConfigError for arguments of GRPOTrainer that cannot be honoured, and where the reward functions are missing."""
+    if reward_funcs is None:
+        raise ConfigError("reward_funcs is missing; give at least one reward function")
+    if quantization_config is not None:
+        raise ConfigError(
+            "quantization_config: quantised base models are not supported; load the model in bfloat16"
+        )
+    for name, value in absent.items():
+        if value:
+            raise ConfigError(
+                f"{name}: a completion is one turn of text, drawn by the engine itself; leave it out (TRL has tools and "
+                "environments)"
+            )
 
 
 @dataclass(frozen=True)
