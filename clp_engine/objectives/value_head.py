@@ -25,7 +25,6 @@ from clp_engine.core import seeds
 
 WIDTH = 128
 DECAY = 0.98  # per step, of the running moments
-_SEED = 5  # counter that keeps this use of a run's seed apart (generation.py has 2 to 4)
 
 
 class ValueHead(nn.Module):
@@ -37,7 +36,7 @@ class ValueHead(nn.Module):
         self.output = nn.Linear(WIDTH, 1)
         with torch.no_grad():
             bound = self.hidden.in_features**-0.5
-            self.hidden.weight.uniform_(-bound, bound, generator=seeds.generator(seed, _SEED))
+            self.hidden.weight.uniform_(-bound, bound, generator=seeds.generator(seed, seeds.Stream.VALUE_HEAD))
             for zero in (self.hidden.bias, self.output.weight, self.output.bias):
                 zero.zero_()
         # Decayed sums of 1, G and G^2 over the returns of earlier steps.

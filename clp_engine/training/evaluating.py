@@ -14,12 +14,26 @@ from clp_engine.training.collecting.collector import CollectorParts
 from clp_engine.training.stepping.metrics import MetricLog
 
 
-def chosen(own: Prompts | dict[str, Prompts] | None, name: str) -> Prompts:
-    """The evaluation set of this name, of those the trainer has; ConfigError where it has none."""
-    if not isinstance(own, dict) or name not in own:
-        known = ", ".join(own) if isinstance(own, dict) else "none with a name"
-        raise ConfigError(f"eval_dataset={name!r}: there are {known}")
-    return own[name]
+def chosen(
+    own: Prompts | dict[str, Prompts] | None, asked: Any, ignore_keys: Any, read: Callable[[Any], Any]
+) -> Prompts | dict[str, Prompts]:
+    """The prompts that `evaluate` is asked for: the trainer's `own`, those of one name, or others that `read` makes of rows.
+
+    Raises ConfigError where there are none, and for ignore_keys, which transformers' Trainer has.
+    """
+    if ignore_keys:
+        raise ConfigError(
+            f"ignore_keys={ignore_keys!r}: an evaluation keeps no outputs of the model; leave it out"
+        )
+    if isinstance(asked, str):
+        if not isinstance(own, dict) or asked not in own:
+            known = ", ".join(own) if isinstance(own, dict) else "none with a name"
+            raise ConfigError(f"eval_dataset={asked!r}: there are {known}")
+        return own[asked]
+    dataset = own if asked is None else read(asked)
+    if dataset is None:
+        raise ConfigError("evaluate() needs an eval_dataset")
+    return dataset
 
 
 def evaluation_metrics(

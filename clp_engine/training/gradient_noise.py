@@ -43,7 +43,6 @@ from clp_engine.training.stepping.update import forward, micro_batches
 from clp_engine.training.trainer import CLPTrainer
 
 Variant = tuple[str, str]  # estimator, baseline
-_SEED = 6  # counter that keeps this use of a run's seed apart (value.py has 5)
 
 
 @dataclass(frozen=True)
@@ -295,7 +294,7 @@ def _trainer(spec: runs.RunSpec, seed: int, completions: int | None) -> CLPTrain
         config = dataclasses.replace(config, **size)
     trainer = CLPTrainer(spec.model, spec.reward_functions(), config, spec.train_rows(seed=trained.seed))
     planner = trainer.collector_parts.planner
-    drawn = int(seeds.derive(trained.seed, _SEED, seed)) & ((1 << 62) - 1)
+    drawn = int(seeds.derive(trained.seed, seeds.Stream.GRADIENT_NOISE, seed)) & ((1 << 62) - 1)
     planner.settings = dataclasses.replace(planner.settings, seed=drawn)
     return trainer
 

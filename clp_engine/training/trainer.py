@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
@@ -41,7 +40,7 @@ from clp_engine.data.streams import EndOfData
 from clp_engine.objectives.reference import FrozenReference
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.training import building, evaluating, run_folder
-from clp_engine.training.budget import Budget, finish_step_on_interrupt
+from clp_engine.training.budget import Budget, Progress, finish_step_on_interrupt, of_run
 from clp_engine.training.checkpoints import best, checkpoint, resuming
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import CollectorParts, WholeRollouts
@@ -49,7 +48,8 @@ from clp_engine.training.collecting.partial_rollouts import PartialRollouts
 from clp_engine.training.collecting.planning import Planner
 from clp_engine.training.collecting.rewarding import Rewarding
 from clp_engine.training.collecting.rollout_selection import Selector
-from clp_engine.training.config import STEPS, CLPConfig
+from clp_engine.training.config import CLPConfig
+from clp_engine.training.config_checks import STEPS
 from clp_engine.training.stepping.metrics import MetricLog, PhaseTimer, read_scalars, update_metrics
 from clp_engine.training.stepping.optimisation import Optimisation, check_norm
 from clp_engine.training.stepping.update import backward, micro_batches
@@ -190,7 +190,8 @@ class CLPTrainer(surface.ScriptSurface):
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _step(self, bar) -> float:
+    def _step(self, progress: Progress) -> float:
+        """Schedule, roll out and reward where a rollout is due; update; tell everyone. Returns the loss."""
         a, state = self.args, self.state
         iteration = state.global_step % a.steps_per_rollout
         if iteration == 0:
@@ -198,7 +199,7 @@ class CLPTrainer(surface.ScriptSurface):
         start = time.perf_counter()
         self.timer.seconds.clear()
         self._hear("on_step_begin")
-        generated = self._collect() if iteration == 0 else 0  # schedule, roll out, reward
+        generated = self._collect() if iteration == 0 else 0
         self._generation = batch = self._generations[iteration % a.rollout_steps]
         if iteration > 0 or batch.stale:
             batch.old_logprob = batch.rollout.logprobs
@@ -212,11 +213,7 @@ class CLPTrainer(surface.ScriptSurface):
         metrics |= {"step_time": time.perf_counter() - start}
         metrics |= {f"time/{k}": v for k, v in self.timer.seconds.items()}
         self.metric_log.add(metrics)
-        bar.update(1 if a.max_generated_tokens is None else generated)
-        shown = {"reward": f"{batch.metrics['reward']:.3f}"}
-        if "kl_sequence" in metrics:
-            shown["kl"] = f"{metrics['kl_sequence']:.2f}"
-        bar.set_postfix(**shown, refresh=False)
+        progress.step(generated, batch.metrics["reward"], metrics.get("kl_sequence"))
         self._hear("on_step_end")
         self._log_evaluate_save()
         return metrics["loss"]
@@ -270,20 +267,7 @@ class CLPTrainer(surface.ScriptSurface):
 
     @property
     def budget(self) -> Budget:
-        a = self.args
-        per_step = a.rollout_size * a.max_completion_length
-        return Budget(self.max_steps, a.max_generated_tokens, per_step, a.steps_per_rollout)
-
-    @property
-    def max_steps(self) -> int | None:
-        """Optimiser steps of the whole run, None where generated tokens alone end it."""
-        a = self.args
-        if a.max_steps > 0:
-            return a.max_steps
-        if a.max_generated_tokens is not None:
-            return None
-        prompts = a.rollout_size // a.num_generations
-        return max(1, math.ceil(a.num_train_epochs * len(self.train_dataset) / prompts)) * a.steps_per_rollout
+        return of_run(self.args, self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Run to the end. resume_from_checkpoint: a checkpoint folder, or True for the newest in output_dir; the steps that
@@ -304,20 +288,11 @@ class CLPTrainer(surface.ScriptSurface):
         started, first_step, losses = time.time(), state.global_step, []
         if a.eval_on_start and state.global_step == 0:
             self.evaluate()
-        by_tokens = a.max_generated_tokens is not None
-        bar = tqdm(
-            total=a.max_generated_tokens if by_tokens else state.max_steps,
-            initial=self.num_generated_tokens if by_tokens else state.global_step,
-            desc="train",
-            unit="token" if by_tokens else "step",
-            unit_scale=by_tokens,
-            disable=a.disable_tqdm,
-            dynamic_ncols=True,
-        )
-        with bar, finish_step_on_interrupt() as interrupted:
-            while not self._spent and not self.control.should_training_stop:
+        bar = Progress(a, state, self.num_generated_tokens)
+        with bar as progress, finish_step_on_interrupt() as interrupted:
+            while not self._is_over():
                 try:
-                    losses.append(self._step(bar))
+                    losses.append(self._step(progress))
                 except EndOfData as end:
                     logger.warning(
                         "%s, at step %d of %d: training ends here", end, state.global_step, state.max_steps
@@ -341,15 +316,15 @@ class CLPTrainer(surface.ScriptSurface):
         self._hear("on_train_end")
         return TrainOutput(state.global_step, loss, metrics)
 
-    @property
-    def _spent(self) -> bool:
-        return self.budget.spent(self.state.global_step, self.num_generated_tokens)
+    def _is_over(self) -> bool:
+        spent = self.budget.spent(self.state.global_step, self.num_generated_tokens)
+        return spent or self.control.should_training_stop
 
     def _prepare(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         """Optimiser, state and log, from the start or from a checkpoint."""
         a, state = self.args, self.state
         for name in STEPS:
-            setattr(state, name, a.steps_of(name, self.max_steps))
+            setattr(state, name, a.steps_of(name, self.budget.steps))
         state.train_batch_size, state.num_train_epochs = (
             a.per_device_train_batch_size,
             math.ceil(a.num_train_epochs),
@@ -435,16 +410,7 @@ class CLPTrainer(surface.ScriptSurface):
         eval_dataset: instead of the trainer's own; the name of one of those, where they have names. Several are evaluated one
         after another, under `eval_<name>_`, and returned together. ignore_keys: transformers'; refused, there are none.
         """
-        if ignore_keys:
-            raise ConfigError(
-                f"ignore_keys={ignore_keys!r}: an evaluation keeps no outputs of the model; leave it out"
-            )
-        if isinstance(eval_dataset, str):
-            dataset = evaluating.chosen(self.eval_dataset, eval_dataset)
-        else:
-            dataset = self.eval_dataset if eval_dataset is None else self._evaluation_prompts(eval_dataset)
-        if dataset is None:
-            raise ConfigError("evaluate() needs an eval_dataset")
+        dataset = evaluating.chosen(self.eval_dataset, eval_dataset, ignore_keys, self._evaluation_prompts)
         if isinstance(dataset, dict):
             parts = [self._evaluate(part, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}

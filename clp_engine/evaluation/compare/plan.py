@@ -21,7 +21,8 @@ from clp_engine.core.conditions import parse_weights
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.training import runs
-from clp_engine.training.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
+from clp_engine.training.config import WITHOUT_EFFECT, CLPConfig
+from clp_engine.training.config_checks import KL_NAMES
 
 KINDS = ("clp", "specialists", "soup", "logit_mixing", "kl_specialists")
 BUDGETS = ("equal", "each")

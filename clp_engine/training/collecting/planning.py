@@ -11,12 +11,10 @@ import torch
 
 from clp_engine.core import seeds
 from clp_engine.core.conditions import Conditions
+from clp_engine.core.seeds import Stream
 from clp_engine.data.prompts import PromptBatch, Prompts
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.training.settings import RolloutSettings
-
-# Counters that keep the uses of one seed apart (data.py has 1).
-_CONDITIONS, _TOKENS, _EVAL = 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,15 @@ class Planner:
         s = self.settings
         position = step // s.steps * s.prompts
         batch = dataset.batch(dataset.indices(position, s.prompts, s.seed, s.shuffle))
-        conditions = self.weighting.sample(s.prompts, seeds.generator(s.seed, _CONDITIONS, step))
-        row_seeds = seeds.derive(s.seed, _TOKENS, step, torch.arange(s.prompts * s.group))
+        conditions = self.weighting.sample(s.prompts, seeds.generator(s.seed, Stream.CONDITIONS, step))
+        row_seeds = seeds.derive(s.seed, Stream.TOKENS, step, torch.arange(s.prompts * s.group))
         return Planned(batch, conditions, row_seeds.view(s.prompts, -1))
 
     def evaluation(self, batch: PromptBatch, start: int) -> Planned:
         """Rows of an evaluation set from row `start` on: the same conditions and random numbers every time."""
         s, rows = self.settings, len(batch.prompts)
-        conditions = self.weighting.sample(rows, seeds.generator(s.seed, _EVAL, start))
-        row_seeds = seeds.derive(s.seed, _EVAL, start, torch.arange(rows * s.evaluation_group))
+        conditions = self.weighting.sample(rows, seeds.generator(s.seed, Stream.EVALUATION, start))
+        row_seeds = seeds.derive(s.seed, Stream.EVALUATION, start, torch.arange(rows * s.evaluation_group))
         return Planned(batch, conditions, row_seeds.view(rows, -1))
 
     def arranged(self, token_ids: list[list[int]]) -> list[int]:
