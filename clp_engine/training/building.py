@@ -9,22 +9,30 @@ from pathlib import Path
 
 import torch
 
+from clp_engine.core.conditions import check_objectives
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.sizes import BOOKKEEPING, check_size
+from clp_engine.data import chat_template
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import PromptStream, prompts_of
 from clp_engine.models.base import holds_adapters
 from clp_engine.models.forms import Conditioning
+from clp_engine.objectives.objective import Objective
 from clp_engine.objectives.policy_gradient import PolicyGradient
+from clp_engine.objectives.reference import Reference
 from clp_engine.objectives.value_head import ValueHead
 from clp_engine.objectives.weightings import Weighting, build_sampler
 from clp_engine.policy.peft import lora_config
 from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.training.collecting.collector import CollectorParts
+from clp_engine.training.collecting.planning import Planner
+from clp_engine.training.collecting.rewarding import Rewarding
 from clp_engine.training.config import CLPConfig
+from clp_engine.training.stepping.metrics import PhaseTimer
 from clp_engine.training.trl_compat import model_init_kwargs
 
-logger = logging.getLogger("clp_engine.training.trainer")
+logger = logging.getLogger(__name__)
 
 # Settings that describe a policy to be built.
 _BUILDING = (
@@ -38,13 +46,26 @@ _BUILDING = (
 )
 
 
-def check_room(a: CLPConfig) -> None:
-    """Before anything is loaded: the rollouts fit into this machine."""
+def check(a: CLPConfig, rewards: RewardSet, weighting: Weighting | None) -> None:
+    """Before anything is loaded: one source of weightings, names that can be objectives, rollouts that fit this machine."""
+    if weighting is not None and a.reward_weights is not None:
+        raise ConfigError(
+            "reward_weights fix the objective, and condition_sampler draws it; give one of the two"
+        )
+    check_objectives(rewards.names)
     check_size(
         f"a rollout of {a.rollout_size:,} completions of up to max_completion_length = {a.max_completion_length:,} tokens",
         a.rollout_size * a.max_completion_length * BOOKKEEPING,
         "cuda" if torch.cuda.is_available() and not a.use_cpu else "cpu",
     )
+
+
+def tokenizer_of(policy: ConditionedPolicy, given, a: CLPConfig):
+    """The tokenizer that was given, else the policy's own, with the values for its chat template."""
+    tokenizer = given or policy.tokenizer
+    if tokenizer is None:
+        raise ConfigError("no tokenizer: give processing_class=")
+    return chat_template.with_values(tokenizer, a.chat_template_kwargs)
 
 
 def training_prompts(rows, a: CLPConfig, policy: ConditionedPolicy, tokenizer) -> Prompts:
@@ -130,6 +151,20 @@ def _shares(a: CLPConfig, rewards: RewardSet) -> list[float]:
 
 
 def build_policy(
+    model, tokenizer, peft_config, a: CLPConfig, rewards: RewardSet, min_kl: float
+) -> ConditionedPolicy:
+    """The policy that `model` is, or that is built on it, on the device that it is trained on."""
+    policy = _policy_of(model, tokenizer, peft_config, a, rewards, min_kl)
+    if policy.device.type == "cpu" and not a.use_cpu and torch.cuda.is_available():
+        policy.to("cuda")
+    if a.gradient_checkpointing:
+        policy.checkpoint_layers()
+    for detour in policy.detours():
+        logger.warning("%s: %s", type(policy.model).__name__, detour)
+    return policy
+
+
+def _policy_of(
     model, tokenizer, peft_config, a: CLPConfig, rewards: RewardSet, min_kl: float
 ) -> ConditionedPolicy:
     kl = {
@@ -255,6 +290,30 @@ def _check_policy(policy: ConditionedPolicy, a: CLPConfig) -> None:
             "the KL coefficient varies and nothing tells the policy: build it with {kl} in its prompt_template, or with "
             "kl_conditioning"
         )
+
+
+def build_collector_parts(
+    a: CLPConfig,
+    policy: ConditionedPolicy,
+    rewards: RewardSet,
+    objective: Objective,
+    reference: Reference,
+    weighting: Weighting,
+    timer: PhaseTimer,
+) -> CollectorParts:
+    rewarding = Rewarding(
+        policy,
+        rewards,
+        policy.tokenizer,
+        objective,
+        reference,
+        weighting,
+        a.micro_batching,
+        timer,
+        a.reward_scale,
+        Path(a.output_dir) / "completions.jsonl" if a.log_completions else None,
+    )
+    return CollectorParts(policy, Planner(weighting, a.rollout_settings), rewarding, timer)
 
 
 def build_objective(a: CLPConfig, policy: ConditionedPolicy) -> PolicyGradient:

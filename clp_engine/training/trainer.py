@@ -16,7 +16,6 @@ purpose), so a resumed run repeats an uninterrupted one to the bit.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -26,14 +25,11 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clp_engine.core.conditions import check_objectives
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.files import append_text, check_folder, write_text
-from clp_engine.data import chat_template
+from clp_engine.core.files import check_folder
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData
@@ -43,10 +39,8 @@ from clp_engine.training import building, evaluating, run_folder
 from clp_engine.training.budget import Budget, Progress, finish_step_on_interrupt, of_run
 from clp_engine.training.checkpoints import best, checkpoint, resuming
 from clp_engine.training.collecting.batches import TrainingBatch
-from clp_engine.training.collecting.collector import CollectorParts, WholeRollouts
+from clp_engine.training.collecting.collector import WholeRollouts
 from clp_engine.training.collecting.partial_rollouts import PartialRollouts
-from clp_engine.training.collecting.planning import Planner
-from clp_engine.training.collecting.rewarding import Rewarding
 from clp_engine.training.collecting.rollout_selection import Selector
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.config_checks import STEPS
@@ -104,24 +98,13 @@ class CLPTrainer(surface.ScriptSurface):
         self.args = a = args or CLPConfig()
         self.run_id: str | None = uuid.uuid4().hex  # of the run that it goes on with, where it resumes one
         self.rewards = RewardSet(reward_funcs, reward_processing_classes, a.reward_workers)
-        if condition_sampler is not None and a.reward_weights is not None:
-            raise ConfigError(
-                "reward_weights fix the objective, and condition_sampler draws it; give one of the two"
-            )
-        check_objectives(self.rewards.names)
-        building.check_room(a)
+        building.check(a, self.rewards, condition_sampler)
         self.sampler = condition_sampler or building.build_weighting(a, self.rewards)
         self.policy = building.build_policy(
             model, processing_class, peft_config, a, self.rewards, self.sampler.min_kl
         )
-        if self.policy.device.type == "cpu" and not a.use_cpu and torch.cuda.is_available():
-            self.policy.to("cuda")
         self.rewards.to(self.policy.device)
-        self.tokenizer = processing_class or self.policy.tokenizer
-        if self.tokenizer is None:
-            raise ConfigError("no tokenizer: give processing_class=")
-        self.tokenizer = chat_template.with_values(self.tokenizer, a.chat_template_kwargs)
-        self.policy.tokenizer = self.tokenizer
+        self.policy.tokenizer = self.tokenizer = building.tokenizer_of(self.policy, processing_class, a)
         self.train_dataset = None if train_dataset is None else self._training_prompts(train_dataset)
         self.eval_dataset = self._evaluation_prompts(eval_dataset)
         if self.eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
@@ -129,25 +112,13 @@ class CLPTrainer(surface.ScriptSurface):
                 f"eval_strategy={a.eval_strategy!r}, eval_on_start={a.eval_on_start}: there is no "
                 "eval_dataset; give one, or eval_strategy='no'"
             )
-        if a.gradient_checkpointing:
-            self.policy.checkpoint_layers()
-        for detour in self.policy.detours():
-            logger.warning("%s: %s", type(self.policy.model).__name__, detour)
         self._build_loop()
         self.num_generated_tokens = 0
         self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
         self.control = TrainerControl()
         self.optimizer, self.lr_scheduler = optimizers
-        try:
-            reporting = get_reporting_integration_callbacks(a.report_to)
-        except ValueError as error:  # names those there are
-            raise ConfigError(f"report_to={a.report_to!r}: {error}") from error
-        self.callback_handler = CallbackHandler(
-            [DefaultFlowCallback, *reporting, *(callbacks or [])],
-            self.policy.model,
-            self.tokenizer,
-            self.optimizer,
-            self.lr_scheduler,
+        self.callback_handler = surface.callback_handler(
+            a.report_to, callbacks, self.policy.model, self.tokenizer, *optimizers
         )
         self._epoch_begun: int | None = None
         self._hear("on_init_end")
@@ -157,20 +128,8 @@ class CLPTrainer(surface.ScriptSurface):
         a = self.args
         self.timer = PhaseTimer(self.policy.device)
         self.objective, self.reference = building.build_objective(a, self.policy), FrozenReference()
-        rewarding = Rewarding(
-            self.policy,
-            self.rewards,
-            self.tokenizer,
-            self.objective,
-            self.reference,
-            self.sampler,
-            a.micro_batching,
-            self.timer,
-            a.reward_scale,
-            Path(a.output_dir) / "completions.jsonl" if a.log_completions else None,
-        )
-        self.collector_parts = CollectorParts(
-            self.policy, Planner(self.sampler, a.rollout_settings), rewarding, self.timer
+        self.collector_parts = building.build_collector_parts(
+            a, self.policy, self.rewards, self.objective, self.reference, self.sampler, self.timer
         )
         self.collector = (PartialRollouts if a.partial_rollouts else WholeRollouts)(self.collector_parts)
         self.selector = Selector(
@@ -359,7 +318,7 @@ class CLPTrainer(surface.ScriptSurface):
         self._has_folder = True
         if a.log_completions:
             run_folder.note(a.output_dir, [Path(a.output_dir) / "completions.jsonl"])
-        self._open_log(resumed=bool(resume_from_checkpoint))
+        run_folder.start_log(a.output_dir, self.state.log_history if resume_from_checkpoint else [])
 
     def _log_evaluate_save(self) -> None:
         """What the callbacks have asked for."""
@@ -438,28 +397,16 @@ class CLPTrainer(surface.ScriptSurface):
         logs["epoch"] = round(self.state.epoch or 0.0, 4)
         entry = {**logs, "step": self.state.global_step}
         self.state.log_history.append(entry)
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        append_text(Path(self.args.output_dir) / "log.jsonl", json.dumps(entry) + "\n")
+        run_folder.append_log(self.args.output_dir, entry)
         self._hear("on_log", logs)
-
-    def _open_log(self, resumed: bool) -> None:
-        """Start log.jsonl anew, or keep of it what happened up to the checkpoint."""
-        history = self.state.log_history if resumed else []
-        write_text(
-            Path(self.args.output_dir) / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history)
-        )
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> Path:
         """Write the policy to `output_dir`, by default <args.output_dir>/policy."""
         run = Path(self.args.output_dir)
-        path = run / "policy" if output_dir is None else Path(output_dir)
         if output_dir is None and not self._has_folder:
             run_folder.check_free(run, self.run_id, self.args.overwrite_output_dir)
-        if path.resolve().is_relative_to(run.resolve()):
-            with run_folder.writing(run, path.resolve().relative_to(run.resolve())) as temporary:
-                self.policy.write_files(temporary)
-        else:
-            self.policy.save_pretrained(path)
+        path = run / "policy" if output_dir is None else Path(output_dir)
+        run_folder.write_policy(run, path, self.policy)
         return path
 
     _has_folder = False  # output_dir holds the run of this trainer

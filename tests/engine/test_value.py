@@ -175,7 +175,7 @@ def test_a_checkpoint_from_before_there_was_a_value_head_resumes(tmp_path):
         "stratified_weights",
     ):
         del state["config"][name]
-    del state["num_generated_tokens"]
+    del state["num_generated_tokens"], state["reference"]
     path.write_text(json.dumps(state))
     changes["max_steps"] = 2
     assert build_trainer(tmp_path, **changes).train(resume_from_checkpoint=True).global_step == 2

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from clp_engine.core.errors import ConfigError
 
@@ -47,6 +48,16 @@ def refuse(reward_funcs: Any, quantization_config: Any, **absent: Any) -> None:
                 f"{name}: a completion is one turn of text, drawn by the engine itself; leave it out (TRL has tools and "
                 "environments)"
             )
+
+
+def callback_handler(report_to: Any, callbacks: Any, *parts: Any) -> CallbackHandler:
+    """The trainer's callbacks: transformers' own, those that report, and the user's. parts: model, tokenizer, optimiser and
+    schedule, which they are told of. Raises ConfigError for a `report_to` that transformers does not know."""
+    try:
+        reporting = get_reporting_integration_callbacks(report_to)
+    except ValueError as error:  # names those there are
+        raise ConfigError(f"report_to={report_to!r}: {error}") from error
+    return CallbackHandler([DefaultFlowCallback, *reporting, *(callbacks or [])], *parts)
 
 
 @dataclass(frozen=True)
