@@ -6,7 +6,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clp_engine.core import ranges
 from clp_engine.core.conditions import KL_CONDITIONING
@@ -20,8 +20,7 @@ from clp_engine.objectives.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN
 from clp_engine.policy.prompt_conditioning import check_template
 from clp_engine.training.trl_compat import model_init_kwargs
 
-if TYPE_CHECKING:
-    from clp_engine.training.config import CLPConfig
+CLPConfig = Any  # which imports this module
 
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")

@@ -11,7 +11,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.data.prompts import Prompts
 from clp_engine.rollouts.scoring import score
 from clp_engine.training.collecting.collector import CollectorParts
-from clp_engine.training.stepping.metrics import MetricLog
+from clp_engine.training.metrics import MetricLog
 
 
 def chosen(

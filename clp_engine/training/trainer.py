@@ -44,8 +44,9 @@ from clp_engine.training.collecting.partial_rollouts import PartialRollouts
 from clp_engine.training.collecting.rollout_selection import Selector
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.config_checks import STEPS
-from clp_engine.training.stepping.metrics import MetricLog, PhaseTimer, read_scalars, update_metrics
+from clp_engine.training.metrics import MetricLog, PhaseTimer, read_scalars
 from clp_engine.training.stepping.optimisation import Optimisation, check_norm
+from clp_engine.training.stepping.step_metrics import update_metrics
 from clp_engine.training.stepping.update import backward, micro_batches
 from clp_engine.training.trl_compat import surface
 from clp_engine.training.trl_compat.dataloader_view import PromptLoader

@@ -355,7 +355,7 @@ def test_a_comparison_killed_in_the_middle_of_runs_ends_as_one_that_never_was(
     (workplace / "killed.json").write_text(json.dumps(config))
     code = """
 import json, os
-from clp_engine import trainer
+from clp_engine.training import trainer
 from clp_engine.evaluation.compare import compare
 step = trainer.CLPTrainer._step
 def dying(self, bar):

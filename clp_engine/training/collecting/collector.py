@@ -16,7 +16,7 @@ from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.planning import Planned, Planner
 from clp_engine.training.collecting.rewarding import Rewarding
-from clp_engine.training.stepping.metrics import PhaseTimer
+from clp_engine.training.metrics import PhaseTimer
 
 
 class Collector(Protocol):

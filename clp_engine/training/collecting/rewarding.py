@@ -21,8 +21,8 @@ from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting import reference_states
 from clp_engine.training.collecting.batches import TrainingBatch
+from clp_engine.training.metrics import PhaseTimer, completion_metrics, reward_metrics
 from clp_engine.training.settings import MicroBatching
-from clp_engine.training.stepping.metrics import PhaseTimer, completion_metrics, reward_metrics
 
 
 class Rewarding:
