@@ -8,9 +8,9 @@ and every estimator here is linear in two statistics of each token, with coeffic
 
     loss = - sum_bt loss_weights[b, t] * (c_logprob[b, t] * logprob[b, t] + c_kl[b, t] * kl[b, t])
 
-The coefficients point uphill: without weights the gradient of the bracket estimates the gradient of the sum
-of J over rows. `-loss_weights * c` are therefore the incoming gradients of the fused log-prob op, and no
-token needs a graph of its own.
+The coefficients point uphill: with weights of one, the gradient of the bracket estimates the gradient of the
+sum of J over rows. `-loss_weights * c` are the incoming gradients of the fused log-prob op, so no token needs
+a graph of its own.
 
 The estimators. `A` is `reward_scale * r - kl_coef * penalty` minus its baseline over the group, one number
 per row:
@@ -23,18 +23,25 @@ per row:
 
 with p = logprob, q = ref_logprob and KL_t the exact KL of step t over the whole vocabulary.
 
-Why the penalty is the sum over all steps, when only the steps to come (from t on in `return`, after t in
-`exact`) depend on token t: what lies before t is a function of the prefix, so any multiple of it is a valid
-baseline. Two choices were compared on enumerable policies (4 tokens x 3 steps, 2 x 7, 3 x 6; groups of 4),
-by the variance of the gradient: the whole sum with the group's whole sums as baseline, as here, and the
-part to come with the group's parts to come at the same position. On the way from the reference to the
-optimum the whole sum was never worse: half-way, at alpha 0.2, 0.047 against 0.079, 0.061 against 0.112 and
-0.089 against 0.179 in `return`, and at the optimum 0 against 0.005 to 0.016, because there reward and
-log-ratio cancel in every completion and not merely on average. In `exact` the two
-are within 12 % there. The
-price: where the log-ratio is mostly noise that no reward explains (random logits, rewards of size 0.1) the
-whole sum has up to 1.8 times the variance in `return`; `exact` is lower than both there, by up to a factor
-of ten, and `mixed` finds it.
+Why the penalty is the sum over all steps. Token t influences only the steps to come: from t on in `return`,
+after t in `exact`. The steps before t are a function of the prefix, so any multiple of their sum is a valid
+baseline. Two choices were compared by the variance of the gradient, on policies small enough to enumerate
+(4 tokens x 3 steps, 2 x 7, 3 x 6; groups of 4):
+
+    whole      the sum over all steps, less the group's sums over all steps (used here)
+    to come    the sum over the steps to come, less the group's sums from the same position
+
+    `return`, alpha 0.2     4 x 3     2 x 7     3 x 6
+    half-way    whole       0.047     0.061     0.089
+                to come     0.079     0.112     0.179
+    optimum     whole       0         0         0
+                to come     0.005 to 0.016
+
+On the way from the reference to the optimum the whole sum was never worse in `return`; in `exact` the two are
+within 12 % of each other on that way. At the optimum reward and log-ratio cancel in every completion, not
+merely on average. The price: where no reward explains the log-ratio (random logits, rewards of size 0.1), the
+whole sum has up to 1.8 times the variance of the sum to come in `return`. `exact` has less than either there,
+by up to a factor of ten, and `mixed` finds it.
 
 With baseline="value" A is one number per token instead: the part of the return that is still to come, less
 a prediction of it from the prefix (and prompt, w, kl):
@@ -45,9 +52,9 @@ a prediction of it from the prefix (and prompt, w, kl):
     mixed   mix * exact + (1 - mix) * return         k2, k3   penalty_t = 0
 
 The gradient's expectation does not change, because grad log pi(y_t | y_<t) has mean zero given the prefix:
-E[V(y_<t) grad log pi(y_t | y_<t)] = E[V(y_<t) E[grad log pi(y_t | y_<t) | y_<t]] = 0. Leaving out what lies
-before t is the same argument. The whole sum as the penalty would give the same A_t: a V that predicts it
-contains the part before t exactly. No other completion of the prompt is needed, so one is enough.
+E[V(y_<t) grad log pi(y_t | y_<t)] = E[V(y_<t) E[grad log pi(y_t | y_<t) | y_<t]] = 0. The same argument
+allows leaving out the steps before t. The sum over all steps would give the same A_t: a V that predicts it
+contains the part before t exactly. One completion per prompt is enough: V compares it with no other.
 
 What is biased in k2 and k3: the sampled estimate of the KL is differentiated as if the samples were fixed,
 token by token. For k2 the expectation over token t is the gradient of KL_t, but the effect of token t on

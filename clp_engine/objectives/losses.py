@@ -1,4 +1,4 @@
-"""How the terms of tokens are averaged into a loss: the weight of each token (`loss_type`)."""
+"""The weight of each token in the loss, by `loss_type`."""
 
 from __future__ import annotations
 

@@ -1,24 +1,22 @@
-"""Training on the completions and tokens that say most: D3S's two choices and its schedule.
+"""Selecting completions and tokens to train on: the two choices of D3S, and its schedule.
 
     rollouts   of each group, the k completions whose advantages A have the largest variance        ("max_variance")
     tokens     of each group, the share of tokens with the largest |A_b| * H_bt                     ("advantage_entropy")
     schedule   share(progress) = share + (1 - share) * progress                                     ("linear")
 
-H_bt is the policy's entropy at the token, and progress goes from 0 to 1 over training: aggressive first, everything in the
-end. C. Wang et al., "Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization"
-(arXiv 2509.22115, 2025).
+H_bt is the policy's entropy at the token. progress goes from 0 to 1 over training, so that early steps train on few
+completions and tokens, and the last steps on all. C. Wang et al., "Learning More with Less: A Dynamic Dual-Level
+Down-Sampling Framework for Efficient Policy Optimization" (arXiv 2509.22115, 2025).
 
-Rollouts are chosen before the policy's pass, from the log-probs of sampling and of the reference, so that what is left out is
-never run through the policy: that is where time is saved. Advantages, and with them the baseline, are those of the whole
-group, and stay what they are in later passes. Tokens are chosen after the policy's pass, which knows their entropy; that
-saves nothing, it changes what is learned.
+Rollouts are chosen before the policy's training pass, from the log-probs of sampling and of the reference. The others never
+run through the policy, which saves time. Advantages and their baseline are those of the whole group, in later passes too.
+Tokens are chosen after the policy's pass, which computes their entropy; this saves no time, and changes what is learned.
 
-What the gradient then estimates. The mean over the chosen rows is not the mean over all rows: it is an average over the
-extremes of each group, larger, and in general of another direction than the gradient of J. A token that is left out loses its
-whole term, the KL's included (exact, k2, k3). Both are biased, with one exception: at the optimum, `return` has A = 0 in every
-completion (reward and log-ratio cancel), so whatever is chosen, the gradient vanishes there, sample by sample. On policies
-small enough to enumerate runs with `return` do end there (tests/engine/test_selection.py); `exact` with a selection of tokens
-stops elsewhere.
+Bias. The mean over the chosen completions is an average over the extremes of each group: larger than the gradient of J, and
+in general of another direction. A token that is left out loses its whole term, including the KL's (exact, k2, k3). Both
+choices are biased, with one exception. At the optimum, reward and log-ratio cancel in every completion, so `return` has A = 0
+in each of them, and the gradient vanishes whatever is chosen. On policies small enough to enumerate, runs with `return` do
+end at the optimum (tests/engine/test_selection.py); `exact` with a selection of tokens stops elsewhere.
 """
 
 from __future__ import annotations

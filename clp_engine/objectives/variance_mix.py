@@ -1,4 +1,4 @@
-"""Between two unbiased gradients any mix is unbiased: the share that had the least variance in earlier steps."""
+"""The mix of two unbiased gradients that had the least variance in earlier steps; any mix of the two is unbiased."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Where `(w, kl)` come from: the distribution Q over conditions that training is run on.
+"""Weightings: the distribution Q that training draws its conditions `(w, kl)` from.
 
-Every draw comes from the CPU generator given to `sample` and from nothing else, so the state of that
-generator (and `state_dict`, for samplers that adapt) is all that a checkpoint needs to go on with the same
-conditions.
+Every draw comes from the CPU generator given to `sample`, which is made anew from (seed, step). A resumed run
+therefore draws the same conditions; a weighting that adapts adds its `state_dict` to the checkpoint.
 """
 
 from __future__ import annotations

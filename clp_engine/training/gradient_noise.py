@@ -1,14 +1,14 @@
-"""How noisy, and how biased, each estimator's gradient is at a moment of training: measured, on the run's own model and data.
+"""Variance and bias of each estimator's gradient at a checkpoint, measured on the run's own model and data.
 
-N batches of completions are drawn as the trainer draws them (new prompts, conditions and tokens each), and from each of them
-every estimator with every baseline takes its gradient g of the adapters, so that differences between two estimators are paired.
-Over batches i, j, all of it means over pairs of two different batches, hence without the bias of plugging in a mean:
+N batches of completions are drawn as the trainer draws them, each with new prompts, conditions and tokens. From each batch
+every estimator with every baseline takes its gradient g of the adapters, so that differences between two estimators are
+paired. All three figures are means over pairs i < j of different batches, which avoids the bias of plugging in a mean:
 
     variance = mean_{i<j} |g_i - g_j|^2 / 2               E|g - E g|^2, for one optimiser step
     norm     = sqrt mean_{i<j} g_i . g_j                  |E g|
     bias     = sqrt mean_{i<j} d_i . d_j                  |E g - E r|,    d = g - r
 
-r is the mean of `return` and `exact` with an unbiased baseline: their own bias is 0, and what is measured for them is noise. A
+r is the mean of `return` and `exact` with an unbiased baseline. Their own bias is 0; the figure measured for them is noise. A
 mean of products below zero is noise, too, and shown as 0. Intervals are 95 % percentiles over bootstrap resamples of batches.
 group_mean is shorter than the others by the factor (n - 1) / n of `advantages.group_mean`, which shows as a bias.
 """

@@ -1,4 +1,4 @@
-"""A trainer's state in checkpoints, and a run that goes on from one: 2N steps are N steps, a kill, and N more, to the bit."""
+"""Writing a trainer's state into a checkpoint, and restoring it: 2N steps are N steps, a kill, and N more, to the bit."""
 
 from __future__ import annotations
 

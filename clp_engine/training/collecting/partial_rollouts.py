@@ -1,23 +1,23 @@
 """Partial rollouts: one long completion does not hold up a batch.
 
-A phase draws at most L = `max_completion_length_per_step` tokens of each completion. What has not ended then waits with its
-prompt, condition, random numbers, tokens and their log-probs, and goes on in a later phase, read as prompt + tokens so far. A
-step runs phases until P groups, its batch, have ended whole, P groups at a time (those that began first, new prompts behind
-them), and trains on the first P of them. Nothing is lost and nothing is left out: every prompt that began is trained on, with
-all of its completions; only its turn depends on how long they are. (What is under way when a run ends was drawn for nothing:
-at most P groups unfinished, and P - 1 that wait for their turn.)
+A phase draws at most L = `max_completion_length_per_step` tokens of each completion. A completion that has not ended waits,
+with its prompt, condition, random numbers, tokens and their log-probs. A later phase continues it: the model reads prompt +
+tokens so far. P is the number of groups in a batch. A step runs phases until P groups have ended whole, and trains on the
+first P of them. A phase works on P groups, those that began first; new prompts join behind them. Every prompt that began is
+trained on, with all of its completions; their length decides only when. When a run ends, at most P unfinished groups and
+P - 1 finished ones are left over.
 
-A completion can so be the work of several policies, at most max_completion_length / L. Each token keeps the log-prob of the
-policy that drew it, and the update is off-policy from its first pass on:
+Up to max_completion_length / L policies write one completion. Each token keeps the log-prob of the policy that drew it, so the
+update is off-policy from its first pass on:
 
     min(ratio * A, clip(ratio) * A),     ratio = pi(y_t | y_<t) / pi_that_drew_it(y_t | y_<t)
 
-What that corrects is each token given its prefix; that the prefix was drawn by an older policy is not corrected (a product of
-ratios would, with a variance nobody wants), and clipping is biased as it always is. With L = max_completion_length the
-batches are those of an ordinary run.
+The ratio corrects each token given its prefix. It does not correct that an older policy drew the prefix: a product of ratios
+would, with too large a variance. Clipping is biased as always. With L = max_completion_length the batches are those of an
+ordinary run.
 
-Continuing costs a prefill of prompt and tokens for each unfinished completion: choose L so that few go on. The scheme is
-that of Kimi k1.5 (Kimi Team, arXiv 2501.12599, 2025), but for the batch, which has a fixed number of groups here.
+Continuing costs a prefill of prompt and tokens for each unfinished completion: choose L so that few are unfinished. The
+scheme is that of Kimi k1.5 (Kimi Team, arXiv 2501.12599, 2025), except that a batch has a fixed number of groups here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from clp_engine.training.collecting.collector import CollectorParts
 
 @dataclass
 class Completion:
-    """What is there of one completion."""
+    """One completion so far: its tokens, and the log-probs they were drawn with."""
 
     seed: int
     tokens: list[int] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Completion:
 
 @dataclass
 class Group:
-    """A prompt (a batch of one) that has its turn, its condition (one row), and its completions.
+    """A prompt (a batch of one), its condition (one row), and its completions.
 
     number: its place in the stream of all prompts of the run.
     """

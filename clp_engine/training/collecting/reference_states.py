@@ -1,8 +1,7 @@
-"""What a step can compute before it knows its rewards: the reference's hidden states of the completions.
+"""The reference's hidden states of the completions, computed while the reward functions run.
 
-The policy's pass needs them for log-ratio and exact KL, and nothing in them depends on a reward or on the adapters. Computed
-while the reward functions run they cost the step nothing, and are not computed again: micro-batches take them as they are,
-in every pass over the completions.
+The policy's pass needs them for log-ratio and exact KL. They depend on no reward, so the device can compute them while it would
+otherwise wait. Every pass over the completions then uses them again.
 """
 
 from __future__ import annotations
