@@ -1,8 +1,8 @@
 """Rewards to advantages: one number per completion, less what the other completions of its prompt got.
 
-    scalar     w.R over the rewards that apply                                  `scalarise`
-    scaled     divided by a standard deviation, where that is asked for         `rescale_rewards`
-    advantage  less a baseline over the group                                   `baselined`
+scalar     w.R over the rewards that apply                                  `scalarise`
+scaled     divided by a standard deviation, where that is asked for         `rescale_rewards`
+advantage  less a baseline over the group                                   `baselined`
 """
 
 from __future__ import annotations

@@ -39,4 +39,6 @@ class FrozenReference:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
-            raise ValueError(f"the frozen reference keeps no state; the checkpoint has {', '.join(sorted(state))}")
+            raise ValueError(
+                f"the frozen reference keeps no state; the checkpoint has {', '.join(sorted(state))}"
+            )

@@ -36,7 +36,9 @@ class ValueHead(nn.Module):
         self.output = nn.Linear(WIDTH, 1)
         with torch.no_grad():
             bound = self.hidden.in_features**-0.5
-            self.hidden.weight.uniform_(-bound, bound, generator=seeds.generator(seed, seeds.Stream.VALUE_HEAD))
+            self.hidden.weight.uniform_(
+                -bound, bound, generator=seeds.generator(seed, seeds.Stream.VALUE_HEAD)
+            )
             for zero in (self.hidden.bias, self.output.weight, self.output.bias):
                 zero.zero_()
         # Decayed sums of 1, G and G^2 over the returns of earlier steps.

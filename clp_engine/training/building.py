@@ -188,15 +188,11 @@ def _policy_of(
         model.spec = dataclasses.replace(model.spec, **kl)
         return model
     if peft_config is not None and not Conditioning.parse(a.conditioning, a.carrier).has_ranks:
-        raise ConfigError(
-            f"peft_config describes low-rank factors; conditioning={a.conditioning!r} has none"
-        )
+        raise ConfigError(f"peft_config describes low-rank factors; conditioning={a.conditioning!r} has none")
     adapter = {"rank": a.rank, "lora_alpha": a.lora_alpha, "target_modules": a.target_modules}
     if holds_adapters(model):
         if peft_config is not None:
-            raise ConfigError(
-                "peft_config was given with a model that holds adapters already; leave one out"
-            )
+            raise ConfigError("peft_config was given with a model that holds adapters already; leave one out")
         # The adapters' own rank, unless another was asked for.
         adapter |= {"rank": None if a.rank == CLPConfig.rank else a.rank}
     elif peft_config is not None:
@@ -261,11 +257,7 @@ def _check_policy(policy: ConditionedPolicy, a: CLPConfig) -> None:
     spec = policy.spec
     fixed = ("conditioning", "carrier") if a.reward_weights is not None else ()
     for option in dataclasses.fields(a):
-        if (
-            option.name not in _BUILDING
-            or getattr(a, option.name) == option.default
-            or option.name in fixed
-        ):
+        if option.name not in _BUILDING or getattr(a, option.name) == option.default or option.name in fixed:
             continue
         asked = getattr(a, option.name)
         has = {

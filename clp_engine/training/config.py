@@ -197,7 +197,8 @@ class CLPConfig:
         None, "keep the last so many tokens of a prompt; what conditioning prompt writes comes on top"
     )
     skip_bad_rows: bool = _option(
-        False, "leave out rows of the dataset that cannot be used, and count them (data/skipped_rows), instead of stopping"
+        False,
+        "leave out rows of the dataset that cannot be used, and count them (data/skipped_rows), instead of stopping",
     )
     temperature: float = _option(1.0, "sampling temperature; log-probs are taken at it, too")
     top_k: int | None = _option(None, "draw from the k likeliest tokens only (biases the gradient)")

@@ -134,9 +134,7 @@ def _check_choices(c: CLPConfig) -> None:
     if c.target_modules is not None and "lora" not in parsed.carriers:
         raise ConfigError(f"target_modules is for 'lora'; conditioning={c.conditioning!r} has none")
     if c.lora_alpha is not None and not parsed.has_ranks:
-        raise ConfigError(
-            f"lora_alpha scales low-rank factors; conditioning={c.conditioning!r} has none"
-        )
+        raise ConfigError(f"lora_alpha scales low-rank factors; conditioning={c.conditioning!r} has none")
     if parsed.prompt and c.kl_conditioning == "none" and not isinstance(c.kl, float):
         if "{kl}" not in (c.written_prompt or ""):
             raise ConfigError(
@@ -218,10 +216,7 @@ def _check_selection(c: CLPConfig) -> None:
         raise ConfigError(f"selection_schedule={c.selection_schedule!r}: nothing is selected")
     if c.rollout_selection == "none":
         return
-    if (
-        isinstance(c.selected_rollouts, int)
-        and not 2 <= c.selected_rollouts <= c.num_generations
-    ):
+    if isinstance(c.selected_rollouts, int) and not 2 <= c.selected_rollouts <= c.num_generations:
         raise ConfigError(
             f"selected_rollouts={c.selected_rollouts}: expected 2 to num_generations = {c.num_generations}, or a "
             "share such as 0.5; a single completion has no variance"
@@ -241,9 +236,7 @@ def _check_reward_weights(c: CLPConfig) -> None:
         return
     if not any(weights):
         raise ConfigError(f"reward_weights={weights}: expected weights of 0 or more, one above 0")
-    drawn = {
-        name: getattr(c, name) for name in ("weight_sampler", "fixed_weights", "stratified_weights")
-    }
+    drawn = {name: getattr(c, name) for name in ("weight_sampler", "fixed_weights", "stratified_weights")}
     odd = [name for name, value in drawn.items() if value not in (None, False, "dirichlet")]
     if odd:
         raise ConfigError(

@@ -76,7 +76,9 @@ def test_a_reference_is_what_its_conditions_say_of_the_policy(tmp_path):
 
 
 def test_an_objective_says_what_it_needs():
-    needs = {name: PolicyGradient(LossSettings(name)).needs for name in ("return", "exact", "mixed", "k2", "k3")}
+    needs = {
+        name: PolicyGradient(LossSettings(name)).needs for name in ("return", "exact", "mixed", "k2", "k3")
+    }
     differentiated = {name: n.differentiated for name, n in needs.items()}
     assert differentiated["exact"] == differentiated["mixed"] == ("logprob", "kl")
     assert differentiated["return"] == differentiated["k2"] == differentiated["k3"] == ("logprob",)

@@ -197,7 +197,9 @@ def _training_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(Path(path) / _TENSORS)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{Path(path) / _TENSORS} is damaged ({error}); resume from another checkpoint") from error
+        raise ConfigError(
+            f"{Path(path) / _TENSORS} is damaged ({error}); resume from another checkpoint"
+        ) from error
 
 
 def _verify(path: str | Path, name: str) -> None:

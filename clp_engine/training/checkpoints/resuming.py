@@ -45,6 +45,7 @@ def save(run: Run) -> None:
     run.state.stateful_callbacks = callback_states.exported(run.callback_handler.callbacks)
     objective = run.objective.state_dict()
     tensors = {name: value for name, value in objective.items() if isinstance(value, torch.Tensor)}
+    plain = {name: value for name, value in objective.items() if name not in tensors}
     checkpoint.save(
         run.args.output_dir,
         run.state.global_step,
@@ -56,7 +57,7 @@ def save(run: Run) -> None:
             "scheduler": run.optimisation.state_dict(),
             "sampler": run.sampler.state_dict(),
             "reference": run.reference.state_dict(),
-            **{name: value for name, value in objective.items() if name not in tensors},
+            **plain,
             "metric_log": run.metric_log.state_dict(),
             "trainer": dataclasses.asdict(run.state),
             "data": run.train_dataset.state_dict(),

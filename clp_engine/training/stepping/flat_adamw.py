@@ -77,7 +77,9 @@ class FlatAdamW(torch.optim.AdamW):
                     f"an adapter is {p.dtype} on {p.device} now, and was {flat.dtype} on {flat.device} when the optimiser was "
                     "made; move the policy before training, or make a new trainer"
                 )
-            offset = place.start * flat.element_size()  # to make a view only to look where it lies takes longer than the step
+            offset = (
+                place.start * flat.element_size()
+            )  # to make a view only to look where it lies takes longer than the step
             if p.data_ptr() != flat.data_ptr() + offset or not p.is_contiguous():
                 data = place.of(flat, p)
                 data.copy_(p)

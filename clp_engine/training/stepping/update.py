@@ -155,7 +155,8 @@ def forward(
     full = {name: unpacked(getattr(stats, name).detach(), mask) for name in ALL}
     conditions = batch.conditions.repeat(batch.rollout.group).to(mask.device)
     scale, kl_coef = (
-        t.repeat_interleave(batch.rollout.group).to(mask.device) for t in objective.scales(batch.conditions.kl)
+        t.repeat_interleave(batch.rollout.group).to(mask.device)
+        for t in objective.scales(batch.conditions.kl)
     )
     values = batch.values
     predicted = objective.predictions(
