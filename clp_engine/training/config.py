@@ -18,7 +18,7 @@ from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WIT
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.training import config_checks
 from clp_engine.training.config_checks import KL_NAMES
-from clp_engine.training.settings import MicroBatching, RolloutSettings
+from clp_engine.training.settings import MicroBatching, OptimiserSettings, RolloutSettings
 from clp_engine.training.trl_compat import settings
 
 DEFAULT_ALPHA = 0.1
@@ -316,6 +316,20 @@ class CLPConfig:
     def micro_batching(self) -> MicroBatching:
         return MicroBatching(
             self.per_device_train_batch_size, self.max_tokens_per_microbatch, self.temperature
+        )
+
+    @property
+    def optimiser_settings(self) -> OptimiserSettings:
+        return OptimiserSettings(
+            self.learning_rate,
+            self.value_learning_rate,
+            (self.adam_beta1, self.adam_beta2),
+            self.adam_epsilon,
+            self.weight_decay,
+            self.lr_scheduler_type,
+            self.lr_scheduler_kwargs,
+            self.warmup_steps,
+            self.warmup_ratio,
         )
 
     @property

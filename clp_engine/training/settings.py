@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from clp_engine.rollouts.types import SamplingParams
 
@@ -39,3 +41,22 @@ class RolloutSettings:
     shuffle: bool = True
     tokens_per_phase: int | None = None
     max_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """AdamW and its schedule.
+
+    own_learning_rate: of an objective's own parameters. schedule: a name of transformers.get_scheduler, with schedule_options.
+    warmup_steps: of linear warm-up; where it is 0, warmup_ratio, a share of the whole run.
+    """
+
+    learning_rate: float
+    own_learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    schedule_options: Mapping[str, Any] | None = None
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0

@@ -291,7 +291,12 @@ class CLPTrainer(surface.ScriptSurface):
         )
         if self.optimisation is None:
             self.optimisation = Optimisation(
-                self.policy, self.objective, a, self.budget, self.optimizer, self.lr_scheduler
+                self.policy,
+                self.objective,
+                a.optimiser_settings,
+                self.budget,
+                self.optimizer,
+                self.lr_scheduler,
             )
             self.optimizer, self.lr_scheduler = self.optimisation.optimizer, self.optimisation.scheduler
             self.callback_handler.optimizer = self.optimizer

@@ -11,7 +11,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.objectives.objective import Objective
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.training.budget import Budget
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.settings import OptimiserSettings
 from clp_engine.training.stepping.flat_adamw import FlatAdamW
 
 
@@ -26,7 +26,7 @@ class Optimisation:
         self,
         policy: ConditionedPolicy,
         objective: Objective,
-        a: CLPConfig,
+        settings: OptimiserSettings,
         budget: Budget,
         optimizer: torch.optim.Optimizer | None = None,
         scheduler=None,
@@ -40,20 +40,20 @@ class Optimisation:
             )
         self.optimizer = optimizer or FlatAdamW(
             self._adapters,
-            lr=a.learning_rate,
-            betas=(a.adam_beta1, a.adam_beta2),
-            eps=a.adam_epsilon,
-            weight_decay=a.weight_decay,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
         )
         if self._others:
-            group = {"params": self._others, "lr": a.value_learning_rate, "weight_decay": 0.0}
+            group = {"params": self._others, "lr": settings.own_learning_rate, "weight_decay": 0.0}
             self.optimizer.add_param_group(group)
         self._tokens = budget.tokens if scheduler is None else None  # over which the schedule runs
         if scheduler is None:
             whole = budget.tokens or budget.steps
-            warmup = a.warmup_steps or math.ceil(a.warmup_ratio * whole)
+            warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * whole)
             scheduler = get_scheduler(
-                a.lr_scheduler_type, self.optimizer, warmup, whole, a.lr_scheduler_kwargs
+                settings.schedule, self.optimizer, warmup, whole, settings.schedule_options
             )
         self.scheduler = scheduler
 
