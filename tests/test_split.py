@@ -9,7 +9,8 @@ from clp_kernels import backends
 from clp_engine.cli import main
 from clp_engine.core.conditions import KL_CONDITIONING
 from clp_engine.models.forms import CONDITIONING
-from clp_engine.objectives.estimators import BASELINES, ESTIMATORS
+from clp_engine.objectives.advantages import BASELINES
+from clp_engine.objectives.coefficients import ESTIMATORS
 
 # Where an op is compared with its specification, for each back-end: {} is its name among the parameters.
 OPS = {

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import enum
+
 import torch
+
+
+class Stream(enum.IntEnum):
+    """The uses of a run's seed: the first counter after it, so that no two uses draw the same numbers. A number that was once
+    given stays: a run that resumes draws what it would have drawn."""
+
+    SHUFFLE = 1  # order of the prompts of an epoch
+    CONDITIONS = 2  # (w, kl) of a rollout's prompts
+    TOKENS = 3  # completions of a rollout
+    EVALUATION = 4  # conditions and completions of an evaluation
+    VALUE_HEAD = 5  # its first weights
+    GRADIENT_NOISE = 6  # the seed of batches that measure it
 
 # splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), in wrapping int64 arithmetic.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

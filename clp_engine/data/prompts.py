@@ -18,7 +18,6 @@ from clp_engine.data.chat import check_prompt, encode_chat
 logger = logging.getLogger(__name__)
 
 _AT_THE_START, _AT_ONCE = 100_000, 1000  # rows that are encoded at the start, and in one call of a tokenizer
-_SHUFFLE = 1  # counter that keeps this use of the seed apart from others
 # Columns that no reward function receives (as in TRL), and names under which it receives something else.
 _WITHHELD = ("prompt", "completion", "completion_ids")
 _TAKEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
@@ -236,7 +235,7 @@ class PromptDataset(Prompts):
         if self._order is None or self._order[0] != key:
             self._order = (
                 key,
-                torch.randperm(len(self), generator=seeds.generator(seed, _SHUFFLE, epoch)).tolist(),
+                torch.randperm(len(self), generator=seeds.generator(seed, seeds.Stream.SHUFFLE, epoch)).tolist(),
             )
         return self._order[1]
 

@@ -3,16 +3,16 @@
     V(x, y_<t; w, kl) = location + spread * f([rms_norm(h_t), w, reward_scale, kl_coef])
     f(z) = v . silu(U z + b) + c,     U (WIDTH, H + M + 2)
 
-h_t is the policy's hidden state that predicts token t: a function of the prompt, the condition and the tokens before t, so V
-leaves the expected gradient as it is (`estimators`, baseline "value"). It needs no second completion of the prompt.
+h_t is the policy's hidden state that predicts token t. It is a function of the prompt, the condition and the tokens before t,
+so V leaves the expected gradient as it is (`coefficients`, baseline "value"). One completion per prompt is enough.
 
 The head is fitted by least squares to the observed returns to go G_t, in units of their running location and spread:
 
     loss = mean_t ((G_t - V_t) / spread)^2
 
-The hidden states are detached: the head's error does not move the policy, and as the two share no parameter, the loss needs no
-coefficient beside the head's own learning rate. A step uses V as it was before the step's own update; a head that had been
-fitted to these very completions would know something of their tokens.
+The hidden states are detached, so the head's error does not move the policy. The two share no parameter, so the head's loss
+needs no coefficient beside the head's learning rate. A step uses V as it was before the step's own update: a head that was
+fitted to these completions would know something of their tokens, and would bias the gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from clp_engine.core import seeds
 
 WIDTH = 128
 DECAY = 0.98  # per step, of the running moments
-_SEED = 5  # counter that keeps this use of a run's seed apart (generation.py has 2 to 4)
 
 
 class ValueHead(nn.Module):
@@ -37,7 +36,9 @@ class ValueHead(nn.Module):
         self.output = nn.Linear(WIDTH, 1)
         with torch.no_grad():
             bound = self.hidden.in_features**-0.5
-            self.hidden.weight.uniform_(-bound, bound, generator=seeds.generator(seed, _SEED))
+            self.hidden.weight.uniform_(
+                -bound, bound, generator=seeds.generator(seed, seeds.Stream.VALUE_HEAD)
+            )
             for zero in (self.hidden.bias, self.output.weight, self.output.bias):
                 zero.zero_()
         # Decayed sums of 1, G and G^2 over the returns of earlier steps.

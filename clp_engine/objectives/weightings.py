@@ -1,8 +1,7 @@
-"""Where `(w, kl)` come from: the distribution Q over conditions that training is run on.
+"""Weightings: the distribution Q that training draws its conditions `(w, kl)` from.
 
-Every draw comes from the CPU generator given to `sample` and from nothing else, so the state of that
-generator (and `state_dict`, for samplers that adapt) is all that a checkpoint needs to go on with the same
-conditions.
+Every draw comes from the CPU generator given to `sample`, which is made anew from (seed, step). A resumed run
+therefore draws the same conditions; a weighting that adapts adds its `state_dict` to the checkpoint.
 """
 
 from __future__ import annotations
@@ -221,11 +220,33 @@ class GridKL:
         return torch.tensor(self.values)[torch.randint(len(self.values), (rows,), generator=generator)]
 
 
-class ConditionSampler:
-    """Draws one `(w, kl)` per row, w and kl independently.
+class Weighting(Protocol):
+    """Which `(w, kl)` training draws for its prompts.
 
-    min_kl: the smallest kl it can draw (what `blend_coefficients` asks for). This class keeps no state; a
-    sampler that adapts derives from it and puts plain floats and lists into its state_dict.
+    min_kl: the smallest kl it can draw (what `blend_coefficients` asks for).
+    """
+
+    @property
+    def min_kl(self) -> float: ...
+
+    def sample(self, rows: int, generator: torch.Generator) -> Conditions:
+        """`rows` conditions, on the CPU, drawn from `generator` (a CPU generator of the step) alone."""
+
+    def observe(self, conditions: Conditions, rewards: torch.Tensor) -> None:
+        """What a rollout's prompts got: conditions (P rows), rewards (P, group, M), NaN where a reward does not apply. Called
+        once for every rollout that is trained on, never for an evaluation."""
+
+    def state_dict(self) -> dict:
+        """Plain floats and lists by name; written into checkpoints."""
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class ConditionSampler:
+    """A `Weighting` that draws w and kl independently, one `(w, kl)` per row.
+
+    This class keeps no state; a weighting that adapts derives from it, overrides `observe`, and puts plain
+    floats and lists into its state_dict.
     """
 
     def __init__(self, weights: WeightSampler, kl: KLSampler):
@@ -238,6 +259,9 @@ class ConditionSampler:
     def sample(self, rows: int, generator: torch.Generator) -> Conditions:
         """`rows` conditions, on the CPU, drawn from `generator` (a CPU generator) alone."""
         return Conditions(self.weights(rows, generator), self.kl(rows, generator))
+
+    def observe(self, conditions: Conditions, rewards: torch.Tensor) -> None:
+        """Nothing: what was rewarded does not change what is drawn."""
 
     def state_dict(self) -> dict:
         return {}

@@ -1,1 +1,1 @@
-"""The run."""
+"""Training: the trainer, its settings, and the files of a run."""

@@ -1,4 +1,4 @@
-"""How long a run lasts, and how it is stopped."""
+"""How long a run lasts, how far it is, and how it is stopped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+from transformers.trainer_callback import TrainerState
+
+if TYPE_CHECKING:
+    from clp_engine.data.prompts import Prompts
+    from clp_engine.training.config import CLPConfig
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,43 @@ class Budget:
         else:
             estimate = math.ceil(self.tokens / self.tokens_per_step) * self.num_iterations
         return min(max(estimate, step + 1), self.steps or math.inf)
+
+
+def of_run(a: CLPConfig, prompts: Prompts) -> Budget:
+    """The budget that the settings give a run over these prompts: `max_steps`, `max_generated_tokens` or `num_train_epochs`."""
+    tokens, steps = a.max_generated_tokens, a.max_steps if a.max_steps > 0 else None
+    if steps is None and tokens is None:
+        per_rollout = a.rollout_size // a.num_generations
+        steps = max(1, math.ceil(a.num_train_epochs * len(prompts) / per_rollout)) * a.steps_per_rollout
+    return Budget(steps, tokens, a.rollout_size * a.max_completion_length, a.steps_per_rollout)
+
+
+class Progress:
+    """The bar that `with` shows: over tokens where they end the run, else over steps."""
+
+    def __init__(self, a: CLPConfig, state: TrainerState, tokens: int):
+        self._by_tokens = a.max_generated_tokens is not None
+        self._bar = tqdm(
+            total=a.max_generated_tokens if self._by_tokens else state.max_steps,
+            initial=tokens if self._by_tokens else state.global_step,
+            desc="train",
+            unit="token" if self._by_tokens else "step",
+            unit_scale=self._by_tokens,
+            disable=a.disable_tqdm,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, generated: int, reward: float, kl: float | None) -> None:
+        """A step is over, for which `generated` tokens were drawn."""
+        self._bar.update(generated if self._by_tokens else 1)
+        shown = {"reward": f"{reward:.3f}"} | ({} if kl is None else {"kl": f"{kl:.2f}"})
+        self._bar.set_postfix(**shown, refresh=False)
 
 
 @contextlib.contextmanager

@@ -6,29 +6,22 @@ import dataclasses
 import functools
 import json
 import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clp_engine.core import ranges
-from clp_engine.core.conditions import KL_CONDITIONING
-from clp_engine.core.errors import ConfigError, shown
-from clp_engine.core.sizes import BOOKKEEPING, check_size
-from clp_engine.models.forms import CARRIERS, Conditioning
-from clp_engine.objectives.estimators import BASELINES, ESTIMATORS, LOSS_TYPES, SCALE_REWARDS
-from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL, check_template
-from clp_engine.training.collecting.rollout_selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
-from clp_engine.training.trl_compat import model_init_kwargs, settings
+from clp_engine.core.errors import ConfigError
+from clp_engine.models.forms import Conditioning
+from clp_engine.objectives.policy_gradient import LossSettings
+from clp_engine.objectives.selection import SelectionSettings
+from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL
+from clp_engine.rollouts.types import SamplingParams
+from clp_engine.training import config_checks
+from clp_engine.training.config_checks import KL_NAMES
+from clp_engine.training.settings import MicroBatching, OptimiserSettings, RolloutSettings
+from clp_engine.training.trl_compat import settings
 
-WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
-KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
 DEFAULT_ALPHA = 0.1
-INTERVALS = ("no", "steps", "epoch")
-STEPS = ("logging_steps", "eval_steps", "save_steps")
-# A whole number is a count in these, one with a point a share. (A union of types would be no flag of transformers'
-# HfArgumentParser, which TRL's scripts use.)
-COUNT_OR_SHARE = (*STEPS, "selected_rollouts")
 # Settings that do not touch what is computed: a resumed run may change them, and runs that differ in them alone are the same.
 WITHOUT_EFFECT = frozenset(
     """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
@@ -204,7 +197,8 @@ class CLPConfig:
         None, "keep the last so many tokens of a prompt; what conditioning prompt writes comes on top"
     )
     skip_bad_rows: bool = _option(
-        False, "leave out rows of the dataset that cannot be used, and count them (data/skipped_rows), instead of stopping"
+        False,
+        "leave out rows of the dataset that cannot be used, and count them (data/skipped_rows), instead of stopping",
     )
     temperature: float = _option(1.0, "sampling temperature; log-probs are taken at it, too")
     top_k: int | None = _option(None, "draw from the k likeliest tokens only (biases the gradient)")
@@ -289,242 +283,77 @@ class CLPConfig:
     disable_tqdm: bool = _option(False, "no progress bar")
 
     def __post_init__(self) -> None:
-        types = typing.get_type_hints(type(self))
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if option.name == "report_to" and value is None:
-                value = "none"
-            if (
-                option.name in (*STEPS, "warmup_steps")
-                and isinstance(value, float)
-                and value >= 1
-                and value.is_integer()
-            ):
-                value = int(value)
-            # One form of every value: a tuple and a list, 1 and 1.0 must not look like different settings to a resumed run.
-            setattr(self, option.name, _coerce(option.name, value, types[option.name]))
-        ranges.check_fields(ranges.TRAINING, self)
-        if not self.output_dir.strip():
-            raise ConfigError(f"output_dir={self.output_dir!r}: expected a folder, such as runs/mine")
-        self._fix_conditioning()
-        self._check_best_model()
-        self._check_choices()
-        self._check_steps()
-        self._check_sizes()
-        self._check_kl()
-        self._check_reward_weights()
-        self._check_base_model()
-        self._check_rollouts()
-        self._check_selection()
-        if self.batch_size % self.num_generations:
-            raise ConfigError(
-                f"per_device_train_batch_size * gradient_accumulation_steps = {self.batch_size} completions do not divide into "
-                f"groups of num_generations = {self.num_generations}; make it a multiple"
-            )
-        if self.baseline in ("leave_one_out", "group_mean") and self.num_generations < 2:
-            raise ConfigError(
-                f"baseline={self.baseline!r} compares completions of one prompt; num_generations must be at least 2 "
-                "(baseline='none' and 'value' work with 1)"
-            )
-        if self.scale_rewards == "group" and self.num_generations < 2:
-            raise ConfigError(
-                "scale_rewards='group' needs the spread within a group; num_generations must be at least 2"
-            )
+        config_checks.check(self)
 
-    def _fix_conditioning(self) -> None:
-        """With reward_weights the objective is one for the whole run, and one delta says it all: what conditioning names is its
-        carrier then."""
-        if self.reward_weights is None or self.conditioning == "none":
-            return
-        if self.conditioning not in CARRIERS:
-            raise ConfigError(
-                f"reward_weights fix the objective, and conditioning={self.conditioning!r} is for several; give "
-                "conditioning='none' and a carrier"
-            )
-        if self.conditioning != "lora":
-            self.carrier = self.conditioning
-        self.conditioning = "none"
-
-    def _check_best_model(self) -> None:
-        name = self.metric_for_best_model
-        if self.load_best_model_at_end and (name is None or self.eval_strategy == "no"):
-            raise ConfigError(
-                f"load_best_model_at_end with metric_for_best_model={name!r} and eval_strategy={self.eval_strategy!r}: give a "
-                "metric of evaluate(), such as 'eval_reward', and eval_strategy='steps'"
-            )
-        if self.greater_is_better is None and name is not None:
-            self.greater_is_better = not name.endswith("loss")
-
-    def _check_choices(self) -> None:
-        choices = {
-            "kl_conditioning": KL_CONDITIONING,
-            "weight_sampler": WEIGHT_SAMPLERS,
-            "kl_estimator": ESTIMATORS,
-            "baseline": BASELINES,
-            "scale_rewards": SCALE_REWARDS,
-            "loss_type": LOSS_TYPES,
-            "logging_strategy": INTERVALS,
-            "eval_strategy": INTERVALS,
-            "save_strategy": INTERVALS,
-            "rollout_selection": ROLLOUT_SELECTIONS,
-            "token_selection": TOKEN_SELECTIONS,
-            "selection_schedule": SCHEDULES,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        parsed = Conditioning.parse(self.conditioning, self.carrier)
-        if self.prompt_template is not None:
-            if not parsed.prompt:
-                raise ConfigError(
-                    f"prompt_template was given with conditioning={self.conditioning!r}, which writes no prompt"
-                )
-            check_template(self.prompt_template)
-        if self.target_modules is not None and "lora" not in parsed.carriers:
-            raise ConfigError(f"target_modules is for 'lora'; conditioning={self.conditioning!r} has none")
-        if self.lora_alpha is not None and not parsed.has_ranks:
-            raise ConfigError(
-                f"lora_alpha scales low-rank factors; conditioning={self.conditioning!r} has none"
-            )
-        if parsed.prompt and self.kl_conditioning == "none" and not isinstance(self.kl, float):
-            if "{kl}" not in (self.written_prompt or ""):
-                raise ConfigError(
-                    "the KL coefficient varies and nothing tells the policy: put {kl} into prompt_template, or give "
-                    "kl_conditioning"
-                )
-        if self.weight_sampler == "fixed" and self.fixed_weights is None:
-            raise ConfigError("weight_sampler='fixed' needs fixed_weights")
-        if self.stratified_weights and self.weight_sampler != "uniform":
-            raise ConfigError(
-                f"stratified_weights is for weight_sampler='uniform'; got weight_sampler={self.weight_sampler!r}"
-            )
-
-    def _check_steps(self) -> None:
-        for name in STEPS:
-            value = getattr(self, name)
-            if value > 1 and isinstance(value, float):
-                raise ConfigError(f"{name}={value}: expected whole steps, or a share of all steps below 1")
-            if isinstance(value, float) and self.max_generated_tokens is not None and self.max_steps <= 0:
-                raise ConfigError(
-                    f"{name}={value} is a share of all steps, which max_generated_tokens leaves open; give steps"
-                )
-        clipped = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
-        if self.delta is not None and not self.delta > clipped:
-            raise ConfigError(f"delta={self.delta}: expected more than 1 + epsilon_high = {clipped:g}")
-        budget = self.max_generated_tokens
-        if budget is None and self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise ConfigError(
-                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: one must be positive"
-            )
-        if budget is not None and self.warmup_steps:
-            raise ConfigError(
-                f"warmup_steps={self.warmup_steps}: with max_generated_tokens the schedule runs over tokens; "
-                "give warmup_ratio, a share of them"
-            )
-
-    def _check_sizes(self) -> None:
-        tokens = self.rollout_size * self.max_completion_length
-        check_size(
-            f"per_device_train_batch_size * gradient_accumulation_steps = {self.batch_size:,} completions of up to "
-            f"max_completion_length = {self.max_completion_length:,} tokens",
-            tokens * BOOKKEEPING,
+    @property
+    def loss_settings(self) -> LossSettings:
+        return LossSettings(
+            self.kl_estimator,
+            self.baseline,
+            self.scale_rewards,
+            self.loss_type,
+            self.max_completion_length,
+            self.mask_truncated_completions,
+            self.epsilon,
+            self.epsilon_high,
+            self.delta,
+            self.kl_is_beta,
+            self.log_kl,
         )
 
-    def _check_rollouts(self) -> None:
-        steps, accumulated = self.steps_per_generation, self.gradient_accumulation_steps
-        if steps is not None and steps % accumulated:
-            raise ConfigError(
-                f"steps_per_generation={steps}: expected a multiple of gradient_accumulation_steps = {accumulated}, "
-                "the micro-batches of an optimiser step"
-            )
-        length, whole = self.max_completion_length_per_step, self.max_completion_length
-        if self.partial_rollouts != (length is not None):
-            raise ConfigError(
-                f"partial_rollouts={self.partial_rollouts} and max_completion_length_per_step={length}: give both or neither"
-            )
-        if length is not None and whole % length:
-            raise ConfigError(
-                f"max_completion_length_per_step={length}: expected a number that divides max_completion_length = {whole}"
-            )
+    @property
+    def selection_settings(self) -> SelectionSettings:
+        return SelectionSettings(
+            self.rollout_selection,
+            self.rollout_share,
+            self.token_selection,
+            1.0 if self.selected_tokens is None else self.selected_tokens,
+            self.selection_schedule,
+            self.mask_truncated_completions,
+        )
 
-    def _check_selection(self) -> None:
-        for selection, name in (
-            ("rollout_selection", "selected_rollouts"),
-            ("token_selection", "selected_tokens"),
-        ):
-            selected, value = getattr(self, selection) != "none", getattr(self, name)
-            if selected != (value is not None):
-                raise ConfigError(
-                    f"{selection}={getattr(self, selection)!r} and {name}={value}: give both or neither"
-                )
-            if isinstance(value, float) and value > 1:
-                raise ConfigError(f"{name}={value}: expected a share, above 0 and at most 1")
-        if self.selection_schedule != "constant" and self.rollout_selection == self.token_selection == "none":
-            raise ConfigError(f"selection_schedule={self.selection_schedule!r}: nothing is selected")
-        if self.rollout_selection == "none":
-            return
-        if (
-            isinstance(self.selected_rollouts, int)
-            and not 2 <= self.selected_rollouts <= self.num_generations
-        ):
-            raise ConfigError(
-                f"selected_rollouts={self.selected_rollouts}: expected 2 to num_generations = {self.num_generations}, or a "
-                "share such as 0.5; a single completion has no variance"
-            )
-        if self.num_generations < 2:
-            raise ConfigError("rollout_selection chooses within a group; num_generations must be at least 2")
-        if self.kl_estimator in ("exact", "mixed") or self.baseline == "value":
-            raise ConfigError(
-                f"rollout_selection needs the advantage before the policy's pass, and kl_estimator={self.kl_estimator!r} with "
-                f"baseline={self.baseline!r} has it only after; use kl_estimator='return' and a baseline of the group"
-            )
+    @property
+    def micro_batching(self) -> MicroBatching:
+        return MicroBatching(
+            self.per_device_train_batch_size, self.max_tokens_per_microbatch, self.temperature
+        )
 
-    def _check_reward_weights(self) -> None:
-        weights = self.reward_weights
-        if weights is None:
-            return
-        if not any(weights):
-            raise ConfigError(f"reward_weights={weights}: expected weights of 0 or more, one above 0")
-        drawn = {
-            name: getattr(self, name) for name in ("weight_sampler", "fixed_weights", "stratified_weights")
-        }
-        odd = [name for name, value in drawn.items() if value not in (None, False, "dirichlet")]
-        if odd:
-            raise ConfigError(
-                f"reward_weights fix the objective, and {' and '.join(odd)} draw it: give one. fixed_weights are weights that "
-                "sum to 1; reward_weights are TRL's, whose sum scales the reward"
-            )
+    @property
+    def optimiser_settings(self) -> OptimiserSettings:
+        return OptimiserSettings(
+            self.learning_rate,
+            self.value_learning_rate,
+            (self.adam_beta1, self.adam_beta2),
+            self.adam_epsilon,
+            self.weight_decay,
+            self.lr_scheduler_type,
+            self.lr_scheduler_kwargs,
+            self.warmup_steps,
+            self.warmup_ratio,
+        )
 
-    def _check_base_model(self) -> None:
-        model_init_kwargs.check(self.model_init_kwargs)
-        asked = (self.model_init_kwargs or {}).get("dtype")
-        if self.bf16 and asked not in (None, "auto", "bfloat16"):
-            raise ConfigError(
-                f"bf16=True and model_init_kwargs dtype={asked!r}: the frozen base has one dtype, to be kept and "
-                "computed in; give one of the two"
-            )
-
-    def _check_kl(self) -> None:
-        given = [name for name in KL_NAMES if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigError(
-                f"{' and '.join(given)} were both given; the KL coefficient is one of {', '.join(KL_NAMES)}"
-            )
-        name, kl = (given or ["alpha"])[0], self.kl
-        values = [kl] if isinstance(kl, float) else list(kl)
-        if isinstance(kl, tuple) and values[0] > values[1]:
-            raise ConfigError(f"{name}={values}: expected low before high")
-        if isinstance(kl, tuple) and values[0] == 0:
-            raise ConfigError(f"{name} is drawn log-uniformly and must start above 0; got {values}")
-        if len(set(values)) < len(values) and isinstance(kl, list):
-            raise ConfigError(f"{name}={values}: a value occurs twice; all are equally likely")
-        if self.kl_conditioning == "odds":
-            if min(values) == 0:
-                raise ConfigError("kl_conditioning='odds' needs a KL coefficient above 0")
-            if min(values) == 1 and not self.kl_is_beta:
-                raise ConfigError(
-                    "kl_conditioning='odds' needs an alpha below 1: at 1 there is only the reference"
-                )
+    @property
+    def rollout_settings(self) -> RolloutSettings:
+        sampling = SamplingParams(
+            self.max_completion_length,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            tuple(self.stop_strings or ()),
+        )
+        return RolloutSettings(
+            self.rollout_size // self.num_generations,
+            self.num_generations,
+            self.batch_size // self.num_generations,
+            self.steps_per_rollout,
+            self.evaluation_group,
+            sampling,
+            self.seed,
+            self.shuffle_dataset,
+            self.max_completion_length_per_step,
+            self.rollout_rows,
+        )
 
     @property
     def reward_scale(self) -> float:
@@ -629,48 +458,3 @@ class CLPConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> CLPConfig:
         """From a mapping, such as a YAML file; raises ConfigError for unknown names and values of the wrong type."""
         return cls(**values)
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, or ConfigError; integers pass for floats and YAML's '1e-4' is a number."""
-    options = typing.get_args(hint) if typing.get_origin(hint) not in (list, None) else (hint,)
-    if any(typing.get_origin(option) is dict for option in options):
-        options = tuple(o for o in options if o is not str)  # a text is a mapping as JSON
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if typing.get_origin(option) is dict and (mapping := _as_mapping(value)) is not None:
-            return mapping
-        if typing.get_origin(option) is list and isinstance(value, list | tuple):
-            (element,) = typing.get_args(option)
-            return [_coerce(name, v, element) for v in value]
-        if option is bool and isinstance(value, bool) or option is str and isinstance(value, str):
-            return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is float and name in COUNT_OR_SHARE and type(value) is int:
-            return value
-        if option is float and not isinstance(value, bool | bytes | bytearray):
-            try:
-                return float(value)
-            except (TypeError, ValueError, OverflowError):
-                continue
-    expected = " or ".join(
-        "nothing"
-        if o is type(None)
-        else getattr(o, "__name__", str(o))
-        if typing.get_origin(o) is None
-        else str(o)
-        for o in options
-    )
-    raise ConfigError(f"{name}={shown(value)}: expected {expected}")
-
-
-def _as_mapping(value: Any) -> dict | None:
-    """A mapping, or JSON text of one, which is how a mapping is given on a command line; None for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-    return dict(value) if isinstance(value, Mapping) else None

@@ -1,16 +1,16 @@
-"""How noisy, and how biased, each estimator's gradient is at a moment of training: measured, on the run's own model and data.
+"""Variance and bias of each estimator's gradient at a checkpoint, measured on the run's own model and data.
 
-N batches of completions are drawn as the trainer draws them (new prompts, conditions and tokens each), and from each of them
-every estimator with every baseline takes its gradient g of the adapters, so that differences between two estimators are paired.
-Over batches i, j, all of it means over pairs of two different batches, hence without the bias of plugging in a mean:
+N batches of completions are drawn as the trainer draws them, each with new prompts, conditions and tokens. From each batch
+every estimator with every baseline takes its gradient g of the adapters, so that differences between two estimators are
+paired. All three figures are means over pairs i < j of different batches, which avoids the bias of plugging in a mean:
 
     variance = mean_{i<j} |g_i - g_j|^2 / 2               E|g - E g|^2, for one optimiser step
     norm     = sqrt mean_{i<j} g_i . g_j                  |E g|
     bias     = sqrt mean_{i<j} d_i . d_j                  |E g - E r|,    d = g - r
 
-r is the mean of `return` and `exact` with an unbiased baseline: their own bias is 0, and what is measured for them is noise. A
+r is the mean of `return` and `exact` with an unbiased baseline. Their own bias is 0; the figure measured for them is noise. A
 mean of products below zero is noise, too, and shown as 0. Intervals are 95 % percentiles over bootstrap resamples of batches.
-group_mean is shorter than the others by the factor (n - 1) / n of `estimators.group_mean`, which shows as a bias.
+group_mean is shorter than the others by the factor (n - 1) / n of `advantages.group_mean`, which shows as a bias.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import Interval
-from clp_engine.objectives.estimators import ESTIMATORS
-from clp_engine.training import checkpoints, runs, trust
-from clp_engine.training.collecting.collector import Generation
+from clp_engine.objectives.coefficients import ESTIMATORS
+from clp_engine.training import runs, trust
+from clp_engine.training.checkpoints import checkpoint
+from clp_engine.training.collecting.batches import TrainingBatch
+from clp_engine.training.collecting.collector import WholeRollouts
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.stepping.update import forward, micro_batches
 from clp_engine.training.trainer import CLPTrainer
 
 Variant = tuple[str, str]  # estimator, baseline
-_SEED = 6  # counter that keeps this use of a run's seed apart (value.py has 5)
 
 
 @dataclass(frozen=True)
@@ -153,24 +154,24 @@ def _interval(values: np.ndarray) -> Interval:
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def gradients_of(trainer: CLPTrainer, generation: Generation, variants: Sequence[Variant]) -> torch.Tensor:
+def gradients_of(trainer: CLPTrainer, batch: TrainingBatch, variants: Sequence[Variant]) -> torch.Tensor:
     """The trainer's gradient of a step's loss, by each (estimator, baseline): (V, P) float32 on the CPU."""
     parameters = list(trainer.policy.adapter_parameters().values())
     total = torch.zeros(len(variants), sum(p.numel() for p in parameters))
-    mix = trainer.controller.mix
+    objective, batching = trainer.objective, trainer.args.micro_batching
     taken = [v for v in variants if v[0] != "mixed"]
-    for _, batch in micro_batches(generation, trainer.args):
-        scored = forward(trainer.policy, batch, trainer.args, trainer.value_head)
+    for _, part in micro_batches(batch, objective, batching):
+        scored = forward(trainer.policy, part, objective)
         of = {}
         for estimator, baseline in dict.fromkeys([*taken, *_parts_of_mixed(variants)]):
-            loss = scored.loss(scored.coefficients(trainer.args, estimator, baseline, mix))
+            loss = scored.loss(objective.coefficients(scored.rewarded, estimator, baseline))
             parts = torch.autograd.grad(
                 loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             of[estimator, baseline] = torch.cat([p.flatten().float() for p in parts]).cpu()
         for row, (estimator, baseline) in zip(total, variants):
             if estimator == "mixed":  # linear in its parts
-                row += mix * of["exact", baseline] + (1 - mix) * of["return", baseline]
+                row += objective.mix * of["exact", baseline] + (1 - objective.mix) * of["return", baseline]
             else:
                 row += of[estimator, baseline]
     return total
@@ -188,7 +189,7 @@ def variants_of(
     Raises ConfigError for a name that is unknown, or a baseline that does not fit the run.
     """
     possible = ["leave_one_out", "group_mean"] if trainer.args.num_generations > 1 else []
-    possible += ["none", *(["value"] if trainer.value_head is not None else [])]
+    possible += ["none", *(["value"] if trainer.objective.needs.value else [])]
     for given, known, what in ((estimators, ESTIMATORS, "estimator"), (baselines, possible, "baseline")):
         for name in given or ():
             if name not in known:
@@ -215,14 +216,15 @@ def measure(
     """
     ranges.check(ranges.COMMANDS, batches=batches, bootstrap=bootstrap)
     variants = list(variants or variants_of(trainer))
-    taken = []
+    taken, collector = [], WholeRollouts(trainer.collector_parts)
+    weighting, before = trainer.sampler, trainer.sampler.state_dict()
     for i in range(batches):
         step = i * trainer.args.steps_per_rollout
-        whole = trainer.collector.training_batch(trainer.train_dataset, step, trainer.state)
-        generation = whole.split(trainer.args.rollout_steps)[0]
-        taken.append(gradients_of(trainer, generation, variants))
+        whole = collector.training_batch(trainer.train_dataset, step, trainer.state)
+        taken.append(gradients_of(trainer, whole.split(trainer.args.rollout_steps)[0], variants))
         if bar is not None:
             bar.update()
+    weighting.load_state_dict(before)  # it has observed the rewards of these batches
     by_variant = torch.stack(taken, 1)  # (V, N, P)
     return gradient_noise(dict(zip(variants, by_variant)), bootstrap=bootstrap)
 
@@ -270,7 +272,7 @@ def along_run(
             if step:
                 _set_to(trainer, found[step])
             noise = measure(trainer, variants, batches=batches, bootstrap=bootstrap, bar=bar)
-            moments.append(Moment(step, trainer.controller.mix, noise))
+            moments.append(Moment(step, trainer.objective.mix, noise))
     return VarianceReport(
         spec.model,
         list(spec.objectives),
@@ -290,15 +292,15 @@ def _trainer(spec: runs.RunSpec, seed: int, completions: int | None) -> CLPTrain
         size = {"per_device_train_batch_size": completions, "gradient_accumulation_steps": 1}
         config = dataclasses.replace(config, **size)
     trainer = CLPTrainer(spec.model, spec.reward_functions(), config, spec.train_rows(seed=trained.seed))
-    config.seed = int(seeds.derive(trained.seed, _SEED, seed)) & ((1 << 62) - 1)
+    planner = trainer.collector_parts.planner
+    drawn = int(seeds.derive(trained.seed, seeds.Stream.GRADIENT_NOISE, seed)) & ((1 << 62) - 1)
+    planner.settings = dataclasses.replace(planner.settings, seed=drawn)
     return trainer
 
 
 def _set_to(trainer: CLPTrainer, path: Path) -> None:
-    checkpoints.load_policy(path, trainer.policy)
-    trainer.controller.load_state_dict(checkpoints.read_state(path)["mix_controller"])
-    if trainer.value_head is not None:
-        checkpoints.load_value_head(path, trainer.value_head)
+    checkpoint.load_policy(path, trainer.policy)
+    checkpoint.load_objective(path, trainer.objective)
 
 
 # --- text --------------------------------------------------------------------------------------------------

@@ -13,13 +13,17 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from clp_engine.core import files, records
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.locking import Busy, exclusive
+
+if TYPE_CHECKING:
+    from clp_engine.policy.policy import ConditionedPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +219,26 @@ def check_free(
             raise ConfigError(
                 f"{folder / name} is a file of the run that is to be overwritten, and is being read; give another output_dir"
             )
+
+
+def start_log(folder: str | Path, history: Iterable[Mapping[str, Any]]) -> None:
+    """Start log.jsonl anew with these entries: what happened up to the checkpoint that a run goes on from."""
+    files.write_text(Path(folder) / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+
+
+def append_log(folder: str | Path, entry: Mapping[str, Any]) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    files.append_text(Path(folder) / "log.jsonl", json.dumps(entry) + "\n")
+
+
+def write_policy(folder: str | Path, path: Path, policy: ConditionedPolicy) -> None:
+    """Write the policy to `path`: as a part of the run where that is inside its folder."""
+    run, path_in_full = Path(folder).resolve(), path.resolve()
+    if path_in_full.is_relative_to(run):
+        with writing(folder, path_in_full.relative_to(run)) as temporary:
+            policy.write_files(temporary)
+    else:
+        policy.save_pretrained(path)
 
 
 def begin(folder: str | Path, run: str | None) -> None:

@@ -156,7 +156,9 @@ class RunSpec:
             except ValueError as error:
                 raise ConfigError(str(error)) from error
         if split is not None:
-            raise ConfigError(f"split {split!r}: splits are of a task's data, and this run has a dataset; leave --split out")
+            raise ConfigError(
+                f"split {split!r}: splits are of a task's data, and this run has a dataset; leave --split out"
+            )
         if self.eval_dataset is None:
             raise ConfigError("this run has no eval_dataset; give prompts to evaluate on with --dataset FILE")
         return read_rows(self.eval_dataset)[:limit]
@@ -164,7 +166,9 @@ class RunSpec:
 
 def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
     """Names from 'a,b' or a list."""
-    if not isinstance(value, str | list | tuple | NoneType) or not all(isinstance(n, str) for n in value or ()):
+    if not isinstance(value, str | list | tuple | NoneType) or not all(
+        isinstance(n, str) for n in value or ()
+    ):
         raise ConfigError(f"objectives={shown(value)}: expected names of rewards, such as coverage,brevity")
     parts = value.split(",") if isinstance(value, str) else list(value or ())
     return tuple(str(part).strip() for part in parts if str(part).strip())

@@ -14,18 +14,35 @@ import importlib.util
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from clp_engine.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from clp_engine.training.runs import RunSpec
 
 _KEY_BYTES = 32
 
 
-def effects(spec: RunSpec) -> list[str]:
+class Described(Protocol):
+    """What of a `runs.RunSpec` decides what following it does."""
+
+    @property
+    def task(self) -> str | None: ...
+
+    @property
+    def dataset(self) -> str | None: ...
+
+    @property
+    def eval_dataset(self) -> str | None: ...
+
+    @property
+    def rewards(self) -> Mapping[str, str]: ...
+
+    @property
+    def signature(self) -> str | None: ...
+
+
+def effects(spec: Described) -> list[str]:
     """What following run.json does beyond loading the policy, a phrase each; empty for an embedded task."""
     if spec.task is not None:
         return []
@@ -36,20 +53,20 @@ def effects(spec: RunSpec) -> list[str]:
     return done + [f"read {Path(path).resolve()}" for path in (spec.dataset, spec.eval_dataset) if path]
 
 
-def sign(spec: RunSpec) -> str | None:
+def sign(spec: Described) -> str | None:
     """The signature of a run that is trained here; None where no key can be kept."""
     key = _key(make=True)
     return None if key is None else _signature(spec, key)
 
 
-def is_own(spec: RunSpec) -> bool:
+def is_own(spec: Described) -> bool:
     """Whether this user trained the run here, with the same files and data."""
     key = _key(make=False)
     own = key is not None and isinstance(spec.signature, str)
     return own and hmac.compare_digest(_signature(spec, key).encode(), spec.signature.encode())
 
 
-def check(spec: RunSpec, run: str | Path, trusted: bool, instead: str = "") -> None:
+def check(spec: Described, run: str | Path, trusted: bool, instead: str = "") -> None:
     """Raise ConfigError, naming what would be executed, for a run of somebody else that the user has not said to trust.
 
     instead: what else the user can do."""
@@ -61,8 +78,10 @@ def check(spec: RunSpec, run: str | Path, trusted: bool, instead: str = "") -> N
     )
 
 
-def _signature(spec: RunSpec, key: bytes) -> str:
-    return hmac.new(key, "\n".join(effects(spec)).encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+def _signature(spec: Described, key: bytes) -> str:
+    return hmac.new(
+        key, "\n".join(effects(spec)).encode("utf-8", "surrogatepass"), hashlib.sha256
+    ).hexdigest()
 
 
 def _origin(reward: str) -> str:
@@ -73,7 +92,9 @@ def _origin(reward: str) -> str:
     top, *_ = module.partition(".")
     here = os.getcwd()  # where `runs.load_reward` looks, too
     places = sys.path if here in sys.path else [here, *sys.path]
-    found = next((Path(p) / name for p in places for name in (top, f"{top}.py") if (Path(p) / name).exists()), None)
+    found = next(
+        (Path(p) / name for p in places for name in (top, f"{top}.py") if (Path(p) / name).exists()), None
+    )
     if found is None:  # an extension or a frozen module
         with contextlib.suppress(ImportError, ValueError):
             found = getattr(importlib.util.find_spec(top), "origin", None)

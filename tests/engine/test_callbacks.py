@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.training import best
+from clp_engine.training.checkpoints import best
 from clp_engine.training.trainer import CLPTrainer
 from clp_engine.training.trl_compat.surface import ABSENT
 

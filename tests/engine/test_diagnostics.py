@@ -1,5 +1,6 @@
 """Noise and bias of the gradient: the formulas against an enumerable policy, and what is measured on a small model."""
 
+import dataclasses
 from itertools import product
 
 import pytest
@@ -8,7 +9,7 @@ from engine.test_estimators import Enumerated
 from engine.test_trainer import build_trainer
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.objectives.estimators import Tokens, coefficients, returns_to_go
+from clp_engine.objectives.coefficients import RewardedTokens, Tokens, coefficients, returns_to_go
 from clp_engine.training.gradient_noise import gradient_noise, gradients_of, measure, variants_of
 
 ALPHA = 0.4
@@ -30,7 +31,7 @@ def gradients_of_groups(policy: Enumerated, estimator: str, size: int = 2):
     rows = groups.flatten()
     tokens = Tokens(*(v[rows].detach() for v in (each.logprob, each.ref_logprob, each.kl, each.mask)))
     kl = torch.full((len(rows),), ALPHA, dtype=torch.float64)
-    c = coefficients(tokens, policy.rewards[rows], kl, 1 - kl, size, estimator=estimator)
+    c = coefficients(RewardedTokens(tokens, policy.rewards[rows], kl, 1 - kl, size), estimator=estimator)
     g = (c.logprob.unsqueeze(-1) * jacobian["logprob"][rows]).sum(1)
     if c.kl is not None:
         g = g + (c.kl.unsqueeze(-1) * jacobian["kl"][rows]).sum(1)
@@ -87,7 +88,9 @@ def test_what_is_measured_is_the_gradient_that_training_takes(tmp_path, estimato
         max_steps=2,
     )
     trainer.train()  # away from the reference
-    trainer.args.kl_estimator, trainer.args.baseline = estimator, baseline
+    trainer.objective.settings = dataclasses.replace(
+        trainer.objective.settings, kl_estimator=estimator, baseline=baseline
+    )
     generation = trainer.collector.training_batch(trainer.train_dataset, 7, trainer.state)
     (measured,) = gradients_of(trainer, generation, [(estimator, baseline)])
     taken = []
@@ -106,7 +109,7 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
     trainer = build_trainer(tmp_path, baseline="value", alpha=0.3, max_steps=2, max_completion_length=4)
     trainer.train()
     with torch.no_grad():
-        trainer.value_head.output.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        trainer.objective.value_head.output.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     variants = [("return", "leave_one_out"), ("return", "value")]
     fair = measure(trainer, variants, batches=60, bootstrap=200)
     assert fair[1].bias.low == 0 and fair[0].bias.mean == 0
@@ -114,9 +117,9 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
 
     original = update.forward
 
-    def foreseeing(policy, batch, config, value_head=None):
-        scored = original(policy, batch, config, value_head)
-        scored.values.copy_(returns_to_go(scored.tokens, batch.rewards, scored.kl_coef, scored.scale, 4))
+    def foreseeing(*given):
+        scored = original(*given)
+        scored.values.copy_(returns_to_go(scored.rewarded))
         return scored
 
     monkeypatch.setattr("clp_engine.training.gradient_noise.forward", foreseeing)

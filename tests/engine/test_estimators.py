@@ -1,23 +1,22 @@
 """The estimators against exact expectations: every group of completions of a tiny policy is enumerated."""
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import product
 
 import pytest
 import torch
 
-from clp_engine.objectives.estimators import (
-    MixController,
+from clp_engine.objectives.advantages import group_mean, leave_one_out, rescale_rewards, scalarise
+from clp_engine.objectives.coefficients import (
+    RewardedTokens,
     Tokens,
     coefficients,
-    group_mean,
-    leave_one_out,
-    loss_weights,
     objective_scales,
-    rescale_rewards,
     returns_to_go,
-    scalarise,
 )
+from clp_engine.objectives.losses import loss_weights
+from clp_engine.objectives.variance_mix import MixController
 
 NAN = float("nan")
 
@@ -69,9 +68,9 @@ class Enumerated:
         probability = outcome[groups].prod(-1).repeat_interleave(group_size) / group_size
         scale = torch.full((len(rows),), reward_scale, dtype=torch.float64)
         coef = torch.full((len(rows),), kl_coef, dtype=torch.float64)
-        if values is not None:
-            options = {**options, "values": values[rows]}
-        c = change(coefficients(tokens, self.rewards[rows], coef, scale, group_size, **options))
+        values = None if values is None else values[rows]
+        batch = RewardedTokens(tokens, self.rewards[rows], coef, scale, group_size, values)
+        c = change(coefficients(batch, **options))
         surrogate = c.logprob * tokens.logprob + (0 if c.kl is None else c.kl * tokens.kl)
         return torch.autograd.grad((probability.unsqueeze(-1) * surrogate).sum(), self.logits)[0]
 
@@ -125,8 +124,9 @@ def test_the_advantage_is_the_return_that_is_still_to_come_less_its_value(estima
     rewards, kl_coef, scale = torch.tensor([2.0, NAN], dtype=torch.float64), row(0.3, 2), row(0.7, 2)
     options = dict(estimator=estimator, mix=0.25)
     values = torch.arange(8.0, dtype=torch.float64).view(2, 4)
-    c = coefficients(tokens, rewards, kl_coef, scale, 1, baseline="value", values=values, **options)
-    goal = returns_to_go(tokens, rewards, kl_coef, scale, 1, **options)
+    batch = RewardedTokens(tokens, rewards, kl_coef, scale, 1, values)
+    c = coefficients(batch, baseline="value", **options)
+    goal = returns_to_go(batch, **options)
     share = {"return": (1.0, 0.0), "exact": (0.0, 1.0), "mixed": (0.75, 0.25)}.get(estimator, (0.0, 0.0))
     log_ratio = tokens.logprob - tokens.ref_logprob
     length = int(tokens.mask[0].sum())
@@ -207,14 +207,9 @@ def test_return_has_no_variance_at_the_optimum():
     tokens = at_optimum.tokens()
     assert at_optimum.gradient(1 - alpha, alpha).abs().max() < 1e-12
     one = torch.ones(7, dtype=torch.float64)
-    c = coefficients(tokens, policy.rewards, alpha * one, (1 - alpha) * one, 7, estimator="return")
-    assert c.logprob.abs().max() < 1e-12
-    assert (
-        coefficients(tokens, policy.rewards, alpha * one, (1 - alpha) * one, 7, estimator="exact")
-        .logprob.abs()
-        .max()
-        > 0.1
-    )
+    batch = RewardedTokens(tokens, policy.rewards, alpha * one, (1 - alpha) * one, 7)
+    assert coefficients(batch, estimator="return").logprob.abs().max() < 1e-12
+    assert coefficients(batch, estimator="exact").logprob.abs().max() > 0.1
 
 
 def random_tokens(rows, length, seed=0):
@@ -237,15 +232,9 @@ def test_masked_entries_are_never_read(estimator):
     rewards = torch.tensor([1.0, 2.0, 0.0, 5.0])
 
     def run(logprob, ref_logprob, kl, old_logprob):
-        return coefficients(
-            Tokens(logprob, ref_logprob, kl, tokens.mask),
-            rewards,
-            row(0.1),
-            row(0.9),
-            2,
-            estimator=estimator,
-            old_logprob=old_logprob,
-        )
+        each = Tokens(logprob, ref_logprob, kl, tokens.mask)
+        batch = RewardedTokens(each, rewards, row(0.1), row(0.9), 2, old_logprob=old_logprob)
+        return coefficients(batch, estimator=estimator)
 
     clean, dirty = run(*values), run(*(value.masked_fill(~tokens.mask, NAN) for value in values))
     assert torch.equal(clean.logprob, dirty.logprob)
@@ -260,10 +249,11 @@ def test_coefficients_differ_by_row_as_their_conditions_do():
     tokens = random_tokens(4, 5)
     rewards, coef = torch.tensor([1.0, 2.0, 0.0, 5.0]), torch.tensor([0.1, 0.1, 0.6, 0.6])
     scale = 1 - coef
-    together = coefficients(tokens, rewards, coef, scale, 2, estimator="exact")
+    together = coefficients(RewardedTokens(tokens, rewards, coef, scale, 2), estimator="exact")
     for rows in (slice(0, 2), slice(2, 4)):
         part = Tokens(*(v[rows] for v in (tokens.logprob, tokens.ref_logprob, tokens.kl, tokens.mask)))
-        alone = coefficients(part, rewards[rows], coef[rows], scale[rows], 2, estimator="exact")
+        batch = RewardedTokens(part, rewards[rows], coef[rows], scale[rows], 2)
+        alone = coefficients(batch, estimator="exact")
         assert torch.equal(together.logprob[rows], alone.logprob)
         assert torch.equal(together.kl[rows], alone.kl)
 
@@ -302,7 +292,8 @@ def test_leave_one_out_of_equal_rewards_is_exactly_zero_even_when_they_are_large
 @pytest.mark.parametrize("estimator", ["return", "exact", "k2", "k3"])
 def test_a_row_without_reward_has_no_objective_at_all(estimator):
     tokens = random_tokens(4, 3)
-    c = coefficients(tokens, torch.tensor([NAN, 1.0, 2.0, 3.0]), row(0.3), row(0.7), 2, estimator=estimator)
+    rewards = torch.tensor([NAN, 1.0, 2.0, 3.0])
+    c = coefficients(RewardedTokens(tokens, rewards, row(0.3), row(0.7), 2), estimator=estimator)
     assert (c.logprob[:2] == 0).all()  # row 0 has no reward, row 1 nobody to be compared with
     assert (c.kl is None) or (c.kl[:2] == 0).all()
     assert (c.logprob[2:][tokens.mask[2:]] != 0).all()
@@ -327,16 +318,9 @@ def test_scaling_ignores_missing_rewards():
 def test_scaled_advantages_are_those_of_trl():
     """Group mean and group std, KL out of the return: the advantage GRPOTrainer computes."""
     rewards = torch.tensor([1.0, 2.0, 6.0, 3.0, 3.5, 9.0])
-    c = coefficients(
-        random_tokens(6, 3),
-        rewards,
-        row(0.1, 6),
-        row(1.0, 6),
-        3,
-        estimator="k3",
-        baseline="group_mean",
-        scale_rewards="group",
-    )
+    scaled = rescale_rewards(rewards.double(), 3, "group")
+    batch = RewardedTokens(random_tokens(6, 3), scaled, row(0.1, 6), row(1.0, 6), 3)
+    c = coefficients(batch, estimator="k3", baseline="group_mean")
     groups = rewards.double().view(2, 3)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(c.advantage, expected.flatten())
@@ -346,8 +330,9 @@ def test_scaling_moves_the_optimum():
     """Dividing rewards by s is the objective of another KL coefficient: kl_coef * s."""
     tokens, rewards = random_tokens(4, 3), torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
     std = rewards.std() + 1e-4
-    scaled = coefficients(tokens, rewards, row(0.3), row(0.7), 4, scale_rewards="group")
-    other = coefficients(tokens, rewards, row(0.3) * std, row(0.7), 4)
+    scaled = rescale_rewards(rewards, 4, "group")
+    scaled = coefficients(RewardedTokens(tokens, scaled, row(0.3), row(0.7), 4))
+    other = coefficients(RewardedTokens(tokens, rewards, row(0.3) * std, row(0.7), 4))
     torch.testing.assert_close(scaled.logprob * std, other.logprob)
 
 
@@ -369,17 +354,8 @@ def test_clipped_coefficients_are_the_gradient_of_the_ppo_surrogate(epsilon, eps
     generator = torch.Generator().manual_seed(3)
     old = tokens.logprob + 0.4 * torch.randn(32, 6, dtype=torch.float64, generator=generator)
     rewards = torch.randn(32, dtype=torch.float64, generator=generator)
-    c = coefficients(
-        tokens,
-        rewards,
-        row(0.0, 32),
-        row(1.0, 32),
-        4,
-        old_logprob=old,
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
-        delta=delta,
-    )
+    batch = RewardedTokens(tokens, rewards, row(0.0, 32), row(1.0, 32), 4, old_logprob=old)
+    c = coefficients(batch, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
 
     logprob = tokens.logprob.clone().requires_grad_()
     ratio = (logprob - old).exp()
@@ -407,10 +383,9 @@ def test_clipped_coefficients_are_the_gradient_of_the_ppo_surrogate(epsilon, eps
 @pytest.mark.parametrize("estimator", ["return", "exact", "mixed", "k2", "k3"])
 def test_a_policy_that_has_not_moved_is_not_clipped(estimator):
     tokens, rewards = random_tokens(4, 3), torch.tensor([1.0, 2.0, 4.0, 8.0])
-    fresh = coefficients(tokens, rewards, row(0.3), row(0.7), 2, estimator=estimator)
-    ratio_one = coefficients(
-        tokens, rewards, row(0.3), row(0.7), 2, estimator=estimator, old_logprob=tokens.logprob
-    )
+    given = (tokens, rewards, row(0.3), row(0.7), 2)
+    fresh = coefficients(RewardedTokens(*given), estimator=estimator)
+    ratio_one = coefficients(RewardedTokens(*given, old_logprob=tokens.logprob), estimator=estimator)
     assert torch.equal(fresh.logprob, ratio_one.logprob)
     assert ratio_one.clip_low == 0 and ratio_one.clip_high == 0
     assert fresh.clip_low is None and fresh.clip_high is None
@@ -421,7 +396,7 @@ def test_a_policy_that_has_not_moved_is_not_clipped(estimator):
 )
 def test_kl_in_the_loss_is_the_derivative_of_its_value(estimator, value):
     tokens = random_tokens(4, 3)
-    c = coefficients(tokens, row(0.0), row(0.3), row(1.0), 2, estimator=estimator)
+    c = coefficients(RewardedTokens(tokens, row(0.0), row(0.3), row(1.0), 2), estimator=estimator)
     logprob = tokens.logprob.clone().requires_grad_()
     loss = 0.3 * (value(logprob - tokens.ref_logprob) * tokens.mask).sum()
     torch.testing.assert_close(-c.logprob, torch.autograd.grad(loss, logprob)[0])
@@ -485,7 +460,6 @@ def test_mix_stays_between_the_two_estimators(dot, expected):
     [
         (dict(estimator="k1"), "expected one of return, exact, mixed, k2, k3"),
         (dict(baseline="mean"), "expected one of leave_one_out, group_mean, none"),
-        (dict(scale_rewards=True), "expected one of none, group, batch"),
         (dict(mix=1.5), r"mix must be in \[0, 1\]; got 1.5"),
         (dict(group_size=3), "4 rows do not divide into groups of 3"),
         (dict(group_size=1), "group_size of at least 2; got 1. Use more completions, or baseline='none'"),
@@ -497,18 +471,23 @@ def test_mix_stays_between_the_two_estimators(dot, expected):
     ],
 )
 def test_errors_say_what_was_given_and_what_was_expected(options, message):
-    arguments = dict(
-        tokens=random_tokens(4, 3), rewards=row(0.0), kl_coef=row(0.1), reward_scale=row(0.9), group_size=2
-    )
+    batch = RewardedTokens(random_tokens(4, 3), row(0.0), row(0.1), row(0.9), 2)
+    given = {name: value for name, value in options.items() if hasattr(batch, name)}
+    rest = {name: value for name, value in options.items() if name not in given}
     with pytest.raises(ValueError, match=message):
-        coefficients(**{**arguments, **options})
+        coefficients(dataclasses.replace(batch, **given), **rest)
+
+
+def test_an_unknown_scale_is_an_error():
+    with pytest.raises(ValueError, match="expected one of none, group, batch"):
+        rescale_rewards(row(0.0), 2, True)
 
 
 def test_exact_without_the_exact_kl_is_an_error():
     tokens = random_tokens(4, 3)
     tokens = Tokens(tokens.logprob, tokens.ref_logprob, None, tokens.mask)
     with pytest.raises(ValueError, match="estimator='exact' needs tokens.kl"):
-        coefficients(tokens, row(0.0), row(0.1), row(0.9), 2, estimator="exact")
+        coefficients(RewardedTokens(tokens, row(0.0), row(0.1), row(0.9), 2), estimator="exact")
 
 
 def test_loss_type_errors():

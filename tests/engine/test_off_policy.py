@@ -85,8 +85,8 @@ def test_with_a_policy_that_has_not_moved_the_ratio_changes_nothing(tmp_path):
         batch.old_logprob = old
         for p in trainer.policy.adapter_parameters().values():
             p.grad = None
-        for _, part in micro_batches(batch, trainer.args):
-            result = backward(trainer.policy, part, trainer.args, trainer.controller)
+        for _, part in micro_batches(batch, trainer.objective, trainer.args.micro_batching):
+            result = backward(trainer.policy, part, trainer.objective)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.policy.adapter_parameters().values()]))
     assert result.coefficients.clip_low == result.coefficients.clip_high == 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)

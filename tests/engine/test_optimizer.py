@@ -175,7 +175,7 @@ def test_a_run_is_that_of_adamw_given_by_the_user(tmp_path, baseline):
     saved = load_file(tmp_path / "ours" / "policy" / "adapters.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in after.items())
     if baseline == "value":
-        for p, q in zip(ours.value_head.parameters(), usual.value_head.parameters()):
+        for p, q in zip(ours.objective.value_head.parameters(), usual.objective.value_head.parameters()):
             torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)
 
 

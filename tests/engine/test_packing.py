@@ -159,7 +159,7 @@ def test_a_model_with_attention_of_its_own_is_padded_and_says_so_once(tmp_path, 
     torch.testing.assert_close(
         stats.logprob[6:9, : alone.logprob.shape[1]], alone.logprob, rtol=1e-4, atol=1e-4
     )
-    with caplog.at_level(logging.WARNING, "clp_engine.training.trainer"):
+    with caplog.at_level(logging.WARNING, "clp_engine.training.building"):
         trainer_of(policy, tmp_path)
     assert len([r for r in caplog.records if "two passes" in r.message]) == 1
     with pytest.raises(ConfigError, match="gradient_checkpointing"):

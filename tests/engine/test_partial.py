@@ -15,7 +15,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.training import checkpoints
+from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.collecting import partial_rollouts
 from clp_engine.training.stepping.update import backward, micro_batches
 
@@ -79,7 +79,7 @@ def test_what_goes_on_is_one_completion_per_prompt():
 
 def collected(trainer, steps):
     """The batches of a run whose policy does not move, by prompt number in the ordinary order of the stream."""
-    source = trainer.partial or trainer.collector
+    source = trainer.collector
     return [source.training_batch(trainer.train_dataset, step, trainer.state) for step in range(steps)]
 
 
@@ -116,17 +116,17 @@ def test_nothing_is_lost(tmp_path):
     trainer = build_trainer(tmp_path, **PARTIAL)
     trained, phases = [], []
     for step in range(8):
-        waiting = {g.number for g in trainer.partial._groups}
-        batch = trainer.partial.training_batch(trainer.train_dataset, step, trainer.state)
-        still = {g.number for g in trainer.partial._groups}
-        new = set(range(trainer.partial._planned)) - still - set(trained)
+        waiting = {g.number for g in trainer.collector._groups}
+        batch = trainer.collector.training_batch(trainer.train_dataset, step, trainer.state)
+        still = {g.number for g in trainer.collector._groups}
+        new = set(range(trainer.collector._planned)) - still - set(trained)
         assert len(new) == 4 and not waiting & set(trained)
         trained += sorted(new)
         phases.append(batch.metrics["partial/phases"])
-        unfinished = [g for g in trainer.partial._groups if not trainer.partial._is_done(g)]
+        unfinished = [g for g in trainer.collector._groups if not trainer.collector._is_done(g)]
         assert sum(g.tokens > 0 for g in unfinished) <= 4
-        assert len(trainer.partial._groups) - len(unfinished) < 4
-    assert sorted(trained + list(still)) == list(range(trainer.partial._planned))
+        assert len(trainer.collector._groups) - len(unfinished) < 4
+    assert sorted(trained + list(still)) == list(range(trainer.collector._planned))
     # The first batch needs several phases; after that, each step has at least one and few have more.
     assert phases[0] > 1 and min(phases) == 1 and sum(phases[1:]) / 7 < phases[0]
 
@@ -154,7 +154,7 @@ def test_with_the_whole_length_at_once_a_run_is_an_ordinary_run_with_ratios_of_o
     for step in range(3):
         first, second = (
             source.training_batch(ordinary.train_dataset, step, ordinary.state)
-            for source in (ordinary.collector, whole.partial)
+            for source in (ordinary.collector, whole.collector)
         )
         for field in dataclasses.fields(first.rollout):
             ours, theirs = getattr(first.rollout, field.name), getattr(second.rollout, field.name)
@@ -169,12 +169,12 @@ def test_tokens_keep_the_log_probs_of_the_policies_that_drew_them(tmp_path):
     trainer = build_trainer(tmp_path, **PARTIAL, learning_rate=3e-2, max_steps=3)
     trainer.train()
     before = {
-        tuple(c.tokens): list(c.logprobs) for g in trainer.partial._groups for c in g.completions if c.tokens
+        tuple(c.tokens): list(c.logprobs) for g in trainer.collector._groups for c in g.completions if c.tokens
     }
     assert before
-    batch = trainer.partial.training_batch(trainer.train_dataset, 3, trainer.state)
-    ((_, part),) = micro_batches(batch, trainer.args)
-    now = backward(trainer.policy, part, trainer.args, trainer.controller).logprob
+    batch = trainer.collector.training_batch(trainer.train_dataset, 3, trainer.state)
+    ((_, part),) = micro_batches(batch, trainer.objective, trainer.args.micro_batching)
+    now = backward(trainer.policy, part, trainer.objective).logprob
     fresh = stale = 0
     for i, tokens in enumerate(batch.rollout.token_lists()):
         gap = (now[i, : len(tokens)] - batch.rollout.logprobs[i, : len(tokens)]).abs()
@@ -207,8 +207,8 @@ def test_partial_rollouts_train_and_resume_to_the_bit(tmp_path, changes):
     log = log_of(tmp_path / "whole")
     assert all(math.isfinite(v) for entry in log for v in entry.values())
     assert any(entry.get("partial/stale_tokens") for entry in log)
-    (first, *_, last) = checkpoints.checkpoints(tmp_path / "whole")
-    assert checkpoints.load_unfinished(first)["tokens"].numel() > 0
+    (first, *_, last) = checkpoint.checkpoints(tmp_path / "whole")
+    assert checkpoint.load_unfinished(first)["tokens"].numel() > 0
     assert {p.suffix for p in first.rglob("*") if p.is_file()} == {".safetensors", ".json"}
     shutil.copytree(first, tmp_path / "parts" / first.name)
     again = build_trainer(tmp_path / "parts", **changes).train(resume_from_checkpoint=True)
@@ -239,7 +239,7 @@ def test_generated_tokens_are_counted_when_they_are_drawn(tmp_path):
     original = trainer._update
     trainer._update = lambda batch: trained.append(batch.num_generated_tokens) or original(batch)
     trainer.train()
-    waiting = sum(g.tokens for g in trainer.partial._groups)
+    waiting = sum(g.tokens for g in trainer.collector._groups)
     assert waiting > 0 and trainer.num_generated_tokens == sum(trained) + waiting
 
 

@@ -18,7 +18,7 @@ from engine.test_trainer import build_trainer, log_of, low_words
 from transformers import AutoModelForSequenceClassification, Gemma3Config
 
 from clp_engine.data.rewards import ClassifierReward, RewardSet
-from clp_engine.training.collecting import collector, reference_states
+from clp_engine.training.collecting import reference_states
 
 BATCH = (["p"] * 3, ["a", "b", "c"], [[1], [2], [3]], {})
 
@@ -48,7 +48,7 @@ def test_the_reference_is_computed_while_the_reward_functions_run(tmp_path, monk
         return original(*args)
 
     original = reference_states.reference_hidden
-    monkeypatch.setattr(collector.ahead, "reference_hidden", reference_hidden)
+    monkeypatch.setattr(reference_states, "reference_hidden", reference_hidden)
     build_trainer(tmp_path, rewards=[waits_for_the_reference, waits_too], max_steps=1).train()
     assert met == [True]
 
@@ -235,7 +235,7 @@ def test_phase_times_say_how_long_rewards_took_and_how_long_the_step_waited(tmp_
 
     original = reference_states.reference_hidden
     monkeypatch.setattr(
-        collector.ahead, "reference_hidden", lambda *args: (time.sleep(0.4), original(*args))[1]
+        reference_states, "reference_hidden", lambda *args: (time.sleep(0.4), original(*args))[1]
     )
     for workers, name in ((1, "beside"), (0, "inline")):
         build_trainer(tmp_path / name, rewards=[slow], max_steps=1, reward_workers=workers).train()

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.locking import exclusive
-from clp_engine.training import checkpoints, run_folder
+from clp_engine.training import run_folder
+from clp_engine.training.checkpoints import checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
@@ -28,7 +29,7 @@ def held(folder):
 
 
 def names(folder):
-    return [path.name for path in checkpoints.checkpoints(folder)]
+    return [path.name for path in checkpoint.checkpoints(folder)]
 
 
 def mine(folder, *paths):
@@ -51,7 +52,7 @@ def test_overwriting_removes_what_the_manifest_says_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"] and "completions.jsonl" not in now
     assert set(now) == set(before) | run_folder.Manifest.read(tmp_path).files | {"clp_manifest.json"}
     assert run_folder.Manifest.read(tmp_path).run == second.run_id != first.run_id
-    assert {checkpoints.read_state(tmp_path / name)["run"] for name in names(tmp_path)} == {second.run_id}
+    assert {checkpoint.read_state(tmp_path / name)["run"] for name in names(tmp_path)} == {second.run_id}
 
 
 @pytest.mark.parametrize("save", ["steps", "no"])
@@ -125,7 +126,7 @@ def test_rotation_and_resuming_leave_the_checkpoints_of_an_earlier_run_alone(tmp
     assert names(tmp_path) == ["checkpoint-3"] and held(tmp_path / "checkpoint-6") == before
     resumed = build_trainer(tmp_path, max_steps=3, **SAVING)
     assert resumed.train(resume_from_checkpoint=True).global_step == 3
-    assert resumed.run_id == checkpoints.read_state(tmp_path / "checkpoint-3")["run"]
+    assert resumed.run_id == checkpoint.read_state(tmp_path / "checkpoint-3")["run"]
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, 3), (0, 3), (-1, 3), (-2, 3), (1, 1), (2, 2)])
@@ -145,12 +146,12 @@ def test_rotation_goes_by_time_and_not_by_step(tmp_path):
     again = build_trainer(tmp_path, max_steps=5, save_total_limit=3, callbacks=[Stop], **SAVING)
     again.train(resume_from_checkpoint=tmp_path / "checkpoint-1")
     assert names(tmp_path) == ["checkpoint-5", "checkpoint-2", "checkpoint-3"]
-    assert checkpoints.resolve(tmp_path, True) == tmp_path / "checkpoint-3"
+    assert checkpoint.resolve(tmp_path, True) == tmp_path / "checkpoint-3"
 
 
 def test_what_was_just_written_stays_though_the_clock_went_back(tmp_path, monkeypatch):
     clock = iter(range(10_000, 0, -1))
-    monkeypatch.setattr(checkpoints.time, "time", lambda: next(clock))
+    monkeypatch.setattr(checkpoint.time, "time", lambda: next(clock))
     seen = []
     original = run_folder.rotate
 
@@ -211,7 +212,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_rotated(tmp_path):
     shutil.rmtree(tmp_path / "policy")
     (tmp_path / "clp_manifest.json").unlink()
     for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4"):
-        state = checkpoints.read_state(tmp_path / name)
+        state = checkpoint.read_state(tmp_path / name)
         del state["run"], state["written"]
         (tmp_path / name / run_folder.STATE_FILE).write_text(json.dumps(state))
     shutil.rmtree(tmp_path / "checkpoint-4")

@@ -12,14 +12,8 @@ from engine.test_closed_form import BOUND, THREE_TOKENS, distance, one_thread  #
 from engine.test_trainer import build_trainer, log_of, settings
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.objectives.estimators import Coefficients, advantages, coefficients
-from clp_engine.training.collecting.rollout_selection import (
-    largest_in_group,
-    max_variance,
-    scheduled,
-    select,
-    select_tokens,
-)
+from clp_engine.objectives.coefficients import Coefficients, advantages, coefficients
+from clp_engine.objectives.selection import largest_in_group, max_variance, scheduled, select_tokens
 from clp_engine.training.stepping.update import backward, micro_batches
 
 
@@ -123,7 +117,7 @@ def gradient(trainer, batches):
     for p in parameters:
         p.grad = None
     for batch in batches:
-        backward(trainer.policy, batch, trainer.args, trainer.controller)
+        backward(trainer.policy, batch, trainer.objective)
     return torch.cat([p.grad.flatten() for p in parameters])
 
 
@@ -140,12 +134,12 @@ def test_the_gradient_is_that_of_the_chosen_rows_with_the_advantages_of_whole_gr
         scale_rewards="group",
         alpha=0.3,
     )
-    chosen = select(trainer.policy, whole, trainer.args, 0.0)
+    chosen = trainer.selector.selected(whole, 0.0)
     assert chosen.rollout.completion_ids.shape[0] == 6 and chosen.rollout.group == 3
-    measured = gradient(trainer, [batch for _, batch in micro_batches(chosen, trainer.args)])
+    measured = gradient(trainer, [batch for _, batch in micro_batches(chosen, trainer.objective, trainer.args.micro_batching)])
 
     # The same by zeroing the weights of the rows that variance over the returns leaves out.
-    ((_, everything),) = micro_batches(whole, trainer.args)
+    ((_, everything),) = micro_batches(whole, trainer.objective, trainer.args.micro_batching)
     returns = whole.scalar / (whole.scalar.view(2, 8).std(1).repeat_interleave(8) + 1e-4) * 0.7
     if estimator == "return":
         rows = torch.zeros(16, dtype=torch.bool)
@@ -196,7 +190,7 @@ def test_truncated_completions_that_are_masked_are_not_chosen(tmp_path):
     )
     ended = whole.rollout.terminated.view(2, 8).sum(1)
     assert 0 < int(ended.min()) and int(ended.max()) < 8
-    chosen = select(trainer.policy, whole, trainer.args, 0.0).rollout.terminated.view(2, 4).sum(1)
+    chosen = trainer.selector.selected(whole, 0.0).rollout.terminated.view(2, 4).sum(1)
     assert torch.equal(chosen, ended.clamp_max(4))
 
 
@@ -205,15 +199,18 @@ def test_the_tokens_that_are_kept_do_not_depend_on_the_micro_batches(tmp_path, s
     split["gradient_accumulation_steps"] = 32 // split["per_device_train_batch_size"]
     chosen = {"token_selection": "advantage_entropy", "selected_tokens": 0.4}
     trainer, whole = trained_a_little(tmp_path, num_generations=8, alpha=0.3, **split, **chosen)
-    whole = select(trainer.policy, whole, trainer.args, 0.0)
+    whole = trainer.selector.selected(whole, 0.0)
     assert whole.token_share == 0.4
-    measured = gradient(trainer, [batch for _, batch in micro_batches(whole, trainer.args)])
+
+    def whole_gradient():
+        cut = micro_batches(whole, trainer.objective, trainer.args.micro_batching)
+        return gradient(trainer, [batch for _, batch in cut])
+
+    measured = whole_gradient()
     trainer.args.per_device_train_batch_size = 16
-    torch.testing.assert_close(
-        measured, gradient(trainer, [b for _, b in micro_batches(whole, trainer.args)]), rtol=1e-3, atol=1e-6
-    )
+    torch.testing.assert_close(measured, whole_gradient(), rtol=1e-3, atol=1e-6)
     whole.token_share = 1.0
-    everything = gradient(trainer, [b for _, b in micro_batches(whole, trainer.args)])
+    everything = whole_gradient()
     assert not torch.allclose(measured, everything, rtol=0.05)
 
 
@@ -269,22 +266,20 @@ def test_resuming_is_exact_with_a_schedule(tmp_path):
 # -- where it leads ----------------------------------------------------------------------------------------------------
 
 
-def of_chosen_rollouts(tokens, rewards, kl_coef, reward_scale, group_size, **options):
+def of_chosen_rollouts(batch, **options):
     """Two of every four completions, the mean over them."""
     options.pop("mix")
-    given = (tokens, rewards, kl_coef, reward_scale, group_size)
-    found = advantages(*given, **options)
-    rows = torch.zeros(len(rewards) // group_size, group_size)
-    rows.scatter_(1, max_variance(found.view(-1, group_size), group_size // 2), 2.0)
-    c = coefficients(*given, **options)
+    found = advantages(batch, **options).view(-1, batch.group_size)
+    rows = torch.zeros(found.shape).scatter_(1, max_variance(found, batch.group_size // 2), 2.0)
+    c = coefficients(batch, **options)
     return dataclasses.replace(c, logprob=c.logprob * rows.view(-1, 1))
 
 
-def of_chosen_tokens(tokens, rewards, kl_coef, reward_scale, group_size, **options):
+def of_chosen_tokens(batch, **options):
     """Half the tokens of every group; the entropy's place is taken by -log p, which it is the mean of."""
-    c = coefficients(tokens, rewards, kl_coef, reward_scale, group_size, **options)
-    groups = torch.arange(len(rewards)) // group_size
-    return select_tokens(c, -tokens.logprob.detach(), tokens.mask, groups, 0.5)
+    c = coefficients(batch, **options)
+    groups = torch.arange(len(batch.rewards)) // batch.group_size
+    return select_tokens(c, -batch.tokens.logprob.detach(), batch.tokens.mask, groups, 0.5)
 
 
 @pytest.mark.check
@@ -304,12 +299,12 @@ def test_the_advantages_of_sampling_are_those_of_training(tmp_path):
     trainer, whole = trained_a_little(
         tmp_path, rollout_selection="max_variance", selected_rollouts=4, alpha=0.4
     )
-    chosen = select(trainer.policy, whole, trainer.args, 0.0)
-    ((_, batch),) = micro_batches(whole, trainer.args)
+    chosen = trainer.selector.selected(whole, 0.0)
+    ((_, batch),) = micro_batches(whole, trainer.objective, trainer.args.micro_batching)
     from clp_engine.training.stepping.update import forward
 
-    scored = forward(trainer.policy, batch, trainer.args)
-    expected = scored.coefficients(trainer.args, "return", "leave_one_out", 0.5).advantage
+    scored = forward(trainer.policy, batch, trainer.objective)
+    expected = trainer.objective.coefficients(scored.rewarded, "return", "leave_one_out").advantage
     rows = [
         i for i, tokens in enumerate(whole.rollout.token_lists()) if tokens in chosen.rollout.token_lists()
     ]

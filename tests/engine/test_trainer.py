@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.rewards import RewardSet
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.training import checkpoints
+from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
 
@@ -59,7 +59,7 @@ def settings(tmp_path, **changes):
 def build_trainer(tmp_path, *, family="qwen2", rewards=None, model=None, **changes):
     extra = {
         k: changes.pop(k)
-        for k in ("callbacks", "eval_dataset", "peft_config", "processing_class")
+        for k in ("callbacks", "condition_sampler", "eval_dataset", "peft_config", "processing_class")
         if k in changes
     }
     extra.setdefault("processing_class", build_tokenizer(family))
@@ -341,12 +341,12 @@ def finish(process):
 def test_n_steps_a_kill_and_n_more_are_2n_steps_to_the_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     straight, victim = launch(whole, 12), launch(killed, 12)
-    while not checkpoints.checkpoints(killed) and victim.poll() is None:
+    while not checkpoint.checkpoints(killed) and victim.poll() is None:
         time.sleep(0.005)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
     finish(straight)
-    found = checkpoints.checkpoints(killed)
+    found = checkpoint.checkpoints(killed)
     assert found and not (killed / "policy").exists(), "the run ended before it could be killed"
     finish(launch(killed, 12, resume=True))
     for name in (
@@ -361,7 +361,7 @@ def test_n_steps_a_kill_and_n_more_are_2n_steps_to_the_bit(tmp_path):
 
 def test_a_checkpoint_is_safetensors_and_json_only_and_old_ones_go(tmp_path):
     build_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2).train()
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".jsonl"}
     assert not list(tmp_path.glob(".*"))
 
@@ -374,11 +374,11 @@ def test_a_failed_write_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypa
             raise OSError("disk full")
         return original(*args, **kwargs)
 
-    original = checkpoints.save_file
-    monkeypatch.setattr(checkpoints, "save_file", save_file)
+    original = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
     with pytest.raises(OSError, match="disk full"):
         trainer.train()
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
     monkeypatch.undo()
     assert build_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True).global_step == 2
 
@@ -399,7 +399,7 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         build_trainer(tmp_path, callbacks=[Interrupt]).train()
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

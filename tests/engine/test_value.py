@@ -9,11 +9,11 @@ from engine.test_trainer import ROWS, build_trainer, high_words, log_of, low_wor
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.objectives.estimators import objective_scales
+from clp_engine.objectives.coefficients import objective_scales
+from clp_engine.objectives.policy_gradient import LossSettings, PolicyGradient
 from clp_engine.objectives.value_head import ValueHead, explained_variance
 from clp_engine.rollouts.types import Rollout
-from clp_engine.training import checkpoints
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.stepping.update import MicroBatch, forward
 
 
@@ -39,7 +39,7 @@ def values_of(policy, head, completions, weights=(0.3, 0.7), kl=0.2):
     condition = Conditions(torch.tensor([weights]), torch.tensor([kl]))
     batch = MicroBatch(drawn, condition, torch.zeros(rows), torch.ones(rows, width))
     with torch.no_grad():
-        return forward(policy, batch, CLPConfig(), head).values
+        return forward(policy, batch, PolicyGradient(LossSettings(baseline="value"), head)).values
 
 
 def test_the_value_of_a_token_depends_on_what_lies_before_it_and_on_the_condition_alone():
@@ -99,7 +99,7 @@ def test_it_trains_with_one_completion_per_prompt_and_with_several(tmp_path, est
     assert any(not torch.equal(before[n], p) for n, p in trainer.policy.adapter_parameters().items())
     log = log_of(tmp_path)
     assert all(entry["value_loss"] > 0 and "explained_variance" in entry for entry in log)
-    assert trainer.value_head.output.weight.abs().max() > 0
+    assert trainer.objective.value_head.output.weight.abs().max() > 0
     saved = {p.name for p in (tmp_path / "policy").iterdir()}
     assert not any("value" in name or "training" in name for name in saved)
 
@@ -125,7 +125,7 @@ def test_values_of_the_first_pass_serve_the_passes_after_it(tmp_path):
     trainer.train()
     generation = trainer._generation
     assert (generation.values == 0).all()  # those of the new head, though it has been fitted twice since
-    assert trainer.value_head.output.weight.abs().max() > 0
+    assert trainer.objective.value_head.output.weight.abs().max() > 0
 
 
 def test_training_fits_the_head_to_what_the_prompt_tells(tmp_path):
@@ -175,7 +175,7 @@ def test_a_checkpoint_from_before_there_was_a_value_head_resumes(tmp_path):
         "stratified_weights",
     ):
         del state["config"][name]
-    del state["num_generated_tokens"]
+    del state["num_generated_tokens"], state["reference"]
     path.write_text(json.dumps(state))
     changes["max_steps"] = 2
     assert build_trainer(tmp_path, **changes).train(resume_from_checkpoint=True).global_step == 2
@@ -183,8 +183,8 @@ def test_a_checkpoint_from_before_there_was_a_value_head_resumes(tmp_path):
         build_trainer(tmp_path, baseline="value", **changes).train(resume_from_checkpoint=True)
     with pytest.raises(ConfigError, match="other settings for max_generated_tokens"):
         build_trainer(tmp_path, max_generated_tokens=9, **changes).train(resume_from_checkpoint=True)
-    with pytest.raises(ConfigError, match="holds no value head"):
-        checkpoints.load_value_head(tmp_path / "checkpoint-2", ValueHead(32, 2))
+    with pytest.raises(ConfigError, match="holds no value.hidden.bias, a part of the objective's state"):
+        checkpoint.load_objective(tmp_path / "checkpoint-2", PolicyGradient(value_head=ValueHead(32, 2)))
 
 
 def test_an_optimiser_of_ones_own_takes_the_head_in_and_a_schedule_of_ones_own_is_refused(tmp_path):
@@ -203,6 +203,6 @@ def test_an_optimiser_of_ones_own_takes_the_head_in_and_a_schedule_of_ones_own_i
 
     trainer = build(False)
     trainer.train()
-    assert trainer.value_head.output.weight.abs().max() > 0
+    assert trainer.objective.value_head.output.weight.abs().max() > 0
     with pytest.raises(ConfigError, match="a scheduler of your own knows nothing of the value head"):
         build(True).train()

@@ -8,9 +8,8 @@ from engine.conftest import build_model
 from peers.both_trainers import ROWS, our_trainer, trl_trainer
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.objectives.estimators import MixController
 from clp_engine.rollouts.types import Rollout
-from clp_engine.training.collecting.collector import Generation
+from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.stepping.update import backward, micro_batches
 
 GROUP = 4
@@ -97,10 +96,10 @@ def test_the_gradient_is_trl_s(tmp_path, loss_type, scale_rewards, corrected):
     )
     rewards = seen["rewards"]
     conditions = Conditions(torch.ones(2, 1), torch.full((2,), settings["beta"]))
-    generation = Generation(rollout, conditions, rewards, rewards[:, 0], {}, 0)
-    (_, part), *others = micro_batches(generation, ours.args)
+    generation = TrainingBatch(rollout, conditions, rewards, rewards[:, 0], {}, 0)
+    (_, part), *others = micro_batches(generation, ours.objective, ours.args.micro_batching)
     assert not others
-    backward(ours.policy, part, ours.args, MixController())
+    backward(ours.policy, part, ours.objective)
     gradients = [
         (parameters[f"{layer}.lora_{kind}"].grad, p.grad)
         for layer, pair in names.items()

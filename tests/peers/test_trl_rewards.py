@@ -224,7 +224,7 @@ def test_what_functions_log_has_trl_s_names(tmp_path):
 def test_the_rewards_of_a_batch_are_summed_up_as_in_trl(tmp_path):
     """Means, standard deviations and the share of groups without contrast, of the same rewards."""
     from clp_engine.core.conditions import Conditions
-    from clp_engine.training.stepping.metrics import reward_metrics
+    from clp_engine.training.metrics import reward_metrics
 
     rewards = torch.tensor([[1.0], [3.0], [2.0], [7.0], [4.0], [4.0], [4.0], [4.0]])
     trainer = trl_trainer(

@@ -33,7 +33,8 @@ from clp_engine.evaluation.compare.methods import (
 from clp_engine.evaluation.front import default_grid
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.training import runs
-from clp_engine.training.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
+from clp_engine.training.config import WITHOUT_EFFECT, CLPConfig
+from clp_engine.training.config_checks import KL_NAMES
 
 OWN_KEYS = (
     "seeds",

@@ -24,15 +24,16 @@ from dataclasses import dataclass
 import torch
 
 from clp_engine.core.conditions import Conditions, blend_coefficients
-from clp_engine.objectives.estimators import (
+from clp_engine.objectives.advantages import scalarise
+from clp_engine.objectives.coefficients import (
     Coefficients,
-    MixController,
+    RewardedTokens,
     Tokens,
     coefficients,
-    loss_weights,
     objective_scales,
-    scalarise,
 )
+from clp_engine.objectives.losses import loss_weights
+from clp_engine.objectives.variance_mix import MixController
 from clp_engine.objectives.weightings import ConditionSampler, Fixed, FixedKL
 from clp_engine.tasks.closed_form.policies import BlendedPolicy, Tables
 
@@ -178,8 +179,8 @@ def train(
         tokens = visited.tokens()
         reward_scale, kl_coef = objective_scales(conditions.kl)
         rewards = scalarise(task.rewards.T[outcomes], conditions.weights)
-        given = (tokens, rewards, kl_coef, reward_scale, group_size)
-        c = estimate(*given, estimator=estimator, baseline=baseline, mix=controller.mix)
+        batch = RewardedTokens(tokens, rewards, kl_coef, reward_scale, group_size)
+        c = estimate(batch, estimator=estimator, baseline=baseline, mix=controller.mix)
         surrogate = c.logprob * tokens.logprob + (0.0 if c.kl is None else c.kl * tokens.kl)
         optimizer.zero_grad()
         (-loss_weights(tokens.mask) * surrogate).sum().backward()
@@ -187,7 +188,7 @@ def train(
         schedule.step()
         if estimator == "mixed":
             first, second = (
-                visited.gradient(estimate(*given, estimator=name, baseline=baseline))
+                visited.gradient(estimate(batch, estimator=name, baseline=baseline))
                 for name in ("return", "exact")
             )
             controller.update((first * (first - second)).sum(), (first - second).square().sum())

@@ -1,1 +1,1 @@
-"""What a step learns from: completions, their rewards, and the reference's states."""
+"""Collecting a step's batch: prompts and conditions, completions, rewards, the reference's hidden states."""

@@ -1,23 +1,23 @@
 """Partial rollouts: one long completion does not hold up a batch.
 
-A phase draws at most L = `max_completion_length_per_step` tokens of each completion. What has not ended then waits with its
-prompt, condition, random numbers, tokens and their log-probs, and goes on in a later phase, read as prompt + tokens so far. A
-step runs phases until P groups, its batch, have ended whole, P groups at a time (those that began first, new prompts behind
-them), and trains on the first P of them. Nothing is lost and nothing is left out: every prompt that began is trained on, with
-all of its completions; only its turn depends on how long they are. (What is under way when a run ends was drawn for nothing:
-at most P groups unfinished, and P - 1 that wait for their turn.)
+A phase draws at most L = `max_completion_length_per_step` tokens of each completion. A completion that has not ended waits,
+with its prompt, condition, random numbers, tokens and their log-probs. A later phase continues it: the model reads prompt +
+tokens so far. P is the number of groups in a batch. A step runs phases until P groups have ended whole, and trains on the
+first P of them. A phase works on P groups, those that began first; new prompts join behind them. Every prompt that began is
+trained on, with all of its completions; their length decides only when. When a run ends, at most P unfinished groups and
+P - 1 finished ones are left over.
 
-A completion can so be the work of several policies, at most max_completion_length / L. Each token keeps the log-prob of the
-policy that drew it, and the update is off-policy from its first pass on:
+Up to max_completion_length / L policies write one completion. Each token keeps the log-prob of the policy that drew it, so the
+update is off-policy from its first pass on:
 
     min(ratio * A, clip(ratio) * A),     ratio = pi(y_t | y_<t) / pi_that_drew_it(y_t | y_<t)
 
-What that corrects is each token given its prefix; that the prefix was drawn by an older policy is not corrected (a product of
-ratios would, with a variance nobody wants), and clipping is biased as it always is. With L = max_completion_length the
-batches are those of an ordinary run.
+The ratio corrects each token given its prefix. It does not correct that an older policy drew the prefix: a product of ratios
+would, with too large a variance. Clipping is biased as always. With L = max_completion_length the batches are those of an
+ordinary run.
 
-Continuing costs a prefill of prompt and tokens for each unfinished completion: choose L so that few go on. The scheme is
-that of Kimi k1.5 (Kimi Team, arXiv 2501.12599, 2025), but for the batch, which has a fixed number of groups here.
+Continuing costs a prefill of prompt and tokens for each unfinished completion: choose L so that few are unfinished. The
+scheme is that of Kimi k1.5 (Kimi Team, arXiv 2501.12599, 2025), except that a batch has a fixed number of groups here.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.data.prompts import PromptBatch, Prompts
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import Rollout, pad_left
-from clp_engine.training.collecting.collector import Collector, Generation
+from clp_engine.training.collecting.batches import TrainingBatch
+from clp_engine.training.collecting.collector import CollectorParts
 
 
 @dataclass
 class Completion:
-    """What is there of one completion."""
+    """One completion so far: its tokens, and the log-probs they were drawn with."""
 
     seed: int
     tokens: list[int] = field(default_factory=list)
@@ -49,7 +50,7 @@ class Completion:
 
 @dataclass
 class Group:
-    """A prompt (a batch of one) that has its turn, its condition (one row), and its completions.
+    """A prompt (a batch of one), its condition (one row), and its completions.
 
     number: its place in the stream of all prompts of the run.
     """
@@ -65,74 +66,70 @@ class Group:
 
 
 class PartialRollouts:
-    """The completions under way, and the batches they become; in the place of `Collector.training_batch`."""
+    """A `Collector` whose completions may take several steps: those under way, and the batches they become."""
 
-    def __init__(self, collector: Collector):
-        self._collector, self._args = collector, collector.args
-        if collector.policy.model.config.is_encoder_decoder:
+    def __init__(self, parts: CollectorParts):
+        self._parts, self._settings = parts, parts.planner.settings
+        if parts.policy.model.config.is_encoder_decoder:
             raise ConfigError(
                 "partial_rollouts reads what is there of a completion as a part of its prompt, which an encoder-decoder "
                 "does not; use partial_rollouts=False"
             )
         self._sampling = dataclasses.replace(
-            collector.sampling, max_new_tokens=collector.args.max_completion_length_per_step
+            self._settings.sampling, max_new_tokens=self._settings.tokens_per_phase
         )
         self._groups: list[Group] = []  # in the order of their numbers; some may not have begun
         self._planned = 0  # groups that were ever put there
 
-    @property
-    def _batch_groups(self) -> int:
-        return self._args.rollout_size // self._args.num_generations
-
-    def training_batch(self, dataset: Prompts, step: int, state: TrainerState) -> Generation:
+    def training_batch(self, dataset: Prompts, step: int, state: TrainerState) -> TrainingBatch:
         """The first P groups that have ended, rewarded, with the log-probs of the policies that drew them."""
-        count, before = self._batch_groups, {g.number: g.tokens for g in self._groups}
+        count, before = self._settings.prompts, {g.number: g.tokens for g in self._groups}
         phases = 0
         while len(done := [g for g in self._groups if self._is_done(g)]) < count:
             self._run_phase(dataset)
             phases += 1
         drawn_now = sum(g.tokens - before.get(g.number, 0) for g in self._groups)
         batch = done[:count]
-        batch = [batch[i] for i in self._collector.arranged([g.prompt.token_ids[0] for g in batch])]
+        batch = [batch[i] for i in self._parts.planner.arranged([g.prompt.token_ids[0] for g in batch])]
         trained = {g.number for g in batch}
         self._groups = [g for g in self._groups if g.number not in trained]
-        generation = self._collector.rewarded_batch(
+        made = self._parts.rewarding.training_batch(
             _together(batch),
             Conditions.cat([g.condition for g in batch]),
             self._assembled(batch),
             step,
             state,
-            new_tokens=drawn_now,
         )
-        generation.metrics |= {
+        made.new_tokens, made.stale = drawn_now, True
+        made.metrics |= {
             "partial/phases": phases,
             "partial/waiting_groups": sum(g.tokens > 0 for g in self._groups),
             "partial/stale_tokens": sum(before.get(g.number, 0) for g in batch)
             / max(sum(g.tokens for g in batch), 1),
         }
-        return generation
+        return made
 
     def _is_done(self, group: Group) -> bool:
         return not any(self._goes_on(c) for c in group.completions)
 
     def _goes_on(self, completion: Completion) -> bool:
-        return not completion.terminated and len(completion.tokens) < self._args.max_completion_length
+        return not completion.terminated and len(completion.tokens) < self._settings.sampling.max_new_tokens
 
     def _run_phase(self, dataset: Prompts) -> None:
         """At most L more tokens for each completion of the first P groups that have not ended."""
-        count = self._batch_groups
+        count = self._settings.prompts
         while len(unfinished := [g for g in self._groups if not self._is_done(g)]) < count:
             self._plan(dataset)
         active = unfinished[:count]
         fresh = [g for g in active if not g.tokens]
-        fresh = [fresh[i] for i in self._collector.arranged([g.prompt.token_ids[0] for g in fresh])]
+        fresh = [fresh[i] for i in self._parts.planner.arranged([g.prompt.token_ids[0] for g in fresh])]
         going_on = [(g, c) for g in active if g.tokens for c in g.completions if self._goes_on(c)]
-        with self._collector.timer("rollout"):
+        with self._parts.timer("rollout"):
             if going_on:
                 groups, completions = zip(*going_on)
                 self._draw(groups, completions, 1, begun=[c.tokens for c in completions])
             if fresh:
-                self._draw(fresh, [c for g in fresh for c in g.completions], self._args.num_generations)
+                self._draw(fresh, [c for g in fresh for c in g.completions], self._settings.group)
 
     def _draw(
         self, groups: Sequence[Group], completions: Sequence[Completion], per_prompt: int, begun=None
@@ -140,14 +137,14 @@ class PartialRollouts:
         """`per_prompt` completions of each group's prompt go on."""
         batch = _together(groups)
         drawn = rollout(
-            self._collector.policy,
+            self._parts.policy,
             batch.token_ids,
             Conditions.cat([g.condition for g in groups]),
             num_generations=per_prompt,
             sampling=self._sampling,
             row_seeds=torch.tensor([c.seed for c in completions]),
             prompts=batch.prompts,
-            max_rows=self._args.rollout_rows,
+            max_rows=self._settings.max_rows,
             begun=begun,
         )
         logprobs = drawn.logprobs.tolist()
@@ -160,18 +157,18 @@ class PartialRollouts:
 
     def _plan(self, dataset: Prompts) -> None:
         """Put the next P prompts of the stream behind the others: those of an ordinary run's next rollout."""
-        step = self._planned // self._batch_groups * self._args.steps_per_rollout
-        batch, conditions, row_seeds = self._collector.planned(dataset, step)
-        for i, seeds in enumerate(row_seeds.tolist()):
-            completions = [Completion(seed) for seed in seeds]
+        step = self._planned // self._settings.prompts * self._settings.steps
+        planned = self._parts.planner.rollout(dataset, step)
+        for i, seeds in enumerate(planned.row_seeds.tolist()):
+            prompt, condition = planned.batch.taken([i]), planned.conditions[i : i + 1]
             self._groups.append(
-                Group(self._planned + i, batch.taken([i]), conditions[i : i + 1], completions)
+                Group(self._planned + i, prompt, condition, [Completion(seed) for seed in seeds])
             )
-        self._planned += len(row_seeds)
+        self._planned += len(planned.row_seeds)
 
     def _assembled(self, groups: Sequence[Group]) -> Rollout:
         """The rollout that these completions would have come from at one go."""
-        policy, batch = self._collector.policy, _together(groups)
+        policy, batch = self._parts.policy, _together(groups)
         conditions = Conditions.cat([g.condition for g in groups])
         shown = policy.shown_prompts(batch.token_ids, conditions, batch.prompts)
         plain = pad_left(batch.token_ids, policy.pad_token_id, policy.device)
@@ -213,7 +210,7 @@ class PartialRollouts:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], dataset: Prompts) -> None:
         """Raises ConfigError where the dataset has other prompts than it had."""
-        group = self._args.num_generations
+        s, group = self._settings, self._settings.group
         prompts = state["prompts"].split(state["prompt_lengths"].tolist())
         lengths = state["lengths"].tolist()
         completions = [
@@ -227,8 +224,7 @@ class PartialRollouts:
         ]
         self._planned, self._groups = int(state["planned"]), []
         for i, number in enumerate(state["numbers"].tolist()):
-            a = self._args
-            prompt = dataset.batch(dataset.indices(number, 1, a.seed, a.shuffle_dataset))
+            prompt = dataset.batch(dataset.indices(number, 1, s.seed, s.shuffle))
             if prompt.token_ids[0] != prompts[i].tolist():
                 raise ConfigError(
                     f"prompt {number} of the run is not what it was when the checkpoint was written, and has completions "

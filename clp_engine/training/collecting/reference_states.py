@@ -1,8 +1,7 @@
-"""What a step can compute before it knows its rewards: the reference's hidden states of the completions.
+"""The reference's hidden states of the completions, computed while the reward functions run.
 
-The policy's pass needs them for log-ratio and exact KL, and nothing in them depends on a reward or on the adapters. Computed
-while the reward functions run they cost the step nothing, and are not computed again: micro-batches take them as they are,
-in every pass over the completions.
+The policy's pass needs them for log-ratio and exact KL. They depend on no reward, so the device can compute them while it would
+otherwise wait. Every pass over the completions then uses them again.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from clp_engine.core.conditions import Conditions
 from clp_engine.rollouts.scoring import parts, unpacked
 from clp_engine.rollouts.types import Rollout
 
 if TYPE_CHECKING:
+    from clp_engine.objectives.reference import Reference
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings import MicroBatching
 
 # Of completions whose states are not there (yet).
 Hidden = Sequence[torch.Tensor | None]
@@ -29,17 +30,21 @@ MAX_BYTES = 1 << 30
 
 @torch.no_grad()
 def reference_hidden(
-    policy: ConditionedPolicy, drawn: Rollout, config: CLPConfig
+    policy: ConditionedPolicy,
+    drawn: Rollout,
+    conditions: Conditions,
+    reference: Reference,
+    batching: MicroBatching,
 ) -> list[torch.Tensor | None]:
     """Of each completion (n_b, H), the reference's hidden states that predict its tokens; None from where MAX_BYTES
     are spent."""
     found: list[torch.Tensor | None] = []
     tokens = of_a_token = 0
-    for _, part in _parts(drawn, config):
+    for prompts, part in _parts(drawn, batching):
         tokens += part.tokens
         if found and tokens * of_a_token > MAX_BYTES:
             break
-        hidden = policy.completion_hidden(part, None)
+        hidden = policy.completion_hidden(part, reference.conditions(conditions[prompts]))
         of_a_token = hidden.shape[-1] * hidden.element_size()
         found += hidden.split(part.counts[1].tolist())
     return found + [None] * (drawn.completion_ids.shape[0] - len(found))
@@ -54,24 +59,30 @@ def joined(hidden: Hidden | None) -> torch.Tensor | None:
 
 @torch.no_grad()
 def reference_logprob(
-    policy: ConditionedPolicy, drawn: Rollout, hidden: Hidden, config: CLPConfig
+    policy: ConditionedPolicy,
+    drawn: Rollout,
+    conditions: Conditions,
+    reference: Reference,
+    hidden: Hidden,
+    batching: MicroBatching,
 ) -> torch.Tensor:
     """(B, T) float32, the reference's log-prob of every completion token, zero elsewhere. hidden: what is there of it."""
     found = []
-    for rows, part in _parts(drawn, config):
-        states = joined(hidden[rows])
+    for prompts, part in _parts(drawn, batching):
+        states = joined(hidden[prompts.start * drawn.group : prompts.stop * drawn.group])
         if states is None:
-            states = policy.completion_hidden(part, None)
+            states = policy.completion_hidden(part, reference.conditions(conditions[prompts]))
         stats = policy.token_stats(
             states,
             part.completion_ids.flatten()[part.places],
-            temperature=config.temperature,
+            temperature=batching.temperature,
             outputs=("logprob",),
         )
         found.append(stats.logprob)
     return unpacked(torch.cat(found), drawn.completion_mask)
 
 
-def _parts(drawn: Rollout, config: CLPConfig) -> Iterator[tuple[slice, Rollout]]:
-    for start, stop in parts(drawn, config.per_device_train_batch_size, config.max_tokens_per_microbatch):
-        yield slice(start * drawn.group, stop * drawn.group), drawn.prompts(start, stop)
+def _parts(drawn: Rollout, batching: MicroBatching) -> Iterator[tuple[slice, Rollout]]:
+    """(prompts, their completions) of each part that goes through the model at once."""
+    for start, stop in parts(drawn, batching.completions, batching.max_tokens):
+        yield slice(start, stop), drawn.prompts(start, stop)

@@ -1,179 +1,85 @@
-"""Training on the completions and tokens that say most: D3S's two choices and its schedule.
+"""The completions of a rollout that are trained on, where not all of them are (formulas in `objectives.selection`).
 
-    rollouts   of each group, the k completions whose advantages A have the largest variance        ("max_variance")
-    tokens     of each group, the share of tokens with the largest |A_b| * H_bt                     ("advantage_entropy")
-    schedule   share(progress) = share + (1 - share) * progress                                     ("linear")
-
-H_bt is the policy's entropy at the token, and progress goes from 0 to 1 over training: aggressive first, everything in the
-end. C. Wang et al., "Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization"
-(arXiv 2509.22115, 2025).
-
-Rollouts are chosen before the policy's pass, from the log-probs of sampling and of the reference, so that what is left out is
-never run through the policy: that is where time is saved. Advantages, and with them the baseline, are those of the whole
-group, and stay what they are in later passes. Tokens are chosen after the policy's pass, which knows their entropy; that
-saves nothing, it changes what is learned.
-
-What the gradient then estimates. The mean over the chosen rows is not the mean over all rows: it is an average over the
-extremes of each group, larger, and in general of another direction than the gradient of J. A token that is left out loses its
-whole term, the KL's included (exact, k2, k3). Both are biased, with one exception: at the optimum, `return` has A = 0 in every
-completion (reward and log-ratio cancel), so whatever is chosen, the gradient vanishes there, sample by sample. On policies
-small enough to enumerate runs with `return` do end there (tests/engine/test_selection.py); `exact` with a selection of tokens
-stops elsewhere.
+Rollouts are chosen before the policy's pass, from the log-probs of sampling and of the reference.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from clp_engine.objectives.estimators import Coefficients, Tokens, advantages, objective_scales
+from clp_engine.objectives.coefficients import RewardedTokens, Tokens
+from clp_engine.objectives.objective import Objective
+from clp_engine.objectives.reference import Reference
+from clp_engine.objectives.selection import SelectionSettings, max_variance, scheduled
 from clp_engine.rollouts.types import Rollout
+from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.reference_states import reference_logprob
+from clp_engine.training.settings import MicroBatching
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.training.collecting.collector import Generation
-    from clp_engine.training.config import CLPConfig
-
-ROLLOUT_SELECTIONS = ("none", "max_variance")
-TOKEN_SELECTIONS = ("none", "advantage_entropy")
-SCHEDULES = ("constant", "linear")
 
 
-def scheduled(share: float, schedule: str, progress: float) -> float:
-    """The share that is kept when `progress` (0 to 1) of training is over."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"selection_schedule={schedule!r}: expected one of {', '.join(SCHEDULES)}")
-    if schedule == "constant":
-        return share
-    return share + (1 - share) * min(max(progress, 0.0), 1.0)
+@dataclass(frozen=True)
+class Selector:
+    """Chooses what of a rollout is trained on."""
 
+    policy: ConditionedPolicy
+    objective: Objective
+    reference: Reference
+    settings: SelectionSettings
+    batching: MicroBatching
 
-def max_variance(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices (G, count) of the subset of each row of values (G, n) that has the largest variance, ascending.
+    def selected(self, batch: TrainingBatch, progress: float) -> TrainingBatch:
+        """What is trained on of a batch when `progress` (0 to 1) of training is over."""
+        s = self.settings
+        if s.rollouts != "none":
+            batch = self._of_largest_variance(batch, progress)
+        if s.tokens != "none":
+            batch.token_share = scheduled(s.token_share, s.schedule, progress)
+            batch.metrics["selection/tokens"] = batch.token_share
+        return batch
 
-    The variance of a subset is convex in each of its members, the others fixed. A member that lies between two values that
-    were not chosen can therefore be exchanged for one of them without loss, until the subset is a prefix and a suffix of the
-    sorted values: count + 1 candidates, each from prefix sums. O(n log n). NaN is chosen only where too few values are there.
-    """
-    groups, size = values.shape
-    if not 1 <= count <= size:
-        raise ValueError(f"cannot choose {count} of {size} values")
-    values = values.double()
-    present = (~values.isnan()).sum(1, keepdim=True)  # NaN sorts last
-    ordered, order = values.sort(dim=1, stable=True)
-    # Measured from the mean, so that squares of large values do not cancel.
-    known = torch.where(ordered.isnan(), 0.0, ordered - values.nanmean(1, keepdim=True))
-    sums, squares = (torch.cat([t.new_zeros(groups, 1), t.cumsum(1)], 1) for t in (known, known.square()))
-    prefix = torch.arange(count + 1, device=values.device).expand(groups, -1)
-    suffix_start = present - (count - prefix)
+    def _of_largest_variance(self, batch: TrainingBatch, progress: float) -> TrainingBatch:
+        """The completions that are trained on, with their advantages in their whole groups."""
+        drawn, size = batch.rollout, batch.rollout.group
+        count = max(2, round(size * scheduled(self.settings.rollout_share, self.settings.schedule, progress)))
+        batch.metrics["selection/rollouts"] = count / size
+        if count == size:
+            return batch
+        hidden = batch.reference or [None] * drawn.completion_ids.shape[0]
+        found = self._advantages(batch, hidden)
+        wanted = found
+        if self.settings.mask_truncated:  # in the baseline, but not in the loss
+            wanted = torch.where(drawn.terminated, found, torch.nan)
+        rows = max_variance(wanted.view(-1, size), count)
+        rows = (rows + size * torch.arange(len(rows), device=rows.device).unsqueeze(-1)).view(-1)
+        return dataclasses.replace(
+            batch,
+            rollout=_taken(drawn, rows),
+            rewards=batch.rewards[rows.cpu()],
+            scalar=batch.scalar[rows],
+            reference=[hidden[i] for i in rows.tolist()],
+            advantage=found[rows],
+        )
 
-    def chosen(total: torch.Tensor) -> torch.Tensor:
-        of_suffix = total.gather(1, present) - total.gather(1, suffix_start.clamp_min(0))
-        return total.gather(1, prefix) + of_suffix
-
-    variance = chosen(squares) - chosen(sums).square() / count
-    # Where fewer are there than are asked for, all of them and then NaN: the first `count`.
-    variance = torch.where(present >= count, variance, (prefix == count).double())
-    best = variance.argmax(1, keepdim=True)
-    places = torch.arange(count, device=values.device).expand(groups, -1)
-    places = torch.where(places < best, places, places - count + present)
-    return order.gather(1, places).sort(1).values
-
-
-def largest_in_group(
-    scores: torch.Tensor, candidates: torch.Tensor, groups: torch.Tensor, share: float
-) -> torch.Tensor:
-    """Which tokens (B, T) bool to keep: in each group the ceil(share * n) with the largest scores of its n candidates.
-
-    scores, candidates: (B, T); groups: (B,), the group of each row, 0 to G - 1. Of equal scores the first are kept.
-    """
-    of_token = groups.unsqueeze(-1).expand_as(candidates)[candidates]
-    order = scores[candidates].argsort(descending=True, stable=True)
-    order = order[of_token[order].argsort(stable=True)]  # by group, and by score in each
-    counts = torch.bincount(of_token, minlength=int(groups.max()) + 1 if len(groups) else 0)
-    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[of_token[order]]
-    # Slightly less than share * n, so that 0.1 * 30 = 3.0000000000000004 is three.
-    limit = (counts.double() * share - 1e-9).ceil()
-    kept = torch.zeros_like(of_token, dtype=torch.bool)
-    kept[order] = rank < limit[of_token[order]]
-    return torch.zeros_like(candidates).masked_scatter(candidates, kept)
-
-
-@torch.no_grad()
-def select_tokens(
-    c: Coefficients, entropy: torch.Tensor, candidates: torch.Tensor, groups: torch.Tensor, share: float
-) -> Coefficients:
-    """The coefficients with those of the tokens that are not kept set to zero.
-
-    entropy, candidates: (B, T), the latter the tokens that are in the loss at all; groups: (B,), of each row.
-    """
-    if share >= 1:
-        return c
-    size = c.advantage.abs()
-    scores = entropy * (size if size.dim() == 2 else size.unsqueeze(-1))
-    kept = largest_in_group(scores, candidates, groups, share)
-    return dataclasses.replace(c, logprob=c.logprob * kept, kl=None if c.kl is None else c.kl * kept)
-
-
-def select_rollouts(
-    policy: ConditionedPolicy, generation: Generation, config: CLPConfig, progress: float
-) -> Generation:
-    """The part of a generation that is trained on, with the advantages of its rows in their whole groups."""
-    drawn, size = generation.rollout, config.num_generations
-    share = scheduled(config.rollout_share, config.selection_schedule, progress)
-    count = max(2, round(size * share))
-    generation.metrics["selection/rollouts"] = count / size
-    if count == size:
-        return generation
-    hidden = generation.reference or [None] * drawn.completion_ids.shape[0]
-    conditions = generation.conditions.repeat(size).to(drawn.logprobs.device)
-    scale, kl_coef = objective_scales(conditions.kl, config.kl_is_beta)
-    found = advantages(
-        Tokens(
-            drawn.logprobs,
-            reference_logprob(policy, drawn, hidden, config) if kl_coef.any() else drawn.logprobs,
-            None,
-            drawn.completion_mask,
-        ),
-        generation.scalar,
-        kl_coef,
-        scale,
-        size,
-        estimator=config.kl_estimator,
-        baseline=config.baseline,
-        scale_rewards=config.scale_rewards,
-    )
-    wanted = found
-    if config.mask_truncated_completions:  # in the baseline, but not in the loss
-        wanted = torch.where(drawn.terminated, found, torch.nan)
-    rows = max_variance(wanted.view(-1, size), count)
-    rows = (rows + size * torch.arange(len(rows), device=rows.device).unsqueeze(-1)).view(-1)
-    return dataclasses.replace(
-        generation,
-        rollout=_taken(drawn, rows),
-        rewards=generation.rewards[rows.cpu()],
-        scalar=generation.scalar[rows],
-        reference=[hidden[i] for i in rows.tolist()],
-        advantage=found[rows],
-    )
+    def _advantages(self, batch: TrainingBatch, hidden: list[torch.Tensor | None]) -> torch.Tensor:
+        drawn, device = batch.rollout, batch.rollout.logprobs.device
+        scale, kl_coef = self.objective.scales(batch.conditions.repeat(drawn.group).kl.to(device))
+        reference = drawn.logprobs
+        if kl_coef.any():
+            reference = reference_logprob(
+                self.policy, drawn, batch.conditions, self.reference, hidden, self.batching
+            )
+        tokens = Tokens(drawn.logprobs, reference, None, drawn.completion_mask)
+        return self.objective.advantages(RewardedTokens(tokens, batch.scalar, kl_coef, scale, drawn.group))
 
 
 def _taken(drawn: Rollout, rows: torch.Tensor) -> Rollout:
     """These completions, as many of each prompt."""
     names = ("completion_ids", "completion_mask", "logprobs", "terminated")
     return dataclasses.replace(drawn, **{name: getattr(drawn, name)[rows] for name in names})
-
-
-def select(
-    policy: ConditionedPolicy, generation: Generation, config: CLPConfig, progress: float
-) -> Generation:
-    """What `config` wants trained of a generation when `progress` (0 to 1) of training is over."""
-    if config.rollout_selection != "none":
-        generation = select_rollouts(policy, generation, config, progress)
-    if config.token_selection != "none":
-        generation.token_share = scheduled(config.selected_tokens, config.selection_schedule, progress)
-        generation.metrics["selection/tokens"] = generation.token_share
-    return generation

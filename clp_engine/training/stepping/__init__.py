@@ -1,1 +1,1 @@
-"""What a step does with it: gradients, the optimiser, metrics."""
+"""The update of a step: gradients by micro-batch, the optimiser, and the numbers of both."""

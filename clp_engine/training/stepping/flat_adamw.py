@@ -1,16 +1,15 @@
-"""AdamW over one flat buffer: every adapter a view of it, clipping without a pass of its own, nothing read by the host.
+"""AdamW over one flat buffer: every adapter is a view of it, clipping takes no pass of its own, and the host reads nothing.
 
     norm = |g|          over all of the buffer
     g   <- g / max(1, norm / max_norm)          by the fused step itself, through its `grad_scale`
     no step at all where the norm is not finite, through its `found_inf`
 
-`grad_scale` and `found_inf` are how torch's fused optimisers take the scale of mixed-precision training: tensors on the
-device, by which the kernel divides each gradient as it reads it, and which make it leave everything as it was. So a step reads
-the gradients twice (norm, step), in one launch each however many adapters there are, and whether it took place is known
-when the norm is.
+torch's fused optimisers take `grad_scale` and `found_inf` for mixed-precision training. Both are tensors on the device: the
+kernel divides each gradient by the first as it reads it, and does nothing where the second is set. A step therefore reads the
+gradients twice (norm, step), in one launch each however many adapters there are. The norm tells whether the step took place.
 
-The adapters stay nn.Parameters of their layers: data and gradient are views, autograd adds into them, and whoever copies,
-saves or exports them sees what it always saw.
+The adapters stay nn.Parameters of their layers: data and gradient are views of the buffer, and autograd adds into them. Code
+that copies, saves or exports them needs no change.
 """
 
 from __future__ import annotations
@@ -78,7 +77,9 @@ class FlatAdamW(torch.optim.AdamW):
                     f"an adapter is {p.dtype} on {p.device} now, and was {flat.dtype} on {flat.device} when the optimiser was "
                     "made; move the policy before training, or make a new trainer"
                 )
-            offset = place.start * flat.element_size()  # to make a view only to look where it lies takes longer than the step
+            offset = (
+                place.start * flat.element_size()
+            )  # to make a view only to look where it lies takes longer than the step
             if p.data_ptr() != flat.data_ptr() + offset or not p.is_contiguous():
                 data = place.of(flat, p)
                 data.copy_(p)

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from clp_engine.core.errors import ConfigError
 
 ABSENT = {
     "push_to_hub": "write what should be shared, policy.export_adapter(path, weights=...) or policy.merge(weights=...)."
@@ -29,6 +32,32 @@ ABSENT = {
     "tools": "prompts and completions are text of one turn; there are no tools",
     "environments": "prompts come from a dataset; there are no environments",
 }
+
+
+def refuse(reward_funcs: Any, quantization_config: Any, **absent: Any) -> None:
+    """Raises ConfigError for arguments of GRPOTrainer that cannot be honoured, and where the reward functions are missing."""
+    if reward_funcs is None:
+        raise ConfigError("reward_funcs is missing; give at least one reward function")
+    if quantization_config is not None:
+        raise ConfigError(
+            "quantization_config: quantised base models are not supported; load the model in bfloat16"
+        )
+    for name, value in absent.items():
+        if value:
+            raise ConfigError(
+                f"{name}: a completion is one turn of text, drawn by the engine itself; leave it out (TRL has tools and "
+                "environments)"
+            )
+
+
+def callback_handler(report_to: Any, callbacks: Any, *parts: Any) -> CallbackHandler:
+    """The trainer's callbacks: transformers' own, those that report, and the user's. parts: model, tokenizer, optimiser and
+    schedule, which they are told of. Raises ConfigError for a `report_to` that transformers does not know."""
+    try:
+        reporting = get_reporting_integration_callbacks(report_to)
+    except ValueError as error:  # names those there are
+        raise ConfigError(f"report_to={report_to!r}: {error}") from error
+    return CallbackHandler([DefaultFlowCallback, *reporting, *(callbacks or [])], *parts)
 
 
 @dataclass(frozen=True)

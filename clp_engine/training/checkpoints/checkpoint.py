@@ -1,4 +1,4 @@
-"""Checkpoints: adapters, value head, optimiser, schedule, sampler, random states, position; safetensors and JSON, atomic."""
+"""One checkpoint: adapters, objective, optimiser, schedule, sampler, random states, position; safetensors and JSON, atomic."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from clp_engine.core import files, records
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import UNREADABLE, read_json, read_tensors
 from clp_engine.models import fingerprint
-from clp_engine.objectives.value_head import ValueHead
+from clp_engine.objectives.objective import Objective
 from clp_engine.training import run_folder
 from clp_engine.training.run_folder import STATE_FILE, checkpoints
 from clp_engine.training.stepping.flat_adamw import set_slots_of, slots_of
@@ -28,8 +29,7 @@ from clp_engine.training.stepping.flat_adamw import set_slots_of, slots_of
 _TENSORS, _POLICY = "training.safetensors", "policy"
 _ADAPTERS = f"{_POLICY}/adapters.safetensors"
 _ANOTHER = "resume from another checkpoint"
-_VALUE = "value."  # in front of the value head's tensors
-_UNFINISHED = "unfinished."  # in front of those of completions that go on (partial.py)
+_UNFINISHED = "unfinished."  # in front of those of completions that go on (partial_rollouts.py)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class _State:
     written: float = 0.0
     scheduler: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
     mix_controller: dict[str, float] = field(default_factory=dict)
     metric_log: dict[str, list[float]] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -91,17 +92,20 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int | None,
-    value_head: ValueHead | None = None,
-    unfinished: dict[str, torch.Tensor] | None = None,
+    parameters: Mapping[str, torch.nn.Parameter] = MappingProxyType({}),
+    own: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    unfinished: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Path:
     """Write <output_dir>/checkpoint-<step>; `state` must be JSON. run: its identity. Its older ones beyond `keep` go, see
-    `run_folder.rotate`."""
+    `run_folder.rotate`.
+
+    parameters, own: the objective's, that the optimiser has, and the tensors of its state. unfinished: the collector's tensors.
+    """
     path = Path(output_dir) / f"checkpoint-{step}"
     plain, tensors = _random_states()
-    if value_head is not None:
-        tensors |= {f"{_VALUE}{n}": t.detach().cpu() for n, t in value_head.state_dict().items()}
-    tensors |= {f"{_UNFINISHED}{name}": tensor for name, tensor in (unfinished or {}).items()}
-    for name, parameter in trained_parameters(policy, value_head).items():
+    tensors |= own
+    tensors |= {f"{_UNFINISHED}{name}": tensor for name, tensor in unfinished.items()}
+    for name, parameter in {**policy.adapter_parameters(), **parameters}.items():
         for slot, value in slots_of(optimizer, parameter).items():
             # Copied: adapters of one buffer share its step count, and a file holds nothing twice.
             tensors[f"optimizer.{name}.{slot}"] = value.detach().cpu().clone()
@@ -114,12 +118,6 @@ def save(
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     run_folder.rotate(output_dir, keep, newest=path)
     return path
-
-
-def trained_parameters(policy, value_head: ValueHead | None = None) -> dict[str, torch.nn.Parameter]:
-    """Every parameter that a run trains, by the name it has in a checkpoint."""
-    head = {} if value_head is None else dict(value_head.named_parameters())
-    return {**policy.adapter_parameters(), **{f"{_VALUE}{name}": p for name, p in head.items()}}
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -165,41 +163,53 @@ def load_policy(path: str | Path, policy) -> None:
     policy.load_adapters(read_tensors(Path(path) / _ADAPTERS))
 
 
-def load_value_head(path: str | Path, value_head: ValueHead) -> None:
-    """Restore the head as it was; raises ConfigError where the run had none."""
-    value_head.load_state_dict(_of_value_head(path, _training_tensors(path)))
+def load_objective(path: str | Path, objective: Objective) -> None:
+    """Restore the objective as it was; raises ConfigError where its run had another."""
+    objective.load_state_dict(_of_objective(path, objective, read_state(path), _training_tensors(path)))
 
 
-def _of_value_head(path: str | Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    own = {name.removeprefix(_VALUE): t for name, t in tensors.items() if name.startswith(_VALUE)}
-    if not own:
-        raise ConfigError(f"{path} holds no value head; its run had another baseline")
-    return own
+def _of_objective(
+    path: str | Path, objective: Objective, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What the checkpoint holds of an objective's state."""
+    names, held = objective.state_dict().keys(), {**state, **tensors}
+    missing = sorted(names - held.keys())
+    if missing:
+        raise ConfigError(
+            f"{path} holds no {missing[0]}, a part of the objective's state; its run had another baseline or estimator"
+        )
+    return {name: held[name] for name in names}
 
 
 def load_unfinished(path: str | Path) -> dict[str, torch.Tensor]:
     """What `save` was given as `unfinished`."""
-    tensors = _training_tensors(path)
+    return _unfinished(_training_tensors(path))
+
+
+def _unfinished(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(_UNFINISHED): t for name, t in tensors.items() if name.startswith(_UNFINISHED)}
 
 
 def load(
-    path: str | Path, policy, optimizer: torch.optim.Optimizer, value_head: ValueHead | None = None
-) -> None:
-    """Restore adapters, value head, optimiser and random states. Raises ConfigError, before anything is changed, where a file
-    is not as it was written, or is another run's."""
+    path: str | Path, policy, optimizer: torch.optim.Optimizer, objective: Objective | None = None
+) -> dict[str, torch.Tensor]:
+    """Restore adapters, objective, optimiser and random states; returns what `save` was given as `unfinished`.
+
+    Raises ConfigError, before anything is changed, where a file is not as it was written, or is another run's.
+    """
     path = Path(path)
     state, tensors = read_state(path), _training_tensors(path)
-    parameters = trained_parameters(policy, value_head)
+    parameters = {**policy.adapter_parameters(), **({} if objective is None else objective.parameters())}
     slots = _optimizer_slots(path, parameters, tensors)
-    head = None if value_head is None else _of_value_head(path, tensors)
+    own = None if objective is None else _of_objective(path, objective, state, tensors)
     load_policy(path, policy)
-    if value_head is not None:
-        value_head.load_state_dict(head)
+    if objective is not None:
+        objective.load_state_dict(own)
     for name, parameter in parameters.items():
         set_slots_of(optimizer, parameter, {slot: t.to(parameter.device) for slot, t in slots[name].items()})
     with restoring(path):
         _restore_random(state["random"], tensors)
+    return _unfinished(tensors)
 
 
 def _optimizer_slots(

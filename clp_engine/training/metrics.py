@@ -11,25 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.objectives.estimators import Coefficients
 from clp_engine.rollouts.types import Rollout
 
 # Bins of w_i in which an objective's mean reward is logged: a policy that heeds w has more of it in the higher bins.
 WEIGHT_BINS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
-
-
-CLIP_RATIOS = tuple(
-    f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")
-)
-
-
-def clip_ratios(parts: Sequence[Coefficients]) -> dict[str, torch.Tensor]:
-    """Shares of tokens whose ratio was clipped, of a step's micro-batches: from below, from above, either; and the least share
-    from below and the largest from above of any completion."""
-    low, high = (torch.stack([getattr(c, f"clip_{end}") for c in parts]).mean() for end in ("low", "high"))
-    least = torch.stack([c.clip_low_min for c in parts]).amin()
-    largest = torch.stack([c.clip_high_max for c in parts]).amax()
-    return dict(zip(CLIP_RATIOS, (low, least, high, largest, low + high)))
 
 
 class PhaseTimer:

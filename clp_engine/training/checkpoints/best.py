@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from transformers.trainer_callback import TrainerState
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.training import checkpoints, run_folder
+from clp_engine.training import run_folder
+from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.config import CLPConfig
 
 if TYPE_CHECKING:
@@ -46,4 +47,4 @@ def note(
 def load(state: TrainerState, policy: ConditionedPolicy) -> None:
     """Give the policy the adapters of the best evaluation, if there was one."""
     if state.best_model_checkpoint is not None:
-        checkpoints.load_policy(state.best_model_checkpoint, policy)
+        checkpoint.load_policy(state.best_model_checkpoint, policy)

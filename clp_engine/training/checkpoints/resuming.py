@@ -1,0 +1,107 @@
+"""Writing a trainer's state into a checkpoint, and restoring it: 2N steps are N steps, a kill, and N more, to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers.trainer_callback import CallbackHandler, TrainerState
+
+from clp_engine.core.errors import ConfigError
+from clp_engine.data.prompts import Prompts
+from clp_engine.objectives.objective import Objective
+from clp_engine.objectives.reference import Reference
+from clp_engine.objectives.weightings import Weighting
+from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.training.checkpoints import callback_states, checkpoint
+from clp_engine.training.collecting.collector import Collector
+from clp_engine.training.config import WITHOUT_EFFECT, CLPConfig
+from clp_engine.training.metrics import MetricLog
+from clp_engine.training.stepping.optimisation import Optimisation
+
+
+class Run(Protocol):
+    """What of a trainer is written and restored."""
+
+    args: CLPConfig
+    run_id: str | None
+    policy: ConditionedPolicy
+    objective: Objective
+    reference: Reference
+    sampler: Weighting
+    collector: Collector
+    train_dataset: Prompts
+    optimisation: Optimisation
+    metric_log: MetricLog
+    state: TrainerState
+    callback_handler: CallbackHandler
+    num_generated_tokens: int
+
+
+def save(run: Run) -> None:
+    """Write <output_dir>/checkpoint-<step>."""
+    run.state.stateful_callbacks = callback_states.exported(run.callback_handler.callbacks)
+    objective = run.objective.state_dict()
+    tensors = {name: value for name, value in objective.items() if isinstance(value, torch.Tensor)}
+    plain = {name: value for name, value in objective.items() if name not in tensors}
+    checkpoint.save(
+        run.args.output_dir,
+        run.state.global_step,
+        run.run_id,
+        run.policy,
+        run.optimisation.optimizer,
+        {
+            "config": run.args.to_dict(),
+            "scheduler": run.optimisation.state_dict(),
+            "sampler": run.sampler.state_dict(),
+            "reference": run.reference.state_dict(),
+            **plain,
+            "metric_log": run.metric_log.state_dict(),
+            "trainer": dataclasses.asdict(run.state),
+            "data": run.train_dataset.state_dict(),
+            "num_generated_tokens": run.num_generated_tokens,
+        },
+        run.args.save_total_limit,
+        run.objective.parameters(),
+        {name: tensor.detach().cpu() for name, tensor in tensors.items()},
+        run.collector.state_dict(),
+    )
+
+
+def restore(run: Run, path: Path) -> None:
+    """Set the run to where it was when the checkpoint was written. Raises ConfigError, before anything is changed, where it was
+    another run's."""
+    saved = checkpoint.read_state(path)
+    # A setting that the checkpoint does not know had no other value then than its default.
+    before = {**CLPConfig().to_dict(), **saved["config"]}
+    changed = [
+        name
+        for name, value in before.items()
+        if name not in WITHOUT_EFFECT and getattr(run.args, name, None) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
+            "(or start a new run from its policy folder)"
+        )
+    unfinished = checkpoint.load(path, run.policy, run.optimisation.optimizer, run.objective)
+    with checkpoint.restoring(path):
+        _restore_state(run, saved, unfinished)
+
+
+def _restore_state(run: Run, saved: dict[str, Any], unfinished: dict[str, torch.Tensor]) -> None:
+    run.train_dataset.load_state_dict(saved.get("data", {}))
+    run.collector.load_state_dict(unfinished, run.train_dataset)
+    run.optimisation.load_state_dict(saved["scheduler"])
+    run.sampler.load_state_dict(saved["sampler"])
+    run.reference.load_state_dict(saved.get("reference", {}))
+    run.metric_log.load_state_dict(saved["metric_log"])
+    run.num_generated_tokens = saved.get("num_generated_tokens", 0)
+    limits: dict[str, Any] = {
+        name: getattr(run.state, name)
+        for name in ("logging_steps", "eval_steps", "save_steps", "num_train_epochs")
+    }
+    run.state = TrainerState(**{**saved["trainer"], **limits})
+    callback_states.restore(run.callback_handler.callbacks, run.state.stateful_callbacks)

@@ -1,0 +1,142 @@
+"""Rollouts to batches: rewards, and the reference's hidden states computed while the reward functions run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.files import append_text
+from clp_engine.data.prompts import PromptBatch, completion_texts
+from clp_engine.data.rewards import PendingRewards, RewardSet
+from clp_engine.objectives.advantages import scalarise
+from clp_engine.objectives.objective import Objective
+from clp_engine.objectives.reference import Reference
+from clp_engine.objectives.weightings import Weighting
+from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.rollouts.types import Rollout
+from clp_engine.training.collecting import reference_states
+from clp_engine.training.collecting.batches import TrainingBatch
+from clp_engine.training.metrics import PhaseTimer, completion_metrics, reward_metrics
+from clp_engine.training.settings import MicroBatching
+
+
+class Rewarding:
+    """Rewards the completions of a run.
+
+    reward_scale: what w.R is multiplied by. completions_file: where the completions of training are written to, or None.
+    `timer` counts the phases "reference" (computed while the reward functions run), "reward" (in which at least one of them
+    ran), "reward/<name>" (of each) and "reward_wait" (in which nothing else happened).
+    """
+
+    def __init__(
+        self,
+        policy: ConditionedPolicy,
+        rewards: RewardSet,
+        tokenizer,
+        objective: Objective,
+        reference: Reference,
+        weighting: Weighting,
+        batching: MicroBatching,
+        timer: PhaseTimer,
+        reward_scale: float = 1.0,
+        completions_file: Path | None = None,
+    ):
+        self.policy, self.rewards, self.tokenizer = policy, rewards, tokenizer
+        self.objective, self.reference, self.weighting = objective, reference, weighting
+        self.batching, self.timer = batching, timer
+        self.reward_scale, self.completions_file = reward_scale, completions_file
+
+    def training_batch(
+        self,
+        batch: PromptBatch,
+        conditions: Conditions,
+        drawn: Rollout,
+        step: int,
+        state: TrainerState,
+    ) -> TrainingBatch:
+        """A rollout to train on, with its rewards and what was computed while they were. state: what the reward functions
+        receive as `trainer_state`."""
+        made, columns = self._rewarded(batch, conditions, drawn, state, for_training=True)
+        self.weighting.observe(conditions, made.rewards.view(len(conditions), drawn.group, -1))
+        if self.completions_file is not None:
+            self._write_completions(batch, made, columns, step)
+        return made
+
+    def evaluation_batch(
+        self, batch: PromptBatch, conditions: Conditions, drawn: Rollout, state: TrainerState
+    ) -> TrainingBatch:
+        return self._rewarded(batch, conditions, drawn, state, for_training=False)[0]
+
+    def _rewarded(
+        self,
+        batch: PromptBatch,
+        conditions: Conditions,
+        drawn: Rollout,
+        state: TrainerState,
+        for_training: bool,
+    ) -> tuple[TrainingBatch, dict[str, list]]:
+        """The batch, and columns of the reward functions for completions.jsonl."""
+        started, reference = time.perf_counter(), None
+        pending = self._start_rewards(batch, drawn, state)
+        asked = time.perf_counter() - started  # with functions that run in this thread
+        needed = self.objective.uses_reference(conditions.kl) or not self.policy.moves_hidden
+        if for_training and needed:
+            with self.timer("reference"):
+                reference = reference_states.reference_hidden(
+                    self.policy, drawn, conditions, self.reference, self.batching
+                )
+        started = time.perf_counter()
+        rewards = pending.result()
+        seconds = self.timer.seconds
+        seconds["reward_wait"] += asked + time.perf_counter() - started
+        seconds["reward"] += pending.busy
+        for name, spent in pending.seconds.items():
+            seconds[f"reward/{name}"] += spent
+        each = conditions.repeat(drawn.group)
+        scalar = scalarise(rewards, each.weights) * self.reward_scale
+        metrics = completion_metrics(drawn) | reward_metrics(
+            self.rewards.names, rewards, scalar, each, drawn.group
+        )
+        made = TrainingBatch(
+            drawn,
+            conditions,
+            rewards,
+            scalar.to(self.policy.device),
+            metrics | pending.metrics,
+            drawn.tokens,
+            reference,
+        )
+        return made, pending.columns
+
+    def _start_rewards(self, batch: PromptBatch, drawn: Rollout, state: TrainerState) -> PendingRewards:
+        prompts, columns = batch.repeated(drawn.group)
+        token_lists = drawn.token_lists()
+        texts = completion_texts(self.tokenizer, token_lists, prompts)
+        return self.rewards.start(prompts, texts, token_lists, columns, trainer_state=state)
+
+    def _write_completions(
+        self, batch: PromptBatch, made: TrainingBatch, columns: dict[str, list], step: int
+    ) -> None:
+        drawn, rewards = made.rollout, made.rewards
+        prompts, _ = batch.repeated(drawn.group)
+        texts = completion_texts(self.tokenizer, drawn.token_lists(), prompts)
+        weights = made.conditions.repeat(drawn.group).weights.tolist()
+        lines = []
+        for i, (prompt, text) in enumerate(zip(prompts, texts)):
+            row = {
+                "step": step,
+                "prompt": prompt,
+                "completion": text,
+                "weights": dict(zip(self.rewards.names, weights[i])),
+                "rewards": {
+                    n: None if math.isnan(r) else r for n, r in zip(self.rewards.names, rewards[i].tolist())
+                },
+                **{name: column[i] for name, column in columns.items()},
+            }
+            lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        append_text(self.completions_file, "".join(lines))

@@ -1,0 +1,102 @@
+"""The optimiser of a run: made from its settings, clipped, and moved along its schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import get_scheduler
+
+from clp_engine.core.errors import ConfigError
+from clp_engine.objectives.objective import Objective
+from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.training.budget import Budget
+from clp_engine.training.settings import OptimiserSettings
+from clp_engine.training.stepping.flat_adamw import FlatAdamW
+
+
+class Optimisation:
+    """Optimiser and schedule over the parameters of policy and objective.
+
+    optimizer, scheduler: a user's own, instead of `FlatAdamW` over the adapters and `lr_scheduler_type`; either may be None.
+    Raises ConfigError where a scheduler cannot take in the objective's own parameters.
+    """
+
+    def __init__(
+        self,
+        policy: ConditionedPolicy,
+        objective: Objective,
+        settings: OptimiserSettings,
+        budget: Budget,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler=None,
+    ):
+        self._adapters = list(policy.adapter_parameters().values())
+        self._others = list(objective.parameters().values())
+        if optimizer is not None and self._others and scheduler is not None:
+            raise ConfigError(
+                "optimizers: a scheduler of your own knows nothing of the value head of baseline='value'; "
+                "give the optimiser alone, or another baseline"
+            )
+        self.optimizer = optimizer or FlatAdamW(
+            self._adapters,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        if self._others:
+            group = {"params": self._others, "lr": settings.own_learning_rate, "weight_decay": 0.0}
+            self.optimizer.add_param_group(group)
+        self._tokens = budget.tokens if scheduler is None else None  # over which the schedule runs
+        if scheduler is None:
+            whole = budget.tokens or budget.steps
+            warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * whole)
+            scheduler = get_scheduler(
+                settings.schedule, self.optimizer, warmup, whole, settings.schedule_options
+            )
+        self.scheduler = scheduler
+
+    def begin_step(self) -> None:
+        """Before the first gradient of a step."""
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.bind()
+
+    def clip(self, max_norm: float, step: int) -> torch.Tensor:
+        """Clip the gradients to `max_norm`, 0 for no clipping. Returns the norm of the adapters', unread where the optimiser
+        itself leaves out a step whose norm is not finite."""
+        limit, flat = max_norm or None, isinstance(self.optimizer, FlatAdamW)
+        if flat:
+            norm = self.optimizer.clip(limit)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self._adapters, limit or math.inf)
+            check_norm(norm.item(), step)
+        if self._others:
+            torch.nn.utils.clip_grad_norm_(self._others, limit or math.inf)
+            if flat:  # whose step divides all gradients by the adapters' scale
+                torch._foreach_mul_([p.grad for p in self._others], self.optimizer.grad_scale)
+        return norm
+
+    def advance_schedule(self, generated_tokens: int) -> None:
+        """The learning rate of the next step: by the steps done, or by the share of the token budget used."""
+        if self._tokens is not None:
+            self.scheduler.last_epoch = min(generated_tokens, self._tokens) - 1
+        self.scheduler.step()
+
+    def state_dict(self) -> dict:
+        """Of the schedule; the optimiser's slots are tensors, see `checkpoints`."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scheduler.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
+            group["lr"] = rate
+
+
+def check_norm(norm: float, step: int) -> None:
+    """Raises RuntimeError for a gradient norm that is not finite."""
+    if not math.isfinite(norm):
+        raise RuntimeError(
+            f"the gradient norm is {norm} at step {step}: a reward or log-prob is not "
+            "finite, or the learning rate is too high; the parameters are those of the step before"
+        )
