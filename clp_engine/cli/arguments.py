@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.ranges import EVALUATION, SAMPLING, Range
-from clp_engine.training import runs
+from clp_engine.training import run_spec
 
 if TYPE_CHECKING:
     from clp_engine.rollouts.types import SamplingParams
@@ -77,7 +77,7 @@ def add_sampling(parser: argparse.ArgumentParser, table: Mapping[str, Range]) ->
     add_device(parser)
 
 
-def sampling_params(arguments: argparse.Namespace, spec: runs.RunSpec | None) -> SamplingParams:
+def sampling_params(arguments: argparse.Namespace, spec: run_spec.RunSpec | None) -> SamplingParams:
     """The sampling that the flags ask for. A missing flag takes the value of the training of `spec`, or a default."""
     from clp_engine.rollouts.types import SamplingParams
 
@@ -131,16 +131,16 @@ def whole_numbers(text: str, flag: str) -> list[int]:
         raise ConfigError(f"{flag} {text}: expected whole numbers, such as 0,1") from None
 
 
-def training_of(values: dict[str, Any]) -> tuple[runs.RunSpec, CLPConfig]:
+def training_of(values: dict[str, Any]) -> tuple[run_spec.RunSpec, CLPConfig]:
     """The run and its settings, from the content of a configuration file."""
     from clp_engine.training.config import CLPConfig
 
-    about = {name: values.get(name) for name in runs.RUN_KEYS}
+    about = {name: values.get(name) for name in run_spec.RUN_KEYS}
     values = {name: value for name, value in values.items() if name not in about}
     CLPConfig.from_dict(values)  # a wrong setting is reported before anything is loaded
-    spec = runs.RunSpec.from_values(about)
+    spec = run_spec.RunSpec.from_values(about)
     if spec.task is not None:
-        task = runs.find_task(spec.task)
+        task = run_spec.find_task(spec.task)
         values = {
             "max_completion_length": task.max_completion_length,
             "max_prompt_length": task.max_prompt_length,

@@ -23,7 +23,7 @@ from clp_engine.cli.arguments import add_number, listed
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
-from clp_engine.training import run_folder, runs
+from clp_engine.training import run_folder, run_spec, runs
 
 if TYPE_CHECKING:
     from clp_engine.evaluation.report import ParetoReport
@@ -101,8 +101,8 @@ def run_demo(
         if value is not None:
             ranges.check(ranges.COMMANDS, **{name: value})
     check_folder("out", out)
-    spec = runs.RunSpec.from_values({"task": TASK, "objectives": list(objectives)})
-    task = runs.find_task(TASK)
+    spec = run_spec.RunSpec.from_values({"task": TASK, "objectives": list(objectives)})
+    task = run_spec.find_task(TASK)
     from clp_engine.training.config import CLPConfig
 
     settings = {
@@ -136,9 +136,9 @@ def run_demo(
     return report
 
 
-def _prepare(out: Path, spec: runs.RunSpec) -> bool:
+def _prepare(out: Path, spec: run_spec.RunSpec) -> bool:
     """Whether to resume the demo in `out`. Otherwise training replaces the files of a finished or different demo."""
-    found = runs.RunSpec.load(out)
+    found = run_spec.RunSpec.load(out)
     if found is None:
         began = run_folder.Manifest.read(out) is not None  # and was killed before it had described itself
         if out.exists() and not began and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
@@ -155,12 +155,12 @@ def _prepare(out: Path, spec: runs.RunSpec) -> bool:
 
 
 def _evaluate(
-    policy: ConditionedPolicy, spec: runs.RunSpec, config: CLPConfig, rows: list[dict], out: str | Path
+    policy: ConditionedPolicy, spec: run_spec.RunSpec, config: CLPConfig, rows: list[dict], out: str | Path
 ) -> ParetoReport:
     from clp_engine.evaluation.evaluate import evaluate
     from clp_engine.rollouts.types import SamplingParams
 
-    trained = runs.RunSpec.load(out)
+    trained = run_spec.RunSpec.load(out)
     options = {name: value for name, value in EVALUATION.items() if name != "prompts"}
     return evaluate(
         policy,

@@ -18,7 +18,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, read_json
 from clp_engine.core.ranges import EVALUATION
 from clp_engine.data import sources
-from clp_engine.training import runs, trust
+from clp_engine.training import run_spec, runs, trust
 
 HELP = "measure the Pareto front of a run"
 EPILOG = None
@@ -114,10 +114,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{rendering.table(result)}\n\n{rendering.summary(result)}\n\nreport: {out}/report.md")
 
 
-def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
+def _spec_of(arguments: argparse.Namespace) -> run_spec.RunSpec:
     """The description of the run, with task, dataset and rewards from the flags where these were given."""
     policy = runs.policy_directory(arguments.run_folder)
-    spec = runs.RunSpec.load(arguments.run_folder) or runs.RunSpec.load(policy.parent)
+    spec = run_spec.RunSpec.load(arguments.run_folder) or run_spec.RunSpec.load(policy.parent)
     if arguments.task is None and arguments.rewards is None:
         if spec is None:
             raise ConfigError(
@@ -128,7 +128,7 @@ def _spec_of(arguments: argparse.Namespace) -> runs.RunSpec:
         trust.check(spec, arguments.run_folder, arguments.trust_run, instead)
         return spec
     objectives = read_json(policy / "clp_config.json").get("objectives")
-    given = runs.RunSpec.from_values(
+    given = run_spec.RunSpec.from_values(
         {
             "model": "unused",
             "task": arguments.task,

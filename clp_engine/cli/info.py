@@ -14,7 +14,7 @@ from clp_engine.cli.arguments import training_of
 from clp_engine.core import tables
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import installed, processor
-from clp_engine.training import runs
+from clp_engine.training import run_spec
 
 if TYPE_CHECKING:
     from clp_engine.training.config import CLPConfig
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(info, indent=2) if arguments.json else render(info))
 
 
-def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
+def _described_training(path: str) -> tuple[run_spec.RunSpec, CLPConfig]:
     """The run and the settings in a configuration file or a run folder."""
     if not Path(path).is_dir():
         from clp_engine.core.yaml_reading import read_file
@@ -52,7 +52,7 @@ def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
         return training_of(read_file(path))
     from clp_engine.training.config import CLPConfig
 
-    spec = runs.RunSpec.load(path)
+    spec = run_spec.RunSpec.load(path)
     if spec is None:
         raise ConfigError(
             f"{path} holds no run.json; give a run folder, or a configuration file that names the model"
@@ -60,7 +60,7 @@ def _described_training(path: str) -> tuple[runs.RunSpec, CLPConfig]:
     return spec, CLPConfig.from_dict(spec.config)
 
 
-def collect(training: tuple[runs.RunSpec, CLPConfig] | None = None) -> dict[str, Any]:
+def collect(training: tuple[run_spec.RunSpec, CLPConfig] | None = None) -> dict[str, Any]:
     """The installation as plain data: versions by package (None for a missing one), devices, tasks, and for each back-end
     whether and why it is available. training: a run and its settings, which `describe` describes."""
     import torch
@@ -96,7 +96,7 @@ def collect(training: tuple[runs.RunSpec, CLPConfig] | None = None) -> dict[str,
     }
 
 
-def describe(spec: runs.RunSpec, config: CLPConfig) -> dict[str, Any]:
+def describe(spec: run_spec.RunSpec, config: CLPConfig) -> dict[str, Any]:
     """The trained parameters of a run and the memory that stays allocated (see `memory.Memory`), and the same for the other
     forms of conditioning. They follow from the model's configuration; the model itself is not loaded."""
     import torch
@@ -156,7 +156,7 @@ def render(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render_training(spec: runs.RunSpec, config: CLPConfig) -> list[str]:
+def render_training(spec: run_spec.RunSpec, config: CLPConfig) -> list[str]:
     """`describe()` as lines of text for people, without the other forms of conditioning."""
     described = describe(spec, config)
     return _rendered_training({**described, "by_conditioning": {}})

@@ -9,7 +9,7 @@ import sys
 from clp_engine.cli.arguments import training_of
 from clp_engine.core.files import check_folder
 from clp_engine.core.ranges import TRAINING
-from clp_engine.training import run_folder, runs
+from clp_engine.training import run_folder, run_spec, runs
 
 HELP = "train a conditioned policy"
 EPILOG = """\
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, value in vars(arguments).items():
         if value is not None and name in own:
             values[name] = value if isinstance(value, bool) else read_flag(value, CLPConfig, name)
-    given = {name: getattr(arguments, name) for name in runs.RUN_KEYS}
+    given = {name: getattr(arguments, name) for name in run_spec.RUN_KEYS}
     spec, config = training_of(values | {name: value for name, value in given.items() if value is not None})
     check_folder("output_dir", config.output_dir)
     # Before anything is loaded. Training looks again when it has the folder to itself.

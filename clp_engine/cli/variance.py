@@ -9,7 +9,7 @@ from clp_engine.cli.arguments import add_number, add_trust, listed
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
 from clp_engine.core.ranges import COMMANDS
-from clp_engine.training import run_folder, runs
+from clp_engine.training import run_folder, run_spec
 
 HELP = "measure the noise and bias of the gradient along a run"
 EPILOG = None
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         if Path(out).is_dir():
             raise ConfigError(f"out={out!r} is a folder; expected a file to write")
         check_folder("out", Path(out).parent)
-    runs.RunSpec.load(arguments.run_folder)  # a file that cannot be read is reported before torch is imported
+    run_spec.RunSpec.load(arguments.run_folder)  # a file that cannot be read is reported before torch is imported
     from clp_engine.training import gradient_noise
 
     result = gradient_noise.along_run(

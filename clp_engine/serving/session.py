@@ -16,7 +16,7 @@ from clp_engine.evaluation.report import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
-from clp_engine.training import runs, trust
+from clp_engine.training import run_spec, runs, trust
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
@@ -45,7 +45,7 @@ class Session:
 
     def __init__(self, run: str | Path, device: str | None = None, examples: str | Path | None = None):
         self.run = Path(run)
-        self.spec = runs.RunSpec.load(self.run) or runs.RunSpec.load(self.run.parent)
+        self.spec = run_spec.RunSpec.load(self.run) or run_spec.RunSpec.load(self.run.parent)
         self.policy: ConditionedPolicy = runs.load_policy(self.run, device)
         if self.policy.tokenizer is None:
             raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")
@@ -244,7 +244,7 @@ def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _examples(
-    spec: runs.RunSpec | None, run: Path, given: str | Path | None
+    spec: run_spec.RunSpec | None, run: Path, given: str | Path | None
 ) -> tuple[list[dict[str, str]], bool | None]:
     """Texts that the page offers, and whether the run's prompts are chats (None where this is unknown)."""
     if given is not None:

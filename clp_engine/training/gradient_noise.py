@@ -34,7 +34,7 @@ from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import Interval
 from clp_engine.objectives.coefficients import ESTIMATORS
-from clp_engine.training import runs, trust
+from clp_engine.training import run_spec, runs, trust
 from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import WholeRollouts
@@ -253,7 +253,7 @@ def along_run(
     """
     start = time.perf_counter()
     ranges.check(ranges.COMMANDS, batches=batches, bootstrap=bootstrap)
-    spec = runs.RunSpec.load(run)
+    spec = run_spec.RunSpec.load(run)
     if spec is None:
         raise ConfigError(f"{run} has no run.json; expected the folder of a training run")
     found = {int(p.name.rpartition("-")[2]): p for p in runs.checkpoints(run)}
@@ -284,7 +284,7 @@ def along_run(
     )
 
 
-def _trainer(spec: runs.RunSpec, seed: int, completions: int | None) -> CLPTrainer:
+def _trainer(spec: run_spec.RunSpec, seed: int, completions: int | None) -> CLPTrainer:
     """The run's trainer as it was at the start, but for the seed and size of its batches; it writes nothing."""
     trained = CLPConfig.from_dict(spec.config)
     config = dataclasses.replace(trained, log_completions=False, report_to="none")

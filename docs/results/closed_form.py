@@ -25,8 +25,9 @@ from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.objectives.weightings import build_sampler, simplex_lattice
 from clp_engine.tasks.closed_form import dilemma
-from clp_engine.tasks.closed_form.policies import LogitMixture, Network, Tables, soup
-from clp_engine.tasks.closed_form.task import TabularTask, Trained, combine, train, train_specialist
+from clp_engine.tasks.closed_form.policies import Network, Tables, TabularMixture, soup
+from clp_engine.tasks.closed_form.task import TabularTask
+from clp_engine.tasks.closed_form.training import Trained, combine, train, train_specialist
 
 HERE = Path(__file__).parent
 PROMPTS, GROUP = 128, 4  # of every step of every run
@@ -158,7 +159,7 @@ def dilemma_policies(
     corners = torch.eye(objectives)
     alone = [train_specialist(task, w, alpha, start=network(seed), **for_one) for w in corners]
     yield "soup", at(combine(task, alone, soup), alpha)
-    yield "mixed logits", at(combine(task, alone, LogitMixture.of), alpha)
+    yield "mixed logits", at(combine(task, alone, TabularMixture.of), alpha)
     tables = [train_specialist(task, w, alpha, **for_tables) for w in corners]
     yield "table soup", at(combine(task, tables, soup), alpha)
     if objectives == 2:  # with three there are 28 weightings

@@ -22,7 +22,7 @@ from clp_engine.cli.arguments import parse_assignments
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
-from clp_engine.training import runs
+from clp_engine.training import run_spec, runs
 from clp_engine.training.config import CLPConfig
 
 REWARDS = """
@@ -96,7 +96,7 @@ def refused(argv, capsys) -> str:
 
 
 def test_train_writes_a_policy_and_what_is_needed_to_evaluate_it(trained):
-    spec = runs.RunSpec.load(trained)
+    spec = run_spec.RunSpec.load(trained)
     assert spec.objectives == ("even", "small") and spec.train_seconds > 0 and spec.config["max_steps"] == 4
     assert runs.is_finished(trained) and [p.name for p in runs.checkpoints(trained)] == [
         "checkpoint-2",
@@ -271,7 +271,7 @@ def test_overwriting_replaces_run_and_reports_and_keeps_other_files(trained, tmp
     train = ["train", "config.yaml", "--output-dir", str(folder), "--max-steps", "2"]
     small = ["--prompts", "2", "--bootstrap", "10", "--grid", "2"]
     assert main(train) == 0 and main(["evaluate", str(folder), *small]) == 0
-    first = runs.RunSpec.load(folder).run
+    first = run_spec.RunSpec.load(folder).run
     for name in ("notes.txt", "policy/notes.txt"):
         (folder / name).write_text("mine")
     assert main(["export", str(folder), *EXPORTS["adapter"], "--to", str(folder / "brief")]) == 0
@@ -280,7 +280,7 @@ def test_overwriting_replaces_run_and_reports_and_keeps_other_files(trained, tmp
     left = {path.relative_to(folder).as_posix() for path in folder.iterdir()}
     assert left == {"brief", "log.jsonl", "clp_manifest.json", "notes.txt", "policy", "run.json"}
     assert (folder / "policy" / "notes.txt").read_text() == (folder / "notes.txt").read_text() == "mine"
-    assert runs.RunSpec.load(folder).run not in (None, first)
+    assert run_spec.RunSpec.load(folder).run not in (None, first)
 
 
 @pytest.mark.check
@@ -323,7 +323,7 @@ def test_a_flag_overrides_the_file_and_an_earlier_run_is_not_replaced_unasked(wo
         "small",
     ]
     assert main(arguments) == 0
-    spec = runs.RunSpec.load("other")
+    spec = run_spec.RunSpec.load("other")
     assert spec.config["max_steps"] == 1 and spec.config["disable_tqdm"] is False
     assert spec.config["target_modules"] == ["q_proj", "v_proj"] and spec.objectives == ("small",)
     assert main([*arguments, "--overwrite"]) == 0
@@ -629,7 +629,7 @@ def test_a_mistake_in_a_dataset_names_the_line(content, complaint, tmp_path):
 
 
 def test_a_split_that_the_task_does_not_have_is_named_with_those_it_has():
-    spec = runs.RunSpec.from_values({"task": "docsum"})
+    spec = run_spec.RunSpec.from_values({"task": "docsum"})
     with pytest.raises(ConfigError, match="unknown split 'nope': DocSum has .*test"):
         spec.eval_rows(2, split="nope")
     assert spec.eval_rows(2) == spec.eval_rows(2, split="test")

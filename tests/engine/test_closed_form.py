@@ -30,8 +30,9 @@ from clp_engine.tasks.closed_form.dilemma import (
     interpolation_shortfall,
     optimal_commit_probability,
 )
-from clp_engine.tasks.closed_form.policies import LogitMixture, Network, Tables, soup
-from clp_engine.tasks.closed_form.task import TabularTask, Trained, combine, train, train_specialist
+from clp_engine.tasks.closed_form.policies import Network, Tables, TabularMixture, soup
+from clp_engine.tasks.closed_form.task import TabularTask
+from clp_engine.tasks.closed_form.training import Trained, combine, train, train_specialist
 
 BOUND = 0.01
 THREE_TOKENS = [((0.5, 0.5), 0.2), ((0.2, 0.8), 0.2), ((0.8, 0.2), 0.4)]
@@ -121,7 +122,7 @@ def test_with_one_token_interpolated_specialists_reach_every_optimum_too():
     """Nothing is gained by conditioning where the optimum's logits are affine in w."""
     task, corners = TabularTask.random(8, 1, 2), torch.eye(2)
     specialists = [train_specialist(task, w, 0.2, prompts=64) for w in corners]
-    for rule in (soup, LogitMixture.of):
+    for rule in (soup, TabularMixture.of):
         mixed = combine(task, specialists, rule)
         assert max(mixed.kl_to_optimum(torch.tensor([i / 10, 1 - i / 10]), 0.2) for i in range(11)) < BOUND
 
@@ -187,7 +188,7 @@ def test_a_soup_of_networks_misses_the_optimum_of_the_mixed_reward_with_any_coef
 
 
 @pytest.mark.check
-@pytest.mark.parametrize("rule", [soup, LogitMixture.of], ids=["tables", "mixed logits"])
+@pytest.mark.parametrize("rule", [soup, TabularMixture.of], ids=["tables", "mixed logits"])
 def test_the_bound_on_interpolated_specialists_holds_for_any_coefficients(rule, network_specialists):
     task = dilemma()
     tables = [train_specialist(task, w, ALPHA, steps=200) for w in CORNERS]
@@ -261,7 +262,7 @@ def test_the_dilemma_of_three_objectives():
     trained = train(task, build_sampler(3, "uniform", corner_probability=0.5, kl=alpha), **options)
     assert max(shortfall(trained, w, alpha) for w in simplex_lattice(3, 7)) < 0.03
     specialists = [train_specialist(task, w, alpha, **options) for w in torch.eye(3)]
-    for rule in (soup, LogitMixture.of):
+    for rule in (soup, TabularMixture.of):
         assert shortfall(combine(task, specialists, rule), uniform, alpha) > 0.2
 
 
@@ -348,7 +349,7 @@ def test_a_soup_is_each_specialist_at_its_corner_and_blends_weights_in_between()
 def test_mixed_logits_are_the_normalised_geometric_mean_of_the_specialists():
     task = dilemma()
     specialists = [train_specialist(task, w, ALPHA, start=network(0), steps=20) for w in CORNERS]
-    mixed = combine(task, specialists, LogitMixture.of).logits(torch.tensor([0.3, 0.7]), ALPHA).softmax(-1)
+    mixed = combine(task, specialists, TabularMixture.of).logits(torch.tensor([0.3, 0.7]), ALPHA).softmax(-1)
     first, second = (s.logits(torch.ones(1), ALPHA).softmax(-1) for s in specialists)
     expected = first**0.3 * second**0.7
     torch.testing.assert_close(mixed, expected / expected.sum(-1, keepdim=True))

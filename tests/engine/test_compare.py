@@ -26,7 +26,7 @@ from clp_engine.evaluation.compare.summary import Front, dominated, summarise
 from clp_engine.evaluation.front import Base
 from clp_engine.evaluation.report import ParetoReport
 from clp_engine.policy.logit_mixture import LogitMixture
-from clp_engine.training import runs
+from clp_engine.training import run_spec, runs
 from clp_engine.training.run_folder import checkpoints
 from clp_engine.training.trainer import CLPTrainer
 
@@ -267,7 +267,7 @@ def test_every_run_and_report_is_an_ordinary_one_and_training_is_accounted_for(f
         folder = plan.run_folder(name)
         assert (
             runs.is_finished(folder)
-            and runs.RunSpec.load(folder).config["max_steps"] == run.config["max_steps"]
+            and run_spec.RunSpec.load(folder).config["max_steps"] == run.config["max_steps"]
         )
         assert not checkpoints(folder)  # nothing to go on from any more
         took = work.Training.load(plan.training_record(name))

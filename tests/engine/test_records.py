@@ -17,7 +17,7 @@ from clp_engine.data.sources import read_rows
 from clp_engine.evaluation.compare.work import Training
 from clp_engine.models import fingerprint
 from clp_engine.training import checkpoints, run_folder
-from clp_engine.training.runs import RunSpec
+from clp_engine.training.run_spec import RunSpec
 
 REMEDY = r"(again|another checkpoint|remove it|expected a checkpoint)"
 

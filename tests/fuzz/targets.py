@@ -35,7 +35,7 @@ from clp_engine.evaluation.report import ParetoReport
 from clp_engine.models import fingerprint
 from clp_engine.policy.peft import reading, warm_start
 from clp_engine.serving import app as server
-from clp_engine.training import checkpoints, run_folder, runs
+from clp_engine.training import checkpoints, run_folder, run_spec, runs
 from clp_engine.training.config import CLPConfig
 
 FIELDS = sorted(CLPConfig.__dataclass_fields__)
@@ -132,10 +132,10 @@ def settings(source, folder):
         with contextlib.suppress(yaml.YAMLError):
             path.write_text(yaml.safe_dump(values), errors="replace")
     values = yaml_reading.read_file(str(path))
-    about = {name: values.pop(name, None) for name in runs.RUN_KEYS}
+    about = {name: values.pop(name, None) for name in run_spec.RUN_KEYS}
     config = CLPConfig.from_dict(values)
     assert_finite(config.to_dict())
-    runs.RunSpec.from_values(about)
+    run_spec.RunSpec.from_values(about)
 
 
 def flag(source, folder):
@@ -154,9 +154,9 @@ RUN = {
 
 def run_json(source, folder):
     json_file(folder / "run.json", RUN, source)
-    spec = runs.RunSpec.load(folder)
+    spec = run_spec.RunSpec.load(folder)
     assert_finite([spec.train_seconds or 0.0, spec.config.get("temperature") or 0.0])
-    spec.same_training(runs.RunSpec("a", ("b",)))
+    spec.same_training(run_spec.RunSpec("a", ("b",)))
     ", ".join((*spec.objectives, *spec.rewards, spec.model, spec.command))
     CLPConfig.from_dict(spec.config)
 

@@ -32,7 +32,7 @@ from clp_engine.evaluation.compare.methods import (
 )
 from clp_engine.evaluation.front import default_grid
 from clp_engine.objectives.weightings import simplex_lattice
-from clp_engine.training import runs
+from clp_engine.training import run_spec
 from clp_engine.training.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.training.config_checks import KL_NAMES
 
@@ -104,7 +104,7 @@ class Run:
     """A training run. name: of its folder under runs/. spec.config: every setting, with the seed and the folder."""
 
     name: str
-    spec: runs.RunSpec
+    spec: run_spec.RunSpec
 
     @property
     def config(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Plan:
     """A comparison: its methods, and the runs and evaluations that they need, by name. references: names of the baselines."""
 
     output_dir: Path
-    spec: runs.RunSpec
+    spec: run_spec.RunSpec
     kl_is_beta: bool
     seeds: tuple[int, ...]
     methods: tuple[Method, ...]
@@ -204,7 +204,7 @@ class Plan:
 def make_plan(config: Mapping[str, Any]) -> Plan:
     """The plan of a configuration file's content. Raises ConfigError for an invalid configuration."""
     config = dict(mapping("the configuration", config))
-    about = {name: config.get(name) for name in runs.RUN_KEYS}
+    about = {name: config.get(name) for name in run_spec.RUN_KEYS}
     own = {name: config.get(name) for name in OWN_KEYS}
     shared = {name: value for name, value in config.items() if name not in (*about, *own)}
     output = shared.pop("output_dir", None)
@@ -215,9 +215,9 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     if "max_generated_tokens" in shared:
         raise ConfigError("max_generated_tokens belongs to a single run; a comparison takes budget_tokens")
     seeds = _seeds(own["seeds"])
-    spec = runs.RunSpec.from_values(about)
+    spec = run_spec.RunSpec.from_values(about)
     if spec.task is not None:
-        task = runs.find_task(spec.task)
+        task = run_spec.find_task(spec.task)
         limits = ("max_completion_length", "max_prompt_length")
         shared = {**{name: getattr(task, name) for name in limits}, **shared}
     shared = {**_RUN_DEFAULTS, **shared}
@@ -373,7 +373,7 @@ def _kl_grid(kl: Any, added: Sequence[float]) -> float | tuple[float, ...] | Non
 # --- names -------------------------------------------------------------------------------------------------------------
 
 
-def run_digest(spec: runs.RunSpec, config: CLPConfig) -> str:
+def run_digest(spec: run_spec.RunSpec, config: CLPConfig) -> str:
     """A digest of the model, the data, the rewards, and every setting with an effect but the seed.
 
     Settings at their default are left out, so that finished runs stay valid when a setting is added. `work.check_unchanged`
@@ -388,7 +388,7 @@ def run_digest(spec: runs.RunSpec, config: CLPConfig) -> str:
     return _digest({"about": _about(spec, "dataset"), "settings": settings})
 
 
-def _about(spec: runs.RunSpec, data: str) -> dict[str, Any]:
+def _about(spec: run_spec.RunSpec, data: str) -> dict[str, Any]:
     """The model, objectives, task, data and rewards of a run or report, with digests of the content of files."""
     dataset = getattr(spec, data)
     return {

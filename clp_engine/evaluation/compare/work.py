@@ -21,7 +21,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import finish, read_json, write_directory, write_text
 from clp_engine.core.locking import Busy
 from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
-from clp_engine.training import runs
+from clp_engine.training import run_spec, runs
 from clp_engine.training.config import WITHOUT_EFFECT
 from clp_engine.training.run_folder import checkpoints, remove_checkpoint
 
@@ -69,7 +69,7 @@ def is_trained(plan: Plan, run: Run) -> bool:
 
 def check_unchanged(run: Run, folder: Path) -> None:
     """Raises ConfigError where the run in `folder` had other settings: a changed default does not change the digest."""
-    saved = runs.RunSpec.load(folder)
+    saved = run_spec.RunSpec.load(folder)
     if saved is None:
         return
     mine = run.config

@@ -3,7 +3,7 @@
     Tables          logits(x; b) = q(x) + sum_i b_i D_i(x)                                    linear in b
     Network         logits(x; b) = q(x) + tanh(E(x) + sum_i b_i dE_i(x)) (sum_i b_i dU_i)     not linear in b
       output only   logits(x; b) = q(x) + tanh(E(x)) (sum_i b_i dU_i)                         linear in b
-    LogitMixture    logits(x; b) = sum_i b_i logits_i(x)                                      linear in b
+    TabularMixture    logits(x; b) = sum_i b_i logits_i(x)                                      linear in b
 
 with a prefix x, the reference's logits q, and a row's blend coefficients b. `Network` is the smallest policy that has what
 every real one has: the deltas of two layers, multiplied with each other and passed through a nonlinearity between them. Its
@@ -85,7 +85,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class LogitMixture:
+class TabularMixture:
     """Specialists mixed when decoding: `pi(v | x) ~ prod_i pi_i(v | x)**b_i`, normalised at each step.
 
     specialists: one per objective, each with a blend of (1,): a policy that has one delta.
@@ -95,7 +95,7 @@ class LogitMixture:
     deltas: tuple[torch.Tensor, ...] = ()
 
     @classmethod
-    def of(cls, specialists: Sequence[BlendedPolicy]) -> LogitMixture:
+    def of(cls, specialists: Sequence[BlendedPolicy]) -> TabularMixture:
         return cls(tuple(specialists))
 
     def logits(self, blend: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
