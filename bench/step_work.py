@@ -312,7 +312,7 @@ class Counted:
 def count(**settings) -> Counted:
     """The work of the second step of a run (the first one also fills caches). settings: of CLPConfig, beside those here."""
     from bench.step_profile import with_marks
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
     from clp_engine.training.trainer import CLPTrainer
 
     generator = torch.Generator().manual_seed(0)

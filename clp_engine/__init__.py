@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # The public names, imported when first used: `clp-engine --help` should not wait for torch.
 _WHERE = {
-    "CLPConfig": "training.config",
+    "CLPConfig": "training.settings.config",
     "CLPTrainer": "training.trainer",
     "ConditionSampler": "objectives.weightings",
     "ConditionedPolicy": "policy.policy",

@@ -52,7 +52,7 @@ def _api(package: str) -> str:
 
 def _settings(_) -> str:
     from clp_engine.core.ranges import TRAINING
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     rows = ["| setting | type | numbers | default | |", "|---|---|---|---|---|"]
     for option in dataclasses.fields(CLPConfig):

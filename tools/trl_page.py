@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.trl_compat.fields import ACCEPTED, ANYTHING, DEFAULT, FIELDS, SAME, TRANSLATED, Field
 
 _BLOCK = re.compile(r"(<!-- trl:(?P<name>\w+) -->\n).*?(<!-- /trl -->)", re.DOTALL)

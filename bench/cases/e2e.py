@@ -442,7 +442,7 @@ def _ours(case: StepCase, steps: int, rewards: Sequence[Callable]) -> Steps:
 def our_trainer(
     case: StepCase, steps: int, rewards: Sequence[Callable], folder: str, callbacks: Sequence = ()
 ):
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
     from clp_engine.training.trainer import CLPTrainer
 
     tokenizer = load_tokenizer()

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.ranges import EVALUATION, SAMPLING, Range
-from clp_engine.training import run_spec
+from clp_engine.training.runs import run_spec
 
 if TYPE_CHECKING:
     from clp_engine.rollouts.types import SamplingParams
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
 RUN_HELP = "run folder (or a policy folder or checkpoint in it)"
 WEIGHTS_HELP = "a=0.7,b=0.3, or 0.7,0.3 in the order of the objectives"
@@ -133,7 +133,7 @@ def whole_numbers(text: str, flag: str) -> list[int]:
 
 def training_of(values: dict[str, Any]) -> tuple[run_spec.RunSpec, CLPConfig]:
     """The run and its settings, from the content of a configuration file."""
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     about = {name: values.get(name) for name in run_spec.RUN_KEYS}
     values = {name: value for name, value in values.items() if name not in about}

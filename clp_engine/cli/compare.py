@@ -8,7 +8,7 @@ import sys
 
 from clp_engine.cli.arguments import add_number, whole_numbers
 from clp_engine.core.ranges import COMMANDS
-from clp_engine.training import runs
+from clp_engine.training.runs import running
 
 HELP = "compare methods and baselines over seeds"
 EPILOG = """\
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int | None:
             command=command,
         )
     except KeyboardInterrupt:
-        raise runs.Interrupted(f"interrupted, nothing is lost; go on with: {command}") from None
+        raise running.Interrupted(f"interrupted, nothing is lost; go on with: {command}") from None
     except comparing.CompareFailed as error:
         if error.comparison is not None:
             print(f"\n{rendering.summary(error.comparison)}\n\nreport: {config['output_dir']}/comparison.md")

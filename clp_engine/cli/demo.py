@@ -23,12 +23,12 @@ from clp_engine.cli.arguments import add_number, listed
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
-from clp_engine.training import run_folder, run_spec, runs
+from clp_engine.training.runs import run_folder, run_spec, running
 
 if TYPE_CHECKING:
     from clp_engine.evaluation.report import ParetoReport
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
 TASK = "docsum"
 # Settings of the demo's training; everything else is CLPConfig's default.
@@ -103,7 +103,7 @@ def run_demo(
     check_folder("out", out)
     spec = run_spec.RunSpec.from_values({"task": TASK, "objectives": list(objectives)})
     task = run_spec.find_task(TASK)
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     settings = {
         **TRAINING,
@@ -124,7 +124,7 @@ def run_demo(
     again = shlex.join(["clp-engine", *(sys.argv[1:] if sys.argv[1:2] == ["demo"] else ["demo"])])
     # Preparing more prompts than the run can use takes time.
     limit = config.max_steps * config.batch_size // config.num_generations
-    policy = runs.train(spec, config, resume=resume, again=again, limit=limit).policy
+    policy = running.train(spec, config, resume=resume, again=again, limit=limit).policy
     rows = spec.eval_rows((prompts or EVALUATION["prompts"]) + EXAMPLES, seed=seed)
     examples, held_out = rows[:EXAMPLES], rows[EXAMPLES:]
 
@@ -146,8 +146,8 @@ def _prepare(out: Path, spec: run_spec.RunSpec) -> bool:
         return False
     if found.command != "demo":
         raise ConfigError(f"{out} holds a run of yours (model {found.model}); give another folder with --out")
-    saved = runs.checkpoints(out)
-    if saved and not runs.is_finished(out) and found.same_training(spec):
+    saved = running.checkpoints(out)
+    if saved and not running.is_finished(out) and found.same_training(spec):
         _say(f"{out} holds an unfinished run with these settings: going on at {saved[-1].name}.")
         return True
     _say(f"{out} holds an earlier demo: starting over.")

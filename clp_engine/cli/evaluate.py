@@ -18,7 +18,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, read_json
 from clp_engine.core.ranges import EVALUATION
 from clp_engine.data import sources
-from clp_engine.training import run_spec, runs, trust
+from clp_engine.training.runs import run_spec, running, trust
 
 HELP = "measure the Pareto front of a run"
 EPILOG = None
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     out = arguments.run_folder if arguments.out is None else arguments.out
     check_folder("out", out)
-    policy = runs.load_policy(arguments.run_folder, arguments.device)
+    policy = running.load_policy(arguments.run_folder, arguments.device)
     rewards = spec.reward_functions()
     from clp_engine.evaluation.evaluate import evaluate
 
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _spec_of(arguments: argparse.Namespace) -> run_spec.RunSpec:
     """The description of the run, with task, dataset and rewards from the flags where these were given."""
-    policy = runs.policy_directory(arguments.run_folder)
+    policy = running.policy_directory(arguments.run_folder)
     spec = run_spec.RunSpec.load(arguments.run_folder) or run_spec.RunSpec.load(policy.parent)
     if arguments.task is None and arguments.rewards is None:
         if spec is None:

@@ -10,7 +10,7 @@ from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
 from clp_engine.core.ranges import COMMANDS
-from clp_engine.training import runs
+from clp_engine.training.runs import running
 
 HELP = "write weightings or objectives as ordinary PEFT adapters or models"
 EPILOG = None
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     weights = None if arguments.weights is None else parse_assignments(arguments.weights, "weights")
     target = Path(arguments.to)
-    files.refuse_overlap(target, [runs.policy_directory(arguments.run_folder)])
+    files.refuse_overlap(target, [running.policy_directory(arguments.run_folder)])
     if target.exists() and not arguments.overwrite and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(
             f"{target} exists and is not empty; give --overwrite to write into it, or another folder"
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.each and (weights is not None or arguments.kl is not None):
         raise ConfigError("--each writes every objective's adapter unblended; leave out --weights and --kl")
     check_folder("to", target.parent)
-    policy = runs.load_policy(arguments.run_folder, "cpu")
+    policy = running.load_policy(arguments.run_folder, "cpu")
     base = f"  (base model: {policy.spec.base_model})"
     if arguments.each:
         for name, error in policy.save_adapters(target, rank=arguments.rank).items():

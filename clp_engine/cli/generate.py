@@ -19,7 +19,7 @@ from clp_engine.cli.arguments import (
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.ranges import COMMANDS, GENERATION
 from clp_engine.data import sources
-from clp_engine.training import run_spec, runs
+from clp_engine.training.runs import run_spec, running
 
 HELP = "generate text at a weighting of the objectives"
 EPILOG = None
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     weights = None if arguments.weights is None else parse_assignments(arguments.weights, "weights")
     spec = run_spec.RunSpec.load(arguments.run_folder) or run_spec.RunSpec.load(Path(arguments.run_folder).parent)
-    policy = runs.load_policy(arguments.run_folder, arguments.device)
+    policy = running.load_policy(arguments.run_folder, arguments.device)
     policy.conditions(weights, arguments.kl)  # names and numbers are checked before anything is generated
     rows = _generation_rows(arguments, spec, policy.tokenizer)
     sampling = sampling_params(arguments, spec)

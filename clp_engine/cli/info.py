@@ -14,10 +14,10 @@ from clp_engine.cli.arguments import training_of
 from clp_engine.core import tables
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import installed, processor
-from clp_engine.training import run_spec
+from clp_engine.training.runs import run_spec
 
 if TYPE_CHECKING:
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "peft", "matplotlib")
 _PARTS = ("base", "deltas", "gradients", "optimizer", "total")  # of `memory.Memory`
@@ -50,7 +50,7 @@ def _described_training(path: str) -> tuple[run_spec.RunSpec, CLPConfig]:
         from clp_engine.core.yaml_reading import read_file
 
         return training_of(read_file(path))
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     spec = run_spec.RunSpec.load(path)
     if spec is None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from clp_engine import __version__
 from clp_engine.cli import compare, demo, evaluate, export, generate, info, steer, train, variance
 from clp_engine.core.errors import ConfigError
-from clp_engine.training import runs
+from clp_engine.training.runs import running
 
 # A command is a module with HELP, EPILOG, `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else ""
         )
         return _complain(f"error: {error.filename}: {error.strerror}{remedy}", 2)
-    except runs.Interrupted as error:
+    except running.Interrupted as error:
         return _complain(str(error), 130)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)

@@ -6,7 +6,7 @@ import argparse
 
 from clp_engine.cli.arguments import RUN_HELP, add_device, add_number
 from clp_engine.core.ranges import COMMANDS
-from clp_engine.training import runs
+from clp_engine.training.runs import running
 
 HELP = "open a local page with a slider for each objective"
 EPILOG = None
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    runs.policy_directory(arguments.run_folder)  # a wrong folder is reported before torch is imported
+    running.policy_directory(arguments.run_folder)  # a wrong folder is reported before torch is imported
     from clp_engine.serving.app import serve
 
     serve(

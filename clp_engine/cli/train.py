@@ -9,7 +9,7 @@ import sys
 from clp_engine.cli.arguments import training_of
 from clp_engine.core.files import check_folder
 from clp_engine.core.ranges import TRAINING
-from clp_engine.training import run_folder, run_spec, runs
+from clp_engine.training.runs import run_folder, run_spec, running
 
 HELP = "train a conditioned policy"
 EPILOG = """\
@@ -34,7 +34,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     import dataclasses
 
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings; flags take precedence")
     parser.add_argument(
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     import dataclasses
 
     from clp_engine.core.yaml_reading import read_file, read_flag
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     values = read_file(arguments.config) if arguments.config else {}
     own = {f.name for f in dataclasses.fields(CLPConfig)}
@@ -105,5 +105,5 @@ def run(arguments: argparse.Namespace) -> None:
     aside = ("--overwrite", "--overwrite-output-dir", "--overwrite_output_dir", "--resume")
     words = [word for word in sys.argv[1:] if word not in aside]
     again = shlex.join(["clp-engine", *words, "--resume"])
-    runs.train(spec, config, resume=arguments.resume, again=again)
+    running.train(spec, config, resume=arguments.resume, again=again)
     print(f"policy: {config.output_dir}/policy\nnext:   clp-engine evaluate {config.output_dir}")

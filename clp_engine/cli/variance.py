@@ -9,7 +9,7 @@ from clp_engine.cli.arguments import add_number, add_trust, listed
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
 from clp_engine.core.ranges import COMMANDS
-from clp_engine.training import run_folder, run_spec
+from clp_engine.training.runs import run_folder, run_spec
 
 HELP = "measure the noise and bias of the gradient along a run"
 EPILOG = None

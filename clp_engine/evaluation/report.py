@@ -11,7 +11,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
 from clp_engine.evaluation.front import ParetoFront
 from clp_engine.evaluation.plots import draw, write_png
-from clp_engine.training.run_folder import note
+from clp_engine.training.runs.run_folder import note
 
 
 class ParetoReport(ParetoFront):

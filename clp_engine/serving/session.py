@@ -16,7 +16,7 @@ from clp_engine.evaluation.report import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
-from clp_engine.training import run_spec, runs, trust
+from clp_engine.training.runs import run_spec, running, trust
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
@@ -46,7 +46,7 @@ class Session:
     def __init__(self, run: str | Path, device: str | None = None, examples: str | Path | None = None):
         self.run = Path(run)
         self.spec = run_spec.RunSpec.load(self.run) or run_spec.RunSpec.load(self.run.parent)
-        self.policy: ConditionedPolicy = runs.load_policy(self.run, device)
+        self.policy: ConditionedPolicy = running.load_policy(self.run, device)
         if self.policy.tokenizer is None:
             raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")
         self._examples, self._chats = _examples(self.spec, self.run, examples)
@@ -96,7 +96,7 @@ class Session:
     def _front(self) -> tuple[dict[str, Any] | None, str | None]:
         """The points and base of the report, or None; and the reason where there are none, or None."""
         folders = [self.run]
-        if runs.policy_directory(self.run) == self.run.parent / "policy":  # RUN/policy: the report is RUN's
+        if running.policy_directory(self.run) == self.run.parent / "policy":  # RUN/policy: the report is RUN's
             folders.append(self.run.parent)
         measured = [folder for folder in folders if (folder / "report.json").is_file()]
         if not measured:

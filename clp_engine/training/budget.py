@@ -15,7 +15,7 @@ from transformers.trainer_callback import TrainerState
 
 if TYPE_CHECKING:
     from clp_engine.data.prompts import Prompts
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
 
 @dataclass(frozen=True)

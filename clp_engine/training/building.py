@@ -29,8 +29,8 @@ from clp_engine.rollouts.engines.choice import detours
 from clp_engine.training.collecting.collector import CollectorParts
 from clp_engine.training.collecting.planning import Planner
 from clp_engine.training.collecting.rewarding import Rewarding
-from clp_engine.training.config import CLPConfig
 from clp_engine.training.metrics import PhaseTimer
+from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.trl_compat import model_init_kwargs
 
 logger = logging.getLogger(__name__)

@@ -34,11 +34,11 @@ from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import Interval
 from clp_engine.objectives.coefficients import ESTIMATORS
-from clp_engine.training import run_spec, runs, trust
 from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import WholeRollouts
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.runs import run_spec, running, trust
+from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.stepping.update import forward, micro_batches
 from clp_engine.training.trainer import CLPTrainer
 
@@ -256,7 +256,7 @@ def along_run(
     spec = run_spec.RunSpec.load(run)
     if spec is None:
         raise ConfigError(f"{run} has no run.json; expected the folder of a training run")
-    found = {int(p.name.rpartition("-")[2]): p for p in runs.checkpoints(run)}
+    found = {int(p.name.rpartition("-")[2]): p for p in running.checkpoints(run)}
     trust.check(spec, run, trust_run)
     missing = [step for step in steps or () if step and step not in found]
     if missing:

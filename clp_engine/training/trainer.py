@@ -35,16 +35,17 @@ from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData
 from clp_engine.objectives.reference import FrozenReference
 from clp_engine.objectives.weightings import Weighting
-from clp_engine.training import building, evaluating, run_folder
+from clp_engine.training import building, evaluating
 from clp_engine.training.budget import Budget, Progress, finish_step_on_interrupt, of_run
 from clp_engine.training.checkpoints import best, checkpoint, resuming
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import WholeRollouts
 from clp_engine.training.collecting.partial_rollouts import PartialRollouts
 from clp_engine.training.collecting.rollout_selection import Selector
-from clp_engine.training.config import CLPConfig
-from clp_engine.training.config_checks import STEPS
 from clp_engine.training.metrics import MetricLog, PhaseTimer, read_scalars
+from clp_engine.training.runs import run_folder
+from clp_engine.training.settings.checks import STEPS
+from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.stepping.optimisation import Optimisation, check_norm
 from clp_engine.training.stepping.step_metrics import update_metrics
 from clp_engine.training.stepping.update import backward, micro_batches

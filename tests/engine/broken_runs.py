@@ -18,7 +18,7 @@ from engine.test_trainer import ROWS, high_words, low_words, settings
 from safetensors.torch import load_file
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.training import run_folder
+from clp_engine.training.runs import run_folder
 from clp_engine.training.trainer import CLPTrainer
 
 torch.set_num_threads(1)  # its threads would not be in a forked process

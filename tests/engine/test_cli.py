@@ -22,8 +22,8 @@ from clp_engine.cli.arguments import parse_assignments
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
-from clp_engine.training import run_spec, runs
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.runs import run_spec, running
+from clp_engine.training.settings.config import CLPConfig
 
 REWARDS = """
 def even(completion_ids, **_):
@@ -98,7 +98,7 @@ def refused(argv, capsys) -> str:
 def test_train_writes_a_policy_and_what_is_needed_to_evaluate_it(trained):
     spec = run_spec.RunSpec.load(trained)
     assert spec.objectives == ("even", "small") and spec.train_seconds > 0 and spec.config["max_steps"] == 4
-    assert runs.is_finished(trained) and [p.name for p in runs.checkpoints(trained)] == [
+    assert running.is_finished(trained) and [p.name for p in running.checkpoints(trained)] == [
         "checkpoint-2",
         "checkpoint-4",
     ]
@@ -350,7 +350,7 @@ def test_interrupting_says_where_the_checkpoint_is_and_resuming_gives_the_same_p
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130, message
     assert re.search(r"stopped/checkpoint-[23]; go on with: clp-engine train config.yaml .*--resume", message)
-    assert "Traceback" not in message and not runs.is_finished("stopped")
+    assert "Traceback" not in message and not running.is_finished("stopped")
     # Only the rewards' names are part of the settings: the fast ones compute the same.
     assert main(["train", "config.yaml", "--output-dir", "stopped", "--resume"]) == 0
     whole, resumed = (load_file(Path(run, "policy", "adapters.safetensors")) for run in ("run", "stopped"))
@@ -414,7 +414,7 @@ def test_the_demo_shows_front_and_summaries_and_what_to_type_next(small_demo, ca
         shlex.split(line, comments=True)[1:] for line in shown.splitlines() if line.startswith("  clp-engine")
     ]
     assert [command[0] for command in commands] == ["steer", "generate", "generate", "export"]
-    assert runs.policy_directory(commands[0][1])  # steer serves until it is interrupted: test_steer.py has it
+    assert running.policy_directory(commands[0][1])  # steer serves until it is interrupted: test_steer.py has it
     for command in commands[1:]:
         assert (
             main([str(small_demo.parent / "adapter") if word == "adapter" else word for word in command]) == 0
@@ -636,7 +636,7 @@ def test_a_split_that_the_task_does_not_have_is_named_with_those_it_has():
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "load_policy", None)
+    monkeypatch.setattr(running, "load_policy", None)
     (tmp_path / "file").write_text("")
     for argv in (
         ["train", "config.yaml", "--model", "nowhere", "--output-dir", str(tmp_path / "file" / "run")],
@@ -723,6 +723,6 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_the_remedy(monkeypatch,
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoint-2")
 
-    monkeypatch.setattr(runs, "train", full)
+    monkeypatch.setattr(running, "train", full)
     line = refused(["train", "config.yaml", "--output-dir", "full-disk"], capsys)
     assert "run/checkpoint-2: No space left on device; make room" in line and "--resume" in line

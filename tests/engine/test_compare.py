@@ -26,8 +26,8 @@ from clp_engine.evaluation.compare.summary import Front, dominated, summarise
 from clp_engine.evaluation.front import Base
 from clp_engine.evaluation.report import ParetoReport
 from clp_engine.policy.logit_mixture import LogitMixture
-from clp_engine.training import run_spec, runs
-from clp_engine.training.run_folder import checkpoints
+from clp_engine.training.runs import run_spec, running
+from clp_engine.training.runs.run_folder import checkpoints
 from clp_engine.training.trainer import CLPTrainer
 
 REWARDS = """
@@ -266,7 +266,7 @@ def test_every_run_and_report_is_an_ordinary_one_and_training_is_accounted_for(f
     for name, run in plan.runs.items():
         folder = plan.run_folder(name)
         assert (
-            runs.is_finished(folder)
+            running.is_finished(folder)
             and run_spec.RunSpec.load(folder).config["max_steps"] == run.config["max_steps"]
         )
         assert not checkpoints(folder)  # nothing to go on from any more
@@ -302,7 +302,7 @@ def test_tokens_are_counted_to_the_last_one(workplace, finished):
     """Against the lengths in completions.jsonl, with a logging interval that does not divide the steps."""
     folder = workplace / "counted"
     spec = dataclasses.replace(make_plan(CONFIG).spec, command="train")
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     values = {n: v for n, v in CONFIG.items() if n in {f.name for f in dataclasses.fields(CLPConfig)}}
     config = CLPConfig.from_dict(

@@ -16,7 +16,7 @@ from clp_engine.rollouts.engines.choice import detours
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import pack_rollout, score
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]

@@ -22,7 +22,7 @@ from clp_engine.rollouts.scoring import (
     within_budget,
 )
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.settings.config import CLPConfig
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
 MIXED = Conditions(torch.tensor([[0.0, 0.0], [0.4, 0.6], [1.0, 0.0], [0.2, 0.8]]), torch.full((4,), 0.1))

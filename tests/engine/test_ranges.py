@@ -23,7 +23,7 @@ from clp_engine.rollouts.engines import trials
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.requests import GenerateRequest
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
 
 CLASSES = {CLPConfig: ranges.TRAINING, SamplingParams: ranges.SAMPLING, EvaluationSettings: ranges.EVALUATION}

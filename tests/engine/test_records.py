@@ -16,8 +16,9 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.data.sources import read_rows
 from clp_engine.evaluation.compare.work import Training
 from clp_engine.models import fingerprint
-from clp_engine.training import checkpoints, run_folder
-from clp_engine.training.run_spec import RunSpec
+from clp_engine.training import checkpoints
+from clp_engine.training.runs import run_folder
+from clp_engine.training.runs.run_spec import RunSpec
 
 REMEDY = r"(again|another checkpoint|remove it|expected a checkpoint)"
 

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.locking import exclusive
-from clp_engine.training import run_folder
 from clp_engine.training.checkpoints import checkpoint
+from clp_engine.training.runs import run_folder
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
@@ -314,13 +314,13 @@ def test_what_a_killed_training_left_is_gone_or_finished_when_the_next_one_begin
 
 def test_a_policy_that_was_to_be_moved_into_place_is_found(tmp_path):
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.training import runs
+    from clp_engine.training.runs import running
 
     gone = subprocess.Popen(["true"])
     gone.wait()
     build_trainer(tmp_path, max_steps=1).train()
     (tmp_path / "policy").rename(tmp_path / f".policy.ready-{files.socket.gethostname()}-{gone.pid}")
-    assert runs.is_finished(tmp_path) and runs.policy_directory(tmp_path) == tmp_path / "policy"
+    assert running.is_finished(tmp_path) and running.policy_directory(tmp_path) == tmp_path / "policy"
     (tmp_path / "policy").rename(tmp_path / f".policy.ready-{files.socket.gethostname()}-{gone.pid}")
     ConditionedPolicy.load(tmp_path / "policy", base_model=build_model("qwen2"))
 

@@ -27,8 +27,8 @@ from clp_engine.serving.app import listen
 from clp_engine.serving.jobs import Full, Jobs
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest
 from clp_engine.serving.session import Session
-from clp_engine.training import trust
-from clp_engine.training.run_spec import RunSpec
+from clp_engine.training.runs import trust
+from clp_engine.training.runs.run_spec import RunSpec
 
 CHAT = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} <eos>{% endif %}"
 

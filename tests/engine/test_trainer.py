@@ -19,7 +19,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.data.rewards import RewardSet
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.training.checkpoints import checkpoint
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{2 * i % 50}", "tag": i} for i in range(12)]

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, ConfigError
 from clp_engine.cli.info import describe
-from clp_engine.training.run_spec import RunSpec
+from clp_engine.training.runs.run_spec import RunSpec
 
 
 def adapters(trainer):

@@ -13,8 +13,8 @@ from test_cli import in_workplace, refused, trained, workplace  # noqa: F401
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.serving.session import Session
-from clp_engine.training import trust
-from clp_engine.training.run_spec import RunSpec
+from clp_engine.training.runs import trust
+from clp_engine.training.runs.run_spec import RunSpec
 
 EVALUATE = ["evaluate", "--prompts", "2", "--bootstrap", "5", "--grid", "2"]
 

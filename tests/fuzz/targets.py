@@ -35,8 +35,9 @@ from clp_engine.evaluation.report import ParetoReport
 from clp_engine.models import fingerprint
 from clp_engine.policy.peft import reading, warm_start
 from clp_engine.serving import app as server
-from clp_engine.training import checkpoints, run_folder, run_spec, runs
-from clp_engine.training.config import CLPConfig
+from clp_engine.training import checkpoints
+from clp_engine.training.runs import run_folder, run_spec, running
+from clp_engine.training.settings.config import CLPConfig
 
 FIELDS = sorted(CLPConfig.__dataclass_fields__)
 TEXTS = ["", "a", "a,b", "1e999", "nan", "-inf", "\x00", "\ud800", "../a", "/", "{}", "none", "docsum", "float32", "x" * 300]
@@ -280,7 +281,7 @@ def rows(source, folder):
         path.write_bytes(source.ConsumeBytes(sys.maxsize))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in changed(ROWS, source)))
-    for number, row in enumerate(runs.read_rows(path)):
+    for number, row in enumerate(running.read_rows(path)):
         check_row(row, f"row {number}")
 
 

@@ -28,7 +28,7 @@ from clp_engine.data.prompts import PromptDataset  # noqa: E402
 from clp_engine.policy.policy import ConditionedPolicy  # noqa: E402
 from clp_engine.rollouts.types import SamplingParams  # noqa: E402
 from clp_engine.serving.requests import GenerateRequest  # noqa: E402
-from clp_engine.training.config import CLPConfig  # noqa: E402
+from clp_engine.training.settings.config import CLPConfig  # noqa: E402
 
 pytestmark = pytest.mark.check
 EXPLORE = int(os.environ.get("CLP_EXPLORE", "0"))

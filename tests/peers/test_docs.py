@@ -103,7 +103,7 @@ def test_every_public_name_is_in_the_reference_with_its_docstring(package, site,
 def test_every_setting_and_every_command_is_there(site, pages):
     import dataclasses
 
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     settings, commands = pages[site / "settings.html"].text, pages[site / "command-line.html"].text
     assert all(f"{option.name} " in settings for option in dataclasses.fields(CLPConfig))

@@ -9,7 +9,7 @@ import torch
 from browser import Browser, missing
 
 from clp_engine import ConditionedPolicy, ParetoReport, SamplingParams, evaluate
-from clp_engine.training.run_spec import RunSpec
+from clp_engine.training.runs.run_spec import RunSpec
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

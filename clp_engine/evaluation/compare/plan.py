@@ -32,9 +32,9 @@ from clp_engine.evaluation.compare.methods import (
 )
 from clp_engine.evaluation.front import default_grid
 from clp_engine.objectives.weightings import simplex_lattice
-from clp_engine.training import run_spec
-from clp_engine.training.config import WITHOUT_EFFECT, CLPConfig
-from clp_engine.training.config_checks import KL_NAMES
+from clp_engine.training.runs import run_spec
+from clp_engine.training.settings.checks import KL_NAMES
+from clp_engine.training.settings.config import WITHOUT_EFFECT, CLPConfig
 
 OWN_KEYS = (
     "seeds",

@@ -21,8 +21,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
 from clp_engine.evaluation.compare import work
 from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
-from clp_engine.training import runs
-from clp_engine.training.run_folder import checkpoints
+from clp_engine.training.runs.run_folder import checkpoints
+from clp_engine.training.runs.running import Interrupted
 
 BUSY, INTERRUPTED = 75, 130  # exit codes of a worker
 _POLL = 0.2  # seconds between looks at the workers
@@ -156,7 +156,7 @@ class _Here:
             self.code = 0
         except work.Busy:
             self.code = BUSY
-        except (KeyboardInterrupt, runs.Interrupted):
+        except (KeyboardInterrupt, Interrupted):
             raise KeyboardInterrupt from None
         except Exception as error:
             write_text(piece.log(plan), traceback.format_exc())

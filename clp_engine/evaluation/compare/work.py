@@ -21,9 +21,9 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import finish, read_json, write_directory, write_text
 from clp_engine.core.locking import Busy
 from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
-from clp_engine.training import run_spec, runs
-from clp_engine.training.config import WITHOUT_EFFECT
-from clp_engine.training.run_folder import checkpoints, remove_checkpoint
+from clp_engine.training.runs import run_spec, running
+from clp_engine.training.runs.run_folder import checkpoints, remove_checkpoint
+from clp_engine.training.settings.config import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from clp_engine.evaluation.report import ParetoReport
@@ -61,7 +61,7 @@ def is_trained(plan: Plan, run: Run) -> bool:
     if not plan.training_record(run.name).is_file():
         return False
     folder = plan.run_folder(run.name)
-    if runs.is_finished(folder):
+    if running.is_finished(folder):
         check_unchanged(run, folder)
         return True
     return all(is_evaluated(plan, e) for e in plan.evaluations.values() if run.name in e.runs)
@@ -89,7 +89,7 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
 
     Raises Busy where another process trains it, and the errors of training. `runs.Interrupted` leaves a checkpoint.
     """
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
 
     folder = plan.run_folder(run.name)
     with exclusive(folder):
@@ -102,7 +102,7 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
                 "overwrite_output_dir": True,  # the comparison owns the folder: a policy without a record is trained again
             }
         )
-        trainer = runs.train(run.spec, config, resume=bool(checkpoints(folder)), again="the same command")
+        trainer = running.train(run.spec, config, resume=bool(checkpoints(folder)), again="the same command")
         _write_json(plan.training_record(run.name), asdict(_training(trainer)))
         if not plan.keep_checkpoints:
             for path in checkpoints(folder):
@@ -208,7 +208,7 @@ def _untrained(plan: Plan):
 
 def _assemble(plan: Plan, evaluation: Evaluation):
     """The policy of an evaluation, assembled from its runs."""
-    policies = [runs.load_policy(plan.run_folder(name)) for name in evaluation.runs]
+    policies = [running.load_policy(plan.run_folder(name)) for name in evaluation.runs]
     if evaluation.assembly == "single":
         return policies[0]
     from clp_engine.policy.policy import ConditionedPolicy

@@ -13,7 +13,7 @@ from pathlib import Path
 from clp_engine.evaluation.compare import work
 from clp_engine.evaluation.compare.plan import make_plan
 from clp_engine.evaluation.compare.schedule import BUSY, INTERRUPTED, describe_error, pieces
-from clp_engine.training import runs
+from clp_engine.training.runs import running
 
 
 def _interrupt_when_alone() -> None:
@@ -34,7 +34,7 @@ def main(config: str, key: str) -> int:
         return 0
     except work.Busy:
         return BUSY
-    except (KeyboardInterrupt, runs.Interrupted):
+    except (KeyboardInterrupt, running.Interrupted):
         return INTERRUPTED
     except Exception as error:
         traceback.print_exc()

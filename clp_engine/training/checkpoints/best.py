@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from transformers.trainer_callback import TrainerState
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.training import run_folder
 from clp_engine.training.checkpoints import checkpoint
-from clp_engine.training.config import CLPConfig
+from clp_engine.training.runs import run_folder
+from clp_engine.training.settings.config import CLPConfig
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy

@@ -22,8 +22,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import UNREADABLE, read_json, read_tensors
 from clp_engine.models import fingerprint
 from clp_engine.objectives.objective import Objective
-from clp_engine.training import run_folder
-from clp_engine.training.run_folder import STATE_FILE, checkpoints
+from clp_engine.training.runs import run_folder
+from clp_engine.training.runs.run_folder import STATE_FILE, checkpoints
 from clp_engine.training.stepping.flat_adamw import set_slots_of, slots_of
 
 _TENSORS, _POLICY = "training.safetensors", "policy"

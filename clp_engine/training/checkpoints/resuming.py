@@ -17,8 +17,8 @@ from clp_engine.objectives.weightings import Weighting
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.training.checkpoints import callback_states, checkpoint
 from clp_engine.training.collecting.collector import Collector
-from clp_engine.training.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.training.metrics import MetricLog
+from clp_engine.training.settings.config import WITHOUT_EFFECT, CLPConfig
 from clp_engine.training.stepping.optimisation import Optimisation
 
 

@@ -14,7 +14,7 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.seeds import Stream
 from clp_engine.data.prompts import PromptBatch, Prompts
 from clp_engine.objectives.weightings import Weighting
-from clp_engine.training.settings import RolloutSettings
+from clp_engine.training.settings.groups import RolloutSettings
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from clp_engine.rollouts.types import Rollout
 if TYPE_CHECKING:
     from clp_engine.objectives.reference import Reference
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.training.settings import MicroBatching
+    from clp_engine.training.settings.groups import MicroBatching
 
 # Of completions whose states are not there (yet).
 Hidden = Sequence[torch.Tensor | None]

@@ -22,7 +22,7 @@ from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting import reference_states
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.metrics import PhaseTimer, completion_metrics, reward_metrics
-from clp_engine.training.settings import MicroBatching
+from clp_engine.training.settings.groups import MicroBatching
 
 
 class Rewarding:

@@ -18,7 +18,7 @@ from clp_engine.objectives.selection import SelectionSettings, max_variance, sch
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.reference_states import reference_logprob
-from clp_engine.training.settings import MicroBatching
+from clp_engine.training.settings.groups import MicroBatching
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy

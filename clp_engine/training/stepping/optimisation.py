@@ -11,7 +11,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.objectives.objective import Objective
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.training.budget import Budget
-from clp_engine.training.settings import OptimiserSettings
+from clp_engine.training.settings.groups import OptimiserSettings
 from clp_engine.training.stepping.flat_adamw import FlatAdamW
 
 

@@ -18,7 +18,7 @@ from clp_engine.rollouts.scoring import ALL, completion_stats, parts, unpacked
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.reference_states import joined
-from clp_engine.training.settings import MicroBatching
+from clp_engine.training.settings.groups import MicroBatching
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import finish
-from clp_engine.training import trust
-from clp_engine.training.run_folder import checkpoints
-from clp_engine.training.run_spec import RunSpec
+from clp_engine.training.runs import trust
+from clp_engine.training.runs.run_folder import checkpoints
+from clp_engine.training.runs.run_spec import RunSpec
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.training.config import CLPConfig
+    from clp_engine.training.settings.config import CLPConfig
     from clp_engine.training.trainer import CLPTrainer
 
 class Interrupted(Exception):

@@ -14,7 +14,7 @@ from clp_engine.core import ranges, records
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import write_text
 from clp_engine.data.sources import load_reward, read_rows
-from clp_engine.training.run_folder import note
+from clp_engine.training.runs.run_folder import note
 
 if TYPE_CHECKING:
     from clp_engine.tasks.registry import Task

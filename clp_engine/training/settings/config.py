@@ -16,9 +16,9 @@ from clp_engine.objectives.policy_gradient import LossSettings
 from clp_engine.objectives.selection import SelectionSettings
 from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.training import config_checks
-from clp_engine.training.config_checks import KL_NAMES
-from clp_engine.training.settings import MicroBatching, OptimiserSettings, RolloutSettings
+from clp_engine.training.settings import checks
+from clp_engine.training.settings.checks import KL_NAMES
+from clp_engine.training.settings.groups import MicroBatching, OptimiserSettings, RolloutSettings
 from clp_engine.training.trl_compat import settings
 
 DEFAULT_ALPHA = 0.1
@@ -283,7 +283,7 @@ class CLPConfig:
     disable_tqdm: bool = _option(False, "no progress bar")
 
     def __post_init__(self) -> None:
-        config_checks.check(self)
+        checks.check(self)
 
     @property
     def loss_settings(self) -> LossSettings:
