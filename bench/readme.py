@@ -2,7 +2,8 @@
 
 Between `<!-- bench:NAME -->` and `<!-- /bench -->` stand the tables of bench/results/NAME.json; NAME/targets is its targets,
 NAME/rollouts is a line for each rollout, NAME/GROUP the cases of one group, NAME/GROUP/1 the first of them. gpu/VIEW is of all
-results from GPUs (bench/gpu_page.py). Pages below docs/benchmarks are filled when the site is built (tools/site_pages.py).
+results from GPUs (bench/gpu_page.py). `figures` is the README's table of the main figures, from all files (bench/pages/chart.py).
+docs/benchmarks/chart.svg shows every figure, and is drawn anew with the pages.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from pathlib import Path
 
 from bench import gpu_page, report, schema
+from bench.pages import chart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -29,6 +31,8 @@ def _block(name: str, results: Path) -> str:
     stem, *view = name.split("/")
     if stem == "gpu" and len(view) == 1:
         return "\n".join(["", *gpu_page.view(view[0], results), ""])
+    if name == "figures":
+        return "\n".join(["", *chart.table(results), ""])
     path = results / f"{stem}.json"
     if not path.exists():
         raise ValueError(f"<!-- bench:{name} -->: there is no {path}")
@@ -55,19 +59,26 @@ def _block(name: str, results: Path) -> str:
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """README.md, and those in docs/ that have figures."""
+    """README.md, and those in docs/ and docs/benchmarks/ that have figures."""
+    docs = root / "docs"
     found = (
-        path for path in sorted((root / "docs").glob("*.md")) if "<!-- bench:" in path.read_text("utf-8")
+        path
+        for path in sorted([*docs.glob("*.md"), *docs.glob("benchmarks/*.md")])
+        if "<!-- bench:" in path.read_text("utf-8")
     )
     return [root / "README.md", *found]
 
 
 def update(check: bool = False, root: Path = ROOT) -> int:
+    """Makes pages and chart anew, or with `check` names those that are not up to date; returns 1 where there are such."""
+    results = root / "bench" / "results"
+    made = {path: render(path.read_text(encoding="utf-8"), results) for path in pages(root)}
+    picture = root / "docs" / "benchmarks" / "chart.svg"
+    if picture.parent.is_dir() and (found := chart.figures(results)):
+        made[picture] = chart.svg(found)
     stale = 0
-    for path in pages(root):
-        before = path.read_text(encoding="utf-8")
-        after = render(before, root / "bench" / "results")
-        if after == before:
+    for path, after in made.items():
+        if path.exists() and path.read_text(encoding="utf-8") == after:
             continue
         stale = 1
         if check:
