@@ -32,7 +32,8 @@ def _block(name: str, results: Path) -> str:
     if stem == "gpu" and len(view) == 1:
         return "\n".join(["", *gpu_page.view(view[0], results), ""])
     if name == "figures":
-        return "\n".join(["", *chart.table(results), ""])
+        nothing = [] if gpu_page.found(results) else ["", gpu_page.NOTHING]
+        return "\n".join(["", *chart.table(results), *nothing, ""])
     path = results / f"{stem}.json"
     if not path.exists():
         raise ValueError(f"<!-- bench:{name} -->: there is no {path}")

@@ -156,7 +156,13 @@ def svg(found: list[Figure]) -> str:
             'font-family="sans-serif" font-size="12" fill="#222" role="img">',
             "<title>clp-engine beside other libraries</title>",
             f'<rect width="{total}" height="{height}" fill="#fff"/>',
-            _text(16, 24, "clp-engine beside other libraries: ratio of median times, logarithmic scale", weight="bold", size=15),
+            _text(
+                16,
+                24,
+                "clp-engine beside other libraries: ratio of median times, logarithmic scale",
+                weight="bold",
+                size=15,
+            ),
             *grid,
             *parts,
             *labels,
@@ -167,7 +173,9 @@ def svg(found: list[Figure]) -> str:
     )
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", weight: str = "normal", size: int = 12) -> str:
+def _text(
+    x: float, y: float, words: str, anchor: str = "start", weight: str = "normal", size: int = 12
+) -> str:
     style = "".join(
         f' {name}="{value}"'
         for name, value, usual in (
@@ -188,7 +196,11 @@ def table(results: Path = RESULTS) -> list[str]:
         what = f"{_SECTIONS.get(f.group, f.group)}: {f.what}"
         source = f"[{f.file}](bench/results/{f.file})"
         rows.append(_row(what, f"{f.faster:.1f} times as fast{memory}", f.against, f.processor, source))
-    return [_row("what", "figure", "compared with", "processor", "from"), "|" + "---|" * 5, *rows] if rows else []
+    return (
+        [_row("what", "figure", "compared with", "processor", "from"), "|" + "---|" * 5, *rows]
+        if rows
+        else []
+    )
 
 
 def _main(found: list[Figure]) -> list[Figure]:
@@ -226,7 +238,9 @@ def _row(*cells: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.pages.chart", description="draw every measured ratio as SVG")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pages.chart", description="draw every measured ratio as SVG"
+    )
     parser.add_argument("out", metavar="OUT.svg", type=Path)
     parser.add_argument("--results", metavar="FOLDER", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

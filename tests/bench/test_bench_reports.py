@@ -85,16 +85,21 @@ def test_a_table_gives_ratios_to_torch_the_bare_products_and_the_floor():
     case.bare = "bare"
     row = next(line for line in report.case_table(case) if line.startswith("| clp-engine"))
     assert "2.00x" in row and "1.25x" in row and "50%" in row
-    assert "commit 0123456-dirty" in report.provenance(result) and "(avx2), 2 threads" in report.provenance(result)
+    assert "commit 0123456-dirty" in report.provenance(result) and "(avx2), 2 threads" in report.provenance(
+        result
+    )
 
 
 def test_readme_and_docs_are_up_to_date_with_the_committed_results():
     pages = readme.pages()
-    assert {"README.md", "gpu.md"} <= {path.name for path in pages}
+    assert {"README.md", "docs/gpu.md", "docs/benchmarks/README.md", "docs/benchmarks/cpu_e2e.md"} <= {
+        path.relative_to(ROOT).as_posix() for path in pages
+    }
     for path in pages:
         text = path.read_text(encoding="utf-8")
         assert "<!-- bench:" in text
         assert readme.render(text) == text, f"{path}: run python -m bench readme"
+    assert readme.update(check=True) == 0  # the chart, too
 
 
 def test_a_stale_page_is_named_by_check_and_mended_without_it(tmp_path, capsys):

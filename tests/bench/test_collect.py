@@ -76,9 +76,10 @@ def round_folder(tmp_path):
     folder.mkdir()
     (repository / "docs").mkdir(parents=True)
     (repository / "bench" / "results").mkdir(parents=True)
-    for page in ("README.md", "docs/gpu.md"):
+    (repository / "docs" / "benchmarks").mkdir()
+    for page in ("README.md", "docs/gpu.md", "docs/benchmarks/README.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
-        blocks = [part for part in text.split("<!-- bench:")[1:] if part.startswith("gpu/")]
+        blocks = [part for part in text.split("<!-- bench:")[1:] if part.startswith(("gpu/", "figures"))]
         (repository / page).write_text(
             "".join(f"<!-- bench:{part.split('-->')[0]}-->\n<!-- /bench -->\n" for part in blocks)
         )
@@ -127,7 +128,11 @@ def test_results_go_where_they_belong_and_the_pages_say_so(round_folder, capsys)
     assert "== 120 passed in 60 s ==" in page and "bfloat16 790" in page and "| 2.1% |" in page
     assert "Of 26 comparisons 0 differ" in page and "![Both fronts](h200_front.png)" in page
     assert gpu_page.NOTHING not in page
-    assert "1.05 | met" in (repository / "README.md").read_text()
+    assert "1.05 | met" in (repository / "docs" / "benchmarks" / "README.md").read_text()
+    front = (repository / "README.md").read_text()
+    assert "NVIDIA H200 | [h200_multi_lora.json](bench/results/h200_multi_lora.json) |" in front
+    assert gpu_page.NOTHING not in front
+    assert "NVIDIA H200" in (repository / "docs" / "benchmarks" / "chart.svg").read_text()
     assert readme.update(check=True, root=repository) == 0  # nothing is left to do
 
 
