@@ -18,6 +18,8 @@ _WHERE = {
     "Reference": "objectives.reference",
     "RewardSet": "data.rewards",
     "Rollout": "rollouts.types",
+    "RolloutEngine": "rollouts.types",
+    "Samplable": "rollouts.types",
     "SamplingParams": "rollouts.types",
     "Weighting": "objectives.weightings",
     "evaluate": "evaluation.evaluate",

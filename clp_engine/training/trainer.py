@@ -33,7 +33,8 @@ from clp_engine.core.files import check_folder
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData
-from clp_engine.objectives.reference import FrozenReference
+from clp_engine.objectives.objective import Objective
+from clp_engine.objectives.reference import FrozenReference, Reference
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.training import building, evaluating
 from clp_engine.training.budget import Budget, Progress, finish_step_on_interrupt, of_run
@@ -68,7 +69,8 @@ class CLPTrainer(surface.ScriptSurface):
     processing_class: the tokenizer, if it is not the model's own. callbacks: transformers.TrainerCallback classes or objects.
     optimizers: (optimizer, scheduler) over `policy.adapter_parameters()`, instead of fused AdamW and `lr_scheduler_type`.
     tools, rollout_func, environment_factory: TRL's; refused.
-    condition_sampler: a `Weighting` that draws (w, kl), instead of the one `args` describes.
+    condition_sampler: a `Weighting` that draws (w, kl), instead of the one `args` describes. objective: an `Objective`, instead
+        of the policy gradient that `args` describes. reference: a `Reference`; the base model, all run long, unless given.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class CLPTrainer(surface.ScriptSurface):
         environment_factory=None,
         *,
         condition_sampler: Weighting | None = None,
+        objective: Objective | None = None,
+        reference: Reference | None = None,
     ):
         surface.refuse(
             reward_funcs,
@@ -114,7 +118,7 @@ class CLPTrainer(surface.ScriptSurface):
                 f"eval_strategy={a.eval_strategy!r}, eval_on_start={a.eval_on_start}: there is no "
                 "eval_dataset; give one, or eval_strategy='no'"
             )
-        self._build_loop()
+        self._build_loop(objective, reference)
         self.num_generated_tokens = 0
         self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
         self.control = TrainerControl()
@@ -125,11 +129,12 @@ class CLPTrainer(surface.ScriptSurface):
         self._epoch_begun: int | None = None
         self._hear("on_init_end")
 
-    def _build_loop(self) -> None:
+    def _build_loop(self, objective: Objective | None, reference: Reference | None) -> None:
         """Objective, reference, and what batches come from."""
         a = self.args
         self.timer = PhaseTimer(self.policy.device)
-        self.objective, self.reference = building.build_objective(a, self.policy), FrozenReference()
+        self.objective = objective or building.build_objective(a, self.policy)
+        self.reference = reference or FrozenReference()
         self.collector_parts = building.build_collector_parts(
             a, self.policy, self.rewards, self.objective, self.reference, self.sampler, self.timer
         )
