@@ -2,8 +2,8 @@
 
 Between `<!-- bench:NAME -->` and `<!-- /bench -->` stand the tables of bench/results/NAME.json; NAME/targets is its targets,
 NAME/rollouts is a line for each rollout, NAME/GROUP the cases of one group, NAME/GROUP/1 the first of them. gpu/VIEW is of all
-results from GPUs (bench/gpu_page.py). `figures` is the README's table of the main figures, from all files (bench/pages/chart.py).
-docs/benchmarks/chart.svg shows every figure, and is drawn anew with the pages.
+results from GPUs (bench/gpu_page.py). `figures` is the README's table of the main figures, from all files, and
+docs/benchmarks/chart.svg, drawn anew with the pages, shows every figure (bench/pages/chart.py).
 """
 
 from __future__ import annotations

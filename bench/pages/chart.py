@@ -1,9 +1,9 @@
 """Everything that was measured, in one chart and one table: python -m bench.pages.chart OUT.svg [--results FOLDER]
 
-A figure is how many times as fast a case is as its yardstick: the ratio of two medians of one result file. `figures` reads them from
-bench/results/*.json. `svg` draws all of them, and `table` is the README's table of the main ones, with the fronts' volumes from
-docs/results. Only the JSON files are read, and a file without cases is passed over. A case whose own variant or yardstick is wrong
-or missing has no figure.
+A figure says how many times as fast as its yardstick this project is in one case: the ratio of two medians of one result file.
+`figures` reads them from bench/results/*.json. `svg` draws all of them. `table` is the README's table of the main ones, with the
+volumes of fronts from docs/results. Files without cases are passed over. A case has no figure where the variant of this project or
+the yardstick is wrong or missing.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _main(found: list[Figure]) -> list[Figure]:
 
 
 def _volumes(root: Path) -> list[tuple[str, str, str, str, str]]:
-    """LoRA-CLP's hypervolume over that of what it is compared with, at the same weightings: mean and 95 % interval over seeds."""
+    """LoRA-CLP's hypervolume over another method's at the same weightings: mean and 95 % interval over seeds."""
     path = root / _FRONTS / "comparison.json"
     if not path.exists():
         return []
