@@ -1,9 +1,9 @@
 """Everything that was measured, in one chart and one table: python -m bench.pages.chart OUT.svg [--results FOLDER]
 
 A figure says how many times as fast as its yardstick this project is in one case: the ratio of two medians of one result file.
-`figures` reads them from bench/results/*.json. `svg` draws all of them. `table` is the README's table of the main ones, with the
-volumes of fronts from docs/results. Files without cases are passed over. A case has no figure where the variant of this project or
-the yardstick is wrong or missing.
+`figures` reads them from bench/results/*.json. `svg` draws all of them. `table` is the README's table of the main ones, with
+the volumes of fronts from docs/results. Files without cases are passed over. A case has no figure where the variant of this
+project or the yardstick is wrong or missing.
 """
 
 from __future__ import annotations
