@@ -29,7 +29,7 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module 'clp_engine' has no attribute {name!r}")
     return getattr(import_module(f"clp_engine.{_WHERE[name]}"), name)

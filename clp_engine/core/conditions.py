@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Conditions:
     def __len__(self) -> int:
         return self.weights.shape[0]
 
-    def __getitem__(self, rows) -> Conditions:
+    def __getitem__(self, rows: Any) -> Conditions:
         return Conditions(self.weights[rows], self.kl[rows])
 
     def repeat(self, times: int) -> Conditions:

@@ -42,8 +42,9 @@ class Range:
         kind = numbers.Integral if self.kind is int else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
-        above = value > self.low if self.open_low else value >= self.low
-        return bool(above and (value < self.high if self.open_high else value <= self.high))
+        number: Any = value  # a Real of any library compares with floats
+        above = number > self.low if self.open_low else number >= self.low
+        return bool(above and (number < self.high if self.open_high else number <= self.high))
 
     def __str__(self) -> str:
         kind = "a whole number" if self.kind is int else "a number"
@@ -66,9 +67,9 @@ class Range:
 
         several: LISTS or MAPPINGS, which will do as well if they have entries and all of them lie in the range.
         """
-        entries: Collection = (value,)
+        entries: Collection[Any] = (value,)
         if isinstance(value, several):
-            entries = value.values() if isinstance(value, Mapping) else value
+            entries = tuple(value.values() if isinstance(value, Mapping) else value)
         if not entries or not all(one in self for one in entries):
             remedy = f"; {self.remedy}" if self.remedy else ""
             raise ConfigError(f"{name}={shown(value)}: expected {self}{remedy}")

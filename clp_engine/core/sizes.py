@@ -17,7 +17,8 @@ _LARGEST = 2**44  # what no machine has
 
 def size(count: int) -> str:
     """Bytes for people: 12.3 MiB."""
-    value, units = min(count, 10**30), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    value: float = min(count, 10**30)
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.3g} {units[0]}" if value < 1000 else f"{value:.0f} {units[0]}"

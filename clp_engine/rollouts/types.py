@@ -107,10 +107,10 @@ class Rollout:
         skip, keep = self.prompt_ids.shape[1] - int(prompt_lengths.max()), max(int(lengths.max()), 1)
         if (stop - start, skip, keep) == (len(self.prompt_ids), 0, self.completion_ids.shape[1]):
             return self
-        plain = (None, None)
-        if self.plain_ids is not None:
-            longest = int(self.plain_mask[start:stop].sum(-1).max())
-            plain = tuple(t[start:stop, t.shape[1] - longest :] for t in (self.plain_ids, self.plain_mask))
+        plain_ids, plain_mask = self.plain_ids, self.plain_mask
+        if plain_ids is not None and plain_mask is not None:
+            skipped = plain_mask.shape[1] - int(plain_mask[start:stop].sum(-1).max())
+            plain_ids, plain_mask = (t[start:stop, skipped:] for t in (plain_ids, plain_mask))
         part = Rollout(
             self.prompt_ids[start:stop, skip:],
             self.prompt_mask[start:stop, skip:],
@@ -118,7 +118,8 @@ class Rollout:
             self.completion_mask[rows, :keep],
             self.logprobs[rows, :keep],
             self.terminated[rows],
-            *plain,
+            plain_ids,
+            plain_mask,
             self.engine,
         )
         part.__dict__["counts"] = prompt_lengths, lengths
@@ -183,7 +184,7 @@ class Samplable(Protocol):
     @property
     def joins_reference(self) -> bool: ...
 
-    def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
+    def conditions(self, weights: Any = None, kl: Any = None, rows: int = 1) -> Conditions:
         """Per-row conditions from what a user writes. Raises ConfigError."""
 
     def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
@@ -200,7 +201,7 @@ class Samplable(Protocol):
         """(N, H): the hidden state that predicts each completion token of `mask`; conditions: a row per prompt, None for the
         reference."""
 
-    def token_stats(self, hidden: torch.Tensor, targets: torch.Tensor, **options) -> TokenStats:
+    def token_stats(self, hidden: torch.Tensor, targets: torch.Tensor, **options: Any) -> TokenStats:
         """`linear_logprob` of these hidden states (rows, H); options: ref_hidden, conditions (a row each), temperature,
         outputs, differentiable."""
 
@@ -240,8 +241,8 @@ class RolloutRequest:
         engine: str = "clp_engine",
     ) -> Rollout:
         """What was drawn, as `Rollout` has it."""
-        plain = (None, None) if self.plain is None else self.plain
-        return Rollout(self.prompt_ids, self.prompt_mask, tokens, mask, logprobs, terminated, *plain, engine)
+        prompts, (plain_ids, plain_mask) = (self.prompt_ids, self.prompt_mask), self.plain or (None, None)
+        return Rollout(*prompts, tokens, mask, logprobs, terminated, plain_ids, plain_mask, engine)
 
 
 class RolloutEngine(Protocol):

@@ -16,7 +16,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.data.sources import read_rows
 from clp_engine.evaluation.compare.work import Training
 from clp_engine.models import fingerprint
-from clp_engine.training import checkpoints
+from clp_engine.training.checkpoints import checkpoint as checkpoints
 from clp_engine.training.runs import run_folder
 from clp_engine.training.runs.run_spec import RunSpec
 

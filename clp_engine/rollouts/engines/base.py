@@ -109,6 +109,7 @@ class Stepwise:
                 logits = first if logits is None else torch.cat([logits, first])
                 rows.join(torch.arange(waiting * group, stop * group, device=device))
                 waiting, left = stop, rows.limit
+            assert logits is not None  # rows have joined
             if decoder.write is not None and not rows.reads_text:
                 draws = rows.draws()
                 going_on, logits = decoder.write(logits, draws, waiting < prompts)

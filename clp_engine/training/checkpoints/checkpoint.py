@@ -204,7 +204,8 @@ def load(
     own = None if objective is None else _of_objective(path, objective, state, tensors)
     load_policy(path, policy)
     if objective is not None:
-        objective.load_state_dict(own)
+        with restoring(path):
+            objective.load_state_dict(own)
     for name, parameter in parameters.items():
         set_slots_of(optimizer, parameter, {slot: t.to(parameter.device) for slot, t in slots[name].items()})
     with restoring(path):
