@@ -1,4 +1,4 @@
-"""bench/sanitize.py: every kernel and every tile has a check, wrong results and kernels that nothing launches fail it."""
+"""bench/gpu/sanitize.py: every kernel and every tile has a check, wrong results and kernels that nothing launches fail it."""
 
 import contextlib
 import json
@@ -8,8 +8,8 @@ import pytest
 import torch
 from clp_kernels.backends import forced_backend, interpreting
 
-from bench import sanitize
-from bench.sanitize import HALF, SINGLE, Check, Launches
+from bench.gpu import sanitize
+from bench.gpu.sanitize import HALF, SINGLE, Check, Launches
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts launches in Triton's interpreter")
 
