@@ -1,6 +1,7 @@
 """One small call of every public op: what the tests of torch's own machinery (compile, autocast, checkpoints, FSDP2) run."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,16 +9,13 @@ from clp_kernels import (
     PrefixLayout,
     ema_,
     interpolate,
-    interpolated_linear,
-    linear_logprob,
-    logits_logprob,
     merge_sign_consensus,
-    multi_lora_linear,
     prefix_attention,
-    sample_tokens,
     slerp,
     sparsify,
 )
+
+from bench.calls import multi_lora, sampling, token_stats, weight_space
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class OpCase:
     """
 
     name: str
-    call: object
-    shapes: object
+    call: Callable
+    shapes: Callable
     trained: tuple[str, ...]
     autocast: tuple[torch.dtype, ...]
     rounds: bool = True  # autocast casts the products' operands
@@ -39,29 +37,22 @@ class OpCase:
         return {n: t.requires_grad_(requires_grad and n in self.trained) for n, t in made.items()}
 
 
+def by_name(call, **more):
+    """A call of the catalogue, with tensors as keywords and the outputs in their order. more: tensors that it makes by rows."""
+
+    def called(**tensors):
+        rows = next(iter(tensors.values())).shape[0]
+        return tuple(call({**tensors, **{name: made(rows) for name, made in more.items()}}).values())
+
+    return called
+
+
 def _targets(rows):
     return torch.arange(rows) % 30
 
 
-def _multi_lora(x, weight, lora_a, lora_b, gate, bias):
-    return (multi_lora_linear(x, weight, lora_a, lora_b, gate, bias=bias),)
-
-
-def _linear_logprob(hidden, weight, bias, ref_hidden):
-    stats = linear_logprob(
-        hidden,
-        weight,
-        _targets(hidden.shape[0]),
-        bias=bias,
-        ref_hidden=ref_hidden,
-        outputs=("logprob", "entropy", "kl"),
-    )
-    return stats.logprob, stats.entropy, stats.kl
-
-
-def _logits_logprob(logits):
-    stats = logits_logprob(logits, _targets(logits.shape[0]), temperature=0.8, outputs=("logprob", "entropy"))
-    return stats.logprob, stats.entropy
+_SCORED = token_stats.statistics(("logprob", "entropy", "kl"))
+_LOGITS = token_stats.logits_statistics(("logprob", "entropy"), temperature=0.8)
 
 
 def _layout(tokens):
@@ -83,17 +74,18 @@ def _ema(average, params):
 
 F32, BF16 = torch.float32, torch.bfloat16
 DIFFERENTIABLE = [
-    OpCase("multi_lora_linear", _multi_lora,
+    OpCase("multi_lora_linear", by_name(multi_lora.call),
            lambda rows: {"x": (rows, 16), "weight": (12, 16), "lora_a": (6, 16), "lora_b": (12, 6), "gate": (1, 6),
                          "bias": (12,)},
            ("x", "weight", "lora_a", "lora_b", "gate", "bias"), (BF16,)),
-    OpCase("interpolated_linear", lambda x, stack, blend, bias: (interpolated_linear(x, stack, blend, bias=bias),),
+    OpCase("interpolated_linear", by_name(weight_space.linear),
            lambda rows: {"x": (rows, 16), "stack": (3, 12, 16), "blend": (1, 3), "bias": (12,)},
            ("x", "stack", "blend", "bias"), (BF16,)),
-    OpCase("linear_logprob", _linear_logprob,
+    OpCase("linear_logprob", by_name(_SCORED, targets=_targets),
            lambda rows: {"hidden": (rows, 16), "weight": (30, 16), "bias": (30,), "ref_hidden": (rows, 16)},
            ("hidden", "weight", "bias"), (F32, F32, F32)),
-    OpCase("logits_logprob", _logits_logprob, lambda rows: {"logits": (rows, 30)}, ("logits",), (F32, F32), rounds=False),
+    OpCase("logits_logprob", by_name(_LOGITS, targets=_targets), lambda rows: {"logits": (rows, 30)}, ("logits",), (F32, F32),
+           rounds=False),
     OpCase("prefix_attention", _prefix_attention, lambda rows: {"q": (rows, 4, 8), "k": (rows, 2, 8), "v": (rows, 2, 8)},
            ("q", "k", "v"), (BF16,)),
     OpCase("interpolate", lambda stack, weights, base: (interpolate(stack, weights, base=base),),
@@ -103,7 +95,7 @@ DIFFERENTIABLE = [
            rounds=False),
 ]  # fmt: skip
 CONSTANT = [
-    OpCase("sample_tokens", lambda logits: sample_tokens(logits, top_k=9, seeds=_targets(logits.shape[0])),
+    OpCase("sample_tokens", by_name(sampling.drawn({"top_k": 9}), seeds=_targets),
            lambda rows: {"logits": (rows, 30)}, (), (torch.int64, F32), rounds=False),
     OpCase("merge_sign_consensus", lambda stack: (merge_sign_consensus(stack, [1.0, 2.0]),),
            lambda rows: {"stack": (2, rows, 7)}, (), (F32,), rounds=False),
