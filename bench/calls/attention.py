@@ -1,15 +1,13 @@
-"""Calls of prefix_attention, and of the kernels of a fused decode step."""
+"""Calls of prefix_attention, and of the kernels of a fused decode decode_step."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from clp_kernels import PrefixLayout, batch_invariant, prefix_attention
-from clp_kernels.backends import forced_backend
+from clp_kernels import PrefixLayout, batch_invariant, decode_step, prefix_attention
 
 from bench.calls.call import HALF, Call, Tensors, normal
 
@@ -37,28 +35,21 @@ def decode_step_checks() -> Iterator[Call]:
     rows, heads, kv_heads, size, group, room = 6, 4, 2, 24, 3, 70
     lengths, before = torch.tensor([0, 69, 63, 64, 2, 5]), torch.tensor([130, 0])
 
-    def module():
-        return importlib.import_module(
-            "clp_kernels.reference.decode_step"
-            if forced_backend() == "reference"
-            else "clp_kernels.triton_kernels.decode_step"
-        )
-
     def between(t: Tensors) -> Tensors:
-        step, x = module(), t["y"].clone()
-        embedded, first = step.embed(t["tokens"], t["embedding"], 1.5, t["gain"], 1e-6)
-        n = step.add_norm(x, t["z"], t["gain"], t["gain"], 0.7, 1e-6)
-        gates = {name: step.gated(t["y"], t["z"], name) for name in ("silu", "gelu_tanh")}
+        x = t["y"].clone()
+        embedded, first = decode_step.embed(t["tokens"], t["embedding"], 1.5, t["gain"], 1e-6)
+        n = decode_step.add_norm(x, t["z"], t["gain"], t["gain"], 0.7, 1e-6)
+        gates = {name: decode_step.gated(t["y"], t["z"], name) for name in ("silu", "gelu_tanh")}
         return {"embedded": embedded, "first": first, "x": x, "n": n, **gates}
 
     def attention(t: Tensors, whole: bool) -> Tensors:
-        step, q = module(), t["q"].clone()
+        q = t["q"].clone()
         own = tuple(t[name].clone() for name in ("keys", "values"))
         gains = (t["gain"], t["gain"]) if whole else None
         place = (t["lengths"], t["before"])
-        step.rope_and_store(q, t["k"], t["v"], *own, *place, t["cos"], t["sin"], gains, group, 1e-6)
+        decode_step.rope_and_store(q, t["k"], t["v"], *own, *place, t["cos"], t["sin"], gains, group, 1e-6)
         options = (20.0, 40) if whole else (None, None)
-        out = step.attend(q, (t["prompt_keys"], t["prompt_values"]), own, *place, group, 0.2, *options)
+        out = decode_step.attend(q, (t["prompt_keys"], t["prompt_values"]), own, *place, group, 0.2, *options)
         return {"q": q, "keys": own[0], "values": own[1], "out": out}
 
     width = 130
