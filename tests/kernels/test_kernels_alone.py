@@ -40,7 +40,7 @@ print(clp_kernels.__file__, clp_kernels.__version__, clp_kernels.backends()["cpu
 
 
 def run(*command, **options):
-    process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900, **options)
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=2400, **options)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
