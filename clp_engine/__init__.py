@@ -17,7 +17,7 @@ _WHERE = {
     "Conditions": "core.conditions",
     "ConfigError": "core.errors",
     "LogitMixture": "policy.logit_mixture",
-    "ParetoReport": "evaluation.evaluate",
+    "ParetoReport": "evaluation.report",
     "RewardSet": "data.rewards",
     "Rollout": "rollouts.types",
     "SamplingParams": "rollouts.types",

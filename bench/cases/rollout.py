@@ -406,19 +406,20 @@ class Subject:
 @contextmanager
 def timed_parts(policy, phases: Phases) -> Iterator[None]:
     """Inside, what a rollout of the policy sets up and what it reads of prompts are phases of their own."""
-    make = policy.decoding
+    from clp_engine.rollouts.engines import choice
+    from clp_engine.rollouts.engines.base import DecoderRequest, Stepwise
 
-    def decoding(*arguments):
+    def decoder(request):
         with phases("set-up"):
-            made = make(*arguments)
+            made = choice.step_decoder(DecoderRequest.of(request))
         phases.time_methods(made, {"add": "prefill"})
         return made
 
-    policy.decoding = decoding
+    policy.engine = Stepwise(decoder)
     try:
         yield
     finally:
-        del policy.decoding
+        del policy.engine
 
 
 def base_model(name: str, device: str):
@@ -444,7 +445,7 @@ def make_policy(name: str, device: str):
 
 def without_adapters(model):
     """A policy whose layers are the model's own: what decoding costs where nothing is conditioned."""
-    from clp_engine.models.low_rank_layers import place
+    from clp_engine.models.blend import place
     from clp_engine.policy.policy import ConditionedPolicy
 
     policy = ConditionedPolicy.from_pretrained(model, ("none",), conditioning="none", rank=1)

@@ -142,8 +142,11 @@ class Result:
 
 
 def load(path: str | Path) -> Result:
-    with open(path, encoding="utf-8") as file:
-        data = json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no JSON ({error}); measure or copy it again") from error
     return read(data, str(path))
 
 

@@ -31,7 +31,8 @@ from statistics import NormalDist
 from bench.core import text
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.statistics import Interval
-from clp_engine.evaluation.evaluate import ParetoReport, Point
+from clp_engine.evaluation.front import Point
+from clp_engine.evaluation.report import ParetoReport
 
 LEVEL = 0.05
 _NORMAL = NormalDist()

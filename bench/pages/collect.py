@@ -29,7 +29,7 @@ from pathlib import Path
 from bench.core import schema
 from bench.pages import readme
 from clp_engine.core.errors import ConfigError
-from clp_engine.evaluation.evaluate import ParetoReport
+from clp_engine.evaluation.report import ParetoReport
 
 SKIPPED = ("ceilings.json",)  # each group's file has its own
 

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.engines import trials
 
 REST = "rest"
 VOCABULARY = 67
@@ -393,14 +393,14 @@ SCENARIOS: dict[str, tuple[dict, str]] = {
 @functools.cache
 def counted(scenario: str) -> Counted:
     settings, decoding = SCENARIOS[scenario]
-    before = os.environ.get(native.SWITCH)
-    os.environ[native.SWITCH] = decoding
+    before = os.environ.get(trials.SWITCH)
+    os.environ[trials.SWITCH] = decoding
     try:
         return count(**settings)
     finally:
-        os.environ.pop(native.SWITCH)
+        os.environ.pop(trials.SWITCH)
         if before is not None:
-            os.environ[native.SWITCH] = before
+            os.environ[trials.SWITCH] = before
 
 
 def report() -> str:

@@ -1,13 +1,13 @@
-"""clp-engine demo: one small summariser of documentation, steered between rewards that conflict, on two CPU
-cores.
+"""clp-engine demo: train a small summariser that can be steered between conflicting rewards, on two CPU cores.
 
-Trains LoRA-CLP on DocSum, evaluates base and trained policy on the default grid over held-out documents,
-writes the report, and shows the table and what the model says at a few weightings. A run that was interrupted
-goes on where it stopped; a finished one is replaced.
+The demo trains LoRA-CLP on DocSum and evaluates the trained policy and the base model on the default grid, over held-out
+documents. It writes the report, and prints the table of points and some summaries at a few weightings. An interrupted demo is
+resumed; a finished one is replaced.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -19,13 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clp_engine.cli.arguments import add_number, listed
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
 from clp_engine.training import run_folder, runs
 
 if TYPE_CHECKING:
-    from clp_engine.evaluation.evaluate import ParetoReport
+    from clp_engine.evaluation.report import ParetoReport
     from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.training.config import CLPConfig
 
@@ -52,6 +53,35 @@ EVALUATION: dict[str, Any] = {"prompts": 256, "num_generations": 2, "margin": 0.
 EXAMPLES = 3
 _WIDEST = 110  # columns of text, however wide the terminal
 
+HELP = "train, evaluate and show the embedded example, a summariser"
+EPILOG = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--objectives",
+        default="coverage,brevity",
+        metavar="A,B",
+        help="rewards to be steered between (default: %(default)s)",
+    )
+    which.add_argument("--faithfulness", action="store_true", help="coverage, brevity and faithfulness")
+    add_number(parser, ranges.COMMANDS, "steps", "optimiser steps of training")
+    add_number(parser, ranges.COMMANDS, "prompts", "held-out documents to evaluate on")
+    add_number(parser, ranges.COMMANDS, "seed", "seed of all random numbers", default=0)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    objectives = "coverage,brevity,faithfulness" if arguments.faithfulness else arguments.objectives
+    run_demo(
+        arguments.out,
+        listed(objectives),
+        steps=arguments.steps,
+        prompts=arguments.prompts,
+        seed=arguments.seed,
+    )
+
 
 def run_demo(
     out: str | Path,
@@ -61,9 +91,10 @@ def run_demo(
     prompts: int | None = None,
     seed: int = 0,
 ) -> ParetoReport:
-    """The whole demo in the run folder `out`, with its output on stdout.
+    """Run the demo in the run folder `out`, and print its results.
 
-    Raises ConfigError for unknown objectives, a folder that holds something else, or a size below one.
+    steps, prompts: of training and evaluation; None takes the defaults. Raises ConfigError for unknown objectives, for a
+    folder that holds files of another kind, and for a number below one.
     """
     started = time.perf_counter()
     for name, value in (("steps", steps), ("prompts", prompts)):
@@ -91,7 +122,7 @@ def run_demo(
         f"{config.batch_size} summaries, each group of {config.num_generations} under its own weighting."
     )
     again = shlex.join(["clp-engine", *(sys.argv[1:] if sys.argv[1:2] == ["demo"] else ["demo"])])
-    # More prompts than the run gets to see would only take time to prepare.
+    # Preparing more prompts than the run can use takes time.
     limit = config.max_steps * config.batch_size // config.num_generations
     policy = runs.train(spec, config, resume=resume, again=again, limit=limit).policy
     rows = spec.eval_rows((prompts or EVALUATION["prompts"]) + EXAMPLES, seed=seed)
@@ -106,7 +137,7 @@ def run_demo(
 
 
 def _prepare(out: Path, spec: runs.RunSpec) -> bool:
-    """Whether to resume. Training replaces what a finished or different demo left in `out`."""
+    """Whether to resume the demo in `out`. Otherwise training replaces the files of a finished or different demo."""
     found = runs.RunSpec.load(out)
     if found is None:
         began = run_folder.Manifest.read(out) is not None  # and was killed before it had described itself
@@ -173,7 +204,7 @@ def _show_report(report: ParetoReport) -> None:
 
 
 def _shown_weightings(count: int) -> list[list[float]]:
-    """Each objective alone, with the equal mixture in the middle."""
+    """The weightings of each objective alone, and the equal one between the first two."""
     corners = [[float(i == j) for j in range(count)] for i in range(count)]
     middle = [[1 / count] * count] if count > 1 else []
     return [*corners[:1], *middle, *corners[1:]]

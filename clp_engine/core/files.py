@@ -19,11 +19,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from clp_engine.core.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     import torch
 
+# What safetensors' load_file raises for a file that is damaged or something else (SafetensorError is an Exception of its own).
+UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 # The host may be missing: earlier versions left it out.
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|ready|old)-(?:(?P<host>.+)-)?(?P<pid>\d+)")
 
@@ -140,6 +144,16 @@ def _exists(path: Path) -> bool:
     return True
 
 
+def nameable(path: str) -> bool:
+    """Whether a file system could hold a file of this path: text from elsewhere may have NUL, half of a surrogate pair, or a
+    name of thousands of characters."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in encoded and len(encoded) < 4000 and all(len(part) < 256 for part in encoded.split(b"/"))
+
+
 def check_folder(name: str, path: str | Path) -> None:
     """Raises ConfigError where no file could be written into the folder `path`, which need not be there yet. name: of the
     setting or flag, for the message."""
@@ -170,12 +184,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file, all of them finite floating-point numbers. Raises ConfigError naming the file where it
     holds something else."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path} is damaged or no safetensors file ({error}); write or copy it again") from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):

@@ -1,4 +1,4 @@
-"""How a result was made: versions, commit, processor."""
+"""The origin of a result: versions of the packages, commit of the source, processor."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from clp_engine import __version__
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed a result."""
+    """The versions of Python, this package, torch, transformers and numpy."""
     packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return {"python": platform.python_version(), "clp_engine": __version__, **packages}
 
 
 def source_commit() -> str | None:
-    """The git commit of the source tree this package is imported from, with "-dirty" where tracked files
-    differ from it; None where it is not part of a repository (an installed wheel) or git is missing."""
+    """The git commit of the source tree that holds this package, with "-dirty" where tracked files differ from it.
+
+    None for a package outside a repository (an installed wheel), and where git is missing.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -37,6 +39,7 @@ def source_commit() -> str | None:
 
 
 def installed(package: str) -> str | None:
+    """The version of a package, or None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -44,6 +47,7 @@ def installed(package: str) -> str | None:
 
 
 def processor() -> str:
+    """The name of the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(

@@ -1,4 +1,4 @@
-"""Means with their intervals: over prompts by the bootstrap, over seeds by Student's t."""
+"""Means with 95 % intervals: over prompts or batches by the bootstrap, over seeds by Student's t."""
 
 from __future__ import annotations
 
@@ -23,18 +23,31 @@ class Interval:
 
     @classmethod
     def of(cls, mean: float, samples: ArrayLike) -> Interval:
-        """samples: the mean in each resample."""
+        """The interval of a mean. samples: the mean in each resample, NaN left out."""
         return cls(float(mean), *map(float, interval(samples, CONFIDENCE)))
+
+    def __format__(self, spec: str) -> str:
+        """`mean [low, high]`, each number in the format `spec`."""
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def resample_counts(count: int, resamples: int, seed: int = 0) -> Array:
+    """How often each of `count` elements occurs in `resamples` draws of `count` with replacement: (resamples, count).
+
+    counts[b] ~ Multinomial(count, 1 / count)
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
 
 
 def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
-    """Mean rewards in `resamples` draws of N prompts with replacement: (P, N, M) -> (resamples, P, M).
+    """Mean rewards in draws of N prompts with replacement: (P, N, M) -> (resamples, P, M).
 
-        count ~ Multinomial(N, 1/N);    mean[b, p, i] = sum_n count[b, n] R[p, n, i] / sum_n count[b, n]
+        mean[b, p, i] = sum_n count[b, n] R[p, n, i] / sum_n count[b, n],    count = resample_counts(N, resamples)
 
-    Paired: one draw of prompts serves all policies, so what a prompt has of its own (an easy document)
-    cancels in a difference between two of them. NaN entries of `rewards` (objective does not apply) leave
-    both sums.
+    The draws are paired: every policy sees the same draw of prompts, so that the ease of a prompt cancels in the
+    difference of two policies. NaN entries of `rewards` (the objective does not apply) are left out of both sums.
+    Raises ValueError where `rewards` has another number of dimensions, or one of size zero.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.ndim != 3 or 0 in rewards.shape:
@@ -42,8 +55,7 @@ def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
             f"rewards has shape {rewards.shape}; expected (policies, prompts, objectives), none of them zero"
         )
     policies, prompts, objectives = rewards.shape
-    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    counts = counts.astype(np.float64)
+    counts = resample_counts(prompts, resamples, seed)
     by_prompt = np.swapaxes(rewards, 0, 1).reshape(prompts, policies * objectives)
     applies = ~np.isnan(by_prompt)
     means = divide(counts @ np.where(applies, by_prompt, 0.0), counts @ applies.astype(np.float64))
@@ -51,20 +63,20 @@ def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
 
 
 def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array]:
-    """Percentile interval over the first axis, NaN left out: (resamples, ...) -> low (...), high (...)."""
+    """Percentile interval over the first axis, without NaN: (resamples, ...) -> low (...), high (...)."""
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(np.asarray(samples, dtype=np.float64), [tail, 1 - tail], axis=0)
     return low, high
 
 
 def divide(total: Array, count: Array) -> Array:
-    """NaN where the count is zero."""
+    """total / count, and NaN where the count is zero."""
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, its interval (None with fewer than two values), and the values, seed by seed."""
+    """A mean over seeds, its 95 % interval, and the values, seed by seed. low, high: None with fewer than two values."""
 
     mean: float
     low: float | None
@@ -83,11 +95,12 @@ class Estimate:
 
     @property
     def half_width(self) -> float | None:
+        """Half the width of the interval, or None without one."""
         return None if self.high is None else self.high - self.mean
 
 
 def t_quantile(confidence: float, df: int) -> float:
-    """t with P(|T| <= t) = confidence for Student's T with `df` (whole) degrees of freedom, by bisection."""
+    """The t with P(|T| <= t) = confidence, for Student's T with `df` degrees of freedom (a whole number), by bisection."""
     low, high = 0.0, 1.0
     while t_probability(high, df) < confidence:
         high *= 2
@@ -98,7 +111,8 @@ def t_quantile(confidence: float, df: int) -> float:
 
 
 def t_probability(t: float, df: int) -> float:
-    """P(|T| <= t), a finite sum for whole df (Abramowitz and Stegun 26.7.3 and 26.7.4); with theta = atan(t / sqrt(df)),
+    """P(|T| <= t) for Student's T with `df` degrees of freedom. For a whole df it is a finite sum (Abramowitz and Stegun 26.7.3
+    and 26.7.4), with theta = atan(t / sqrt(df)),
 
     odd   2/pi (theta + sin cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ... up to cos^(df-3)))
     even  sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ... up to cos^(df-2))

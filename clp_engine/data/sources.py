@@ -46,7 +46,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     try:
         # A line ends where a file has it end: splitlines() would also cut texts at U+2028, U+0085 and form feeds.
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that nothing can be at
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
@@ -57,8 +57,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     for number, line in numbered:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from error
         if not isinstance(row, dict) or "prompt" not in row:
             raise ConfigError(f"{path}, line {number}: expected an object with a 'prompt'")
         rows.append(row)

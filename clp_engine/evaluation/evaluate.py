@@ -1,22 +1,20 @@
-"""The front of a conditioned policy: rewards, KL and length at a grid of weightings and KL coefficients,
-beside the base model's.
+"""Measuring a front: a policy's rewards, KL and length at a grid of weightings and KL coefficients, and the base model's.
 
-One resident model serves all weightings and the base (the row of weight zero): batches hold rows of every
-point. Common random numbers: completion g of prompt n draws from the random stream (seed, n, g) at every
-point, so that two points differ by their parameters rather than by luck.
+One model in memory serves every weighting, and the base model as the row of weight zero. Each batch holds rows of all points.
+The random numbers are common to all points: completion g of prompt n draws from the random stream (seed, n, g) at every point,
+so that two points differ by their parameters and not by luck.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,157 +30,14 @@ from clp_engine.core.statistics import CONFIDENCE, Interval
 from clp_engine.data.prompts import PromptBatch, PromptDataset, completion_texts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.evaluation import pareto
+from clp_engine.evaluation.front import Base, Point, default_grid
+from clp_engine.evaluation.report import ParetoReport
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
-from clp_engine.rollouts.types import Rollout, SamplingParams
+from clp_engine.rollouts.types import Rollout, Samplable, SamplingParams
 
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
-
-# Points per edge of the default grid: 11 points for two objectives, 66 for three, 56, 35, 21, 28, ... for
-# more.
-_POINTS_PER_EDGE = {1: 2, 2: 11, 3: 11, 4: 6, 5: 4}
-_POINTS_PER_EDGE_ABOVE = 3
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Point:
-    """What the policy does at one weighting and one KL coefficient.
-
-    rewards: mean over prompts; kl: mean over completions of `sum_t KL(pi(.|y_<t) || pi_ref(.|y_<t))`, in
-    nats, exact over the vocabulary; length: mean tokens per completion, end token included; truncated: share
-    of completions that did not end by themselves; non_dominated: no other point is at least as good
-    everywhere and better somewhere.
-    """
-
-    weights: dict[str, float]
-    kl_coef: float
-    rewards: dict[str, Interval]
-    kl: float
-    length: float
-    truncated: float
-    non_dominated: bool
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base model at the same prompts; hypervolume: of its single point."""
-
-    rewards: dict[str, Interval]
-    hypervolume: float
-    hypervolume_interval: Interval
-    length: float
-    truncated: float
-
-
-@dataclass(frozen=True)
-class ParetoReport:
-    """The content of report.json; see `pareto` for the formula of each metric.
-
-    reference_point: of the hypervolume, fixed before the front is known. hypervolume_gain: front minus base,
-    paired over prompts. hypervolume_chance: what a front that is no better than the base model stays below
-    95 % of the time. expected_utility: over the default lattice of weightings; realised_utility, regret: over
-    the points evaluated. steerability: None where a rank correlation is undefined. seconds, setup, versions,
-    commit: how it was made.
-
-    Where several KL coefficients were evaluated, else None: kl_steerability, -1 if a larger coefficient always
-    leads to less KL (None as well where it is undefined); kl_hypervolume, of reward against KL up to kl_limit.
-    """
-
-    task: str | None
-    model: str
-    objectives: list[str]
-    reference_point: dict[str, float]
-    points: list[Point]
-    base: Base
-    hypervolume: float
-    hypervolume_interval: Interval
-    hypervolume_gain: Interval
-    hypervolume_chance: float
-    expected_utility: float
-    realised_utility: float
-    realised_utility_interval: Interval
-    regret: dict[str, float]
-    steerability: dict[str, float | None]
-    seconds: dict[str, float | None]
-    setup: dict[str, Any]
-    versions: dict[str, str]
-    commit: str | None
-    kl_steerability: float | None = None
-    kl_hypervolume: Interval | None = None
-    kl_limit: float | None = None
-
-    @property
-    def kl_coefs(self) -> list[float]:
-        """The KL coefficients evaluated, in their order."""
-        return list(dict.fromkeys(point.kl_coef for point in self.points))
-
-    @property
-    def kl_name(self) -> str:
-        """What the KL coefficient is: alpha or beta."""
-        return self.setup.get("kl_name", "alpha")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in report.json: plain dicts, lists, numbers and strings."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ParetoReport:
-        """The inverse of `to_dict`; keys that are not known here are left out, and what reports did not always
-        have may be missing. Raises ConfigError for another missing key."""
-        try:
-            always = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-            values = {name: raw[name] for name in always}
-            values |= {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
-            values["points"] = [Point(**{**p, "rewards": _intervals(p["rewards"])}) for p in raw["points"]]
-            base = raw["base"]
-            values["base"] = Base(
-                **{
-                    **base,
-                    "rewards": _intervals(base["rewards"]),
-                    "hypervolume_interval": Interval(**base["hypervolume_interval"]),
-                }
-            )
-            for name in ("hypervolume_interval", "hypervolume_gain", "realised_utility_interval"):
-                values[name] = Interval(**raw[name])
-            if values.get("kl_hypervolume") is not None:
-                values["kl_hypervolume"] = Interval(**raw["kl_hypervolume"])
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"not a report of this version of clp-engine: {error}") from error
-        return cls(**values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ParetoReport:
-        """From report.json, or from the folder it is in. Raises ConfigError where there is none or it does
-        not parse."""
-        path = Path(path)
-        path = path / "report.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"no report at {path}; write one with: clp-engine evaluate RUN") from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(raw)
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write report.json, report.md and pareto.png into `directory`; each appears whole or not at all."""
-        from clp_engine.evaluation.report import write_report
-
-        return write_report(self, directory)
-
-
-def _intervals(rewards: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
-    return {name: Interval(**value) for name, value in rewards.items()}
-
-
-def default_grid(num_objectives: int) -> np.ndarray:
-    """The weightings evaluated by default, (P, M): a simplex lattice of P = 1, 11, 66, 56, 35 for M = 1 to
-    5."""
-    edge = _POINTS_PER_EDGE.get(num_objectives, _POINTS_PER_EDGE_ABOVE)
-    return simplex_lattice(num_objectives, edge).double().numpy()
 
 
 @dataclass(frozen=True)
@@ -196,7 +51,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Per policy and prompt; the base is the last of the P + 1 policies."""
+    """The measurements of P + 1 policies at N prompts; the last policy is the base model."""
 
     rewards: np.ndarray  # (P + 1, N, M), mean over the generations the objective applies to, or NaN
     kl: np.ndarray  # (P + 1, N)
@@ -205,7 +60,7 @@ class _Measured:
 
 
 def evaluate(
-    policy: ConditionedPolicy,
+    policy: Samplable,
     reward_funcs: RewardSet | Mapping[str, Callable] | Sequence[Callable],
     prompts: Sequence[str | Row],
     *,
@@ -225,20 +80,25 @@ def evaluate(
     train_seconds: float | None = None,
     progress: bool = True,
 ) -> ParetoReport:
-    """Rewards, KL and length of the policy over a grid of weightings and of the base model, and the metrics.
+    """Measure the policy at a grid of weightings, and the base model, and compute the metrics of the front.
 
-    reward_funcs: one per objective of the policy, in its order, or a mapping by objective name.
-    prompts: texts, or dataset rows with `prompt` and further columns, which the reward functions receive.
-    grid: weightings (mappings or sequences), or points per edge of the simplex lattice; None is 11 points for
-        two objectives, 66 for three.
-    kl: the KL coefficient of all points, or a list: every weighting is evaluated at each. None is the policy's
-        default. kl_limit: KL up to which reward is compared with KL (`pareto.kl_hypervolume`); None is the
-        largest of the points: give one to compare reports with each other.
-    num_generations: completions per prompt and point. max_prompt_length: keep the last so many tokens of a
-        prompt. batch_rows: completions decoded together.
-    reference_point: by objective; None is the base model's mean reward minus `margin`, in units of reward.
-    bootstrap: resamples of prompts for the 95 % intervals. seed: of sampling and resampling.
-    output_dir: where to write report.json, report.md and pareto.png. task, train_seconds: for the report.
+    reward_funcs: a reward function for each objective of the policy, in its order, or a mapping by objective
+    prompts: texts, or dataset rows with `prompt` and further columns, which the reward functions receive
+    grid: weightings (mappings or sequences), or points along an edge of the simplex lattice; None takes 11 points for two
+        objectives and 66 for three
+    kl: the KL coefficient of all points, or a list, at each of which every weighting is evaluated; None takes the policy's
+        default
+    kl_limit: the largest KL at which reward is compared with KL (`pareto.kl_hypervolume`); None takes the largest KL of the
+        points. Reports can be compared only at one limit
+    num_generations: completions for each prompt and point
+    max_prompt_length: tokens of a prompt that are kept, its last ones; None keeps all
+    batch_rows: completions decoded together
+    reference_point: by objective; None takes the base model's mean reward minus `margin`, in units of reward
+    bootstrap: resamples of the prompts, for the 95 % intervals
+    seed: of sampling and resampling
+    output_dir: the folder for report.json, report.md and pareto.png; None writes nothing
+    task, train_seconds: named in the report
+
     Raises ConfigError where reward functions, prompts, grid or reference point do not fit the policy.
     """
     start = time.perf_counter()
@@ -252,19 +112,19 @@ def evaluate(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    rewards = _reward_set(reward_funcs, policy.objectives)
+    rewards = _reward_set(reward_funcs, policy.profile.objectives)
     rows = [{"prompt": row} if isinstance(row, str) else row for row in prompts]
 
     def check(ids: list[int], where: str) -> None:
-        policy.room.check_prompt(ids, sampling.max_new_tokens, where, policy.tokenizer)
+        policy.profile.room.check_prompt(ids, sampling.max_new_tokens, where, policy.profile.tokenizer)
 
-    dataset = PromptDataset(rows, policy.tokenizer, max_prompt_length, check=check)
+    dataset = PromptDataset(rows, policy.profile.tokenizer, max_prompt_length, check=check)
     weightings = _weightings(policy, grid)
     kls = _kl_coefficients(policy, kl)
     # All weightings at the first coefficient, then all at the second.
     repeated = [value for value in kls for _ in weightings]
     conditions = policy.conditions(weightings * len(kls), repeated, len(repeated))
-    points, objectives = len(conditions) + 1, len(policy.objectives)
+    points, objectives = len(conditions) + 1, len(policy.profile.objectives)
     check_size(
         f"num_generations={num_generations:,} completions of {len(rows):,} prompts at {points:,} points",
         8 * points * len(rows) * num_generations * (objectives + 3),
@@ -275,14 +135,14 @@ def evaluate(
         8 * bootstrap * (len(rows) + points * objectives),
         "cpu",
     )
-    margins = _by_objective(margin, policy.objectives, "margin")
+    margins = _by_objective(margin, policy.profile.objectives, "margin")
     if reference_point is not None:
-        reference_point = _by_objective(reference_point, policy.objectives, "reference_point")
+        reference_point = _by_objective(reference_point, policy.profile.objectives, "reference_point")
 
     plan = _Plan(num_generations, sampling, batch_rows, seed, progress)
     measured = _measure(policy, rewards, dataset, conditions, plan)
     means = pareto.mean_rewards(measured.rewards)
-    for i, name in enumerate(policy.objectives):
+    for i, name in enumerate(policy.profile.objectives):
         if np.isnan(means[:, i]).any():
             raise ConfigError(f"objective {name!r}: the reward function returned None for every completion")
     reference = means[-1] - margins if reference_point is None else reference_point
@@ -290,21 +150,21 @@ def evaluate(
         "prompts": len(rows),
         "num_generations": num_generations,
         "sampling": {**dataclasses.asdict(sampling), "stop_strings": list(sampling.stop_strings)},
-        "margin": None if reference_point is not None else dict(zip(policy.objectives, margins.tolist())),
+        "margin": None if reference_point is not None else dict(zip(policy.profile.objectives, margins.tolist())),
         "bootstrap": bootstrap,
         "confidence": CONFIDENCE,
         "seed": seed,
-        "device": str(policy.device),
-        "kl_name": "beta" if policy.kl_is_beta else "alpha",
+        "device": str(policy.conditioned.device),
+        "kl_name": "beta" if policy.profile.kl_is_beta else "alpha",
         "random_numbers": "common: completion g of prompt n has the same random stream at every point",
     }
-    summary = _summary(measured, means, conditions, reference, policy.objectives, bootstrap, seed)
+    summary = _summary(measured, means, conditions, reference, policy.profile.objectives, bootstrap, seed)
     if len(kls) > 1:
         summary |= _kl_summary(measured, means, conditions, kls, kl_limit, bootstrap, seed)
     report = ParetoReport(
         task=task,
-        model=policy.spec.base_model,
-        objectives=list(policy.objectives),
+        model=policy.profile.base_model,
+        objectives=list(policy.profile.objectives),
         **summary,
         seconds={"train": train_seconds, "evaluate": round(time.perf_counter() - start, 3)},
         setup=setup,
@@ -316,8 +176,7 @@ def evaluate(
     return report
 
 
-# --- arguments
-# --------------------------------------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------------------------------
 
 
 def _reward_set(reward_funcs, objectives: Sequence[str]) -> RewardSet:
@@ -345,12 +204,12 @@ def _reward_set(reward_funcs, objectives: Sequence[str]) -> RewardSet:
     return RewardSet(dict(zip(objectives, funcs)))
 
 
-def _weightings(policy: ConditionedPolicy, grid) -> list:
+def _weightings(policy: Samplable, grid) -> list:
     if grid is None:
-        return default_grid(len(policy.objectives)).tolist()
+        return default_grid(len(policy.profile.objectives)).tolist()
     if isinstance(grid, numbers.Real):
         ranges.EVALUATION["grid"].check("grid", grid)
-        return simplex_lattice(len(policy.objectives), grid).tolist()
+        return simplex_lattice(len(policy.profile.objectives), grid).tolist()
     if isinstance(grid, str) or not isinstance(grid, Iterable):
         raise ConfigError(f"grid={shown(grid)}: expected points per edge, or a list of weightings")
     grid = grid.tolist() if hasattr(grid, "tolist") else list(grid)
@@ -359,9 +218,9 @@ def _weightings(policy: ConditionedPolicy, grid) -> list:
     return grid
 
 
-def _kl_coefficients(policy: ConditionedPolicy, kl: float | Sequence[float] | None) -> list[float]:
+def _kl_coefficients(policy: Samplable, kl: float | Sequence[float] | None) -> list[float]:
     if kl is None:
-        return [policy.spec.default_kl]
+        return [policy.profile.default_kl]
     several = isinstance(kl, Sequence | np.ndarray) and not isinstance(kl, str)
     kls = [float(ranges.EVALUATION["kl"].check("kl", value)) for value in (kl if several else [kl])]
     if not kls or len(set(kls)) < len(kls):
@@ -377,12 +236,11 @@ def _by_objective(value, objectives: Sequence[str], name: str) -> np.ndarray:
     return np.array([float(ranges.EVALUATION[name].check(name, values[o])) for o in objectives])
 
 
-# --- measuring
-# --------------------------------------------------------------------------------------------------------
+# --- measuring -----------------------------------------------------------------------------------------------
 
 
 def _measure(
-    policy: ConditionedPolicy,
+    policy: Samplable,
     reward_set: RewardSet,
     dataset: PromptDataset,
     conditions: Conditions,
@@ -390,15 +248,15 @@ def _measure(
 ) -> _Measured:
     """Run every prompt at every condition and at the base."""
     generations = plan.num_generations
-    everyone = Conditions.cat([conditions, Conditions.reference(1, len(policy.objectives))])
+    everyone = Conditions.cat([conditions, Conditions.reference(1, len(policy.profile.objectives))])
     whole = dataset.batch(range(len(dataset)))
     shape = (len(everyone), len(dataset), generations)
-    rewards = np.full((*shape, len(policy.objectives)), np.nan)
+    rewards = np.full((*shape, len(policy.profile.objectives)), np.nan)
     kl, length, truncated = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     with tqdm(total=math.prod(shape), desc="evaluate", unit="row", disable=not plan.progress) as bar:
         for points, prompts in _batches(whole.token_ids, len(everyone), plan.batch_rows // generations):
             batch = whole.taken(prompts.tolist())
-            # Equal streams at every point: the seed does not know the point.
+            # The seeds do not depend on the point: every point has the same random streams.
             seeds = derive(plan.seed, prompts.unsqueeze(-1), torch.arange(generations)).flatten()
             drawn = rollout(
                 policy,
@@ -409,7 +267,7 @@ def _measure(
                 row_seeds=seeds,
                 prompts=batch.prompts,
             )
-            # Greedy decoding (temperature 0) has no KL of its own: that of the model is given.
+            # Greedy decoding (temperature 0) has no distribution: the KL is that of the model at temperature 1.
             stats = score(
                 policy, drawn, everyone[points], outputs=("kl",), temperature=plan.sampling.temperature or 1.0
             )
@@ -436,17 +294,16 @@ def _batches(
 
 
 def _rewards(
-    policy: ConditionedPolicy, reward_set: RewardSet, drawn: Rollout, batch: PromptBatch
+    policy: Samplable, reward_set: RewardSet, drawn: Rollout, batch: PromptBatch
 ) -> np.ndarray:
     """(B, M) rewards of a rollout."""
     prompts, columns = batch.repeated(drawn.group)
     ids = drawn.token_lists()
-    values = reward_set(prompts, completion_texts(policy.tokenizer, ids, prompts), ids, columns)
+    values = reward_set(prompts, completion_texts(policy.profile.tokenizer, ids, prompts), ids, columns)
     return values.cpu().numpy().astype(np.float64)
 
 
-# --- metrics
-# ----------------------------------------------------------------------------------------------------------
+# --- metrics -------------------------------------------------------------------------------------------------
 
 
 def _summary(
@@ -536,7 +393,3 @@ def _kl_summary(
         "kl_hypervolume": Interval.of(volume(means, kl), volume(resampled_rewards, resampled_kl)),
         "kl_limit": limit,
     }
-
-
-# --- provenance
-# -------------------------------------------------------------------------------------------------------

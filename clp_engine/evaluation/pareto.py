@@ -1,11 +1,10 @@
-"""Multi-objective metrics over a front of policies. Pure numpy; every reward is to be maximised.
+"""Metrics of a front of policies with several rewards, in numpy. Larger rewards are better.
 
-Shapes. `points` is (..., P, M): P policies (one per weighting), M objectives, mean rewards; leading
-dimensions are independent fronts (bootstrap resamples) and come back as the leading dimensions of the
-result. `weights` is (P, M), the weighting each policy was asked for.
+`points` is (..., P, M): the mean rewards of P policies, one for each weighting, in M objectives. Leading dimensions hold
+independent fronts, such as bootstrap resamples, and are the leading dimensions of the result. `weights` is (P, M): the
+weighting that each policy was conditioned on.
 
-The reference point of the hypervolume is fixed before any front is looked at: the base policy's mean minus a
-margin.
+The reference point of the hypervolume is fixed before a front is known: the base model's mean rewards minus a margin.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> Array:
 
         HV = | union_p { x : reference <= x <= p } |
 
-    A point below the reference in any objective spans no box. Exact for any M: along the last objective,
-    sorted descending, `HV_M = sum_i (z_i - z_(i+1)) HV_(M-1)(points 0..i)`, where HV_1 is the running
-    maximum. Cost O(P^(M-2) * P log P), which is fine up to five objectives or so.
-    Raises ValueError where `reference` is not (M,).
+    A point below the reference in any objective spans no box. The volume is exact for any M: along the last objective,
+    sorted in descending order, `HV_M = sum_i (z_i - z_(i+1)) HV_(M-1)(points 0..i)`, where HV_1 is the running maximum. The
+    cost is O(P^(M-2) * P log P), which suits up to five objectives. Raises ValueError where `reference` is not (M,).
     """
     points = _front(points)
     reference = np.asarray(reference, dtype=np.float64)
@@ -70,18 +68,18 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
 
 
 def expected_utility(points: ArrayLike, lattice: ArrayLike) -> Array:
-    """What a user with a random weighting gets who may pick any policy of the front: (..., P, M) -> (...).
+    """Mean utility of users with random weightings who pick the best policy of the front: (..., P, M) -> (...).
 
         EU = mean over v in lattice of max_p v . R_p
 
-    lattice: (L, M), usually the simplex lattice. A policy that ignores the weighting it is given is not
-    punished here as long as some point of the front is good: `realised_utility` does that.
+    lattice: (L, M) weightings, usually the simplex lattice. A policy that ignores its weighting loses nothing here as long as
+    some point of the front is good; it loses in `realised_utility`.
     """
     return (_front(points) @ np.asarray(lattice, dtype=np.float64).T).max(-2).mean(-1)
 
 
 def realised_utility(points: ArrayLike, weights: ArrayLike) -> Array:
-    """What a user gets who asks for w and takes the policy conditioned on w: (..., P, M) -> (...).
+    """Mean utility of users who take the policy conditioned on their own weighting: (..., P, M) -> (...).
 
     RU = mean over the grid of w . R(pi_w)
     """
@@ -89,7 +87,7 @@ def realised_utility(points: ArrayLike, weights: ArrayLike) -> Array:
 
 
 def regret(points: ArrayLike, weights: ArrayLike) -> Array:
-    """Utility lost at each weighting against the best point of the front, >= 0: (..., P, M) -> (..., P).
+    """Utility that each weighting loses against the best point of the front, >= 0: (..., P, M) -> (..., P).
 
     regret_w = max_w' w . R(pi_w') - w . R(pi_w)
     """
@@ -111,7 +109,7 @@ def _weights(points: ArrayLike, weights: ArrayLike) -> Array:
 
 
 def ranks(values: ArrayLike) -> Array:
-    """Average ranks along the last axis, from 0; tied values share the mean of their ranks.
+    """Ranks along the last axis, from 0. Tied values share the mean of their ranks.
 
     rank_i = #{j : x_j < x_i} + (#{j : x_j = x_i} - 1) / 2
     """
@@ -125,16 +123,15 @@ def steerability(points: ArrayLike, weights: ArrayLike) -> Array:
 
         rho_i = Pearson(ranks(w_i), ranks(R_i))
 
-    NaN where w_i or R_i takes one value only (one objective, one point): there is nothing to steer. With
-    three or more objectives many weightings tie in w_i, so rho_i is below 1 even where R_i follows w_i as it
-    should.
+    NaN where w_i or R_i takes one value only (one objective, one point), so that nothing is steered. With three or more
+    objectives many weightings tie in w_i, so that rho_i is below 1 even where R_i follows w_i as it should.
     """
     points, weights = _front(points), _weights(points, weights)
     return _rank_correlation(weights.T, np.swapaxes(points, -1, -2))
 
 
 def _rank_correlation(x: Array, y: Array) -> Array:
-    """Spearman's, along the last axis; NaN where either is constant."""
+    """Spearman's rank correlation along the last axis. NaN where either argument is constant."""
     x, y = ranks(x), ranks(y)
     x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     spread = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
@@ -146,8 +143,8 @@ def kl_steerability(kl: ArrayLike, kl_coefs: ArrayLike) -> Array:
 
         rho = mean over w of Pearson(ranks(kl_coefs), ranks(KL(pi_w)))
 
-    kl: W weightings at K coefficients each; kl_coefs: (K,). -1 if more of the penalty is always less KL.
-    Weightings whose KL takes one value only are left out; NaN where that is all of them, or K is 1.
+    kl: of W weightings at K coefficients each. kl_coefs: (K,). The result is -1 if a larger coefficient always leads to less
+    KL. Weightings whose KL takes one value only are left out. NaN where this leaves none, or K is 1.
     """
     rho = _rank_correlation(np.asarray(kl_coefs, dtype=np.float64), _front(kl, "kl"))
     defined = ~np.isnan(rho)
@@ -155,14 +152,15 @@ def kl_steerability(kl: ArrayLike, kl_coefs: ArrayLike) -> Array:
 
 
 def kl_hypervolume(utility: ArrayLike, kl: ArrayLike, base: ArrayLike, limit: float) -> Array:
-    """Hypervolume in (utility, -KL), of the front that the KL coefficient spans: (..., W, K) -> (...).
+    """Hypervolume in (utility, -KL) of the front that the KL coefficient spans: (..., W, K) -> (...).
 
         HV_w = | union_k { (u, x) : base_w <= u <= w . R_k,  KL_k <= x <= limit } |,    mean over w
              = integral_0^limit max(0, max_{k : KL_k <= x} w . R_k - base_w) dx
 
-    The reference point is the base policy's utility at a KL of `limit`. Divided by `limit` it is what a user
-    gains over the base who may spend x nats, x uniform up to the limit. utility, kl: W weightings at K
-    coefficients (or runs) each; base: (..., W). Compare fronts at one limit, chosen before they are known.
+    utility, kl: of W weightings at K coefficients (or runs) each. base: (..., W), the base model's utility. The reference
+    point is the base model's utility at a KL of `limit`. The volume divided by `limit` is the mean gain over the base model of
+    a user who may spend x nats, with x uniform up to the limit. Fronts can be compared at one limit only, which is chosen
+    before they are known.
     """
     utility, kl = _front(utility, "utility"), _front(kl, "kl")
     if utility.shape != kl.shape or not limit >= 0:
@@ -175,8 +173,7 @@ def kl_hypervolume(utility: ArrayLike, kl: ArrayLike, base: ArrayLike, limit: fl
 
 
 def mean_rewards(rewards: ArrayLike) -> Array:
-    """Mean over prompts of the rewards that apply (are not NaN): (P, N, M) -> (P, M); NaN where none
-    does."""
+    """Mean over prompts of the rewards that apply (are not NaN): (P, N, M) -> (P, M). NaN where no reward applies."""
     rewards = np.asarray(rewards, dtype=np.float64)
     return divide(np.nansum(rewards, axis=1), (~np.isnan(rewards)).sum(axis=1))
 
@@ -188,10 +185,11 @@ def chance_hypervolume(
 
         HV_b = HV( { base + resampled_gains[b, p] - gains[p] : p } )
 
-    gains: (P, M), mean reward of each point less that of the base; resampled_gains: (resamples, P, M), the
-    same in each resample; base, reference: (M,). Returns (resamples,).
-    A front is the best of many noisy means, so its hypervolume lies above that of the base's single point by
-    luck alone, and pairing does not change that: a hypervolume below a high quantile of these shows nothing.
+    gains: (P, M), the mean reward of each point minus that of the base model. resampled_gains: (resamples, P, M), the same in
+    each resample. base, reference: (M,). Returns (resamples,).
+
+    A front is the best of many noisy means. By luck alone its hypervolume exceeds that of the base model's one point, and
+    pairing does not change that. A hypervolume below a high quantile of the returned ones is therefore no evidence.
     """
     centred = _front(resampled_gains, "resampled_gains") - np.asarray(gains) + np.asarray(base)
     return hypervolume(centred, reference)

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from clp_engine.core import records
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import read_json
-from clp_engine.models.low_rank_layers import ConditionedLayer
+from clp_engine.models.blend import ConditionedLayer
 
 FILE = "base_model.json"
 _KEPT: WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
@@ -64,10 +65,8 @@ def check(folder: str | Path, model: PreTrainedModel) -> None:
     path = Path(folder) / FILE
     if not path.is_file():
         return
-    try:
-        saved = {name: Tensor(*entry) for name, entry in read_json(path).items()}
-    except TypeError as error:
-        raise ConfigError(f"{path} is damaged ({error}); write or copy it again, or remove it to go unchecked") from error
+    remedy = f"{records.AGAIN}, or remove it to go unchecked"
+    saved: dict[str, Tensor] = records.of(dict[str, Tensor], read_json(path), path, remedy)
     here = of(model)
     odd = [
         f"{name}: {difference}"
@@ -91,8 +90,14 @@ def _difference(saved: Tensor | None, here: Tensor | None) -> str:
         return f"shape {saved.shape} then, {here.shape} now"
     error = 1e-12 * math.sqrt(math.prod(here.shape))
     if saved.dtype != here.dtype:
+        then = getattr(torch, saved.dtype, None)
+        if not isinstance(then, torch.dtype) or not then.is_floating_point:
+            return f"dtype {saved.dtype} then, {here.dtype} now"
         coarser = max(torch.finfo(getattr(torch, name)).eps for name in (saved.dtype, here.dtype))
         error += 6 * coarser / 2 / math.sqrt(3)  # six standard deviations
-    same = abs(saved.sum - here.sum) <= error * max(saved.norm, here.norm)
     both_nan = math.isnan(saved.sum) and math.isnan(here.sum)
-    return "" if same or both_nan else f"sum {saved.sum:.9g} then, {here.sum:.9g} now"
+    allowed = error * here.norm
+    for what, then, now in (("sum", saved.sum, here.sum), ("norm", saved.norm, here.norm)):
+        if not (abs(then - now) <= allowed or then == now or both_nan):
+            return f"{what} {then:.9g} then, {now:.9g} now"
+    return ""

@@ -18,6 +18,8 @@ from clp_engine.models.forms import CARRIERS, Conditioning
 from clp_engine.models.targets import attention_layers, is_whole, lora_targets, unconditioned
 
 _FLOAT32 = 4
+
+
 @dataclass(frozen=True)
 class Memory:
     """What stays allocated while a policy is trained, in bytes; activations and caches come on top.

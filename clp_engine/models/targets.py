@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -10,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from clp_engine.core.errors import ConfigError
+from clp_engine.models.blend import Blend, ConditionedLayer, place
 from clp_engine.models.forms import Conditioning
-from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedLinear, find_targets, place
+from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.models.text_path import beside_text
 from clp_engine.models.whole_weight_layers import (
     InterpolatedAffine,
@@ -186,3 +188,62 @@ def attach(
             place(model, {name: layer})
             wrapped[id(module)] = layers[name] = layer
     return layers
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> list[str]:
+    """Names of the layers to condition.
+
+    None or "all-linear": every nn.Linear / Conv1D but the output projection. Otherwise names, matched as PEFT matches
+    them: a module whose path is the name or ends in ".name". Of a model of text and images these are layers of its language
+    model: text passes the others by. Raises ConfigError for a name that matches nothing, or those others alone.
+    """
+    head, beside = model.get_output_embeddings(), beside_text(model)
+    every = {name: module for name, module in model.named_modules() if is_projection(module)}
+    linear = {name: module for name, module in every.items() if not beside(name)}
+    if target_modules in (None, "all-linear"):
+        chosen = [name for name, module in linear.items() if module is not head]
+    else:
+        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        chosen = [name for name in linear if any(name == w or name.endswith("." + w) for w in wanted)]
+        for name in wanted:
+            if any(c == name or c.endswith("." + name) for c in chosen):
+                continue
+            if any(c == name or c.endswith("." + name) for c in every):
+                refuse_beside_text(model, f"target_modules: {name!r}")
+            kinds = sorted({c.rsplit(".", 1)[-1] for c in linear})
+            raise ConfigError(
+                f"target_modules: no linear layer of {type(model).__name__} is called {name!r}; "
+                f"it has {', '.join(kinds)}"
+            )
+        check_targets(model, chosen)
+    if not chosen:
+        raise ConfigError(f"{type(model).__name__} has no nn.Linear or Conv1D layer to condition")
+    return chosen
+
+
+def check_targets(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises ConfigError where one of the layers is an output projection that cannot be changed by itself."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight:
+        return
+    if any(model.get_submodule(name) is head for name in names):
+        raise ConfigError(
+            "target_modules names the output projection, which shares its weight with the input embedding; "
+            "leave it out, or untie the two first"
+        )
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a layer is nn.Linear or Conv1D and computes what these compute (Llama 4's router, an nn.Linear, does not)."""
+    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (
+        nn.Linear.forward,
+        Conv1D.forward,
+    )
+
+
+def refuse_beside_text(model: nn.Module, what: str) -> NoReturn:
+    """Raises ConfigError: `what` names layers that no token passes."""
+    raise ConfigError(
+        f"{what} names layers of {type(model).__name__} that text passes by (a tower or projector of images), and only text "
+        "is trained on here; leave it out"
+    )

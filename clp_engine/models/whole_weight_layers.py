@@ -16,7 +16,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedProjection
+from clp_engine.models.blend import Blend, ConditionedLayer
+from clp_engine.models.low_rank_layers import ConditionedProjection
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> nn.Parameter:
@@ -120,11 +121,11 @@ class InterpolatedAffine(ConditionedLayer):
             return self.base(x)
         unit = {"weight": self._gain} if self._shift is None else {"weight": self._gain, "bias": self._shift}
         normed = functional_call(self.base, unit, (x,))
-        gain = self.base.weight + self._blend.per_row(self.delta, normed)
+        gain = self.base.weight + self._blend.per_row(self.delta, normed, x)
         y = normed * (gain + self.offset if self.offset else gain).to(normed.dtype)
         if self.delta_bias is None:
             return y
-        return y + (self.base.bias + self._blend.per_row(self.delta_bias, normed)).to(y.dtype)
+        return y + (self.base.bias + self._blend.per_row(self.delta_bias, normed, x)).to(y.dtype)
 
     def targets(self) -> list[tuple[str, torch.Tensor]]:
         return [("weight", self.delta)] + ([] if self.delta_bias is None else [("bias", self.delta_bias)])

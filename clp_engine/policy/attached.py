@@ -32,10 +32,10 @@ from transformers import PreTrainedModel
 from clp_engine.core.conditions import Conditions, blend_coefficients
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.base import holds_adapters, refuse_quantised
-from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, place
+from clp_engine.models.blend import Blend, ConditionedLayer, place
 
 if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.policy.steerable import SteerableModel
 
 # Arguments whose first dimension is the rows of a batch, the decoder's first: an encoder's may be those of its prompts.
 _BATCHED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "inputs")
@@ -50,7 +50,7 @@ class Steering:
     before, by name.
     """
 
-    policy: ConditionedPolicy
+    policy: SteerableModel
     blend: Blend
     base: dict[str, nn.Module]
     default: torch.Tensor
@@ -109,12 +109,12 @@ class Steering:
 
 
 @torch.compiler.disable
-def read_blend(policy: ConditionedPolicy, weights, kl, rows: int) -> torch.Tensor:
+def read_blend(policy: SteerableModel, weights, kl, rows: int) -> torch.Tensor:
     """The blend (rows, D) of what a user writes, see `policy.conditions`."""
     return policy.coefficients(policy.conditions(weights, kl, rows))
 
 
-def attach(policy: ConditionedPolicy, model: PreTrainedModel) -> PreTrainedModel:
+def attach(policy: SteerableModel, model: PreTrainedModel) -> PreTrainedModel:
     """Put the policy's layers into `model`, a copy of its base model, and make it steerable; returns `model`."""
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"attach: expected a loaded transformers model, got {type(model).__name__}")

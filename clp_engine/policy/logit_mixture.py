@@ -27,10 +27,12 @@ from clp_kernels import TokenStats
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.positions import Room
+from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.rollouts.scoring import completion_hidden
-from clp_engine.rollouts.types import Rollout
+from clp_engine.rollouts import texts
+from clp_engine.rollouts.engines.base import Stepwise
+from clp_engine.rollouts.scoring import hidden_states
+from clp_engine.rollouts.types import Profile, Rollout, RolloutEngine, RolloutRequest
 
 _NEGLIGIBLE = 1e-6  # float32 weights that sum to one do so up to this
 
@@ -93,7 +95,7 @@ class _Parts:
 
 
 class LogitMixture:
-    """Specialists mixed at decode time, with what `rollout`, `score`, `evaluate` and `generate` use of a policy.
+    """Specialists mixed at decode time, which `rollout`, `score`, `evaluate` and `generate` take in place of a policy.
 
     policy: its corners (one objective's weight 1, the others' 0) are the specialists; left as it is.
     scale: lambda, see the module. Weightings lie on the simplex, as a policy's; `Conditions` made by hand may hold any finite
@@ -116,56 +118,21 @@ class LogitMixture:
         if not math.isfinite(scale):
             raise ConfigError(f"scale={scale}: expected a finite number")
         self.policy, self.scale = policy, float(scale)
+        self.engine: RolloutEngine | None = Stepwise(MixtureDecoder)
 
-    # -- what it is: the policy's ---------------------------------------------------------------------------------------
-
-    @property
-    def spec(self):
-        return self.policy.spec
+    moves_hidden, joins_reference = True, False
 
     @property
     def objectives(self) -> tuple[str, ...]:
         return self.policy.objectives
 
     @property
-    def kl_is_beta(self) -> bool:
-        return self.policy.kl_is_beta
+    def conditioned(self) -> ConditionedModel:
+        return self.policy
 
     @property
-    def room(self) -> Room:
-        return self.policy.room
-
-    @property
-    def moves_hidden(self) -> bool:
-        return True
-
-    @property
-    def shares_prompts(self) -> bool:
-        return True
-
-    @property
-    def joins_reference(self) -> bool:
-        return False
-
-    @property
-    def config(self):
-        return self.policy.config
-
-    @property
-    def tokenizer(self):
-        return self.policy.tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.device
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        return self.policy.stop_token_ids
-
-    @property
-    def pad_token_id(self) -> int:
-        return self.policy.pad_token_id
+    def profile(self) -> Profile:
+        return self.policy.profile
 
     def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
         """As `ConditionedPolicy.conditions`."""
@@ -181,27 +148,10 @@ class LogitMixture:
     def shown_prompts(self, prompt_ids, conditions: Conditions, prompts=None) -> None:
         """None: specialists read the prompt as it is."""
 
-    def decoding(
-        self,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        conditions: Conditions,
-        group: int,
-        room: int,
-        at_once: int,
-    ) -> MixtureDecoding:
-        """What `rollout` draws from, as `ConditionedPolicy.decoding`."""
-        coefficients = self.coefficients(conditions)
-        if coefficients is None:
-            coefficients = torch.zeros(conditions.weights.shape, device=self.device)
-        return MixtureDecoding(
-            self.policy, prompt_ids, prompt_mask, _Parts.of(coefficients), group, room, at_once
-        )
-
     def completion_hidden(
         self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(N, H): the mixed hidden state that predicts each completion token; see `scoring.completion_hidden`."""
+        """(N, H): the mixed hidden state that predicts each completion token; see `scoring.hidden_states`."""
         coefficients = self.coefficients(conditions)
         if coefficients is None:
             return self.policy.completion_hidden(batch, None, mask)
@@ -216,7 +166,7 @@ class LogitMixture:
             batch.logprobs[rows.owner],
             batch.terminated[rows.owner],
         )
-        hidden = completion_hidden(self.policy, taken_apart, parts.blend)
+        hidden = hidden_states(self.policy, taken_apart, parts.blend)
         by_row = hidden.new_zeros(*taken_apart.completion_mask.shape, hidden.shape[-1])
         by_row[taken_apart.completion_mask] = hidden
         return rows.mix(by_row)[mask]
@@ -242,29 +192,24 @@ class LogitMixture:
             differentiable=differentiable,
         )
 
-    def generate(self, prompts: str | Sequence[str], weights=None, kl=None, **options) -> list:
-        """As `ConditionedPolicy.generate`, which needs of its policy only what is here."""
-        return ConditionedPolicy.generate(self, prompts, weights, kl, **options)
+    def generate(self, prompts: str | Sequence, weights=None, kl=None, **options) -> list:
+        """As `ConditionedPolicy.generate`."""
+        return texts.generate(self, prompts, weights, kl, **options)
 
 
-class MixtureDecoding:
-    """Logits of mixtures, see `modules.Decoding`: each row runs as its parts, each part under one specialist or the base."""
+class MixtureDecoder:
+    """Logits of mixtures, see `base.StepDecoder`: each row runs as its parts, each part under one specialist or the base."""
 
     drop_share = 0.25  # the cache is copied
+    write = None
 
-    def __init__(
-        self,
-        policy: ConditionedPolicy,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        parts: _Parts,
-        group: int,
-        room: int,
-        at_once: int,
-    ):
-        self._backbone, self._in_force, self._all = policy.backbone, policy.blend, parts
-        self._prompts, self._group, self._room = (prompt_ids, prompt_mask), group, room
-        self._at_once = at_once
+    def __init__(self, request: RolloutRequest):
+        model, coefficients = request.source.conditioned, request.blend
+        if coefficients is None:
+            coefficients = torch.zeros(request.conditions.weights.shape, device=model.device)
+        self._backbone, self._in_force, self._all = model.backbone, model.blend, _Parts.of(coefficients)
+        self._prompts, self._group = (request.prompt_ids, request.prompt_mask), request.group
+        self._room, self._at_once = request.sampling.max_new_tokens, request.at_once
         self._empty = True
 
     @property

@@ -3,144 +3,51 @@
     theta(w, alpha) = theta_ref + c(alpha) * sum_i w_i * Delta_i
 
 (Conditioned Language Policy, parameter-space conditioning.) What Delta_i is, `models.forms` says: low-rank factors s_i B_i A_i
-on linear layers, whole weights, those of attention, or of the output projection. Rows of one batch may
-have different (w, alpha); a row whose blend is zero is the reference model.
+on linear layers, whole weights, those of attention, or of the output projection. Rows of one batch may have different
+(w, alpha); a row whose blend is zero is the reference model.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
-import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from clp_kernels import HeadLoRA, TokenStats, interpolate, linear_logprob
 from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from clp_engine.core import ranges
 from clp_engine.core.conditions import (
     KL_CONDITIONING,
-    Conditions,
-    blend_coefficients,
     check_objectives,
-    parse_weights,
 )
-from clp_engine.core.errors import ConfigError, shown
-from clp_engine.core.files import finish, read_json, read_tensors, refuse_overlap, write_directory
-from clp_engine.core.positions import Room
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.files import finish, read_tensors, write_directory
 from clp_engine.core.sizes import check_size
-from clp_engine.data.prompts import encode_prompts
 from clp_engine.models import fingerprint
-from clp_engine.models.backbones.causal import CausalBackbone, find_head, make_backbone
-from clp_engine.models.base import holds_adapters, load_base, same_weights
+from clp_engine.models.base import holds_adapters, load_base
 from clp_engine.models.forms import Conditioning
-from clp_engine.models.low_rank_layers import Blend, ConditionedLayer, ConditionedLinear, place
-from clp_engine.models.memory import Memory
-from clp_engine.models.targets import attach, is_tied, lora_targets, untie
+from clp_engine.models.targets import lora_targets
 from clp_engine.policy import attached, prompt_conditioning
+from clp_engine.policy.merging import merged
 from clp_engine.policy.peft import warm_start, writing
 from clp_engine.policy.peft.reading import Adapter
-from clp_engine.rollouts.engines import cuda_graphs, fused_step, native
-from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding, Slots
-from clp_engine.rollouts.engines.modules import BlendDecoding, Decoding
-from clp_engine.rollouts.engines.native import NativeDecoding
-from clp_engine.rollouts.rollout import rollout
-from clp_engine.rollouts.scoring import completion_hidden
-from clp_engine.rollouts.types import Rollout, SamplingParams
+from clp_engine.policy.soups import soup
+from clp_engine.policy.spec import PolicySpec, per_delta, read_spec
+from clp_engine.policy.steerable import SteerableModel
 
 _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 
 
-@dataclass(frozen=True)
-class PolicySpec:
-    """What makes a policy of a base model: saved beside the adapters, enough to build it again.
-
-    base_model: name or path as given; objectives: names in order; ranks, lora_alphas: one per delta;
-    target_modules: exact names of the layers with low-rank factors; conditioning, carrier: see `models.forms`;
-    min_kl: the smallest KL coefficient of training, for kl_conditioning "odds";
-    kl_is_beta: whether `kl` means beta (objective w.R - beta KL) instead of alpha ((1 - alpha) w.R - alpha KL);
-    default_kl: the KL coefficient a row has where none is asked for.
-    prompt_template: what prompt conditioning writes into the prompt, see `prompt_conditioning`; None where it does not.
-    """
-
-    base_model: str
-    objectives: tuple[str, ...]
-    ranks: tuple[int, ...]
-    lora_alphas: tuple[float, ...]
-    target_modules: tuple[str, ...]
-    conditioning: str = "lora"
-    kl_conditioning: str = "none"
-    min_kl: float | None = None
-    default_kl: float = 0.1
-    kl_is_beta: bool = False
-    carrier: str = "lora"
-    prompt_template: str | None = None
-
-    @property
-    def scalings(self) -> tuple[float, ...]:
-        return tuple(alpha / rank for alpha, rank in zip(self.lora_alphas, self.ranks))
-
-
-def _read_spec(path: Path) -> PolicySpec:
-    raw = read_json(path)
-    names = {field.name for field in dataclasses.fields(PolicySpec)}
-    if unknown := sorted(set(raw) - names):
-        raise ConfigError(
-            f"{path} has settings this version does not know ({', '.join(unknown)}); it was written by a newer one"
-        )
-    try:
-        spec = PolicySpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()})
-        ranges.ADAPTER["rank"].check("ranks", spec.ranks, several=ranges.LISTS)
-        ranges.ADAPTER["lora_alpha"].check("lora_alphas", spec.lora_alphas, several=ranges.LISTS)
-        ranges.check(ranges.ADAPTER, default_kl=spec.default_kl)
-        lists = (spec.objectives, spec.target_modules)
-        if not all(isinstance(t, tuple) and all(isinstance(name, str) for name in t) for t in lists):
-            raise TypeError(f"objectives and target_modules are {shown(lists)}")
-    except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); write or copy the policy again") from error
-    return spec
-
-
-def _per_delta(value, deltas: Sequence[str], name: str) -> tuple:
-    """One value for each delta; `deltas` are the objectives they belong to, or one name where there is a single one."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * len(deltas)
-    if len(values) != len(deltas):
-        raise ConfigError(
-            f"{name} has {len(values)} entries for {len(deltas)} objectives ({', '.join(deltas)})"
-        )
-    return values
-
-
-class ConditionedPolicy(nn.Module):
+class ConditionedPolicy(SteerableModel):
     """A causal or encoder-decoder language model with one delta per objective, blended per row.
 
     Build with `from_pretrained` or `load`. The base model is frozen and always in evaluation mode: dropout would make the
     log-probs of rollout and training those of different networks.
     """
-
-    def __init__(self, model: PreTrainedModel, spec: PolicySpec, tokenizer=None, seed: int = 0):
-        super().__init__()
-        self.spec = spec
-        self.conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
-        self.blend = Blend()
-        self.slots: Slots | None = None  # of the last rollout, for the next one
-        self.loaded_from: list[Path] = []  # folders of adapters
-        self.model = model.requires_grad_(False).eval()
-        self.backbone = make_backbone(model)
-        self.room = Room.of(model)
-        self.tokenizer = tokenizer
-        self.layers = attach(
-            model, self.conditioning, spec.target_modules, spec.ranks, spec.scalings, seed, self.blend
-        )
-        self.backbone.head = find_head(model)  # it may have been wrapped
 
     @classmethod
     def from_pretrained(
@@ -222,7 +129,7 @@ class ConditionedPolicy(nn.Module):
                 f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}"
             )
         deltas = objectives if parsed.blended else ("one delta for all",)
-        ranks = _per_delta(warm_start.DEFAULT_RANK if rank is None else rank, deltas, "rank")
+        ranks = per_delta(warm_start.DEFAULT_RANK if rank is None else rank, deltas, "rank")
         for r in ranks:
             ranges.check(ranges.ADAPTER, rank=r)
         ranges.check(ranges.ADAPTER, default_kl=default_kl)
@@ -230,7 +137,7 @@ class ConditionedPolicy(nn.Module):
             ranges.check(ranges.ADAPTER, min_kl=min_kl)
         alphas = tuple(2.0 * r for r in ranks)
         if lora_alpha is not None:
-            alphas = _per_delta(lora_alpha, deltas, "lora_alpha")
+            alphas = per_delta(lora_alpha, deltas, "lora_alpha")
             for value in alphas:
                 ranges.check(ranges.ADAPTER, lora_alpha=value)
             alphas = tuple(map(float, alphas))
@@ -278,7 +185,7 @@ class ConditionedPolicy(nn.Module):
         Raises ConfigError for an adapter that is no plain LoRA (DoRA, modules_to_save, biases, embeddings, ...) or was trained
         on another model; warns of dropout, which is left out, and of an adapter that names another base model.
         """
-        return warm_start.build(cls, base, adapters, **options)
+        return warm_start.build(cls.from_pretrained, base, adapters, **options)
 
     @classmethod
     def from_specialists(
@@ -292,384 +199,7 @@ class ConditionedPolicy(nn.Module):
         objectives: names of the new policy's objectives; by default those of the specialists, if there are as many.
         Raises ConfigError where the specialists do not fit together.
         """
-        if not specialists:
-            raise ConfigError("no specialists were given; expected one per objective")
-        first = specialists[0]
-        objectives = tuple(first.objectives if objectives is None else objectives)
-        if len(objectives) != len(specialists):
-            raise ConfigError(
-                f"{len(specialists)} specialists for {len(objectives)} objectives ({', '.join(objectives)}); expected one each"
-            )
-        for specialist in specialists:
-            spec = specialist.spec
-            if specialist.conditioning.blended or specialist.conditioning.prompt:
-                raise ConfigError(
-                    f"a specialist has conditioning='none'; one of these has {spec.conditioning!r}"
-                )
-            for name in ("base_model", "carrier", "kl_conditioning", "kl_is_beta"):
-                ours, theirs = getattr(first.spec, name), getattr(spec, name)
-                if ours != theirs:
-                    raise ConfigError(
-                        "the specialists must have the same base model, carrier and form of the KL coefficient; "
-                        f"{name} is {ours!r} and {theirs!r}"
-                    )
-            if specialist.adapter_parameters().keys() != first.adapter_parameters().keys():
-                raise ConfigError(
-                    "the specialists' deltas lie on different layers, or one has a whole output projection "
-                    "and another has factors"
-                )
-            if not spec.base_model and not same_weights(specialist.model, first.model):
-                raise ConfigError("the specialists were trained from models whose weights differ")
-        spec = dataclasses.replace(
-            first.spec,
-            objectives=objectives,
-            conditioning=first.spec.carrier,
-            carrier="lora",
-            ranks=tuple(s.spec.ranks[0] for s in specialists),
-            lora_alphas=tuple(s.spec.lora_alphas[0] for s in specialists),
-        )
-        policy = cls(first._plain_copy(), spec, first.tokenizer)
-        theirs = [s.adapter_parameters() for s in specialists]
-        with torch.no_grad():
-            for name, parameter in policy.adapter_parameters().items():
-                layer, _, part = name.rpartition(".")
-                parts = [parameters[name] for parameters in theirs]
-                parameter.copy_(torch.cat(parts, policy.layers[layer].delta_dim(part)))
-        policy.loaded_from = [folder for s in specialists for folder in s.loaded_from]
-        return policy
-
-    # -- what it is ---------------------------------------------------------------------------------------------------
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        return self.spec.objectives
-
-    @property
-    def kl_is_beta(self) -> bool:
-        return self.spec.kl_is_beta
-
-    @property
-    def tokenizer(self):
-        """Setting it raises ConfigError where its special tokens have no embedding, see `positions.Room.check_tokenizer`."""
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer) -> None:
-        if tokenizer is not None:
-            self.room.check_tokenizer(tokenizer)
-        self._tokenizer = tokenizer
-
-    @property
-    def config(self):
-        return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """End tokens of the generation config and the tokenizer; generation stops at any of them."""
-        ids = []
-        for source in (self.model.generation_config, self.model.config, self.tokenizer):
-            value = getattr(source, "eos_token_id", None)
-            ids += value if isinstance(value, list) else [] if value is None else [value]
-        return sorted(set(ids))
-
-    @property
-    def pad_token_id(self) -> int:
-        for source in (self.tokenizer, self.model.generation_config, self.model.config):
-            if (value := getattr(source, "pad_token_id", None)) is not None:
-                return value
-        return (self.stop_token_ids or [0])[0]
-
-    def train(self, mode: bool = True) -> ConditionedPolicy:
-        """Keeps the model in evaluation mode (no dropout); the adapters have no mode of their own."""
-        self.training = mode
-        return self
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The deltas, trainable parameters by '<layer>.<part>': lora_a, lora_b, delta or delta_bias; one that several layers
-        share under the first one's name."""
-        parameters: dict[str, nn.Parameter] = {}
-        seen: set[int] = set()
-        for name, layer in self.layers.items():
-            for part, parameter in layer.deltas_by_name().items():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    parameters[f"{name}.{part}"] = parameter
-        return parameters
-
-    @property
-    def moves_hidden(self) -> bool:
-        """Whether hidden states depend on the blend: not where the output projection alone is conditioned."""
-        head = self.backbone.head.module
-        return self.conditioning.prompt or any(layer is not head for layer in self.layers.values())
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether the completions of a prompt share its computation; else transformers' generate writes each from its start."""
-        return self.backbone.shares_prompts
-
-    def detours(self) -> list[str]:
-        """What this model cannot take of the fast path, and why: a sentence each."""
-        found = []
-        if not self.shares_prompts:
-            return [
-                "completions are written by transformers' generate and scored as whole sequences, each with its prompt: "
-                + self.backbone.packing_fault
-            ]
-        if self.backbone.packing_fault is not None:
-            found.append(
-                "scoring pads its batches and computes prompts and completions in two passes: "
-                + self.backbone.packing_fault
-            )
-        if self.device.type == "cpu" and (reason := native.plan(self).reason) is not None:
-            found.append(f"decoding goes through transformers' modules: {reason}")
-        elif self.device.type == "cuda" and not cuda_graphs.serves(self):
-            found.append(
-                "decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers"
-            )
-        elif self.device.type == "cuda" and (reason := fused_step.plan(self).reason) is not None:
-            found.append(f"decoding goes through transformers' modules, in CUDA graphs: {reason}")
-        return found
-
-    @property
-    def joins_reference(self) -> bool:
-        """Whether scoring without gradients computes policy and reference in one pass. On a CPU the base model alone is cheaper
-        for the reference's rows than a blend of zeros, and there are no launches to save."""
-        return self.backbone.packing_fault is None and self.device.type != "cpu"
-
-    @property
-    def memory(self) -> Memory:
-        """What stays allocated while this policy is trained."""
-        base = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
-        return Memory(base, sum(p.numel() for p in self.adapter_parameters().values()))
-
-    # -- conditions ---------------------------------------------------------------------------------------------------
-
-    def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
-        """Per-row conditions from what a user writes.
-
-        weights: a mapping by name, a sequence of M numbers, a list of either with one per row, a (rows, M) tensor, or None
-        (uniform). kl: a number, one per row, or None (`spec.default_kl`). Raises ConfigError naming what is wrong.
-        """
-        per_row = (
-            isinstance(weights, torch.Tensor)
-            and weights.dim() == 2
-            or isinstance(weights, Sequence)
-            and weights
-            and not isinstance(weights[0], int | float)
-        )
-        try:
-            parsed = [parse_weights(w, self.objectives) for w in (weights if per_row else [weights])]
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        kls = torch.as_tensor(self.spec.default_kl if kl is None else kl, dtype=torch.float32).reshape(-1)
-        for name, count in (("weights", len(parsed)), ("kl", len(kls))):
-            if count not in (1, rows):
-                raise ConfigError(f"{name} has {count} entries for {rows} rows; expected one, or one per row")
-        if not bool((kls >= 0).all()) or not self.kl_is_beta and bool((kls > 1).any()):
-            raise ConfigError(
-                f"kl={kl!r}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
-            )
-        return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
-
-    def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
-        """The blend (rows, D) on the model's device, a coefficient per delta, or None where every row is the reference."""
-        if conditions is None or not bool(conditions.weights.any()):
-            return None
-        if not self.conditioning.blended:
-            conditions = Conditions(conditions.weights.any(-1, keepdim=True).float(), conditions.kl)
-        try:
-            blend = blend_coefficients(
-                conditions, self.spec.kl_conditioning, min_kl=self.spec.min_kl, kl_is_beta=self.kl_is_beta
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        return blend.to(self.device)
-
-    def prompt_text(self, weights=None, kl=None) -> str:
-        """What prompt conditioning writes into a prompt at one weighting; empty for other policies."""
-        return self._prompt_texts(self.conditions(weights, kl))[0]
-
-    def _prompt_texts(self, conditions: Conditions) -> list[str]:
-        """What is written for each row; nothing where the blend is zero: the row is the reference then, prompt and all."""
-        blend = self.coefficients(conditions) if self.conditioning.prompt else None
-        if blend is None:
-            return [""] * len(conditions)
-        return [
-            prompt_conditioning.weighting_text(self.spec.prompt_template, self.objectives, weights, kl) if moved else ""
-            for weights, kl, moved in zip(
-                conditions.weights.tolist(), conditions.kl.tolist(), blend.any(-1).tolist(), strict=True
-            )
-        ]
-
-    def shown_prompts(
-        self, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, prompts: Sequence | None = None
-    ) -> list[list[int]] | None:
-        """What the policy reads for each prompt under its condition, or None where that is the prompt itself (no prompt
-        conditioning). prompts: what prompt_ids were made from, for chat messages; reference rows see the plain prompt."""
-        if not self.conditioning.prompt:
-            return None
-        if self.tokenizer is None:
-            raise ConfigError(
-                "prompt conditioning needs a tokenizer; give one to from_pretrained(tokenizer=...)"
-            )
-        asked = [None] * len(prompt_ids) if prompts is None else prompts
-        return [
-            prompt_conditioning.with_weighting(prompt, ids, text, self.tokenizer) if text else list(ids)
-            for prompt, ids, text in zip(asked, prompt_ids, self._prompt_texts(conditions), strict=True)
-        ]
-
-    @contextlib.contextmanager
-    def blended(self, conditions: Conditions | None) -> Iterator[None]:
-        """Inside, row i of every batch runs under conditions[i]; None is the base model."""
-        with self.blend.use(self.coefficients(conditions)):
-            yield
-
-    # -- computing ----------------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        *args,
-        weights=None,
-        kl=None,
-        conditions: Conditions | None = None,
-        **kwargs,
-    ):
-        """The transformers model's forward, row i under its own (w, kl): give `conditions`, or `weights` and `kl` as for
-        `conditions()`; an encoder-decoder takes `decoder_input_ids=` beside input_ids."""
-        conditions = conditions or self.conditions(weights, kl, input_ids.shape[0])
-        if not torch.compiler.is_compiling():
-            self.room.check_ids([int(input_ids.min()), int(input_ids.max())], "input_ids", self.tokenizer)
-        with self.blended(conditions):
-            return self.model(input_ids, *args, **kwargs)
-
-    def completion_hidden(
-        self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(N, H): the hidden state that predicts each completion token, see `scoring.completion_hidden`.
-
-        conditions: one row per prompt, or None for the base model. Differentiable in the adapters.
-        """
-        return completion_hidden(self, batch, self.coefficients(conditions), mask)
-
-    def checkpoint_layers(self) -> None:
-        """Trade time for memory in training: see `CausalBackbone.checkpoint_layers`. Raises ConfigError for a model that does
-        not take packed tokens."""
-        if not isinstance(self.backbone, CausalBackbone):
-            raise ConfigError(f"gradient_checkpointing: {self.backbone.packing_fault}")
-
-        def in_force() -> Callable[[], contextlib.AbstractContextManager]:
-            return functools.partial(self.blend.use, self.blend.coefficients, self.blend.index)
-
-        self.backbone.checkpoint_layers(in_force)
-
-    def decoding(
-        self,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        conditions: Conditions,
-        group: int,
-        room: int,
-        at_once: int,
-    ) -> Decoding:
-        """What `rollout` draws from: `group` rows of each prompt (P, S) under its condition, at most `room` tokens each;
-        at_once: prompts that are on their way together, at most. On a CPU the native decoder, on a GPU graphs over fixed slots,
-        and transformers' modules where these cannot serve."""
-        arguments = self, prompt_ids, prompt_mask, self.coefficients(conditions), group, room, at_once
-        if self.device.type == "cuda" and cuda_graphs.serves(self):
-            return SlotDecoding(*arguments, fused=fused_step.choose(self))
-        plan = native.choose(self)
-        return BlendDecoding(*arguments) if plan is None else NativeDecoding(*arguments, plan)
-
-    def token_stats(
-        self,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        ref_hidden: torch.Tensor | None = None,
-        conditions: Conditions | None = None,
-        temperature: float = 1.0,
-        outputs: Sequence[str] = ("logprob",),
-        differentiable: Sequence[str] | None = None,
-    ) -> TokenStats:
-        """`linear_logprob` through this model's output projection; hidden (rows, H), targets (rows,).
-
-        conditions: one per row, needed only where the output projection itself is conditioned.
-        """
-        head = self.backbone.head
-        lora = None
-        if (
-            isinstance(head.module, ConditionedLinear)
-            and (blend := self.coefficients(conditions)) is not None
-        ):
-            with self.blend.use(blend):
-                gate = self.blend.gate(head.module.ranks, head.module.scalings)
-            lora = HeadLoRA(head.module.lora_a.to(hidden.dtype), head.module.lora_b.to(hidden.dtype), gate)
-        return linear_logprob(
-            hidden,
-            head.module.weight,
-            targets,
-            bias=head.bias,
-            temperature=temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            ref_hidden=ref_hidden,
-            lora=lora,
-            outputs=tuple(outputs),
-            differentiable=differentiable,
-        )
-
-    def generate(
-        self,
-        prompts: str | Sequence,
-        weights=None,
-        kl=None,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_strings: Sequence[str] = (),
-        num_return_sequences: int = 1,
-        max_rows: int | None = None,
-        seed: int = 0,
-    ) -> list:
-        """Completions of prompts, each under its own weighting.
-
-        prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
-        `conditions`). stop_strings: texts that end a completion; max_rows: completions decoded at once, see `rollout`. Returns
-        one string per prompt, or one list of `num_return_sequences` strings per prompt where more than one was asked for. Any
-        thread may call this; calls run one after another.
-        """
-        if self.tokenizer is None:
-            raise ConfigError("this policy has no tokenizer; give one to from_pretrained(tokenizer=...)")
-        ranges.check(ranges.GENERATION, num_return_sequences=num_return_sequences, seed=seed)
-        if max_rows is not None:
-            ranges.check(ranges.GENERATION, max_rows=max_rows)
-        one = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], Mapping)
-        prompts = [prompts] if one else list(prompts)
-        if not prompts:
-            return []
-        encoded = encode_prompts(prompts, self.tokenizer)
-        drawn = rollout(
-            self,
-            encoded,
-            self.conditions(weights, kl, len(prompts)),
-            num_generations=num_return_sequences,
-            sampling=SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, stop_strings),
-            seed=seed,
-            prompts=prompts,
-            max_rows=max_rows,
-        )
-        texts = self.tokenizer.batch_decode(drawn.token_lists(), skip_special_tokens=True)
-        if num_return_sequences == 1:
-            return texts
-        return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]
+        return soup(cls, specialists, objectives)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -713,7 +243,7 @@ class ConditionedPolicy(nn.Module):
             raise ConfigError(
                 f"{directory}: no {_SPEC_FILE} here; expected a directory written by save_pretrained"
             )
-        spec = _read_spec(directory / _SPEC_FILE)
+        spec = read_spec(directory / _SPEC_FILE)
         if not (directory / _ADAPTER_FILE).is_file():
             raise ConfigError(f"{directory}: {_ADAPTER_FILE} is missing")
         if base_model is None and not spec.base_model:
@@ -734,26 +264,6 @@ class ConditionedPolicy(nn.Module):
         policy.loaded_from.append(directory)
         return policy
 
-    @property
-    def read_from(self) -> list[Path]:
-        """Folders that this policy was loaded from, and that of its base model, which it needs whenever it is loaded again."""
-        bases = {self.spec.base_model, self.model.config.name_or_path or ""}
-        return [*self.loaded_from, *(Path(base) for base in sorted(bases) if base and Path(base).is_dir())]
-
-    def load_adapters(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set every adapter parameter; raises ConfigError where names or shapes differ from this policy's."""
-        own = self.adapter_parameters()
-        if own.keys() != tensors.keys():
-            odd = sorted(own.keys() ^ tensors.keys())
-            raise ConfigError(f"adapters do not fit this policy: {len(odd)} names differ, such as {odd[0]!r}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                if parameter.shape != tensors[name].shape:
-                    raise ConfigError(
-                        f"adapter {name}: shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
-                    )
-                parameter.copy_(tensors[name])
-
     def export_adapter(self, path: str | Path, weights=None, kl=None, *, rank: int | None = None) -> float:
         """Write one blend as an ordinary PEFT LoRA adapter, for peft, transformers and vLLM; returns the error.
 
@@ -766,16 +276,7 @@ class ConditionedPolicy(nn.Module):
         Raises ConfigError where a delta has no adapter form (embeddings, norms: `merge` has all), and for a path that is, holds
         or lies in a folder of `read_from`.
         """
-        refuse_overlap(path, self.read_from)
-        self._warn_of_tied_head()
-        coefficients = self.coefficients(self.conditions(weights, kl))
-        with write_directory(path) as temporary:
-            error = writing.save(temporary, self, coefficients[0], rank)
-            self._describe_blend(temporary, weights, kl)
-            fingerprint.write(temporary, self.model)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
-        return error
+        return writing.export(self, path, weights, kl, rank)
 
     def save_adapters(self, directory: str | Path, *, rank: int | None = None) -> dict[str, float]:
         """Write each objective's delta as a PEFT LoRA adapter, <directory>/<objective>/, and how they are blended,
@@ -785,37 +286,7 @@ class ConditionedPolicy(nn.Module):
         add_weighted_adapter(combination_type="cat") with the weights c(kl) w_i is the blend, exactly, and `from_adapters` makes
         the policy again. Where there is one delta for all objectives, its folder is "adapter". rank: as of `export_adapter`.
         """
-        refuse_overlap(directory, self.read_from)
-        self._warn_of_tied_head()
-        with write_directory(directory) as temporary:
-            errors = writing.save_each(temporary, self, rank)
-            fingerprint.write(temporary, self.model)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
-        return errors
-
-    def _warn_of_tied_head(self) -> None:
-        if self._splits_tied_head:
-            warnings.warn(
-                "this adapter changes an output projection that shares its weight with the input embedding: use it as an "
-                "adapter, or write a merged model with merge(); peft's merge_and_unload would change both",
-                stacklevel=3,
-            )
-
-    @property
-    def _splits_tied_head(self) -> bool:
-        """Whether the output projection is changed apart from the input embedding that it shares its weight with."""
-        return "logit" in self.conditioning.carriers and is_tied(self.model)
-
-    def _describe_blend(self, path: Path, weights, kl) -> None:
-        condition = self.conditions(weights, kl)
-        blend = {
-            "weights": dict(zip(self.objectives, condition.weights[0].tolist())),
-            "kl": condition.kl[0].item(),
-            "conditioning": self.spec.conditioning,
-            "prompt_text": self.prompt_text(weights, kl),
-        }
-        (path / "blend.json").write_text(json.dumps(blend, indent=2) + "\n", encoding="utf-8")
+        return writing.export_each(self, directory, rank)
 
     def merge(self, weights=None, kl=None) -> PreTrainedModel:
         """An ordinary transformers model whose weights are the blend at (weights, kl); this policy is left as it was.
@@ -823,31 +294,7 @@ class ConditionedPolicy(nn.Module):
         Where only the output projection is conditioned and shares its weight with the input embedding, the merged model has
         the two apart (tie_word_embeddings=False). With prompt conditioning its prompts need `prompt_text(weights, kl)`.
         """
-        coefficients = self.coefficients(self.conditions(weights, kl))[0]
-        merged = self._plain_copy()
-        if self._splits_tied_head:
-            untie(merged)
-        parameters, stacks, done = [], [], set()
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                base = merged.get_submodule(name)
-                for part, stack in layer.targets():
-                    target = getattr(base, part)
-                    if id(target) not in done:
-                        done.add(id(target))
-                        parameters.append(target)
-                        stacks.append(list(stack.to(target.dtype).contiguous()))
-            if parameters:
-                for target, value in zip(
-                    parameters, interpolate(stacks, coefficients.float(), base=parameters)
-                ):
-                    target.copy_(value)
-            for name, layer in self.layers.items():
-                if not layer.targets():
-                    weight, delta = merged.get_submodule(name).weight, layer.weight_delta(coefficients)
-                    exact = weight.to(torch.promote_types(weight.dtype, delta.dtype))
-                    weight.copy_(exact + (delta.t() if layer.transposed else delta))
-        return merged
+        return merged(self, self.coefficients(self.conditions(weights, kl))[0])
 
     def attach(self, model: PreTrainedModel | None = None) -> PreTrainedModel:
         """A transformers model whose forward and generate take `weights=` and `kl=`, for all rows or one per row; see
@@ -863,24 +310,4 @@ class ConditionedPolicy(nn.Module):
                 "policy.prompt_text(weights, kl) into them",
                 stacklevel=2,
             )
-        return attached.attach(self, self._plain_copy(shared=True) if model is None else model)
-
-    def _plain_copy(self, shared: bool = False) -> PreTrainedModel:
-        """A copy of the base model, without deltas; shared: its modules are new, its weights the same."""
-        layers = {
-            name: module
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            if isinstance(module, ConditionedLayer)
-        }
-        place(self.model, {name: layer.base for name, layer in layers.items()})
-        try:
-            tensors = [*self.model.parameters(), *self.model.buffers()] if shared else []
-            copied = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
-        finally:
-            place(self.model, layers)
-        for (
-            module
-        ) in copied.modules():  # a forward of `checkpoint_layers` would run the layer it was made for
-            if hasattr(module.__dict__.get("forward"), "changes_no_numbers"):
-                del module.forward
-        return copied
+        return attached.attach(self, self.plain_copy(shared=True) if model is None else model)

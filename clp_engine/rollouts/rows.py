@@ -1,13 +1,10 @@
 """The rows of a rollout: what each has said so far, how its next token is drawn, and when it ends.
 
-A token of a small model takes a millisecond and an operation on a tensor ten microseconds, so a draw does few of them: random
-numbers are derived for all tokens at once, and what was drawn is put in its place at the end.
+A decode step of a small model takes 1 ms, and each tensor operation 10 us. Drawing therefore uses few of them: random numbers
+are derived for all tokens at once, and drawn tokens are put in their places at the end.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from clp_kernels import sample_tokens
@@ -16,32 +13,24 @@ from transformers import StopStringCriteria
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.rollouts.engines.native import NativeDecoding
-    from clp_engine.rollouts.types import SamplingParams
+from clp_engine.rollouts.types import RolloutRequest
 
 
-class Drawing:
+class Rows:
     """Completions of B rows, at most `sampling.max_new_tokens` = T tokens each; rows join, draw together, and leave.
 
     running, done: (n,), the rows that draw, and which of them have finished: by an end token or a stop string, which are part
         of the completion, or by their length.
-    row_seeds: (B,) int64; token t of a row is drawn from derive(row_seed, t), whatever else is drawn beside it.
-    begun: tokens that rows said before, which are counted in t and read for stop strings, and are not part of the completion.
+    Token t of a row is drawn from derive(row_seed, t), whatever else is drawn beside it. Tokens that rows said before (`begun`)
+    are counted in t and read for stop strings, and are not part of the completion.
     """
 
-    def __init__(
-        self,
-        policy: ConditionedPolicy,
-        sampling: SamplingParams,
-        row_seeds: torch.Tensor,
-        begun: Sequence[Sequence[int]] | None = None,
-    ):
+    def __init__(self, request: RolloutRequest):
+        sampling, profile = request.sampling, request.source.profile
+        row_seeds, begun = request.row_seeds.to(request.prompt_ids.device), request.begun
         self._rows, device = len(row_seeds), row_seeds.device
-        self.limit, self._sampling, self._pad = sampling.max_new_tokens, sampling, policy.pad_token_id
-        self._stop_ids = torch.tensor(policy.stop_token_ids, dtype=torch.long, device=device)
+        self.limit, self._sampling, self._pad = sampling.max_new_tokens, sampling, profile.pad_token_id
+        self._stop_ids = torch.tensor(profile.stop_token_ids, dtype=torch.long, device=device)
         begun = [()] * self._rows if begun is None else begun
         offset = torch.tensor([len(tokens) for tokens in begun], device=device).unsqueeze(1)
         steps = torch.arange(self.limit, device=device)
@@ -57,20 +46,20 @@ class Drawing:
         self._logprobs = torch.zeros(self._nowhere + 1, device=device)
         self._valid = torch.zeros(self._nowhere + 1, dtype=torch.bool, device=device)
         self._ended = self._valid.clone()
-        self._stop_strings = self._stop_criteria(policy) if sampling.stop_strings else None
+        self._stop_strings = self._stop_criteria(profile.tokenizer) if sampling.stop_strings else None
         if self._stop_strings is not None:
             window = self._stop_strings.maximum_token_len
             before = [[*[self._pad] * window, *tokens][-window:] for tokens in begun]
             self._before = torch.tensor(before, dtype=torch.long, device=device)
 
-    def _stop_criteria(self, policy: ConditionedPolicy) -> StopStringCriteria:
-        if policy.tokenizer is None:
+    def _stop_criteria(self, tokenizer) -> StopStringCriteria:
+        if tokenizer is None:
             raise ConfigError("stop_strings needs a tokenizer; give one to from_pretrained(tokenizer=...)")
         try:
-            return StopStringCriteria(policy.tokenizer, list(self._sampling.stop_strings))
+            return StopStringCriteria(tokenizer, list(self._sampling.stop_strings))
         except ValueError as error:
             raise ConfigError(
-                f"stop_strings: what the tokens of {type(policy.tokenizer).__name__} spell cannot be told ({error}); "
+                f"stop_strings: what the tokens of {type(tokenizer).__name__} spell cannot be told ({error}); "
                 "use end tokens instead"
             ) from error
 
@@ -112,16 +101,15 @@ class Drawing:
         """Whether rows end by what they say: after every token somebody has to look."""
         return self._stop_strings is not None
 
-    def hand_to(self, decoding: NativeDecoding, logits: torch.Tensor, others_wait: bool) -> torch.Tensor:
-        """Have `decoding` draw and step by itself, from logits (n, V), until all rows have finished or, if `others_wait`, there
-        is a place for a prompt. Those that finished have left then; returns the logits of the others (n', V)."""
+    def draws(self) -> Draws:
+        """What a decoder needs to draw by itself for the running rows, which it writes into; `drawn_by` follows."""
         self._write()
         options = {
             name: getattr(self._sampling, name)
             for name in ("temperature", "top_k", "top_p", "min_p")
             if getattr(self._sampling, name) is not None
         }
-        draws = Draws(
+        return Draws(
             self._place,
             self._last,
             self._seeds,
@@ -132,10 +120,11 @@ class Drawing:
             self._stop_ids,
             **options,
         )
-        left, logits = decoding.write(logits, draws, others_wait)
+
+    def drawn_by(self, draws: Draws, left: torch.Tensor) -> None:
+        """A decoder has drawn; only `left` (indices) of the running rows go on."""
         self.keep(left)
         self._place, self._last = draws.place, draws.last
-        return logits
 
     def _ends_in_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) bool: the text of the running rows with these tokens ends in a stop string."""

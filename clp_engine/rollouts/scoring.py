@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from clp_kernels import TokenStats
 
 from clp_engine.core.conditions import Conditions
-from clp_engine.models.backbones.packing import join, pack_rollout
-from clp_engine.rollouts.types import Rollout
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.models.backbones.packing import Packed, join, pack
+from clp_engine.models.conditioned import ConditionedModel
+from clp_engine.rollouts.types import Rollout, Samplable
 
 ALL = ("logprob", "ref_logprob", "kl", "entropy")
 _NEEDS_REFERENCE = {"ref_logprob", "kl", "reverse_kl"}
 
 
-def completion_hidden(
-    policy: ConditionedPolicy,
+def pack_rollout(batch: Rollout, mask: torch.Tensor | None = None, plain: bool = False) -> Packed:
+    """`pack` for a rollout; mask: by default all completion tokens; plain: prompts as the reference reads them."""
+    prompts = batch.prompt_ids, batch.counts[0]
+    if plain and batch.plain_ids is not None:
+        prompts = batch.plain_ids, batch.plain_mask.sum(-1).cpu()
+    elif mask is None:
+        return batch.packed
+    return pack(*prompts, batch.completion_ids, batch.counts[1] if mask is None else mask.sum(-1).cpu())
+
+
+def hidden_states(
+    model: ConditionedModel,
     batch: Rollout,
     coefficients: torch.Tensor | None,
     mask: torch.Tensor | None = None,
@@ -31,51 +38,51 @@ def completion_hidden(
     row on; by default all. Every prompt is computed once for its group where the model can, packed where it takes packed
     tokens. Differentiable in the adapters.
     """
-    backbone = policy.backbone
+    backbone = model.backbone
     plain = coefficients is None
     if backbone.packing_fault is None:
         packed = pack_rollout(batch, mask, plain)
-        with policy.blend.use(coefficients, None if plain else packed.prompts):
+        with model.blend.use(coefficients, None if plain else packed.prompts):
             return backbone.packed(packed)[packed.predictors]
     prompts = batch.prompt_ids, batch.prompt_mask
     if plain and batch.plain_ids is not None:
         prompts = batch.plain_ids, batch.plain_mask
     valid = batch.completion_mask if mask is None else mask
     if not backbone.shares_prompts:
-        with policy.blend.use(None if plain else coefficients.repeat_interleave(batch.group, 0)):
+        with model.blend.use(None if plain else coefficients.repeat_interleave(batch.group, 0)):
             prompts = (t.repeat_interleave(batch.group, 0) for t in prompts)
             return backbone.whole(*prompts, batch.completion_ids, valid)[valid]
-    with policy.blend.use(coefficients):
+    with model.blend.use(coefficients):
         before, context = backbone.prefill(*prompts)
     before = before.repeat_interleave(batch.group, 0)
     if batch.completion_ids.shape[1] == 1:
         return before[valid]
     context.repeat(batch.group)
-    with policy.blend.use(None if plain else coefficients.repeat_interleave(batch.group, 0)):
+    with model.blend.use(None if plain else coefficients.repeat_interleave(batch.group, 0)):
         after = backbone.extend(context, batch.completion_ids[:, :-1], valid[:, :-1])
     return torch.cat([before, after], 1)[valid]
 
 
-def joint_hidden(
-    policy: ConditionedPolicy,
+def joint_hidden_states(
+    model: ConditionedModel,
     batch: Rollout,
     coefficients: torch.Tensor | None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden, ref_hidden), each (N, H) as `completion_hidden` has it, of policy and reference in one pass through the model:
+    """(hidden, ref_hidden), each (N, H) as `hidden_states` has it, of policy and reference in one pass through the model:
     the reference is the rows whose blend is zero. For a model that takes packed tokens."""
     own, reference = pack_rollout(batch, mask), pack_rollout(batch, mask, plain=True)
     both = join(own, reference)
     blend = None
     if coefficients is not None:
         blend = torch.cat([coefficients, torch.zeros_like(coefficients)])
-    with policy.blend.use(blend, None if blend is None else both.prompts):
-        hidden = policy.backbone.packed(both)[both.predictors]
+    with model.blend.use(blend, None if blend is None else both.prompts):
+        hidden = model.backbone.packed(both)[both.predictors]
     return hidden.split([len(own.predictors), len(reference.predictors)])
 
 
 def completion_stats(
-    policy: ConditionedPolicy,
+    source: Samplable,
     batch: Rollout,
     conditions: Conditions | None,
     *,
@@ -95,22 +102,24 @@ def completion_stats(
     """
     needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
     grad = torch.is_grad_enabled()
-    if needs_reference and policy.moves_hidden and policy.joins_reference and ref_hidden is None and not grad:
-        hidden, ref_hidden = joint_hidden(policy, batch, policy.coefficients(conditions), mask)
+    if needs_reference and source.moves_hidden and source.joins_reference and ref_hidden is None and not grad:
+        hidden, ref_hidden = joint_hidden_states(
+            source.conditioned, batch, source.coefficients(conditions), mask
+        )
     else:
-        if ref_hidden is None and (needs_reference or not policy.moves_hidden):
+        if ref_hidden is None and (needs_reference or not source.moves_hidden):
             with torch.no_grad():
-                ref_hidden = policy.completion_hidden(batch, None, mask)
-        if not policy.moves_hidden:
+                ref_hidden = source.completion_hidden(batch, None, mask)
+        if not source.moves_hidden:
             # The policy's hidden states are the reference's.
             hidden = ref_hidden.clone().requires_grad_(hidden_grad and grad)
         else:
-            hidden = policy.completion_hidden(batch, conditions, mask)
+            hidden = source.completion_hidden(batch, conditions, mask)
     if mask is None:
         rows, places = batch.rows, batch.places
     else:
         rows, places = mask.nonzero()[:, 0].cpu(), mask.flatten().nonzero().squeeze(-1)
-    return hidden, policy.token_stats(
+    return hidden, source.token_stats(
         hidden,
         batch.completion_ids.flatten()[places],
         ref_hidden=ref_hidden if needs_reference else None,
@@ -152,7 +161,7 @@ def unpacked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def score(
-    policy: ConditionedPolicy,
+    source: Samplable,
     batch: Rollout,
     conditions: Conditions | None,
     *,
@@ -166,7 +175,7 @@ def score(
     """
     parts = [
         completion_stats(
-            policy,
+            source,
             batch.prompts(start, stop),
             None if conditions is None else conditions[start:stop],
             outputs=outputs,

@@ -1,16 +1,21 @@
-"""What a rollout is asked for, and what it returns."""
+"""What a rollout is asked for, what it is drawn from, and what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
+from clp_kernels import TokenStats
 
 from clp_engine.core import ranges
+from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.positions import Room
 from clp_engine.models.backbones.packing import Packed, pack
+from clp_engine.models.conditioned import ConditionedModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Rollout:
     prompt_ids, prompt_mask: (P, S), left-padded; completion_ids: (B, T) int64, right-padded, the end token included;
     completion_mask: (B, T) bool; logprobs: (B, T) float32, as sampled, at the sampling temperature; terminated: (B,) bool.
     plain_ids, plain_mask: (P, S'), the prompts as the reference reads them, where the policy reads something else (prompt
-    conditioning), or None.
+    conditioning), or None. engine: whose log-probs these are.
     """
 
     prompt_ids: torch.Tensor
@@ -56,6 +61,7 @@ class Rollout:
     terminated: torch.Tensor
     plain_ids: torch.Tensor | None = None
     plain_mask: torch.Tensor | None = None
+    engine: str = "clp_engine"
 
     @property
     def group(self) -> int:
@@ -113,6 +119,7 @@ class Rollout:
             self.logprobs[rows, :keep],
             self.terminated[rows],
             *plain,
+            self.engine,
         )
         part.__dict__["counts"] = prompt_lengths, lengths
         return part
@@ -136,3 +143,108 @@ def pad_left(
     lengths = torch.tensor([len(s) for s in sequences]).unsqueeze(-1)
     mask = torch.arange(longest) >= longest - lengths
     return ids.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a caller must know before it asks for completions.
+
+    objectives: their names, in the order of weight vectors. kl_is_beta: whether the KL coefficient is beta. default_kl: its
+    value where none is asked for. base_model: its name. tokenizer: or None. stop_token_ids: generation stops at any of them.
+    room: how many tokens are read.
+    """
+
+    objectives: tuple[str, ...]
+    kl_is_beta: bool
+    default_kl: float
+    base_model: str
+    tokenizer: Any
+    pad_token_id: int
+    stop_token_ids: list[int]
+    room: Room
+
+
+class Samplable(Protocol):
+    """What completions are drawn from and scored under: a policy, or a mixture of specialists.
+
+    conditioned: the model that computes; threads that draw from one model take turns. engine: what draws, or None for the
+    fastest that serves (`engines.choice`). moves_hidden: whether hidden states depend on the condition. joins_reference:
+    whether scoring without gradients computes the reference's rows in the same pass.
+    """
+
+    engine: RolloutEngine | None
+
+    @property
+    def conditioned(self) -> ConditionedModel: ...
+    @property
+    def profile(self) -> Profile: ...
+    @property
+    def moves_hidden(self) -> bool: ...
+    @property
+    def joins_reference(self) -> bool: ...
+
+    def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
+        """Per-row conditions from what a user writes. Raises ConfigError."""
+
+    def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
+        """(rows, D) on the model's device, or None where every row is the reference."""
+
+    def shown_prompts(
+        self, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, prompts: Sequence | None = None
+    ) -> list[list[int]] | None:
+        """What is read for each prompt under its condition; None where that is the prompt itself."""
+
+    def completion_hidden(
+        self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(N, H): the hidden state that predicts each completion token of `mask`; conditions: a row per prompt, None for the
+        reference."""
+
+    def token_stats(self, hidden: torch.Tensor, targets: torch.Tensor, **options) -> TokenStats:
+        """`linear_logprob` of these hidden states (rows, H); options: ref_hidden, conditions (a row each), temperature,
+        outputs, differentiable."""
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """Completions that an engine is to draw: `group` of each of P prompts.
+
+    source: what they are drawn from, each prompt under its row of conditions. prompt_ids, prompt_mask: (P, S), left-padded, as
+    the source reads them; plain: (ids, mask) as the reference reads them, or None where that is the same. row_seeds: (B,)
+    int64, a stream of random numbers for each of the B = P * group completions. begun: tokens that a completion has already,
+    which prompt_ids end with, or None. at_once: prompts whose completions are drawn together, at most.
+    """
+
+    source: Samplable
+    conditions: Conditions
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    plain: tuple[torch.Tensor, torch.Tensor] | None
+    group: int
+    sampling: SamplingParams
+    row_seeds: torch.Tensor
+    begun: Sequence[Sequence[int]] | None
+    at_once: int
+
+    @cached_property
+    def blend(self) -> torch.Tensor | None:
+        """(P, D), or None where every prompt's completions are the reference's."""
+        return self.source.coefficients(self.conditions)
+
+    def rollout(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        logprobs: torch.Tensor,
+        terminated: torch.Tensor,
+        engine: str = "clp_engine",
+    ) -> Rollout:
+        """What was drawn, as `Rollout` has it."""
+        plain = (None, None) if self.plain is None else self.plain
+        return Rollout(self.prompt_ids, self.prompt_mask, tokens, mask, logprobs, terminated, *plain, engine)
+
+
+class RolloutEngine(Protocol):
+    """Draws the completions of a request. `RolloutRequest.rollout` makes the Rollout of what was drawn."""
+
+    def run(self, request: RolloutRequest) -> Rollout: ...

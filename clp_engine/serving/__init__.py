@@ -1,10 +1,10 @@
-"""clp-engine steer: a page on this machine that shows what a trained policy says at any weighting.
+"""clp-engine steer: a page on this machine that shows the completions of a trained policy at any weighting.
 
-    page.html     the page: text in, a slider per objective, the completions, the front with a dot that moves
-    server.py     HTTP: who may ask, what is answered with which status
-    request.py    what is asked for, checked
-    session.py    the policy behind it: describes itself, writes completions
-    jobs.py       completions are written one after another, in the main thread
+    page.html     the page: a text field, a slider for each objective, the completions, and the front with a moving dot
+    app.py        the HTTP server: which senders are allowed, and which status answers what
+    requests.py   the page's requests, checked
+    session.py    the policy behind the page: its description and its completions
+    jobs.py       the queue of completions, which the main thread writes one after another
 
-Standard library alone; nothing is fetched from anywhere.
+The server needs the standard library alone. The page loads nothing from other machines.
 """

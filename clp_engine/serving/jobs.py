@@ -1,4 +1,4 @@
-"""Work that many threads ask for and one thread does, in the order of asking."""
+"""A queue of functions: many threads submit them, and one thread runs them in the order of submission."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ T = TypeVar("T")
 
 
 class Full(Exception):
-    """So many jobs are waiting that another one would wait too long."""
+    """The queue holds as many jobs as it may."""
 
 
 class Jobs:
-    """A queue of at most `most` jobs, done one after another by whoever calls `work`.
+    """A queue of at most `most` jobs. The thread that calls `work` runs them one after another.
 
-    That is the main thread here, for two reasons: Ctrl-C interrupts a completion that is being written, where a thread of its
-    own would hold up the end of the process; and torch keeps a pool of threads for each thread that computes.
+    `clp-engine steer` calls `work` in the main thread, for two reasons. Ctrl-C then interrupts a completion that is being
+    written; a completion in another thread would delay the end of the process. And torch keeps a pool of threads for each
+    thread that computes.
     """
 
     def __init__(self, most: int = 16):
         self._waiting: queue.Queue[tuple[Future, Callable] | None] = queue.Queue(most)
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
-        """The function's result, or its error, in time. Raises Full where `most` jobs are waiting."""
+        """A future of the function's result or error. Raises Full where `most` jobs are waiting."""
         future: Future[T] = Future()
         try:
             self._waiting.put_nowait((future, function))
@@ -34,7 +35,7 @@ class Jobs:
         return future
 
     def work(self) -> None:
-        """Do what is submitted, until `stop`. A job that was cancelled while it waited is left out."""
+        """Run the submitted jobs until `stop`. A job that was cancelled while it waited is not run."""
         while (job := self._waiting.get()) is not None:
             future, function = job
             if not future.set_running_or_notify_cancel():
@@ -45,5 +46,5 @@ class Jobs:
                 future.set_exception(error)
 
     def stop(self) -> None:
-        """`work` returns after the jobs that are waiting now."""
+        """Make `work` return once the jobs that are waiting now have run."""
         self._waiting.put(None)

@@ -1,4 +1,4 @@
-"""The policy behind the page: what it is, what its run measured, and what it says beside the base model."""
+"""The policy behind the page: its description, the front that its run measured, and completions beside the base model's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
 from clp_engine.data.prompts import encode_prompts
-from clp_engine.evaluation.evaluate import ParetoReport
+from clp_engine.evaluation.report import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.serving.request import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
+from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
 from clp_engine.training import runs, trust
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _REMEMBERED = 64  # completions of the base model: moving a slider asks for the 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """prompt: text or chat messages; token_ids: what the model reads of it; note: what it does not read, or None."""
+    """prompt: text or chat messages. token_ids: the tokens that the model reads. note: on text that was cut off, or None."""
 
     prompt: str | list[dict[str, str]]
     token_ids: list[int]
@@ -38,9 +38,9 @@ class Session:
     """A policy and the folder it came from; see `describe` and `generate`.
 
     run: a run folder, or a policy folder or checkpoint in it, as for `clp-engine generate`.
-    examples: a file of prompts to choose from, as for `sources.read_rows`; None: the run's own data, where it is in the run's
-    folder or this user trained the run.
-    Raises ConfigError where there is no policy, or none with a tokenizer, or the examples cannot be read.
+    examples: a file of prompts that the page offers, in the formats of `sources.read_rows`. None takes the run's own data,
+    if they lie in the run's folder or this user trained the run.
+    Raises ConfigError where the run has no policy, the policy has no tokenizer, or the examples cannot be read.
     """
 
     def __init__(self, run: str | Path, device: str | None = None, examples: str | Path | None = None):
@@ -55,7 +55,7 @@ class Session:
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """What the page needs to know, for JSON. The report is read anew: it may have been written meanwhile."""
+        """What the page shows of the policy, for JSON. Each call reads the report again: it may be new."""
         policy, config = self.policy, self._config
         front, front_note = self._front()
         template = getattr(policy.tokenizer, "chat_template", None) is not None
@@ -86,7 +86,7 @@ class Session:
         return {} if self.spec is None else self.spec.config
 
     def _weights_note(self) -> str | None:
-        """Why the weights do nothing, where they do nothing."""
+        """The reason why the weights have no effect, or None where they have one."""
         if len(self.policy.objectives) == 1:
             return "There is one objective, so its weight is always 1."
         if not self.policy.conditioning.blended and not self.policy.conditioning.prompt:
@@ -94,7 +94,7 @@ class Session:
         return None
 
     def _front(self) -> tuple[dict[str, Any] | None, str | None]:
-        """(points and base of the report, or None; why there is none)."""
+        """The points and base of the report, or None; and the reason where there are none, or None."""
         folders = [self.run]
         if runs.policy_directory(self.run) == self.run.parent / "policy":  # RUN/policy: the report is RUN's
             folders.append(self.run.parent)
@@ -134,9 +134,10 @@ class Session:
     # -- what it says -------------------------------------------------------------------------------------------------
 
     def generate(self, request: GenerateRequest) -> dict[str, Any]:
-        """The policy's completion at the request's condition and, where asked for, the base model's, for JSON.
+        """The policy's completion at the request's condition and, where requested, the base model's, for JSON.
 
-        Raises ConfigError for weights and KL coefficients that do not fit the policy, and for a text that is too long for it.
+        Raises ConfigError for weights and KL coefficients that do not fit the policy, and for a text that is too long for
+        the model.
         """
         if request.kl is not None and not (kl := _kl(self.policy, self._config))["adjustable"]:
             raise ConfigError(f"kl was given, and {kl['reason'][0].lower()}{kl['reason'][1:]}")
@@ -146,7 +147,9 @@ class Session:
         started = time.perf_counter()
         answer = {
             # Six digits: they are float32, and 0.1 should read as 0.1.
-            "weights": {n: round(w, 6) for n, w in zip(self.policy.objectives, conditions.weights[0].tolist())},
+            "weights": {
+                n: round(w, 6) for n, w in zip(self.policy.objectives, conditions.weights[0].tolist())
+            },
             "kl": round(conditions.kl[0].item(), 6),
             "prompt_tokens": len(prompt.token_ids),
             "prompt_note": prompt.note,
@@ -158,7 +161,7 @@ class Session:
         return answer | {"seconds": round(time.perf_counter() - started, 3)}
 
     def _read(self, request: GenerateRequest, conditions: Conditions) -> _Prompt:
-        """The request's text as the model reads it, the way it was trained."""
+        """The request's text in the form of the prompts in training, as tokens."""
         tokenizer, note, text = self.policy.tokenizer, None, request.text.strip()
         prompt: str | list[dict[str, str]] = text
         if self.spec is not None and self.spec.task is not None:
@@ -166,7 +169,9 @@ class Session:
 
             prompt = as_prompt(text, tokenizer)
             if text not in prompt:
-                note = "The text is longer than the model reads; what comes after the first words was left out."
+                note = (
+                    "The text is longer than the model reads; what comes after the first words was left out."
+                )
         elif request.chat:
             if getattr(tokenizer, "chat_template", None) is None:
                 raise ConfigError("chat was asked for, and this policy's tokenizer has no chat template")
@@ -179,7 +184,9 @@ class Session:
         self._check_room(token_ids, request, conditions, prompt)
         return _Prompt(prompt, token_ids, note)
 
-    def _check_room(self, token_ids: list[int], request: GenerateRequest, conditions: Conditions, prompt) -> None:
+    def _check_room(
+        self, token_ids: list[int], request: GenerateRequest, conditions: Conditions, prompt
+    ) -> None:
         shown = self.policy.shown_prompts([token_ids], conditions, [prompt])
         ids = token_ids if shown is None else shown[0]
         self.policy.room.check_prompt(ids, request.max_new_tokens, "the text", self.policy.tokenizer)
@@ -214,13 +221,14 @@ class Session:
 
 
 def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
-    """Name, value and range of the KL coefficient, or why it cannot be moved."""
+    """Name, value and range of the KL coefficient, or the reason why it is fixed."""
     spec = policy.spec
     name = "beta" if policy.kl_is_beta else "alpha"
     known = {"name": name, "value": round(spec.default_kl, 6)}
     if spec.kl_conditioning == "none" and "{kl}" not in (spec.prompt_template or ""):
         reason = (
-            f"The policy is not conditioned on {name}: kl_conditioning was none in training, so it is the same at any value."
+            f"The policy is not conditioned on {name}: kl_conditioning was none in training, "
+            "so it is the same at any value."
         )
         return {**known, "adjustable": False, "reason": reason}
     trained = config.get(f"{name}_range") or config.get(f"{name}_grid")
@@ -229,14 +237,16 @@ def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
     else:
         low, high = spec.min_kl or spec.default_kl / 10, max(10 * spec.default_kl, 0.1)
         high = high if policy.kl_is_beta else min(high, 1.0)
-        reason = f"Training is not known to have seen other values than {spec.default_kl:g}; this goes beyond it."
+        reason = (
+            f"Training is not known to have seen other values than {spec.default_kl:g}; this goes beyond it."
+        )
     return {**known, "adjustable": True, "low": low, "high": high, "reason": reason}
 
 
 def _examples(
     spec: runs.RunSpec | None, run: Path, given: str | Path | None
 ) -> tuple[list[dict[str, str]], bool | None]:
-    """Texts to try, and whether the run's prompts are chats (None where that is not known)."""
+    """Texts that the page offers, and whether the run's prompts are chats (None where this is unknown)."""
     if given is not None:
         rows = sources.read_rows(given)[:EXAMPLES]
     elif spec is None:
@@ -246,7 +256,7 @@ def _examples(
         return [{"name": row["name"], "text": row["document"]} for row in rows], False
     else:
         path = Path(spec.eval_dataset or spec.dataset)
-        # A run of somebody else could name any file of this user, for whoever sees the page to read.
+        # Another person's run could name any file of this user, and the page would show it.
         folder = run if (run / "run.json").is_file() else run.parent
         if not (trust.is_own(spec) or path.resolve().is_relative_to(folder.resolve())):
             return [], None
@@ -260,7 +270,7 @@ def _examples(
 
 
 def _user_text(prompt: Any) -> str | None:
-    """What a user would type for this prompt; None for a chat of several messages."""
+    """The text that a user would type for this prompt. None for a chat of several messages."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and isinstance(prompt[0].get("content"), str):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clp_engine.core import files
+from clp_engine.core import files, records
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.files import read_json, read_tensors
+from clp_engine.core.files import UNREADABLE, read_json, read_tensors
 from clp_engine.models import fingerprint
 from clp_engine.objectives.value_head import ValueHead
 from clp_engine.training import run_folder
@@ -25,8 +27,35 @@ from clp_engine.training.stepping.flat_adamw import set_slots_of, slots_of
 
 _TENSORS, _POLICY = "training.safetensors", "policy"
 _ADAPTERS = f"{_POLICY}/adapters.safetensors"
+_ANOTHER = "resume from another checkpoint"
 _VALUE = "value."  # in front of the value head's tensors
 _UNFINISHED = "unfinished."  # in front of those of completions that go on (partial.py)
+
+
+@dataclass(frozen=True)
+class _Objectives:
+    """Of clp_config.json, what a resumed run compares with its own."""
+
+    objectives: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """What trainer_state.json holds, as far as its types are looked at before anything is restored."""
+
+    config: dict[str, Any]
+    step: int = 0
+    run: str | None = None
+    written: float = 0.0
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    mix_controller: dict[str, float] = field(default_factory=dict)
+    metric_log: dict[str, list[float]] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    num_generated_tokens: int = 0
+    random: dict[str, list[Any]] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def _random_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -105,7 +134,20 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} was not written by this engine; expected a checkpoint of an earlier run of its own"
         )
+    records.of(_State, state, path / STATE_FILE, _ANOTHER)
     return state
+
+
+@contextlib.contextmanager
+def restoring(path: str | Path) -> Iterator[None]:
+    """What the block makes of the state of a checkpoint: where it cannot, a ConfigError that names the file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{Path(path) / STATE_FILE} is damaged or another's ({reason}); {_ANOTHER}") from error
 
 
 def load_policy(path: str | Path, policy) -> None:
@@ -113,7 +155,7 @@ def load_policy(path: str | Path, policy) -> None:
     objectives."""
     folder = Path(path) / _POLICY
     fingerprint.check(folder, policy.model)
-    objectives = read_json(folder / "clp_config.json").get("objectives")
+    objectives = records.read(folder / "clp_config.json", _Objectives, _ANOTHER).objectives
     if objectives is not None and tuple(objectives) != policy.objectives:
         raise ConfigError(
             f"{path} has the objectives {', '.join(objectives)}, in this order, and this run {', '.join(policy.objectives)}; "
@@ -156,7 +198,8 @@ def load(
         value_head.load_state_dict(head)
     for name, parameter in parameters.items():
         set_slots_of(optimizer, parameter, {slot: t.to(parameter.device) for slot, t in slots[name].items()})
-    _restore_random(state["random"], tensors)
+    with restoring(path):
+        _restore_random(state["random"], tensors)
 
 
 def _optimizer_slots(
@@ -186,8 +229,8 @@ def _training_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     _verify(path, _TENSORS)
     try:
         return load_file(Path(path) / _TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{Path(path) / _TENSORS} is damaged ({error}); resume from another checkpoint") from error
+    except UNREADABLE as error:
+        raise ConfigError(f"{Path(path) / _TENSORS} is damaged ({error}); {_ANOTHER}") from error
 
 
 def _verify(path: str | Path, name: str) -> None:

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clp_engine.core import ranges, seeds, statistics, transformers_releases
+from clp_engine.core import ranges, seeds, statistics, tables, transformers_releases
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
-from clp_engine.core.statistics import CONFIDENCE, Interval
+from clp_engine.core.statistics import Interval
 from clp_engine.objectives.estimators import ESTIMATORS
 from clp_engine.training import checkpoints, runs, trust
 from clp_engine.training.collecting.collector import Generation
@@ -101,9 +101,8 @@ def gradient_noise(
     if count < 3:
         raise ValueError(f"{count} batches: at least 3 are needed for an interval")
     reference = torch.stack([gradients[v] for v in _unbiased(list(gradients))]).mean(0)
-    resamples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=bootstrap)
     # The first row takes every batch once: the estimate itself.
-    counts = np.concatenate([np.ones((1, count)), resamples.astype(np.float64)])
+    counts = np.concatenate([np.ones((1, count)), statistics.resample_counts(count, bootstrap, seed)])
     counts = counts[(counts > 0).sum(1) > 1]  # a resample of one batch alone has no pair
 
     variances, result = None, []
@@ -147,8 +146,8 @@ def _pair_mean(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _interval(values: np.ndarray) -> Interval:
     """The first value, with the interval of the others."""
-    low, high = statistics.interval(values[1:], CONFIDENCE)
-    return Interval(*(0.0 if math.isnan(v) else float(v) for v in (values[0], low, high)))
+    found = Interval.of(values[0], values[1:])
+    return Interval(*(0.0 if math.isnan(v) else v for v in (found.mean, found.low, found.high)))
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
@@ -322,21 +321,12 @@ def table(report: VarianceReport) -> str:
             str(moment.step),
             n.estimator,
             n.baseline,
-            _shown(n.variance),
-            _shown(n.relative),
+            f"{n.variance:.3g}",
+            f"{n.relative:.3g}",
             f"{n.norm.mean:.3g}",
-            _shown(n.bias),
+            f"{n.bias:.3g}",
         ]
         for moment in report.moments
         for n in moment.noise
     ]
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |"
-        for line in (header, rule, *rows)
-    )
-
-
-def _shown(value: Interval) -> str:
-    return f"{value.mean:.3g} [{value.low:.3g}, {value.high:.3g}]"
+    return tables.markdown(header, rows)

@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from clp_engine.core import files
-from clp_engine.core.errors import ConfigError
+from clp_engine.core import files, records
+from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.locking import Busy, exclusive
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,23 @@ STATE_FILE = "trainer_state.json"  # of a checkpoint; transformers has one, too,
 _MANIFEST = "clp_manifest.json"
 _RECORDS = frozenset({"log.jsonl", "run.json", "completions.jsonl"})  # a new run may replace them unasked
 _OF_TRAINING = re.compile(r"checkpoint-\d+|policy|run\.json|log\.jsonl|clp_manifest\.json")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The content of clp_manifest.json."""
+
+    run: str | None
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What trainer_state.json says of its checkpoint. written: when, in seconds since 1970."""
+
+    step: int | None = None
+    written: float = 0.0
+    run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,13 +59,11 @@ class Manifest:
         path = Path(folder) / _MANIFEST
         if not path.is_file():
             return None
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(raw["run"], frozenset(raw["files"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path} cannot be read ({error}); expected what a training wrote: remove it to keep every file in the folder"
-            ) from error
+        remedy = "expected what a training wrote: remove it to keep every file in the folder"
+        written = records.read(path, _Written, remedy)
+        if odd := next((name for name in written.files if not files.nameable(name)), None):
+            raise ConfigError(f"{path} is damaged or another's ({shown(odd)} can be no file); {remedy}")
+        return cls(written.run, frozenset(written.files))
 
     def write(self, folder: str | Path) -> None:
         content = {"run": self.run, "files": sorted(self.files)}
@@ -134,11 +149,12 @@ def _all_checkpoints(folder: str | Path) -> list[tuple[Path, str | None]]:
         if not step.isdecimal() or not (path / STATE_FILE).is_file():
             continue
         try:
-            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-            if "step" in state:
-                found.append((state.get("written", 0.0), int(step), path, state.get("run")))
-        except (ValueError, AttributeError):
-            logger.warning("%s cannot be read, and is left alone", path / STATE_FILE)
+            state = records.read(path / STATE_FILE, _Saved)
+        except ConfigError as error:
+            logger.warning("%s; its checkpoint is left alone", error)
+            continue
+        if state.step is not None:
+            found.append((state.written, int(step), path, state.run))
     return [(path, run) for _, _, path, run in sorted(found, key=lambda entry: entry[:2])]
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from clp_engine.core import ranges, records
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import finish, write_text
 from clp_engine.data.sources import load_reward, read_rows
@@ -103,12 +104,15 @@ class RunSpec:
         path = Path(directory) / "run.json"
         if not path.is_file():
             return None
+        spec = records.read(path, cls)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            known = {f.name for f in fields(cls)}
-            return cls(**{k: tuple(v) if k == "objectives" else v for k, v in raw.items() if k in known})
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
+            for name in ranges.TRAINING.keys() & spec.config.keys():
+                if spec.config[name] is not None:
+                    ranges.TRAINING[name].check(name, spec.config[name], ranges.LISTS + ranges.MAPPINGS)
+            records.finite({"train_seconds": spec.train_seconds}, path)
+        except ConfigError as error:
+            raise ConfigError(f"{path} is damaged or another's ({error}); {records.AGAIN}") from error
+        return spec
 
     def save(self, directory: str | Path) -> None:
         path = Path(directory) / "run.json"
@@ -129,6 +133,8 @@ class RunSpec:
         """Reward functions by objective, in order; classifiers stay names, which RewardSet loads."""
         if self.task is not None:
             return _select(find_task(self.task), self.objectives)
+        if not self.rewards:
+            raise ConfigError("this run names neither a task nor rewards; give --task, or --dataset and --rewards")
         return {name: load_reward(spec) for name, spec in self.rewards.items()}
 
     def train_rows(self, limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -136,6 +142,8 @@ class RunSpec:
         if self.task is not None:
             task = find_task(self.task)
             return task.load_dataset(task.rl_split, limit=limit, seed=seed)
+        if self.dataset is None:
+            raise ConfigError("this run names neither a task nor a dataset; train it with one")
         return read_rows(self.dataset)[:limit]
 
     def eval_rows(

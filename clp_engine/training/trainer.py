@@ -40,6 +40,7 @@ from clp_engine.objectives.value_head import ValueHead, explained_variance
 from clp_engine.objectives.weightings import ConditionSampler, build_sampler
 from clp_engine.policy.peft import lora_config
 from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.rollouts.engines.choice import detours
 from clp_engine.rollouts.scoring import score
 from clp_engine.training import best, callback_states, checkpoints, run_folder
 from clp_engine.training.budget import Budget, finish_step_on_interrupt
@@ -147,7 +148,7 @@ class CLPTrainer(ScriptSurface):
             )
         if self.args.gradient_checkpointing:
             self.policy.checkpoint_layers()
-        for detour in self.policy.detours():
+        for detour in detours(self.policy):
             logger.warning("%s: %s", type(self.policy.model).__name__, detour)
         self.timer = PhaseTimer(self.policy.device)
         self.collector = Collector(
@@ -879,6 +880,10 @@ class CLPTrainer(ScriptSurface):
                 "(or start a new run from its policy folder)"
             )
         checkpoints.load(path, self.policy, self.optimizer, self.value_head)
+        with checkpoints.restoring(path):
+            self._restore_state(path, saved)
+
+    def _restore_state(self, path: Path, saved: Mapping) -> None:
         self.train_dataset.load_state_dict(saved.get("data", {}))
         if self.partial is not None:
             self.partial.load_state_dict(checkpoints.load_unfinished(path), self.train_dataset)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
-from clp_engine.evaluation.compare.summary import CONFIDENCE, Estimate, t_probability
+from clp_engine.core.statistics import CONFIDENCE, Estimate, t_probability
 
 HERE = Path(__file__).with_suffix("")
 LIBRARIES = {"clp": "CLPTrainer", "trl": "TRL GRPOTrainer with PEFT"}

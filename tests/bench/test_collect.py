@@ -86,7 +86,7 @@ def round_folder(tmp_path):
     demo = json.loads((ROOT / "bench" / "results" / "docsum_demo.json").read_text())
     demo["setup"]["device"] = "cuda:0"
     from bench.gpu import fronts
-    from clp_engine.evaluation.evaluate import ParetoReport
+    from clp_engine.evaluation.report import ParetoReport
 
     one, other = (
         ParetoReport.load(ROOT / "bench" / "results" / "docsum_demo.json"),

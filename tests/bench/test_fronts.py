@@ -9,7 +9,7 @@ import pytest
 
 from bench.gpu import fronts
 from clp_engine.core.statistics import Interval
-from clp_engine.evaluation.evaluate import ParetoReport
+from clp_engine.evaluation.report import ParetoReport
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "docsum_demo.json"
 

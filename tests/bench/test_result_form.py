@@ -25,7 +25,7 @@ def result(**variant):
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_every_committed_result_has_the_form(path):
     if "hypervolume" in json.loads(path.read_text(encoding="utf-8")):
-        pytest.skip("a Pareto report, which clp_engine.evaluation.evaluate defines")
+        pytest.skip("a Pareto report, which clp_engine.evaluation.report defines")
     found = schema.load(path)
     assert found.cases and found.environment["device"] and found.environment["commit"]
 

@@ -136,13 +136,10 @@ def test_what_raises_is_a_result_and_the_others_are_measured(monkeypatch):
 
 
 def test_the_slots_of_a_gpu_are_right_in_bfloat16(monkeypatch):
-    from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding
+    from clp_engine.rollouts.engines import choice
+    from clp_engine.rollouts.engines.cuda_graphs import GraphDecoder
 
-    def decoding(self, ids, mask, conditions, group, room, at_once):
-        return SlotDecoding(self, ids, mask, self.coefficients(conditions), group, room, at_once)
-
-    monkeypatch.setattr(ConditionedPolicy, "decoding", decoding)
+    monkeypatch.setattr(choice, "step_decoder", GraphDecoder)
     for module in (step_case, rollout):
         monkeypatch.setattr(module, "FLOAT32", ())
     # Enough tokens for the errors of two computations in bfloat16 to be of one size.

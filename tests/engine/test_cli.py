@@ -18,7 +18,8 @@ import torch
 from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 
-from clp_engine.cli.main import main, parse_assignments
+from clp_engine.cli.arguments import parse_assignments
+from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
 from clp_engine.training import runs
@@ -709,8 +710,8 @@ def test_info_says_what_a_training_needs_before_it_starts(workplace, trained, ca
 
 def test_a_reader_that_leaves_early_is_not_an_error():
     much = (
-        "import sys, clp_engine.cli.main as cli; cli._info = lambda arguments: print('x' * 100000); "
-        "sys.exit(cli.main(['info']))"
+        "import sys; from clp_engine.cli import info, main; info.run = lambda arguments: print('x' * 100000); "
+        "sys.exit(main.main(['info']))"
     )
     for command in ([sys.executable, "-m", "clp_engine", "--help"], [sys.executable, "-c", much]):
         shell = f"{shlex.join(command)} | true; echo ${{PIPESTATUS[0]}}"
@@ -724,5 +725,5 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_the_remedy(monkeypatch,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoint-2")
 
     monkeypatch.setattr(runs, "train", full)
-    line = refused(["train", "config.yaml", "--output-dir", "other"], capsys)
+    line = refused(["train", "config.yaml", "--output-dir", "full-disk"], capsys)
     assert "run/checkpoint-2: No space left on device; make room" in line and "--resume" in line

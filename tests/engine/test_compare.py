@@ -21,9 +21,10 @@ from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.statistics import Estimate, Interval, t_probability, t_quantile
 from clp_engine.evaluation.compare import compare, make_plan, report, schedule, work
-from clp_engine.evaluation.compare.plan import Method
+from clp_engine.evaluation.compare.methods import Method
 from clp_engine.evaluation.compare.summary import Front, dominated, summarise
-from clp_engine.evaluation.evaluate import Base, ParetoReport
+from clp_engine.evaluation.front import Base
+from clp_engine.evaluation.report import ParetoReport
 from clp_engine.policy.logit_mixture import LogitMixture
 from clp_engine.training import runs
 from clp_engine.training.run_folder import checkpoints
@@ -355,7 +356,7 @@ def test_a_comparison_killed_in_the_middle_of_runs_ends_as_one_that_never_was(
     (workplace / "killed.json").write_text(json.dumps(config))
     code = """
 import json, os
-from clp_engine import trainer
+from clp_engine.training import trainer
 from clp_engine.evaluation.compare import compare
 step = trainer.CLPTrainer._step
 def dying(self, bar):

@@ -8,13 +8,14 @@ from transformers.models.llama4 import Llama4ForCausalLM
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.backbones.packing import pack_rollout
 from clp_engine.models.base import auto_class
 from clp_engine.models.text_path import beside_text, text_stack
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.engines import native
-from clp_engine.rollouts.rollout import SamplingParams, rollout
-from clp_engine.rollouts.scoring import score
+from clp_engine.rollouts.engines.choice import detours
+from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.scoring import pack_rollout, score
+from clp_engine.rollouts.types import SamplingParams
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
 
@@ -68,7 +69,7 @@ def llama4_policy(**options):
 
 def test_the_whole_fast_path_is_taken_for_text(composite):
     policy = build_policy(composite)
-    assert policy.detours() == []
+    assert detours(policy) == []
     assert policy.shares_prompts
     assert native.plan(policy).reason is None
 
@@ -107,7 +108,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(composite, slow):
     policy = build_policy(composite)
     if slow:
         policy.model.register_forward_hook(lambda *_: None)  # the native decoder leaves models with hooks to transformers
-        assert any("hooks" in line for line in policy.detours())
+        assert any("hooks" in line for line in detours(policy))
     stale(policy.model)
     found = drawn_by(policy, temperature=0).token_lists()[::2]
     model = policy.attach()
@@ -162,7 +163,7 @@ def test_a_composite_is_loaded_from_disk_saved_and_exported_for_peft(composite, 
     base.save_pretrained(tmp_path / "base")
     build_tokenizer().save_pretrained(tmp_path / "base")
     policy = ConditionedPolicy.from_pretrained(str(tmp_path / "base"), ["a", "b"], rank=4)
-    assert policy.detours() == []
+    assert detours(policy) == []
     with torch.no_grad():
         for name, parameter in policy.adapter_parameters().items():
             if name.endswith("lora_b"):
@@ -222,9 +223,24 @@ def test_queries_that_are_scaled_by_their_position_are_packed_and_not_left_to_th
     policy = ConditionedPolicy.from_pretrained(
         AutoModelForCausalLM.from_config(config), ["a", "b"], tokenizer=build_tokenizer()
     )
-    assert ["llama_4_scaling_beta" in line for line in policy.detours()] == [True]
+    assert ["llama_4_scaling_beta" in line for line in detours(policy)] == [True]
     batch = drawn_by(policy)
     torch.testing.assert_close(score(policy, batch, MIXED).logprob, batch.logprobs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("lengths", [(1, 1, 2), (2, 4, 5)], ids=["as many tokens as heads", "more"])
+def test_norms_of_heads_are_blended_for_each_packed_token(family, lengths):
+    """Their inputs are (1, tokens, heads, size) in one family and (1, heads, tokens, size) in the other."""
+    policy = build_policy(family, conditioning="full")
+    assert any(name.endswith("q_norm") for name in policy.layers)
+    conditions = Conditions(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.full((2,), 0.1))
+    first, second, room = lengths
+    prompts = [[5] * first, [8] * second]
+    batch = rollout(policy, prompts, conditions, sampling=SamplingParams(room), seed=1)
+    heads = policy.config.text_config.num_attention_heads
+    assert (len(pack_rollout(batch).ids) == heads) == (room == 2)
+    torch.testing.assert_close(score(policy, batch, conditions).logprob, batch.logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("conditioning", ["full", "attention", "lora+logit"])
@@ -282,7 +298,7 @@ def test_a_lora_config_chooses_on_the_text_path_and_says_what_it_leaves():
 
 def test_llama_4_is_a_causal_model_that_says_how_it_runs():
     policy = llama4_policy()
-    [detour] = policy.detours()
+    [detour] = detours(policy)
     assert "chunked_attention" in detour
     batch = drawn_by(policy)
     ours = score(policy, batch, MIXED).logprob

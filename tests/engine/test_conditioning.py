@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from engine.conftest import (
+    COMPOSITE,
     VOCAB,
     build_model,
     build_policy,
@@ -136,8 +137,8 @@ def test_full_gradients_are_those_of_the_merged_model_times_the_coefficient(fami
 def test_full_has_a_delta_for_every_parameter(family):
     policy = build_policy(family, conditioning="full")
     base = build_model(family)
-    shared = unconditioned(base)  # T5's relative position biases
-    assert bool(shared) == family.startswith("t5")
+    shared = unconditioned(base)  # T5's relative position biases, and layers for images
+    assert bool(shared) == (family.startswith("t5") or family in COMPOSITE)
     count = sum(p.numel() for name, p in base.named_parameters() if name not in shared)
     assert sum(p.numel() for p in policy.adapter_parameters().values()) == 2 * count
 

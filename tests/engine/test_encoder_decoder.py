@@ -11,7 +11,7 @@ from engine.test_trainer import ROWS, high_words, log_of, low_words, settings
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.evaluation.evaluate import evaluate
-from clp_engine.models.backbones.causal import make_backbone
+from clp_engine.models.backbones.choice import make_backbone
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import completion_stats, score

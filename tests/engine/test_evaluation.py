@@ -16,8 +16,10 @@ from clp_engine.core.provenance import source_commit
 from clp_engine.data.rewards import RewardSet
 from clp_engine.evaluation import evaluate as module
 from clp_engine.evaluation import pareto
-from clp_engine.evaluation.evaluate import ParetoReport, default_grid, evaluate
-from clp_engine.evaluation.report import draw, summary, table
+from clp_engine.evaluation.evaluate import evaluate
+from clp_engine.evaluation.front import default_grid
+from clp_engine.evaluation.plots import draw
+from clp_engine.evaluation.report import ParetoReport, summary, table
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams
@@ -133,7 +135,7 @@ def test_without_matplotlib_the_rest_is_written_and_a_line_says_so(tmp_path, rep
     assert "pareto.png" not in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("content, complaint", [("{}", "not a report"), ("{", "not JSON")])
+@pytest.mark.parametrize("content, complaint", [("{}", "is missing.; write it again"), ("{", "no JSON")])
 def test_loading_what_is_not_a_report_says_so(tmp_path, content, complaint):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ConfigError, match=complaint):

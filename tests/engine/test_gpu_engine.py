@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate
 from clp_engine.core.conditions import Conditions
-from clp_engine.rollouts.engines import cuda_graphs, fused_step
+from clp_engine.rollouts.engines import cuda_graphs
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 
@@ -55,13 +55,13 @@ def few_words(completions, **_):
 @pytest.fixture
 def captured(monkeypatch):
     """The numbers of slots that graphs were captured for."""
-    counts, capture = [], cuda_graphs.SlotDecoding._capture
+    counts, capture = [], cuda_graphs.GraphDecoder._capture
 
     def counted(self, count):
         counts.append(count)
         return capture(self, count)
 
-    monkeypatch.setattr(cuda_graphs.SlotDecoding, "_capture", counted)
+    monkeypatch.setattr(cuda_graphs.GraphDecoder, "_capture", counted)
     return counts
 
 
@@ -74,7 +74,7 @@ def test_a_rollout_says_what_it_says_on_a_cpu(name, captured):
     on_gpu(policy)
     drawn = rollout(policy, PROMPTS, mixed("cuda"), **options)
     assert drawn.completion_ids.is_cuda and captured
-    assert (fused_step.plan(policy).reason is None) == (name != "gpt2")
+    assert (cuda_graphs.plan(policy).reason is None) == (name != "gpt2")
     assert drawn.token_lists() == expected.token_lists()
     torch.testing.assert_close(drawn.logprobs.cpu(), expected.logprobs, rtol=1e-3, atol=1e-3)
 

@@ -22,10 +22,12 @@ from transformers import (
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.rollouts.engines import native
-from clp_engine.rollouts.engines.modules import BlendDecoding
+from clp_engine.rollouts.engines import llama_weights, native, trials
+from clp_engine.rollouts.engines.base import DecoderRequest
+from clp_engine.rollouts.engines.choice import detours
+from clp_engine.rollouts.engines.modules import ModulesDecoder
 from clp_engine.rollouts.rollout import rollout
-from clp_engine.rollouts.rows import Drawing
+from clp_engine.rollouts.rows import Rows
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams, pad_left
 
@@ -104,8 +106,8 @@ def both(policy, conditions, group=3, room=24, prompts=PROMPTS):
     assert made.reason is None
     ids, mask = pad_left(prompts, 0, policy.device)
     blend = None if conditions is None else policy.coefficients(conditions)
-    arguments = policy, ids, mask, blend, group, room, len(prompts)
-    return native.NativeDecoding(*arguments, made), BlendDecoding(*arguments)
+    request = DecoderRequest(policy, ids, mask, blend, group, room, len(prompts))
+    return native.NativeDecoder(request, made), ModulesDecoder(request)
 
 
 @torch.no_grad()
@@ -143,7 +145,7 @@ def test_a_bfloat16_model_is_decoded_no_less_exactly_than_by_its_modules(native_
     """Both against the float32 model of the same numbers, and behind a prompt that transformers reads in bfloat16."""
     half = policy_of(FAMILIES[native_family](), base=lambda model: model.bfloat16())
     whole = policy_of(FAMILIES[native_family](), base=lambda model: model.bfloat16().float())
-    assert native.base_dtype(half) is torch.bfloat16
+    assert llama_weights.base_dtype(half) is torch.bfloat16
     ours, modules = both(half, MIXED)
     error, theirs = (worst_difference(each, both(whole, MIXED)[1]) for each in (ours, modules))
     assert 0 < error <= theirs  # equal where the prompt's part is the largest
@@ -170,7 +172,7 @@ def test_the_same_seeds_give_the_same_tokens_either_way(monkeypatch):
     policy = policy_of(FAMILIES["qwen2"]())
     drawn = {}
     for way in ("native", "torch"):
-        monkeypatch.setenv(native.SWITCH, way)
+        monkeypatch.setenv(trials.SWITCH, way)
         drawn[way] = rollout(policy, PROMPTS, MIXED, num_generations=8, sampling=SamplingParams(20), seed=3)
     assert drawn["native"].token_lists() == drawn["torch"].token_lists()
 
@@ -180,7 +182,7 @@ def test_the_same_seeds_give_the_same_tokens_either_way(monkeypatch):
 def test_what_is_written_without_python_is_what_is_drawn_token_by_token(monkeypatch, max_rows, cut):
     policy, drawn = policy_of(FAMILIES["llama"]()), {}
     for watched in (False, True):
-        monkeypatch.setattr(Drawing, "reads_text", watched)
+        monkeypatch.setattr(Rows, "reads_text", watched)
         sampling = SamplingParams(16, **{"temperature": 1.3, **cut})
         drawn[watched] = rollout(
             policy, PROMPTS, MIXED, num_generations=8, sampling=sampling, seed=3, max_rows=max_rows
@@ -314,13 +316,13 @@ def test_a_model_that_only_looks_like_llama_is_found_out():
 def test_the_switch_and_what_a_policy_says_of_it(monkeypatch):
     plain = build_policy("gpt2")
     assert native.choose(plain) is None
-    assert "goes through transformers' modules" in plain.detours()[0]
-    assert not build_policy("llama").detours()
-    monkeypatch.setenv(native.SWITCH, "native")
+    assert "goes through transformers' modules" in detours(plain)[0]
+    assert not detours(build_policy("llama"))
+    monkeypatch.setenv(trials.SWITCH, "native")
     with pytest.raises(ConfigError, match="native"):
         native.choose(plain)
-    monkeypatch.setenv(native.SWITCH, "torch")
+    monkeypatch.setenv(trials.SWITCH, "torch")
     assert native.choose(build_policy("llama")) is None
-    monkeypatch.setenv(native.SWITCH, "fast")
+    monkeypatch.setenv(trials.SWITCH, "fast")
     with pytest.raises(ConfigError, match="expected torch, native or auto"):
         native.choose(plain)

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, XGLMConfig
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.backbones.packing import join, pack, pack_rollout
+from clp_engine.models.backbones.packing import join, pack
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import (
-    completion_hidden,
     completion_stats,
-    joint_hidden,
+    hidden_states,
+    joint_hidden_states,
+    pack_rollout,
     score,
     within_budget,
 )
@@ -95,7 +96,7 @@ def test_policy_and_reference_in_one_pass_are_those_of_two(causal):
     policy = build_policy(causal)
     batch = drawn_by(policy)
     with torch.no_grad():
-        together = joint_hidden(policy, batch, policy.coefficients(MIXED))
+        together = joint_hidden_states(policy, batch, policy.coefficients(MIXED))
         apart = policy.completion_hidden(batch, MIXED), policy.completion_hidden(batch, None)
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -261,6 +262,6 @@ def test_one_token_completions_are_predicted_by_prompts_alone():
     policy = build_policy("qwen2")
     batch = dataclasses.replace(drawn_by(policy, tokens=1))
     assert len(pack_rollout(batch).ids) == sum(map(len, PROMPTS))
-    hidden = completion_hidden(policy, batch, policy.coefficients(MIXED))
-    expected = completion_hidden(padded(policy), batch, policy.coefficients(MIXED))
+    hidden = hidden_states(policy, batch, policy.coefficients(MIXED))
+    expected = hidden_states(padded(policy), batch, policy.coefficients(MIXED))
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2PreTrainedModel
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.engines import trials
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams
@@ -217,7 +217,7 @@ def test_alpha_1_is_the_reference_to_the_bit_where_the_blend_heeds_alpha(kl_cond
 @pytest.mark.parametrize("path", ["torch", "auto"])
 def test_threads_that_generate_at_once_get_what_they_would_get_alone(path, monkeypatch):
     """16 threads under 16 weightings, while another scores completions under a 17th."""
-    monkeypatch.setenv(native.SWITCH, path)
+    monkeypatch.setenv(trials.SWITCH, path)
     policy = build_policy("llama")
     weightings = [[i / 15, 1 - i / 15] for i in range(16)]
 
@@ -258,3 +258,24 @@ def test_attention_that_caps_its_scores_is_not_left_to_one_that_does_not(monkeyp
         expected = models["eager"](**given).logits
         policy = ConditionedPolicy.from_pretrained(models["sdpa"], ["a"], rank=2)
         torch.testing.assert_close(policy(**given).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "weights, kl, said",
+    [
+        ({"a": None}, None, "weights={'a': None}: expected numbers"),
+        (5, None, "weights=5: expected numbers"),
+        ([[0.5, None]], None, "weights=.*: expected numbers"),
+        (None, "x", "kl='x': expected a number"),
+        (None, {}, "kl={}: expected a number"),
+        (None, [0.1, None], "kl=.*: expected a number"),
+        (None, 10**400, "kl=.*: expected a number"),
+        (None, float("inf"), "kl=inf: expected beta >= 0"),
+        (None, float("nan"), "kl=nan: expected beta >= 0"),
+    ],
+    ids=str,
+)
+def test_conditions_that_are_no_finite_numbers_are_refused(weights, kl, said):
+    policy = ConditionedPolicy.from_pretrained(build_model("llama"), ["a", "b"], kl_is_beta=True)
+    with pytest.raises(ConfigError, match=said):
+        policy.conditions(weights, kl)

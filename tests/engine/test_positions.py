@@ -13,7 +13,7 @@ from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.serving.request import GenerateRequest
+from clp_engine.serving.requests import GenerateRequest
 from clp_engine.serving.session import Session
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer

@@ -19,10 +19,10 @@ from clp_engine.core.sizes import check_size
 from clp_engine.evaluation.compare.plan import EvaluationSettings
 from clp_engine.evaluation.evaluate import evaluate
 from clp_engine.objectives.weightings import simplex_lattice
-from clp_engine.rollouts.engines import native
+from clp_engine.rollouts.engines import trials
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.serving.request import GenerateRequest
+from clp_engine.serving.requests import GenerateRequest
 from clp_engine.training.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
 
@@ -152,7 +152,7 @@ def test_numbers_of_numpy_become_plain_ones():
 
 @pytest.mark.parametrize("decoder", ["native", "torch"])
 def test_both_decoders_draw_at_the_ends_of_the_ranges(monkeypatch, decoder):
-    monkeypatch.setenv(native.SWITCH, decoder)
+    monkeypatch.setenv(trials.SWITCH, decoder)
     policy = build_policy("qwen2")
     ends = {name: _ends(values) for name, values in ranges.SAMPLING.items() if name != "max_new_tokens"}
     for name, value in [(n, v) for n, both in ends.items() for v in both]:
@@ -177,7 +177,7 @@ def test_what_no_machine_has_room_for_is_refused_at_once_with_the_memory_it_take
         lambda: evaluate(policy, [len] * 2, ["w1"], grid=10**12),
         lambda: evaluate(policy, [len] * 2, ["w1"], num_generations=10**12),
         lambda: simplex_lattice(9, 1000),
-        lambda: ConditionedPolicy.from_pretrained(policy._plain_copy(), ["a", "b"], rank=10**12),
+        lambda: ConditionedPolicy.from_pretrained(policy.plain_copy(), ["a", "b"], rank=10**12),
         lambda: CLPTrainer(
             "nowhere", {"a": len}, CLPConfig(str(tmp_path), max_completion_length=10**10, use_cpu=True)
         ),
@@ -194,7 +194,7 @@ def test_what_no_machine_has_room_for_is_refused_at_once_with_the_memory_it_take
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0, -1, "8", None, True, 10**400])
 def test_functions_check_their_numbers_by_the_same_table(value):
     policy = build_policy("qwen2")
-    base = policy._plain_copy()
+    base = policy.plain_copy()
     arguments = {
         "rank": lambda: ConditionedPolicy.from_pretrained(base, ["a", "b"], rank=[8, value]),
         "lora_alpha": lambda: ConditionedPolicy.from_pretrained(base, ["a", "b"], lora_alpha=[8.0, value]),

@@ -12,8 +12,8 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.backbones.whole_sequences import WholeSequenceBackbone
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.rollouts.engines import native
-from clp_engine.rollouts.engines.modules import BlendDecoding
+from clp_engine.rollouts.engines import trials
+from clp_engine.rollouts.engines.modules import ModulesDecoder
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import completion_stats, score, unpacked
 from clp_engine.rollouts.types import SamplingParams, pad_left
@@ -125,7 +125,7 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(family):
 def test_prompts_that_wait_for_a_place_say_what_they_would_have_said_at_once(
     name, max_rows, path, monkeypatch
 ):
-    monkeypatch.setenv(native.SWITCH, path)
+    monkeypatch.setenv(trials.SWITCH, path)
     policy = build_policy(name)
     prompts, conditions = PROMPTS * 3, Conditions.cat([MIXED] * 3)
     sampling = SamplingParams(24, temperature=2.0)  # rows end early, whatever the random weights
@@ -140,14 +140,14 @@ def test_prompts_that_wait_for_a_place_say_what_they_would_have_said_at_once(
 
 def test_places_are_taken_as_they_come_free(monkeypatch):
     policy, sizes = build_policy("qwen2"), []
-    monkeypatch.setenv(native.SWITCH, "torch")
-    step = BlendDecoding.step
+    monkeypatch.setenv(trials.SWITCH, "torch")
+    step = ModulesDecoder.step
 
     def counted(self, tokens):
         sizes.append(len(tokens))
         return step(self, tokens)
 
-    monkeypatch.setattr(BlendDecoding, "step", counted)
+    monkeypatch.setattr(ModulesDecoder, "step", counted)
     drawn = rollout(
         policy, PROMPTS * 4, Conditions.cat([MIXED] * 4), sampling=SamplingParams(40), seed=1, max_rows=4
     )

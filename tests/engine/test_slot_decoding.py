@@ -8,8 +8,9 @@ from later import later
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.rollouts.engines import cuda_graphs, fused_step
-from clp_engine.rollouts.engines.cuda_graphs import SlotDecoding
+from clp_engine.rollouts.engines import choice, cuda_graphs, fused_step, slots
+from clp_engine.rollouts.engines.base import DecoderRequest
+from clp_engine.rollouts.engines.cuda_graphs import GraphDecoder
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams, pad_left
 
@@ -23,11 +24,8 @@ MIXED = Conditions(
 def with_slots(monkeypatch):
     """Rollouts decode over slots, as on a GPU."""
 
-    def decoding(self, prompt_ids, prompt_mask, conditions, *sizes):
-        return SlotDecoding(self, prompt_ids, prompt_mask, self.coefficients(conditions), *sizes)
-
     def use():
-        monkeypatch.setattr(ConditionedPolicy, "decoding", decoding)
+        monkeypatch.setattr(choice, "step_decoder", GraphDecoder)
 
     return use
 
@@ -36,17 +34,10 @@ def with_slots(monkeypatch):
 def fused(monkeypatch):
     """Steps of slots are fused, as on a GPU, where the policy's can be."""
 
-    def decoding(self, prompt_ids, prompt_mask, conditions, *sizes):
-        return SlotDecoding(
-            self,
-            prompt_ids,
-            prompt_mask,
-            self.coefficients(conditions),
-            *sizes,
-            fused=fused_step.choose(self),
-        )
+    def decoder(request):
+        return GraphDecoder(request, cuda_graphs.choose(request.model))
 
-    monkeypatch.setattr(ConditionedPolicy, "decoding", decoding)
+    monkeypatch.setattr(choice, "step_decoder", decoder)
 
 
 FUSED = sorted({*CAUSAL, *COMPOSITE} - {"gpt2"})
@@ -66,23 +57,23 @@ def test_a_fused_step_says_what_transformers_modules_say(name, request):
         fused_step, "logits", lambda *arguments: calls.append(1) or logits(*arguments)
     )
     drawn = rollout(policy, PROMPTS, MIXED, **options)
-    assert fused_step.plan(policy).reason is None and calls
+    assert cuda_graphs.plan(policy).reason is None and calls
     assert drawn.token_lists() == expected.token_lists()
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_fused_step_cannot_serve_says_why(monkeypatch):
     pytest.importorskip("triton")
-    assert "embed_tokens" in fused_step.plan(build_policy("gpt2")).reason
+    assert "embed_tokens" in cuda_graphs.plan(build_policy("gpt2")).reason
     policy = build_policy("qwen2")
     policy.backbone.decoder.layers[0].register_forward_hook(lambda *_: None)
-    assert "forward hooks" in fused_step.plan(policy).reason and fused_step.choose(policy) is None
+    assert "forward hooks" in cuda_graphs.plan(policy).reason and cuda_graphs.choose(policy) is None
     for switch in ("use_backend", "environment"):
         policy = build_policy("qwen2")
         if switch == "environment":
             monkeypatch.setenv("CLP_ENGINE_DECODING", "torch")
         with use_backend("reference" if switch == "use_backend" else "auto"):
-            assert fused_step.choose(policy) is None
+            assert cuda_graphs.choose(policy) is None
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
@@ -93,7 +84,7 @@ def test_a_fused_step_that_computes_something_else_is_not_used(monkeypatch):
         "clp_kernels.triton_kernels.decode_step.gated",
         lambda gate, up, activation: gated(gate, up, "gelu_tanh"),
     )
-    assert "computes something else" in fused_step.plan(build_policy("qwen2")).reason
+    assert "computes something else" in cuda_graphs.plan(build_policy("qwen2")).reason
 
 
 @pytest.mark.parametrize("name", [*sorted(CAUSAL), *later(*sorted(COMPOSITE))])
@@ -123,13 +114,13 @@ def test_a_conditioned_output_projection_and_the_base_model_decode_over_slots(wi
 
 def test_groups_move_together_when_others_leave(with_slots, monkeypatch):
     policy, counts = build_policy("qwen2"), []
-    run = SlotDecoding._run
+    run = GraphDecoder._run
 
     def counted(self, count):
         counts.append(count)
         return run(self, count)
 
-    monkeypatch.setattr(SlotDecoding, "_run", counted)
+    monkeypatch.setattr(GraphDecoder, "_run", counted)
     with_slots()
     rollout(policy, PROMPTS, MIXED, num_generations=2, sampling=SamplingParams(60), seed=1)
     assert counts[0] == 5 and counts[-1] < 5 and counts == sorted(counts, reverse=True)
@@ -139,16 +130,16 @@ def test_slots_are_kept_for_the_next_rollout_and_graphs_for_the_same_parameters(
     policy = build_policy("qwen2")
     with_slots()
     rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(4))
-    slots = policy.slots
-    slots.graphs["kept"] = None
+    kept = cuda_graphs._SLOTS[policy]
+    kept.graphs["kept"] = None
     rollout(policy, PROMPTS[:3], MIXED[:3], sampling=SamplingParams(9))
-    assert policy.slots is slots and "kept" in slots.graphs
+    assert cuda_graphs._SLOTS[policy] is kept and "kept" in kept.graphs
     parameter = next(iter(policy.adapter_parameters().values()))
     parameter.data = parameter.data.clone()
     rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(4))
-    assert policy.slots is slots and not slots.graphs
-    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(cuda_graphs.ROUND + 1))
-    assert policy.slots is not slots
+    assert cuda_graphs._SLOTS[policy] is kept and not kept.graphs
+    rollout(policy, PROMPTS, MIXED, sampling=SamplingParams(slots.ROUND + 1))
+    assert cuda_graphs._SLOTS[policy] is not kept
 
 
 def test_factors_are_converted_once_for_a_rollout_and_anew_for_the_next(with_slots):
@@ -165,7 +156,7 @@ def test_factors_are_converted_once_for_a_rollout_and_anew_for_the_next(with_slo
 
     def logits(meanwhile=None):
         ids, mask = pad_left(PROMPTS, 0, policy.device)
-        decoding = SlotDecoding(policy, ids, mask, policy.coefficients(MIXED), 1, 4, 5)
+        decoding = GraphDecoder(DecoderRequest(policy, ids, mask, policy.coefficients(MIXED), 1, 4, 5))
         decoding.add(slice(None))
         if meanwhile is not None:
             scale(meanwhile)
@@ -176,7 +167,7 @@ def test_factors_are_converted_once_for_a_rollout_and_anew_for_the_next(with_slo
     assert torch.equal(logits(meanwhile=3), before)  # the step reads the copies, not the parameters
     after = logits()
     assert not torch.equal(after, before)
-    policy.slots = None
+    del cuda_graphs._SLOTS[policy]
     assert torch.equal(after, logits())
 
 

@@ -23,9 +23,9 @@ from clp_engine import evaluate
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.serving.app import listen
 from clp_engine.serving.jobs import Full, Jobs
-from clp_engine.serving.request import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest
-from clp_engine.serving.server import listen
+from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest
 from clp_engine.serving.session import Session
 from clp_engine.training import trust
 from clp_engine.training.runs import RunSpec

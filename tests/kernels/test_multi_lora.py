@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate, half_of, here
 from clp_kernels import batch_invariant, expand_gate, merged_weight, multi_lora_linear, use_backend
+from clp_kernels.arguments import rows_of
 from clp_kernels.multi_lora import merge_pays
 
 NAMES = ("x", "weight", "lora_a", "lora_b", "gate", "bias")
@@ -27,20 +28,33 @@ def call(tensors, gate_index=None):
     )
 
 
-def run(tensors, dy, wanted=NAMES, gate_index=None):
+def in_torch(tensors, gate_index=None):
+    """The formula with torch's products in the tensors' own dtype; the gate is applied, and its gradient summed, in float32."""
+    x, weight, a, b, gate, bias = (tensors[name] for name in NAMES)
+    flat = rows_of(x)
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    if gate_index is not None:
+        gate = gate[gate_index.reshape(-1)]
+    elif gate.shape[0] != flat.shape[0]:
+        gate = gate.repeat_interleave(flat.shape[0] // max(gate.shape[0], 1), 0)
+    y = F.linear(flat, weight, bias) + F.linear((F.linear(flat, a) * gate).to(x.dtype), b)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def run(tensors, dy, wanted=NAMES, gate_index=None, function=call):
     """y and the gradient of each wanted tensor."""
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
-    y = call(leaves, gate_index)
+    y = function(leaves, gate_index)
     grads = torch.autograd.grad(y, [leaves[name] for name in wanted], dy.to(y.dtype))
     return {"y": y.detach(), **dict(zip(wanted, grads))}
 
 
 def assert_right(tensors, wanted=NAMES, gate_index=None):
-    """Output and gradients of the back-end in force against the reference in float64 and in its dtype."""
+    """Output and gradients of the back-end in force against the reference in float64 and torch in their dtype."""
     dy = torch.randn(*tensors["x"].shape[:-1], tensors["weight"].shape[0]).to(tensors["x"])
     got = run(tensors, dy, wanted, gate_index)
+    plain = run(tensors, dy, wanted, gate_index, in_torch)
     with use_backend("reference"):
-        plain = run(tensors, dy, wanted, gate_index)
         exact = run({name: t.double() for name, t in tensors.items()}, dy.double(), wanted, gate_index)
     for name, value in got.items():
         assert value.dtype == plain[name].dtype

@@ -1,11 +1,20 @@
-"""clp-engine compare: conditioned policies and their baselines, same code and same budget, over seeds, in one report.
+"""clp-engine compare: conditioned policies and their baselines over seeds, with the same code and budget, in one report.
 
-OUT/runs/<what>-<digest>-seed<k>/   ordinary run folders; methods that need the same training share one
-OUT/evaluations/<method>-seed<k>/   an ordinary report each (for specialists one per weighting); base/ is the base model's
+OUT/runs/<what>-<digest>-seed<k>/   run folders as of clp-engine train; methods that need the same training share one
+OUT/evaluations/<method>-seed<k>/   reports as of clp-engine evaluate (of specialists, one for each weighting); base/ is the
+                                    report of the base model
 OUT/comparison.json, comparison.md, fronts.png, metrics.png
 
-Doing it again does what is missing: an interrupted run goes on from its checkpoint, a finished one is left alone, and
-whatever depends on a changed setting is done anew.
+A repeated comparison does only the missing work. An interrupted run is resumed from its checkpoint, a finished run is kept,
+and runs and reports that depend on a changed setting are made again.
+
+    methods.py    the methods, as the configuration names them
+    plan.py       the runs and evaluations that the methods need
+    schedule.py   the order of the work, in one process or several; worker.py is one of these processes
+    work.py       one training or one evaluation
+    results.py    the content of comparison.json
+    summary.py    the results, computed from the reports
+    report.py, plots.py    comparison.json, comparison.md and the pictures
 """
 
 from __future__ import annotations
@@ -18,14 +27,16 @@ from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, write_text
 from clp_engine.evaluation.compare import report, schedule
-from clp_engine.evaluation.compare.plan import Plan, make_plan, slug
-from clp_engine.evaluation.compare.summary import Comparison, collect
+from clp_engine.evaluation.compare.methods import slug
+from clp_engine.evaluation.compare.plan import Plan, make_plan
+from clp_engine.evaluation.compare.results import Comparison
+from clp_engine.evaluation.compare.summary import collect
 
 __all__ = ["CompareFailed", "Comparison", "Plan", "compare", "make_plan"]
 
 
 class CompareFailed(RuntimeError):
-    """Some runs or evaluations failed; the rest is done and reported. comparison: of what there is, or None."""
+    """Some runs or evaluations failed; the others are done. comparison: of the finished evaluations, or None without any."""
 
     def __init__(self, outcome: schedule.Outcome, comparison: Comparison | None):
         lines = [f"{key}: {reason} (see {log})" for key, (reason, log) in outcome.failed.items()]
@@ -44,28 +55,31 @@ def compare(
     command: str = "",
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> Comparison:
-    """Train, evaluate and report what `config` describes; the report is also written into its output_dir.
+    """Train and evaluate the methods of `config`, write the report into its output_dir, and return it.
 
-    config: settings of training that all methods share (see `CLPConfig`), what is trained on what (as for `clp-engine
+    config: settings of training that all methods share (see `CLPConfig`), the model, data and rewards (as for `clp-engine
         train`), output_dir, and
 
         seeds               of training: [0, 1, 2]
         methods             name -> {kind: ..., settings that differ}; kinds:
             clp             (default) one run, conditioned as its settings say
             specialists     weightings: [[1, 0], ...]; a run for each, evaluated at its own weighting
-            soup            budget: equal (together one full budget) or each; a specialist per objective, deltas interpolated
+            soup            budget: equal (one full budget for all) or each; a specialist for each objective, and their
+                            deltas interpolated
             logit_mixing    the same specialists, their logits mixed while decoding
             kl_specialists  alphas: [...] or betas: [...]; one objective, a run for each
         budget_tokens       tokens generated in a full budget; or max_steps
         evaluation          see `plan.EvaluationSettings`
-        reference_methods   what ratios are taken to; default the first soup and the first specialists
-        keep_checkpoints    of finished runs; default false
+        reference_methods   the baselines of ratios and differences; default the first soup and the first specialists
+        keep_checkpoints    whether finished runs keep their checkpoints; default false
         title               of the report
 
-    only, seeds: do no more than these methods and seeds; the report covers whatever is there. jobs: above 1, so many
-    processes with their share of the cores. report_only: train and evaluate nothing. command: for the report to name.
-    Raises ConfigError for a configuration that cannot be meant, CompareFailed where something failed (everything that did
-    not depend on it is done), and KeyboardInterrupt when interrupted; then the same call goes on.
+    only, seeds: the methods and seeds to train and evaluate, by default all. The report covers every finished evaluation.
+    jobs: processes, which share the cores. report_only: write the report without training or evaluating. command: named in
+    the report. say: called with each line of progress.
+
+    Raises ConfigError for an invalid configuration. Raises CompareFailed where a run or an evaluation failed, after the work
+    that does not depend on it is done. Raises KeyboardInterrupt when interrupted; the same call then resumes the work.
     """
     plan = make_plan(config)
     chosen_methods, chosen_seeds = select(plan, only, seeds)
@@ -90,7 +104,7 @@ def compare(
 def select(
     plan: Plan, only: Collection[str] | None, seeds: Collection[int] | None
 ) -> tuple[Collection[str] | None, Collection[int] | None]:
-    """The methods and seeds asked for, checked against the plan; methods also by their folder's name."""
+    """The requested methods and seeds, checked against the plan. A method may be named by its folder."""
     if only is not None:
         by_slug = {slug(m.name): m.name for m in plan.methods}
         unknown = [name for name in only if slug(name) not in by_slug]
@@ -104,7 +118,7 @@ def select(
 
 
 def describe(plan: Plan, only: Collection[str] | None = None, seeds: Collection[int] | None = None) -> str:
-    """The plan for people: methods, then every piece of work and how far it is."""
+    """The plan as text: the methods, and every piece of work with its state."""
     only, seeds = select(plan, only, seeds)
     todo = schedule.pieces(plan, only, seeds)
     states = {piece.key: schedule.state(plan, piece) for piece in todo}

@@ -1,7 +1,8 @@
-"""What a comparison consists of: methods, the training runs they need, which of these they share, and what is evaluated.
+"""The plan of a comparison: its methods, the training runs that they need and share, and the evaluations.
 
-A plan is made from the configuration alone and touches no file. Two methods that need the same training get the same run:
-its folder carries a digest of everything that determines training, so a changed setting never finds an older result.
+A plan follows from the configuration, the data and the reward files; making it writes nothing. Methods that need the same
+training share a run. The name of its folder holds a digest of everything that determines the training, so that a changed
+setting never finds an older result.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clp_engine.core import ranges
 from clp_engine.core.conditions import parse_weights
 from clp_engine.core.errors import ConfigError, shown
+from clp_engine.evaluation.compare.methods import (
+    SAMPLER_SETTINGS,
+    Method,
+    Weighting,
+    mapping,
+    read_methods,
+    read_references,
+    rounded,
+    slug,
+    weighting_name,
+)
+from clp_engine.evaluation.front import default_grid
 from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.training import runs
 from clp_engine.training.config import KL_NAMES, WITHOUT_EFFECT, CLPConfig
 
-KINDS = ("clp", "specialists", "soup", "logit_mixing", "kl_specialists")
-BUDGETS = ("equal", "each")
 OWN_KEYS = (
     "seeds",
     "methods",
@@ -34,28 +44,22 @@ OWN_KEYS = (
     "keep_checkpoints",
     "title",
 )
-# Settings of a run that do not change what is trained.
-# A specialist has one weighting, so these mean nothing to it and must not make two of the same differ.
-_SAMPLER_SETTINGS = (
-    "weight_sampler",
-    "concentration",
-    "corner_probability",
-    "grid_resolution",
-    "fixed_weights",
-)
-# Checkpoints are there to go on from, nothing else: often, and one of them.
+# Checkpoints serve only to resume an interrupted run: they are frequent, and the newest is kept.
 _RUN_DEFAULTS = {"save_steps": 20, "save_total_limit": 1}
-Weighting = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How every policy is measured: on the same prompts, with the same random numbers.
+    """The evaluation of every policy: on the same prompts, with the same random numbers.
 
-    prompts: how many held-out ones, None for all; split: of the task's data. grid: as for `evaluate`; the specialists'
-    weightings are added to it. kl: one KL coefficient or a list, None for the policy's own. margin: the reference point is
-    the base model's mean reward minus this. kl_limit: largest KL that counts in the volume of reward against KL.
-    max_new_tokens, temperature: as in training unless given. seed: of prompts, sampling and bootstrap.
+    prompts: number of held-out prompts; None takes all
+    split: of the task's data
+    grid: as for `evaluate`; the weightings of specialists are added to it
+    kl: a KL coefficient or a list; None takes the policy's own
+    margin: the reference point is the base model's mean reward minus this
+    kl_limit: the largest KL that counts in the volume of reward against KL
+    max_new_tokens, temperature: of sampling; None takes those of training
+    seed: of the choice of prompts, sampling and bootstrap
     """
 
     prompts: int | None = 256
@@ -73,7 +77,8 @@ class EvaluationSettings:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any] | None) -> EvaluationSettings:
-        values = _mapping("evaluation", values or {})
+        """From the entry `evaluation` of the configuration. Raises ConfigError for an unknown or invalid setting."""
+        values = mapping("evaluation", values or {})
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
@@ -81,7 +86,7 @@ class EvaluationSettings:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """The weightings of grid and the objectives of margin are checked where they are used."""
+        """Check the numbers. The plan checks the weightings of grid, and `evaluate` the objectives of margin."""
         table = dict(ranges.EVALUATION)
         if isinstance(self.grid, list | tuple):
             del table["grid"]
@@ -95,27 +100,31 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. name: its folder under runs/; spec.config holds every setting, seed and folder included."""
+    """A training run. name: of its folder under runs/. spec.config: every setting, with the seed and the folder."""
 
     name: str
     spec: runs.RunSpec
 
     @property
     def config(self) -> dict[str, Any]:
+        """The settings of training, by name."""
         return self.spec.config
 
     @property
     def budget(self) -> str:
+        """The budget as text, such as "400,000 tokens"."""
         tokens = self.config.get("max_generated_tokens")
         return f"{tokens:,} tokens" if tokens else f"{self.config['max_steps']} steps"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One report: the policy that `assembly` makes of `runs`, at `grid`.
+    """An evaluation: the policy that `assembly` makes of `runs`, measured at `grid`.
 
-    name: its folder under evaluations/. assembly: "single" (the run's policy), "soup" (one policy with a delta per run) or
-    "logit_mixing" (the soup's specialists, mixed while decoding). kl: as for `evaluate`.
+    name: of its folder under evaluations/
+    assembly: "single" (the policy of the run), "soup" (one policy with a delta for each run), or "logit_mixing" (the
+        specialists of a soup, whose logits are mixed while decoding)
+    kl: as for `evaluate`
     """
 
     name: str
@@ -128,34 +137,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Method:
-    """One line of the report. settings: CLPConfig's, where they differ from the shared ones."""
-
-    name: str
-    kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    weightings: tuple[Weighting, ...] = ()
-    kls: tuple[float, ...] = ()
-    kl_name: str = "alpha"
-    budget: str = "equal"
-
-    @property
-    def description(self) -> str:
-        changed = ", ".join(f"{name} {_short(value)}" for name, value in self.settings.items())
-        each = "each with a full budget" if self.budget == "each" else "sharing one budget"
-        what = {
-            "clp": "one conditioned run",
-            "specialists": f"{len(self.weightings)} runs, one per weighting",
-            "soup": f"a specialist per objective, deltas interpolated, {each}",
-            "logit_mixing": f"a specialist per objective, logits mixed while decoding, {each}",
-            "kl_specialists": f"{len(self.kls)} runs, one per {self.kl_name}",
-        }[self.kind]
-        return f"{what} ({changed})" if changed else what
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Methods and what they need. base: the evaluation that gives every other one its reference point."""
+    """A comparison: its methods, and the runs and evaluations that they need, by name. references: names of the baselines."""
 
     output_dir: Path
     spec: runs.RunSpec
@@ -174,27 +157,30 @@ class Plan:
         return self.spec.objectives
 
     def method(self, name: str) -> Method:
+        """The method of a name."""
         return next(m for m in self.methods if m.name == name)
 
     def of(self, method: str, seed: int) -> list[Evaluation]:
+        """The evaluations of a method at a seed."""
         return [e for e in self.evaluations.values() if (e.method, e.seed) == (method, seed)]
 
     def run_folder(self, name: str) -> Path:
         return self.output_dir / "runs" / name
 
     def training_record(self, name: str) -> Path:
+        """The file for the cost of a run, which exists when the run is done."""
         return self.output_dir / "trainings" / f"{name}.json"
 
     def evaluation_folder(self, name: str) -> Path:
         return self.output_dir / "evaluations" / name
 
     def users(self, run: str) -> list[str]:
-        """Methods that need this run, in order."""
+        """The names of the methods that need the run `run`, in the order of the configuration."""
         needing = {e.method for e in self.evaluations.values() if run in e.runs}
         return [m.name for m in self.methods if m.name in needing]
 
     def evaluation_digest(self, evaluation: Evaluation | None) -> str:
-        """Of everything a report depends on; None is the base model's."""
+        """A digest of everything that the report of an evaluation depends on. None stands for the base model."""
         return _digest(
             {
                 "about": _about(self.spec, "eval_dataset"),
@@ -206,7 +192,7 @@ class Plan:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """SamplingParams of every evaluation: those of the shared training settings, unless given."""
+        """The fields of SamplingParams for every evaluation: those given, else those of the shared training settings."""
         e, trained = self.evaluation, self.spec.config
         return {
             "max_new_tokens": e.max_new_tokens or trained["max_completion_length"],
@@ -215,8 +201,8 @@ class Plan:
 
 
 def make_plan(config: Mapping[str, Any]) -> Plan:
-    """From a configuration file's content. Raises ConfigError for whatever cannot be meant."""
-    config = dict(_mapping("the configuration", config))
+    """The plan of a configuration file's content. Raises ConfigError for an invalid configuration."""
+    config = dict(mapping("the configuration", config))
     about = {name: config.get(name) for name in runs.RUN_KEYS}
     own = {name: config.get(name) for name in OWN_KEYS}
     shared = {name: value for name, value in config.items() if name not in (*about, *own)}
@@ -237,7 +223,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     evaluation = EvaluationSettings.from_values(own["evaluation"])
     if spec.task is None and spec.eval_dataset is None:
         raise ConfigError("eval_dataset is missing; methods are compared on held-out prompts")
-    methods = _methods(own["methods"], spec.objectives)
+    methods = read_methods(own["methods"], spec.objectives)
     spec = dataclasses.replace(
         spec, command="compare", config=_settings(shared, "the shared settings").to_dict()
     )
@@ -251,7 +237,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
         _settings(shared, "the shared settings").kl_is_beta,
         seeds,
         methods,
-        _references(own["reference_methods"], methods),
+        read_references(own["reference_methods"], methods),
         builder.runs,
         builder.evaluations,
         evaluation,
@@ -261,7 +247,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
 
 
 class _Builder:
-    """Collects runs and evaluations; a run that is there already is shared."""
+    """Collects the runs and evaluations of methods. Methods share a run whose settings are equal."""
 
     def __init__(self, output, spec, shared, budget, methods, evaluation):
         self.output, self.spec, self.shared, self.budget = output, spec, shared, budget
@@ -306,15 +292,15 @@ class _Builder:
     def run(
         self, method: Method, seed: int, settings: dict[str, Any], share: int = 1, label: str | None = None
     ) -> str:
-        """Name of the run with these settings, 1 / share of the full budget."""
+        """Add a run with these settings and 1 / share of the full budget, unless there is one. Returns its name."""
         values = {**self.shared, **self.budget, **method.settings}
         if settings:  # a specialist
-            dropped = (*_SAMPLER_SETTINGS, *(KL_NAMES if method.kls else ()))
+            dropped = (*SAMPLER_SETTINGS, *(KL_NAMES if method.kls else ()))
             values = {name: value for name, value in values.items() if name not in dropped}
         values |= settings
         for name in ("max_steps", "max_generated_tokens"):
             if values.get(name, 0) > 0:
-                # Rounded up: what does not divide goes to the baseline.
+                # Rounded up: the remainder goes to the baseline.
                 values[name] = math.ceil(values[name] / share)
         where = f"method {method.name!r}"
         config = _settings({**values, "seed": seed}, where)
@@ -330,12 +316,6 @@ class _Builder:
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
-
-
-def _mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name}: expected names and values; got {value!r}")
-    return {str(key): entry for key, entry in value.items()}
 
 
 def _settings(values: Mapping[str, Any], where: str) -> CLPConfig:
@@ -354,7 +334,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 
 def _budget(tokens: Any, shared: Mapping[str, Any]) -> dict[str, int]:
-    """The setting that holds a full budget, if it is not max_steps among the shared ones."""
+    """The setting for a full budget; none where the shared settings hold max_steps."""
     if tokens is None:
         if not isinstance(shared.get("max_steps"), int) or shared["max_steps"] < 1:
             raise ConfigError(
@@ -367,95 +347,8 @@ def _budget(tokens: Any, shared: Mapping[str, Any]) -> dict[str, int]:
     return {"max_generated_tokens": tokens}
 
 
-def _methods(value: Any, objectives: Sequence[str]) -> tuple[Method, ...]:
-    if not value:
-        raise ConfigError("methods is missing; name at least one, such as 'CLP: {conditioning: lora}'")
-    methods = tuple(_method(name, raw or {}, objectives) for name, raw in _mapping("methods", value).items())
-    slugs: dict[str, str] = {}
-    for method in methods:
-        other = slugs.setdefault(slug(method.name), method.name)
-        if other != method.name:
-            raise ConfigError(f"methods {other!r} and {method.name!r} would share a folder; rename one")
-    return methods
-
-
-def _method(name: str, raw: Any, objectives: Sequence[str]) -> Method:
-    values = dict(_mapping(f"method {name!r}", raw))
-    kind = values.pop("kind", "clp")
-    if kind not in KINDS:
-        raise ConfigError(f"method {name!r}: kind {kind!r}; expected one of {', '.join(KINDS)}")
-    taken = [
-        s
-        for s in ("seed", "output_dir", "max_generated_tokens", "max_steps", "num_train_epochs")
-        if s in values
-    ]
-    if kind != "clp":
-        taken += [s for s in ("conditioning", *_SAMPLER_SETTINGS) if s in values]
-    if taken:
-        raise ConfigError(f"method {name!r}: {taken[0]} is set by the comparison itself; leave it out")
-    own: dict[str, Any] = {}
-    if kind == "specialists":
-        own["weightings"] = _weightings(name, values.pop("weightings", None), objectives)
-    elif kind in ("soup", "logit_mixing"):
-        own["budget"] = values.pop("budget", "equal")
-        if own["budget"] not in BUDGETS:
-            raise ConfigError(f"method {name!r}: budget {own['budget']!r}; expected {' or '.join(BUDGETS)}")
-        if len(objectives) < 2:
-            raise ConfigError(
-                f"method {name!r}: {kind} takes at least two objectives; there is {objectives[0]}"
-            )
-    elif kind == "kl_specialists":
-        own |= _kls(name, values, objectives)
-    return Method(name, kind, values, **own)
-
-
-def _weightings(name: str, value: Any, objectives: Sequence[str]) -> tuple[Weighting, ...]:
-    if value is None:
-        value = simplex_lattice(len(objectives), 5 if len(objectives) == 2 else 3).flip(0).tolist()
-    if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f"method {name!r}: weightings={value!r}: expected a list, such as [[1, 0], [0, 1]]")
-    try:
-        parsed = tuple(_rounded(parse_weights(w, objectives).tolist()) for w in value)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"method {name!r}: {error}") from error
-    if len(set(parsed)) < len(parsed):
-        raise ConfigError(f"method {name!r}: a weighting occurs twice")
-    return parsed
-
-
-def _kls(name: str, values: dict[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
-    """kl_name and kls of `alphas` or `betas`, which leave `values`."""
-    given = [(key, values.pop(key)) for key in ("alphas", "betas") if key in values]
-    if len(given) != 1 or not isinstance(given[0][1], list | tuple) or not given[0][1]:
-        raise ConfigError(f"method {name!r}: expected alphas: [0.01, 0.1, ...], or betas")
-    if len(objectives) != 1:
-        raise ConfigError(f"method {name!r}: kl_specialists takes one objective; got {', '.join(objectives)}")
-    key, kls = given[0]
-    ranges.TRAINING[key[:-1]].check(f"method {name!r}: {key}", kls, several=ranges.LISTS)
-    return {"kl_name": key[:-1], "kls": tuple(float(k) for k in kls)}
-
-
-def _references(value: Any, methods: Sequence[Method]) -> tuple[str, ...]:
-    """Baselines that ratios are taken to: as given, else the first soup and the first specialists."""
-    if value is None:
-        kinds = [{"soup"}, {"specialists", "kl_specialists"}]
-        firsts = [next((m.name for m in methods if m.kind in kind), None) for kind in kinds]
-        return tuple(name for name in firsts if name is not None)
-    if not isinstance(value, str | list | tuple):
-        raise ConfigError(f"reference_methods={value!r}: expected names of methods")
-    names = [value] if isinstance(value, str) else list(value)
-    unknown = [n for n in names if n not in {m.name for m in methods}]
-    if unknown:
-        raise ConfigError(
-            f"reference_methods: unknown method {unknown[0]!r}; the methods are {', '.join(m.name for m in methods)}"
-        )
-    return tuple(names)
-
-
 def _grid(grid: Any, objectives: Sequence[str], added: Sequence[Weighting]) -> tuple[Weighting, ...]:
-    """The weightings of every conditioned policy: the lattice or list asked for, and the specialists'."""
-    from clp_engine.evaluation.evaluate import default_grid
-
+    """The weightings of every conditioned policy: those of the lattice or list, and those of the specialists."""
     if grid is None:
         weightings = default_grid(len(objectives)).tolist()
     elif isinstance(grid, int):
@@ -467,7 +360,7 @@ def _grid(grid: Any, objectives: Sequence[str], added: Sequence[Weighting]) -> t
             raise ConfigError(f"evaluation: grid: {error}") from error
     else:
         raise ConfigError(f"evaluation: grid={grid!r}: expected points per edge or a list of weightings")
-    return tuple(sorted({_rounded(w) for w in [*weightings, *added]}))
+    return tuple(sorted({rounded(w) for w in [*weightings, *added]}))
 
 
 def _kl_grid(kl: Any, added: Sequence[float]) -> float | tuple[float, ...] | None:
@@ -476,31 +369,14 @@ def _kl_grid(kl: Any, added: Sequence[float]) -> float | tuple[float, ...] | Non
     return values if len(values) > 1 else values[0] if values else None
 
 
-def _rounded(weights: Sequence[float]) -> Weighting:
-    # Six digits, as in reports: weights are float32, and 0.1 should be 0.1 wherever it comes from.
-    return tuple(round(float(w), 6) for w in weights)
-
-
 # --- names -------------------------------------------------------------------------------------------------------------
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-") or "method"
-
-
-def weighting_name(weights: Sequence[float]) -> str:
-    return "-".join(f"{w:g}" for w in weights)
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def run_digest(spec: runs.RunSpec, config: CLPConfig) -> str:
-    """Of what is trained on what for which rewards, and of every setting with an effect, the seed apart.
+    """A digest of the model, the data, the rewards, and every setting with an effect but the seed.
 
-    Settings at their default do not enter, so that a new one does not orphan finished runs; a changed default is noticed
-    by comparing run.json (see `work.check_unchanged`).
+    Settings at their default are left out, so that finished runs stay valid when a setting is added. `work.check_unchanged`
+    detects a changed default by comparison with run.json.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(CLPConfig)}
     settings = {
@@ -512,7 +388,7 @@ def run_digest(spec: runs.RunSpec, config: CLPConfig) -> str:
 
 
 def _about(spec: runs.RunSpec, data: str) -> dict[str, Any]:
-    """What a run or a report is about; files by their content."""
+    """The model, objectives, task, data and rewards of a run or report, with digests of the content of files."""
     dataset = getattr(spec, data)
     return {
         "model": [spec.model, _model_files(spec.model)],
@@ -530,7 +406,7 @@ def _content(path: Path) -> str | None:
 
 
 def _model_files(name: str) -> list | None:
-    """Names and sizes of a model folder's files; reading gigabytes of weights would take too long."""
+    """Names and sizes of the files in a model folder. Reading gigabytes of weights would take too long."""
     folder = Path(name)
     if not (folder / "config.json").is_file():
         return None

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: fronts of all methods, and their metrics with intervals."""
+"""The pictures of a comparison: the fronts of all methods, and their metrics with intervals. Importing needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from clp_engine.core.statistics import Estimate
-from clp_engine.evaluation.compare.summary import Comparison, FrontPoint
+from clp_engine.evaluation.compare.results import Comparison, FrontPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ _BASELINES = ("soup", "logit_mixing")
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn everywhere. line: matplotlib's style; empty for unconnected points."""
+    """The look of a method in all pictures. line: matplotlib's style; empty for unconnected points."""
 
     colour: str
     marker: str
@@ -34,7 +34,7 @@ class Style:
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
-    """Conditioned methods solid, baselines dashed, specialists black and unconnected."""
+    """The style of each method: conditioned methods solid, baselines dashed, specialists black and unconnected."""
     result: dict[str, Style] = {}
     taken = 0
     for method in comparison.methods:
@@ -44,7 +44,7 @@ def styles(comparison: Comparison) -> dict[str, Style]:
         line = "--" if method.kind in _BASELINES else "-"
         result[method.name] = Style(
             _COLOURS[taken % len(_COLOURS)],
-            # Beyond eight methods colours come again, with other markers.
+            # Beyond ten methods the colours repeat, with other markers.
             _MARKERS[(taken + taken // len(_COLOURS)) % len(_MARKERS)],
             line,
         )
@@ -56,8 +56,11 @@ def styles(comparison: Comparison) -> dict[str, Style]:
 
 
 def draw_fronts(comparison: Comparison) -> Figure:
-    """One objective: reward against KL. Two: one reward against the other. More: a panel per pair, for the weightings of
-    these two alone, and the realised utility at every weighting of the specialists."""
+    """The fronts of all methods.
+
+    One objective: reward against KL. Two objectives: one reward against the other. More objectives: a panel for each pair,
+    with the weightings of these two alone, and a panel of the realised utility at every weighting of the specialists.
+    """
     names = comparison.objectives
     if len(names) <= 2:
         figure = Figure(figsize=(9.6, 5.8), layout="constrained")
@@ -112,7 +115,7 @@ def _front_panel(
     y: str,
     shown: Callable[[FrontPoint], bool] = lambda point: True,
 ) -> None:
-    """A line per method through its points averaged over seeds, with the range over seeds at each; x is KL where None."""
+    """Draw a line for each method through its mean points, with the range over seeds at each point. x: None is the KL."""
 
     def horizontal(point: FrontPoint) -> Estimate:
         return point.kl if x is None else point.rewards[x]
@@ -144,7 +147,7 @@ def _front_panel(
 
 
 def _lines(points: Sequence[FrontPoint], comparison: Comparison) -> list[list[FrontPoint]]:
-    """Points that belong on one line, in order: by weighting, or by KL coefficient where there is one objective."""
+    """The points of each line: one line in the order of KL with one objective, else a line for each KL coefficient."""
     if len(comparison.objectives) == 1:
         return [sorted(points, key=lambda p: p.kl.mean)]
     by_kl: dict[float, list[FrontPoint]] = {}
@@ -161,7 +164,7 @@ def _range_bars(axis: Axes, x: Estimate, y: Estimate, colour: str) -> None:
 
 
 def _utility_panel(axis: Axes, comparison: Comparison) -> None:
-    """w.R at every weighting that specialists were trained for, or at all of a coarse grid; methods side by side."""
+    """Draw w.R at every weighting of the specialists, or at all weightings without specialists, methods side by side."""
     points = {m.name: [p for p in m.points if p.matched] or list(m.points) for m in comparison.methods}
     keys = sorted({_weights(p) for found in points.values() for p in found}, reverse=True)
     wide = 0.8 / max(len(comparison.methods), 1)
@@ -238,7 +241,7 @@ def _legend(figure: Figure, comparison: Comparison) -> None:
 
 
 def draw_metrics(comparison: Comparison) -> Figure:
-    """A row per method, a panel per metric: mean and 95 % interval over seeds, the seeds themselves as small dots."""
+    """A panel for each metric and a row for each method: mean and 95 % interval over seeds, and small dots for the seeds."""
     methods = comparison.methods
     panels: list[tuple[str, list[Estimate | None]]] = [("volume", [m.volume() for m in methods])]
     if any(m.volume(matched=True) for m in methods):

@@ -1,4 +1,4 @@
-"""A Comparison as files: comparison.json for programs, comparison.md for people, fronts.png and metrics.png to look at."""
+"""A Comparison as files: comparison.json for programs; comparison.md, fronts.png and metrics.png for people."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from clp_engine.core import tables
 from clp_engine.core.files import write_text
 from clp_engine.core.statistics import Estimate
-from clp_engine.evaluation.compare.summary import Comparison, Contrast, MethodResult
-from clp_engine.evaluation.report import write_png
+from clp_engine.evaluation.compare.results import Comparison, Contrast, MethodResult
+from clp_engine.evaluation.plots import write_png
 
 PICTURES = ("fronts.png", "metrics.png")
 
 
 def write(comparison: Comparison, directory: str | Path) -> list[Path]:
-    """Write everything into `directory`; each file appears whole or not at all. Without matplotlib there are no pictures;
-    a line on stderr says so."""
+    """Write all files into `directory`, and return their paths. Each file appears whole or not at all.
+
+    Without matplotlib there are no pictures, and a line on stderr says so.
+    """
     directory = Path(directory)
     written = [directory / "comparison.json", directory / "comparison.md"]
     text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
@@ -45,27 +48,15 @@ def write(comparison: Comparison, directory: str | Path) -> list[Path]:
 
 
 def shown(value: Estimate | None, digits: int = 3, scale: float = 1.0, sign: bool = False) -> str:
-    """`mean ± half width`, or the mean alone with one seed, or a dash."""
+    """`mean ± half width`, or the mean alone with one seed, or a dash for None."""
     if value is None:
         return "–"
     text = f"{value.mean * scale:{'+' if sign else ''}.{digits}f}"
     return text if value.half_width is None else f"{text} ± {value.half_width * scale:.{digits}f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligned Markdown, the first `left` columns to the left and the rest to the right."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
-
-
 def method_table(comparison: Comparison) -> str:
-    """Quality: one line per method."""
+    """The metrics, a row for each method."""
     names = comparison.objectives if len(comparison.objectives) > 1 else []
     header = [
         "method",
@@ -96,11 +87,11 @@ def method_table(comparison: Comparison) -> str:
         ]
         for m in comparison.methods
     ]
-    return table(header, rows)
+    return tables.markdown(header, rows, left=1)
 
 
 def cost_table(comparison: Comparison) -> str:
-    """What training took: one line per method."""
+    """The cost of training, a row for each method."""
     header = ["method", "runs", "steps", "completions", "tokens generated", "parameters", "seconds"]
 
     def whole(value: Estimate) -> str:
@@ -119,11 +110,11 @@ def cost_table(comparison: Comparison) -> str:
         ]
         for m in comparison.methods
     ]
-    return table(header, rows)
+    return tables.markdown(header, rows, left=1)
 
 
 def contrast_table(contrasts: Sequence[Contrast]) -> str:
-    """Every method against one reference."""
+    """The contrasts with one reference, a row for each method."""
     header = ["method", "seeds", "volume ratio", "ratio, matched", "utility", "objective", "dominated"]
     rows = [
         [
@@ -137,20 +128,21 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
         ]
         for c in contrasts
     ]
-    return table(header, rows)
+    return tables.markdown(header, rows, left=1)
 
 
 def difference_table(contrasts: Sequence[Contrast], comparison: Comparison) -> str:
-    """w.R (or the objective) of each method less that of one reference, weighting by weighting."""
-    # One that was evaluated at few weightings may come first: the longest list has them all, in order.
+    """w.R (or the objective) of each method minus that of one reference, a row for each weighting."""
+    # The first method may have few weightings. The longest list holds all of them, in order.
     keys = [_asked(d, comparison) for d in max((c.differences for c in contrasts), key=len)]
     header = [*_asked_header(comparison), *(c.method for c in contrasts)]
     by_method = [{tuple(_asked(d, comparison)): comparison.fair(d) for d in c.differences} for c in contrasts]
     rows = [[*key, *(shown(found.get(tuple(key)), 4, sign=True) for found in by_method)] for key in keys]
-    return table(header, rows, left=0)
+    return tables.markdown(header, rows)
 
 
 def front_table(method: MethodResult, comparison: Comparison) -> str:
+    """The points of a method, a row for each."""
     names = comparison.objectives
     header = [*_asked_header(comparison), *names, "utility", "objective", "KL", "tokens"]
     rows = [
@@ -164,7 +156,7 @@ def front_table(method: MethodResult, comparison: Comparison) -> str:
         ]
         for p in method.points
     ]
-    return table(header, rows, left=0)
+    return tables.markdown(header, rows)
 
 
 def _asked_header(comparison: Comparison) -> list[str]:
@@ -183,7 +175,7 @@ def _asked(point, comparison: Comparison) -> list[str]:
 
 
 def markdown(comparison: Comparison, pictures: bool = True) -> str:
-    """comparison.md."""
+    """The content of comparison.md. pictures: whether the pictures lie beside it."""
     c = comparison
     title = c.config.get("title") or f"Comparison on {c.task or c.model}: {', '.join(c.objectives)}"
     parts = [f"# {title}", _what_was_run(c), _methods(c)]
@@ -213,7 +205,7 @@ def markdown(comparison: Comparison, pictures: bool = True) -> str:
 
 
 def in_short(c: Comparison) -> str:
-    """What the figures say of each conditioned method, one line for each; empty without a baseline."""
+    """The main figures of each conditioned method, a line for each. Empty without a baseline."""
     lines = []
     for method in (m for m in c.methods if m.kind == "clp"):
         said = []
@@ -238,7 +230,7 @@ def in_short(c: Comparison) -> str:
 
 
 def _verdict(difference: Estimate) -> str:
-    """Whether the interval of a difference leaves zero out."""
+    """A remark where the interval of a difference holds zero."""
     if difference.low is None:
         return ""
     return " (within the luck of seeds)" if difference.low <= 0 <= difference.high else ""
@@ -360,7 +352,7 @@ def _provenance(c: Comparison) -> str:
 
 
 def summary(comparison: Comparison) -> str:
-    """For the terminal: the table of methods, and the ratios to each reference."""
+    """The table of methods and the contrasts with each reference, for the terminal."""
     parts = [method_table(comparison)]
     for reference in dict.fromkeys(c.reference for c in comparison.contrasts):
         against = [c for c in comparison.contrasts if c.reference == reference]

@@ -1,6 +1,8 @@
-"""The order of work, in this process or in several: what is ready is done, what fails is noted, what is done is left alone.
+"""The order of the work of a comparison, in this process or in several.
 
-Pieces come seed by seed, each evaluation right after its runs, so that an unfinished comparison has whole methods to report.
+A piece of work is a training or an evaluation. It starts when the pieces that it needs are done. A finished piece is not
+repeated, and a failed one is recorded. Pieces come seed by seed, and each evaluation follows its runs, so that an unfinished
+comparison can report whole methods.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from clp_engine.training.run_folder import checkpoints
 
 BUSY, INTERRUPTED = 75, 130  # exit codes of a worker
 _POLL = 0.2  # seconds between looks at the workers
-_PATIENCE = 2.0  # seconds before a piece that another process has is looked at again
+_PATIENCE = 2.0  # seconds between looks at a piece that another process holds
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A training or an evaluation (of None: the base model), and the pieces it waits for."""
+    """A training or an evaluation, and the keys of the pieces that it needs. what: None is the evaluation of the base model."""
 
     key: str
     what: Run | Evaluation | None
@@ -41,19 +43,20 @@ class Piece:
         return work.is_evaluated(plan, self.what)
 
     def do(self, plan: Plan, progress: bool) -> None:
+        """Train or evaluate. Raises the errors of `work.train` and `work.evaluate`."""
         if isinstance(self.what, Run):
             work.train(plan, self.what, progress)
         else:
             work.evaluate(plan, self.what, progress)
 
     def log(self, plan: Plan) -> Path:
-        """Where its output goes when it fails, or runs in a process of its own."""
+        """The file for its traceback, or for all output where it runs in a process of its own."""
         return plan.output_dir / "logs" / f"{self.key.replace(':', '-').replace('/', '-')}.log"
 
 
 @dataclass
 class Outcome:
-    """failed: piece -> (reason in a line, log). blocked: pieces that waited for a failed one."""
+    """failed: (reason in a line, log) by the key of a piece. blocked: keys of the pieces that needed a failed one."""
 
     failed: dict[str, tuple[str, Path]] = field(default_factory=dict)
     blocked: list[str] = field(default_factory=list)
@@ -62,7 +65,7 @@ class Outcome:
 def pieces(
     plan: Plan, only: Collection[str] | None = None, seeds: Collection[int] | None = None
 ) -> list[Piece]:
-    """Everything these methods and seeds need, in the order in which it is done."""
+    """The pieces of work that these methods and seeds need, by default all, in the order in which they are done."""
     base = f"evaluate:{work.BASE}"
     found = {base: Piece(base, None)}
     for seed in plan.seeds if seeds is None else seeds:
@@ -79,7 +82,7 @@ def pieces(
 
 
 def state(plan: Plan, piece: Piece) -> str:
-    """done, checkpoint-N (where training stopped) or to do."""
+    """The state of a piece: "done", "checkpoint-N" for an interrupted training, or "to do"."""
     if piece.is_done(plan):
         return "done"
     saved = checkpoints(plan.run_folder(piece.what.name)) if isinstance(piece.what, Run) else []
@@ -87,7 +90,7 @@ def state(plan: Plan, piece: Piece) -> str:
 
 
 def execute(plan: Plan, todo: Sequence[Piece], jobs: int, say: Callable[[str], None]) -> Outcome:
-    """Do every piece that is not done; raises KeyboardInterrupt when the user stops it, with everything put away."""
+    """Do every piece that is not done. Raises KeyboardInterrupt when the user interrupts, after all processes have stopped."""
     waiting = [piece for piece in todo if not piece.is_done(plan)]
     done = {piece.key for piece in todo} - {piece.key for piece in waiting}
     outcome = Outcome()
@@ -116,7 +119,7 @@ def execute(plan: Plan, todo: Sequence[Piece], jobs: int, say: Callable[[str], N
                 if code == 0:
                     done.add(key)
                 elif code == BUSY:
-                    # Behind the others: there may be enough to do until it is free.
+                    # It queues behind the other pieces: they may keep this process busy until it is free.
                     waiting.append(worker.piece)
                     counter -= 1
                     if not any(done.issuperset(p.needs) for p in waiting[:-1]):
@@ -134,6 +137,7 @@ def execute(plan: Plan, todo: Sequence[Piece], jobs: int, say: Callable[[str], N
 
 
 def title(plan: Plan, piece: Piece) -> str:
+    """A piece as a line of text."""
     if piece.what is None:
         return "evaluate the base model"
     if isinstance(piece.what, Evaluation):
@@ -142,7 +146,7 @@ def title(plan: Plan, piece: Piece) -> str:
 
 
 class _Here:
-    """A piece done at once, in this process."""
+    """A piece that is done in this process, at once."""
 
     def __init__(self, plan: Plan, piece: Piece):
         self.piece, self._reason = piece, ""
@@ -166,15 +170,21 @@ class _Here:
 
 
 class _Worker:
-    """A piece done by a process of its own, in a session of its own: Ctrl-C reaches it through `stop` alone, once."""
+    """A piece that is done by a process in a session of its own. Ctrl-C reaches this process through `stop` alone, once."""
 
     def __init__(self, plan: Plan, piece: Piece, jobs: int):
         self.piece, self._log = piece, piece.log(plan)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "clp_engine.evaluation.compare.worker", str(plan_file(plan)), piece.key],
-                stdin=subprocess.PIPE,  # never written to: its end tells the worker that we are gone
+                [
+                    sys.executable,
+                    "-m",
+                    "clp_engine.evaluation.compare.worker",
+                    str(plan_file(plan)),
+                    piece.key,
+                ],
+                stdin=subprocess.PIPE,  # never written to: its end tells the worker that this process has ended
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -194,7 +204,7 @@ class _Worker:
 
 
 def _stop(running: dict[str, _Worker]) -> None:
-    """Ask every worker to finish its step and write a checkpoint; asked a second time, they stop at once."""
+    """Ask every worker to finish its step and write a checkpoint. A second Ctrl-C asks again, and they stop at once."""
     for _ in range(2):
         for worker in running.values():
             worker.stop()
@@ -207,17 +217,18 @@ def _stop(running: dict[str, _Worker]) -> None:
 
 
 def describe_error(error: BaseException) -> str:
+    """An error as one line, with its type unless it is a ConfigError."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
 
 
 def plan_file(plan: Plan) -> Path:
-    """Where workers find the configuration."""
+    """The file from which workers read the configuration."""
     return plan.output_dir / "config.json"
 
 
 def threads_per_job(jobs: int) -> int:
-    """Cores by jobs, and no more than OMP_NUM_THREADS allows already."""
+    """The number of cores divided by the jobs, and at most OMP_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores // jobs, int(allowed) if allowed.isdigit() else cores))

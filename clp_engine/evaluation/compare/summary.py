@@ -1,12 +1,12 @@
-"""What a comparison shows: every method over its seeds, and every method against the baselines.
+"""From the reports of evaluations to a Comparison: every method over its seeds, and every method against the baselines.
 
-Intervals are over training seeds. All methods and seeds share the prompts and the random numbers of the evaluation, so a
-difference between two methods at one seed is paired; the interval is Student's for the mean of n independent seeds,
+Intervals are over training seeds: Student's interval for the mean of n independent seeds,
 
     mean +- t_(n-1, 97.5 %) * s / sqrt(n),
 
-and None with one seed. It covers the luck of training. It does not cover the choice of prompts, which is the same for all:
-for that see the bootstrap intervals of each report.json.
+and None with one seed. All methods and seeds share the prompts and the random numbers of the evaluation, so that the
+difference of two methods at one seed is paired. The interval covers the luck of training. It does not cover the choice of
+prompts, which all methods share; each report.json has bootstrap intervals over prompts.
 """
 
 from __future__ import annotations
@@ -25,146 +25,16 @@ from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import Estimate
 from clp_engine.evaluation import pareto
 from clp_engine.evaluation.compare import work
-from clp_engine.evaluation.compare.plan import Method, Plan
-from clp_engine.evaluation.evaluate import Base, ParetoReport, Point, default_grid
-
-
-@dataclass(frozen=True)
-class FrontPoint:
-    """One weighting (and KL coefficient) of a method, over its seeds. utility: w.R; objective: what training maximises there,
-    `(1 - alpha) w.R - alpha KL`, or `w.R - beta KL`; matched: one of the specialists' weightings."""
-
-    weights: dict[str, float]
-    kl_coef: float
-    rewards: dict[str, Estimate]
-    kl: Estimate
-    length: Estimate
-    utility: Estimate
-    objective: Estimate
-    matched: bool
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """A method over the seeds it has been evaluated for.
-
-    hypervolume, expected_utility, realised_utility, steerability: see `pareto`; over all points of the method. kl_volume:
-    hypervolume of (reward, -KL) points, for one objective only. kl_steerability: rank correlation of the KL coefficient with
-    the KL, -1 where a larger one always means less; None where one coefficient was evaluated. `_matched`: over the
-    weightings (and KL coefficients) that specialists were trained for: None where there are no specialists, or the method
-    lacks one of their points.
-    kl, length: means over the points. The rest is what training took, summed over the runs the method needs (whoever else
-    needs them too): runs, optimiser steps, completions, tokens generated, parameters trained, seconds of steps.
-    """
-
-    name: str
-    kind: str
-    description: str
-    seeds: tuple[int, ...]
-    points: tuple[FrontPoint, ...]
-    hypervolume: Estimate
-    hypervolume_matched: Estimate | None
-    kl_volume: Estimate | None
-    kl_volume_matched: Estimate | None
-    expected_utility: Estimate
-    realised_utility: Estimate
-    realised_utility_matched: Estimate | None
-    steerability: dict[str, Estimate | None]
-    kl_steerability: Estimate | None
-    kl: Estimate
-    length: Estimate
-    runs: int
-    steps: Estimate
-    completions: Estimate
-    generated_tokens: Estimate
-    trained_parameters: int
-    seconds: Estimate
-
-    def volume(self, matched: bool = False) -> Estimate | None:
-        """The hypervolume that says something: of rewards, or of reward and KL where there is one reward."""
-        volumes = (
-            (self.kl_volume, self.kl_volume_matched)
-            if self.kl_volume
-            else (self.hypervolume, self.hypervolume_matched)
-        )
-        return volumes[matched]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """At one weighting (and KL coefficient), method minus reference, paired over seeds."""
-
-    weights: dict[str, float]
-    kl_coef: float
-    utility: Estimate
-    objective: Estimate
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A method against a reference, over the seeds both have.
-
-    volume_ratio: of `MethodResult.volume`, method by reference, each at all its own points; volume_ratio_matched: both at
-    the specialists' weightings. dominated: how many of the reference's `reference_points` points some point of the method
-    dominates (with one objective: in reward and KL).
-    differences: at every weighting both have; utility, objective: their means over the weightings.
-    """
-
-    method: str
-    reference: str
-    seeds: tuple[int, ...]
-    volume_ratio: Estimate | None
-    volume_ratio_matched: Estimate | None
-    dominated: Estimate
-    reference_points: int
-    differences: tuple[Difference, ...]
-    utility: Estimate | None
-    objective: Estimate | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The content of comparison.json. missing: methods and seeds that have no complete report yet."""
-
-    task: str | None
-    model: str
-    objectives: list[str]
-    seeds: list[int]
-    reference_point: dict[str, float]
-    kl_limit: float | None
-    base: Base
-    methods: list[MethodResult]
-    contrasts: list[Contrast]
-    missing: list[str]
-    setup: dict[str, Any]
-    config: dict[str, Any]
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    commits: list[str]
-    command: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def method(self, name: str) -> MethodResult:
-        return next(m for m in self.methods if m.name == name)
-
-    def fair(self, contrast: Contrast | Difference) -> Estimate | None:
-        """The difference to look at: of w.R, or with one objective (which is compared at several KL) of the objective."""
-        return contrast.utility if self.kl_limit is None else contrast.objective
-
-    @property
-    def fair_name(self) -> str:
-        return "w.R" if self.kl_limit is None else "objective"
-
-    @property
-    def varies_kl(self) -> bool:
-        return len({p.kl_coef for m in self.methods for p in m.points}) > 1
+from clp_engine.evaluation.compare.methods import Method
+from clp_engine.evaluation.compare.plan import Plan
+from clp_engine.evaluation.compare.results import Comparison, Contrast, Difference, FrontPoint, MethodResult
+from clp_engine.evaluation.front import Point, default_grid
+from clp_engine.evaluation.report import ParetoReport
 
 
 @dataclass(frozen=True)
 class Front:
-    """A method at one seed, as arrays: weights (P, M), kl_coefs (P,), rewards (P, M), kl (P,), length (P,)."""
+    """The P points of a method at one seed, as arrays: weights and rewards (P, M), kl_coefs, kl and length (P,)."""
 
     weights: np.ndarray
     kl_coefs: np.ndarray
@@ -188,7 +58,7 @@ class Front:
 
     @property
     def keys(self) -> list[tuple[float, ...]]:
-        """(w_1 ... w_M, kl) of every point: the same asked of two methods is the same key."""
+        """(w_1 ... w_M, KL coefficient) of every point. Two methods have one key for one weighting and coefficient."""
         return [
             (*(round(w, 6) for w in row), round(kl, 6))
             for row, kl in zip(self.weights.tolist(), self.kl_coefs.tolist())
@@ -196,14 +66,16 @@ class Front:
 
     @property
     def utility(self) -> np.ndarray:
+        """w.R of each point, (P,)."""
         return (self.weights * self.rewards).sum(-1)
 
     def objective(self, kl_is_beta: bool) -> np.ndarray:
+        """`(1 - alpha) w.R - alpha KL` of each point, or `w.R - beta KL`, (P,)."""
         keep = 1.0 if kl_is_beta else 1 - self.kl_coefs
         return keep * self.utility - self.kl_coefs * self.kl
 
     def restricted(self, keys: set[tuple[float, ...]]) -> Front | None:
-        """The points with these keys; None unless every one is there."""
+        """The points with these keys, or None where one of them is missing."""
         rows = [i for i, key in enumerate(self.keys) if key in keys]
         return self.at(rows) if keys and len(rows) == len(keys) else None
 
@@ -212,7 +84,7 @@ class Front:
 
 
 def collect(plan: Plan, command: str = "") -> Comparison:
-    """From every report of the plan that is there. Raises ConfigError where there is none yet."""
+    """The Comparison of all finished evaluations of a plan. Raises ConfigError where none is finished."""
     fronts: dict[str, dict[int, Front]] = {}
     trainings: dict[str, dict[int, list[work.Training]]] = {}
     missing = []
@@ -263,7 +135,7 @@ def summarise(
     kl_limit: float | None = None,
     **about: Any,
 ) -> Comparison:
-    """Aggregate fronts (method -> seed -> Front) over seeds; `about` fills the other fields of Comparison."""
+    """Aggregate fronts and trainings (both method -> seed) over seeds. about: the other fields of Comparison."""
     present = [m for m in methods if fronts[m.name]]
     every = [f for m in present for f in fronts[m.name].values()]
     if len(objectives) > 1:
@@ -306,7 +178,7 @@ def summarise(
 
 @dataclass(frozen=True)
 class _Measure:
-    """What every front is measured against."""
+    """The yardsticks that all fronts share: reference point, base model, limit of KL, and the points of specialists."""
 
     objectives: Sequence[str]
     reference: np.ndarray
@@ -316,15 +188,15 @@ class _Measure:
     matched: set[tuple[float, ...]]
 
     def coordinates(self, front: Front) -> np.ndarray:
-        """What points are compared in, (P, ...), all to be maximised: rewards, or with one objective (R, -KL)."""
+        """The coordinates in which points are compared, larger ones being better: rewards (P, M), or (R, -KL) (P, 2)."""
         return front.rewards if self.kl_limit is None else np.stack([front.rewards[:, 0], -front.kl], -1)
 
     def hypervolume(self, front: Front) -> float:
         return float(pareto.hypervolume(front.rewards, self.reference))
 
     def kl_volume(self, front: Front) -> float:
-        """Of the points (R, -KL) above (R_base, -kl_limit): reward gained over the base model, integrated over the KL that
-        may be spent,  integral_0^limit max(0, max_{p : KL_p <= x} R_p - R_base) dx."""
+        """The hypervolume of the points (R, -KL) above (R_base, -kl_limit): the gain in reward over the base model, integrated
+        over the KL that may be spent,  integral_0^limit max(0, max_{p : KL_p <= x} R_p - R_base) dx."""
         return float(pareto.hypervolume(self.coordinates(front), np.array([self.base[0], -self.kl_limit])))
 
     def volume(self, front: Front) -> float:
@@ -404,7 +276,7 @@ def _points(fronts: Sequence[Front], measure: _Measure) -> tuple[FrontPoint, ...
 
 
 def _steerability(fronts: Sequence[Front], objectives: Sequence[str]) -> dict[str, Estimate | None]:
-    """None where it is undefined at some seed."""
+    """Steerability by objective. None where it is undefined at some seed."""
     by_seed = np.stack([pareto.steerability(f.rewards, f.weights) for f in fronts])  # (seeds, M)
     return {
         name: None if np.isnan(column).any() else Estimate.of(column.tolist())
@@ -451,7 +323,8 @@ def _ratio(pairs: Sequence[tuple[Front, Front]], measure: _Measure) -> Estimate 
 
 
 def dominated(front: np.ndarray, reference: np.ndarray) -> int:
-    """How many points of `reference` (Q, M) some point of `front` (P, M) dominates: as good everywhere, better somewhere."""
+    """The number of points of `reference` (Q, M) that some point of `front` (P, M) dominates: it is at least as good in every
+    objective, and better in one."""
     q, p = front[None, :, :], reference[:, None, :]
     return int(((q >= p).all(-1) & (q > p).any(-1)).any(-1).sum())
 
@@ -477,5 +350,5 @@ def _differences(pairs: Sequence[tuple[Front, Front]], measure: _Measure) -> tup
 
 
 def _mean_over_points(estimates: Sequence[Estimate]) -> Estimate | None:
-    """Mean over points at each seed first, then over seeds."""
+    """The mean over points at each seed, then over seeds."""
     return Estimate.of(np.mean([e.values for e in estimates], 0).tolist()) if estimates else None

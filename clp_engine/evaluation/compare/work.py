@@ -1,10 +1,10 @@
-"""Doing one piece of a plan: train a run, or evaluate what was trained. Each is done once and can be repeated at any time.
+"""One piece of work of a comparison: the training of a run, or an evaluation. A finished piece is not done again.
 
-trainings/RUN.json      written last: what the training took; its presence means that the run is done
-EVALUATION/inputs.json  digest of what the report depends on; another digest means that it is stale
+trainings/RUN.json      cost of the training, written last: its presence means that the run is done
+EVALUATION/inputs.json  digest of everything that the report depends on; another digest means that the report is stale
 
-runs/ is needed as long as something is to be evaluated. trainings/ and evaluations/ are small, and all that a report needs:
-they can be kept elsewhere, and a comparison goes on from them with what is missing.
+runs/ is needed until everything is evaluated. trainings/ and evaluations/ are small, and the report of the comparison needs
+nothing else. A copy of these two folders is enough to continue a comparison.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clp_engine.core import locking, transformers_releases
+from clp_engine.core import locking, records, transformers_releases
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.files import finish, write_directory, write_text
+from clp_engine.core.files import finish, read_json, write_directory, write_text
 from clp_engine.core.locking import Busy
 from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
 from clp_engine.training import runs
@@ -26,7 +26,7 @@ from clp_engine.training.config import WITHOUT_EFFECT
 from clp_engine.training.run_folder import checkpoints, remove_checkpoint
 
 if TYPE_CHECKING:
-    from clp_engine.evaluation.evaluate import ParetoReport
+    from clp_engine.evaluation.report import ParetoReport
     from clp_engine.training.trainer import CLPTrainer
 
 BASE = "base"  # the evaluation of the base model, which sets the reference point
@@ -35,7 +35,7 @@ _INPUTS = "inputs.json"
 
 @dataclass(frozen=True)
 class Training:
-    """What a run took. seconds: of its steps, without loading and saving, summed over interruptions."""
+    """The cost of a run. seconds: of its optimiser steps, without loading and saving, summed over interruptions."""
 
     seconds: float
     steps: int
@@ -49,14 +49,15 @@ class Training:
 
     @classmethod
     def load(cls, path: Path) -> Training | None:
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        """The cost in a training record, or None where there is no such file."""
+        return records.read(path, cls, "remove it to train the run again") if path.is_file() else None
 
 
 # --- training ------------------------------------------------------------------------------------------------------------
 
 
 def is_trained(plan: Plan, run: Run) -> bool:
-    """Whether a run is done: its record is there, and its policy, unless every report that is made of it is there, too."""
+    """Whether a run is done: it has a record, and either its policy or every report that needs the policy is there."""
     if not plan.training_record(run.name).is_file():
         return False
     folder = plan.run_folder(run.name)
@@ -67,7 +68,7 @@ def is_trained(plan: Plan, run: Run) -> bool:
 
 
 def check_unchanged(run: Run, folder: Path) -> None:
-    """Raises ConfigError where a run was made under other settings: the digest does not see a changed default."""
+    """Raises ConfigError where the run in `folder` had other settings: a changed default does not change the digest."""
     saved = runs.RunSpec.load(folder)
     if saved is None:
         return
@@ -84,8 +85,10 @@ def check_unchanged(run: Run, folder: Path) -> None:
 
 
 def train(plan: Plan, run: Run, progress: bool = True) -> None:
-    """Train a run, from its newest checkpoint where there is one; nothing where it is done. Raises Busy, and whatever
-    training raises; `runs.Interrupted` leaves a checkpoint."""
+    """Train a run unless it is done, from its newest checkpoint if it has one.
+
+    Raises Busy where another process trains it, and the errors of training. `runs.Interrupted` leaves a checkpoint.
+    """
     from clp_engine.training.config import CLPConfig
 
     folder = plan.run_folder(run.name)
@@ -96,7 +99,7 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
             {
                 **run.config,
                 "disable_tqdm": not progress or run.config["disable_tqdm"],
-                "overwrite_output_dir": True,  # the folder is the comparison's: a policy without a record is made again
+                "overwrite_output_dir": True,  # the comparison owns the folder: a policy without a record is trained again
             }
         )
         trainer = runs.train(run.spec, config, resume=bool(checkpoints(folder)), again="the same command")
@@ -107,7 +110,7 @@ def train(plan: Plan, run: Run, progress: bool = True) -> None:
 
 
 def _training(trainer: CLPTrainer) -> Training:
-    """seconds: a sum over the steps, from the means in the log, which survive an interruption as a clock does not."""
+    """The cost of a finished training. Its seconds are summed from the means in the log, which outlast an interruption."""
     import torch
 
     from clp_engine.core.provenance import source_commit, versions
@@ -117,7 +120,7 @@ def _training(trainer: CLPTrainer) -> Training:
     unlogged = {**trainer.metric_log.drain(), "step": state.global_step}
     for entry in [*state.log_history, unlogged]:
         if "step_time" not in entry:
-            continue  # of an evaluation, or nothing happened since the last entry
+            continue  # an entry of an evaluation, or without a step since the last entry
         steps, before = entry["step"] - before, entry["step"]
         seconds += entry["step_time"] * steps
     return Training(
@@ -137,20 +140,21 @@ def _training(trainer: CLPTrainer) -> Training:
 
 
 def is_evaluated(plan: Plan, evaluation: Evaluation | None) -> bool:
-    """Whether a report is there that was made of the same runs in the same way; None is the base model's."""
+    """Whether the report of an evaluation is there and has the digest of the plan. None stands for the base model."""
     name = BASE if evaluation is None else evaluation.name
     path = plan.evaluation_folder(name) / _INPUTS
-    return path.is_file() and _read_json(path).get("digest") == plan.evaluation_digest(evaluation)
+    return path.is_file() and read_json(path).get("digest") == plan.evaluation_digest(evaluation)
 
 
 def report_of(plan: Plan, evaluation: Evaluation | None) -> ParetoReport:
-    from clp_engine.evaluation.evaluate import ParetoReport
+    """The report of an evaluation. None stands for the base model."""
+    from clp_engine.evaluation.report import ParetoReport
 
     return ParetoReport.load(plan.evaluation_folder(BASE if evaluation is None else evaluation.name))
 
 
 def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -> None:
-    """Write the report of a method at a seed (or of one specialist), or of the base model; nothing where it is there."""
+    """Write the report of an evaluation, unless it is there. None stands for the base model."""
     from clp_engine.evaluation import evaluate as measuring
     from clp_engine.rollouts.types import SamplingParams
 
@@ -165,8 +169,10 @@ def evaluate(plan: Plan, evaluation: Evaluation | None, progress: bool = True) -
         report = measuring.evaluate(
             policy,
             spec.reward_functions(),
-            spec.eval_rows(settings.prompts, seed=settings.seed, split=settings.split if plan.spec.task else None),
-            # One weighting of an untrained policy: the base model, and once more the base model.
+            spec.eval_rows(
+                settings.prompts, seed=settings.seed, split=settings.split if plan.spec.task else None
+            ),
+            # At any one weighting, an untrained policy is the base model.
             grid=[list(w) for w in (_anywhere(plan) if evaluation is None else evaluation.grid)],
             kl=list(kl) if isinstance(kl, tuple) else kl,
             num_generations=settings.num_generations,
@@ -201,7 +207,7 @@ def _untrained(plan: Plan):
 
 
 def _assemble(plan: Plan, evaluation: Evaluation):
-    """The policy to evaluate, made of its runs."""
+    """The policy of an evaluation, assembled from its runs."""
     policies = [runs.load_policy(plan.run_folder(name)) for name in evaluation.runs]
     if evaluation.assembly == "single":
         return policies[0]
@@ -220,7 +226,7 @@ def _assemble(plan: Plan, evaluation: Evaluation):
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a piece, `.<name>.lock` beside its folder; Busy where another process has it."""
+    """Hold the lock of a piece, `.<name>.lock` beside its folder. Raises Busy where another process holds it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -235,5 +241,3 @@ def _write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

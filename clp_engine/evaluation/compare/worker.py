@@ -1,4 +1,4 @@
-"""python -m clp_engine.evaluation.compare.worker CONFIG.json PIECE: one piece of a comparison, in a process of its own."""
+"""python -m clp_engine.evaluation.compare.worker CONFIG.json PIECE: do one piece of a comparison in this process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from clp_engine.training import runs
 
 
 def _interrupt_when_alone() -> None:
-    """Standard input is a pipe that nobody writes to: it ends when whoever started us does, however that ends."""
+    """Interrupt this process when its parent ends. Standard input is a pipe from the parent, which closes at that moment."""
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def main(config: str, key: str) -> int:
-    """Do the piece `key` of the plan in the file `config`; returns the exit code."""
-    # It is how we are told to stop, even where whoever started us was started with it ignored.
+    """Do the piece `key` of the plan that the file `config` holds. Returns the exit code."""
+    # SIGINT stops this process, even if the parent inherited that SIGINT is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_interrupt_when_alone, daemon=True).start()
     plan = make_plan(json.loads(Path(config).read_text(encoding="utf-8")))

@@ -1,222 +1,30 @@
-"""The parts of a language model the engine drives itself: attention masks, caches, the stack of layers, output projection.
-
-A prompt runs once and what it leaves behind, a context, serves the whole group of its completions, in rollout, scoring and
-training alike, with gradients where they are asked for:
-
-    hidden, context = backbone.prefill(prompt_ids, prompt_mask)     # predicts the first token of the completion
-    context.repeat(group)                                           # each prompt's rows for its whole group
-    hidden = backbone.extend(context, completion_ids)               # predicts the token after each
-
-Where nothing has to be kept for later tokens, prompts and completions run in one pass as one row of packed tokens, if the model
-takes it (`packing_fault` is None):
-
-    hidden = backbone.packed(packed)                                # `packing.Packed` -> the state of each token
-
-`CausalBackbone` is here, `EncoderDecoderBackbone` in `encoder_decoder`; `make_backbone` takes the one that fits.
-"""
+"""Decoders of a causal language model, driven by their own stack of layers; see `base`."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from clp_kernels import PrefixLayout
-from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.transformers_releases import cache_argument, keep_softcap
+from clp_engine.core.transformers_releases import cache_argument
 from clp_engine.models.backbones import packing
+from clp_engine.models.backbones.base import Backbone, Context, difference
 from clp_engine.models.backbones.kv_cache import join_with_room, repeat_rows, repeat_with_room
 from clp_engine.models.backbones.packing import Packed
 from clp_engine.models.text_path import text_stack
 
 # Held by a pass through a decoder: which attention it runs stands in the model's config, which threads share.
 _ATTENTION = threading.RLock()
-
-# Families that scale the last hidden state exactly where the projection is tied, if their config does not say more.
-_SCALED_WHERE_TIED = ("t5", "longt5", "umt5", "switch_transformers")
-
-
-@dataclass(frozen=True)
-class Head:
-    """logits = softcap * tanh(logit_scale * (hidden W^T + b) / softcap); softcap None leaves out the tanh.
-
-    offset: (V,), what the model adds to its logits beside the bias of the projection (BART's final_logits_bias), or None.
-    """
-
-    module: nn.Module
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    offset: torch.Tensor | None = None
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """`b` (V,): the projection's own bias and the offset."""
-        own = self.module.bias
-        if self.offset is None or own is None:
-            return own if self.offset is None else self.offset
-        return own + self.offset
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.module(hidden)
-        if self.offset is not None:
-            logits = logits + self.offset
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-
-def find_head(model: PreTrainedModel) -> Head:
-    module = model.get_output_embeddings()
-    if module is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no output projection; a causal language model or an encoder-decoder "
-            "with a language modelling head is needed"
-        )
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    if getattr(
-        config,
-        "scale_decoder_outputs",
-        config.model_type in _SCALED_WHERE_TIED and config.tie_word_embeddings,
-    ):
-        scale *= config.d_model**-0.5
-    offset = getattr(model, "final_logits_bias", None)
-    return Head(
-        module,
-        float(scale),
-        getattr(config, "final_logit_softcapping", None),
-        None if offset is None else offset[0],
-    )
-
-
-class Context(ABC):
-    """What rows have read so far, as far as the tokens that follow need it; `Backbone.extend` adds to it in place."""
-
-    @abstractmethod
-    def repeat(self, times: int, room: int | None = None) -> None:
-        """Each row `times` times in a row. Differentiable, or, given `room`, in buffers that take that many further tokens
-        without being allocated again."""
-
-    @abstractmethod
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows (indices), in this order."""
-
-    def join(self, other: Context, room: int) -> None:
-        """Take the other's rows behind one's own, all with room for `room` further tokens; both made by repeat(room=...)."""
-        raise NotImplementedError
-
-
-class Backbone(ABC):
-    """A transformers language model, split at the last hidden state."""
-
-    # Why the model does not take packed tokens, or None where it does.
-    packing_fault: str | None = "it has an encoder, whose tokens all attend to each other"
-    # Whether a prompt's context can serve all of its completions.
-    shares_prompts = True
-    # Whether contexts of other lengths can join one that rows are on their way in.
-    contexts_join = False
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.head = find_head(model)
-
-    def packed(self, batch: Packed) -> torch.Tensor:
-        """Hidden states (N, H) of packed tokens, each of which predicts the token after it."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def prefill(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, Context]:
-        """(hidden (P, 1, H) that predicts the first token after each prompt, context). prompt_ids, prompt_mask (P, S),
-        left-padded."""
-
-    @abstractmethod
-    def extend(self, context: Context, ids: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (rows, T, H) of the new tokens ids (rows, T), each of which predicts the token after it.
-
-        valid: (rows, T) bool, False for padding, which may only follow a row's tokens; None where there is none.
-        """
-
-    @abstractmethod
-    def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, T, V) of completions (rows, T) after unpadded prompts, by one pass of the model itself."""
-
-    def check_head(self) -> None:
-        """Raise ConfigError where our split does not reproduce the model's own logits, to what its dtype can tell: one pass
-        and a pass in two parts round differently, and so do a scaled hidden state and a scaled logit."""
-        kind, ids = type(self.model).__name__, self._probe()
-        prompt, completion = ids[:, :3], ids[:, 3:]
-        with torch.no_grad():
-            expected = self._plain_logits(prompt, completion)
-            try:
-                first, context = self.prefill(prompt, torch.ones_like(prompt, dtype=torch.bool))
-                context.repeat(1)
-                ours = self.head.logits(torch.cat([first, self.extend(context, completion[:, :-1])], 1))
-            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-                raise ConfigError(
-                    f"{kind} does not take masks and caches as other models of transformers do, and cannot be used: "
-                    f"{error}"
-                ) from error
-        self._compare(ours, expected)
-
-    def _probe(self) -> torch.Tensor:
-        """(1, 6), tokens to try the model with."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return torch.arange(1, 7, device=self.model.device).unsqueeze(0) % vocabulary
-
-    def _compare(self, ours: torch.Tensor, expected: torch.Tensor) -> None:
-        if found := difference(ours, expected):
-            raise ConfigError(
-                f"{type(self.model).__name__} does something between its tokens and its logits that is not a stack of "
-                f"layers with a cache, then a projection with bias, scale and softcap (difference {found:.3g}); "
-                "it cannot be used"
-            )
-
-    def additive_mask(self, allowed: torch.Tensor) -> torch.Tensor:
-        """0 where attention is allowed and the least number elsewhere, in the model's dtype."""
-        dtype = self.model.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-            ~allowed, torch.finfo(dtype).min
-        )
-
-
-def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference between logits, 0 where it is what rounding makes."""
-    found = (ours.float() - expected.float()).abs().max().item()
-    tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
-    return 0.0 if found <= tolerance * max(1.0, expected.abs().max().item()) else found
-
-
-def make_backbone(model: PreTrainedModel) -> Backbone:
-    """The backbone for a causal or an encoder-decoder language model, tried out. Raises ConfigError for others."""
-    keep_softcap(model)
-    if getattr(model.config, "is_encoder_decoder", False):
-        from clp_engine.models.backbones.encoder_decoder import EncoderDecoderBackbone
-
-        backbone = EncoderDecoderBackbone(model)
-        backbone.check_head()
-        return backbone
-    try:
-        backbone = CausalBackbone(model)
-        backbone.check_head()
-        backbone.check_packing()
-    except ConfigError as error:
-        from clp_engine.models.backbones.whole_sequences import WholeSequenceBackbone
-
-        backbone = WholeSequenceBackbone(model, str(error))
-        backbone.check_head()
-    return backbone
 
 
 class _Recomputing(AbstractContextManager):

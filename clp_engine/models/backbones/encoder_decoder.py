@@ -12,7 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.transformers_releases import cache_argument
-from clp_engine.models.backbones.causal import Backbone, Context
+from clp_engine.models.backbones.base import Backbone, Context
 from clp_engine.models.backbones.kv_cache import repeat_rows, repeat_with_room
 
 # Their attention takes (positions, rows, H): a layer there could not tell which row has which blend.

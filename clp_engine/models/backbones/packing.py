@@ -16,14 +16,10 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from clp_kernels import PrefixLayout, prefix_attention
 from transformers import AttentionInterface
-
-if TYPE_CHECKING:
-    from clp_engine.rollouts.types import Rollout
 
 NAME = "clp_shared_prefix"
 _layout: ContextVar[PrefixLayout | None] = ContextVar("layout", default=None)
@@ -89,16 +85,6 @@ def pack(
     index = torch.stack([source[sequence] + within, positions, sequence // (1 + group)]).to(device)
     ids = torch.cat([prompt_ids.flatten(), completion_ids.flatten()])[index[0]]
     return Packed(ids, index[1], layout, index[2], predictors.to(device))
-
-
-def pack_rollout(batch: Rollout, mask: torch.Tensor | None = None, plain: bool = False) -> Packed:
-    """`pack` for a rollout; mask: by default all completion tokens; plain: prompts as the reference reads them."""
-    prompts = batch.prompt_ids, batch.counts[0]
-    if plain and batch.plain_ids is not None:
-        prompts = batch.plain_ids, batch.plain_mask.sum(-1).cpu()
-    elif mask is None:
-        return batch.packed
-    return pack(*prompts, batch.completion_ids, batch.counts[1] if mask is None else mask.sum(-1).cpu())
 
 
 def join(first: Packed, second: Packed) -> Packed:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.backbones.causal import Backbone, difference
+from clp_engine.models.backbones.base import Backbone, difference
 from clp_engine.models.text_path import text_stack
 
 # logits (rows, V) -> (tokens (rows,), whether all rows have ended)

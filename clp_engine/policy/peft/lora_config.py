@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.low_rank_layers import check_targets, find_targets, refuse_beside_text
+from clp_engine.models.targets import check_targets, find_targets, refuse_beside_text
 from clp_engine.models.text_path import beside_text
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import read_json, read_tensors
 from clp_engine.core.ranges import COUNT, MAPPINGS, Range
-from clp_engine.models.low_rank_layers import place
+from clp_engine.models.blend import place
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<part>[AB])\.weight$")
@@ -198,7 +198,10 @@ def _adapter(
             f"{source} computes nothing: its lora_alpha is 0; leave it out (None for its objective), or write what it was "
             "trained with"
         )
-    return Adapter(source, config.get("base_model_name_or_path") or "", layers, base_weights or {})
+    base = config.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise ConfigError(f"{source}: base_model_name_or_path={shown(base)}: expected the name of a model, or null")
+    return Adapter(source, base, layers, base_weights or {})
 
 
 def _file(location: str | Path, name: str) -> Path:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +24,12 @@ from clp_engine.core.files import read_json
 from clp_engine.models import fingerprint
 from clp_engine.models.base import load_base, model_location
 from clp_engine.models.forms import Conditioning
-from clp_engine.models.low_rank_layers import ConditionedLinear, find_targets
-from clp_engine.models.targets import head_name
+from clp_engine.models.low_rank_layers import ConditionedLinear
+from clp_engine.models.targets import find_targets, head_name
 from clp_engine.models.text_path import beside_text
 from clp_engine.policy.peft.reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters
 from clp_engine.policy.peft.writing import BLEND_FILE, BLEND_SETTINGS
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.policy.steerable import SteerableModel
 
 DEFAULT_RANK = 16
 
@@ -39,7 +37,7 @@ Source = str | Path | Adapter | None
 
 
 def build(
-    kind: type[ConditionedPolicy],
+    make: Callable[..., SteerableModel],
     base: str | PreTrainedModel,
     adapters: Mapping[str, Source] | str | Path,
     *,
@@ -50,8 +48,8 @@ def build(
     dtype=None,
     device=None,
     **options: Any,
-) -> ConditionedPolicy:
-    """See `ConditionedPolicy.from_adapters`."""
+) -> SteerableModel:
+    """See `ConditionedPolicy.from_adapters`; make: `from_pretrained` of the class of what is made."""
     if isinstance(adapters, str | Path):
         directory = Path(adapters)
         adapters, saved = read_blend(directory)
@@ -83,7 +81,7 @@ def build(
             )
         found = found[:1]
     ranks = _ranks(found, rank)
-    policy = kind.from_pretrained(
+    policy = make(
         model,
         tuple(adapters),
         conditioning=conditioning,

@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from clp_kernels import expand_gate
@@ -21,12 +20,13 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.models.low_rank_layers import ConditionedLayer, ConditionedLinear
+from clp_engine.core.files import refuse_overlap, write_directory
+from clp_engine.models import fingerprint
+from clp_engine.models.blend import ConditionedLayer
+from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.models.whole_weight_layers import InterpolatedLinear
 from clp_engine.policy.peft.svd_cut import Cut, cut_matrix, cut_product
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.policy.steerable import SteerableModel
 
 BLEND_FILE = "clp_blend.json"
 # Settings of a policy that say how its adapters are blended.
@@ -50,7 +50,7 @@ def read_rank(path: str | Path) -> int:
 
 
 def save(
-    path: str | Path, policy: ConditionedPolicy, coefficients: torch.Tensor, rank: int | None = None
+    path: str | Path, policy: SteerableModel, coefficients: torch.Tensor, rank: int | None = None
 ) -> float:
     """Write the blend `coefficients` (D,) as one adapter; returns |written - delta| / |delta| over all layers
     (Frobenius), 0 where it is exact.
@@ -62,7 +62,7 @@ def save(
     return _save(path, policy, coefficients, policy.spec.scalings, 1.0, rank)
 
 
-def save_each(directory: Path, policy: ConditionedPolicy, rank: int | None = None) -> dict[str, float]:
+def save_each(directory: Path, policy: SteerableModel, rank: int | None = None) -> dict[str, float]:
     """Write each delta as an adapter of its own, with the policy's scaling of it, into a folder of `directory` (see
     `folders`), and BLEND_FILE, which says how they are blended; returns the error of each folder, as `save`."""
     spec, errors = policy.spec, {}
@@ -85,7 +85,56 @@ def save_each(directory: Path, policy: ConditionedPolicy, rank: int | None = Non
     return errors
 
 
-def folders(policy: ConditionedPolicy) -> list[str]:
+def export(policy: SteerableModel, path: str | Path, weights, kl, rank: int | None) -> float:
+    """See `ConditionedPolicy.export_adapter`."""
+    refuse_overlap(path, policy.read_from)
+    _warn_of_tied_head(policy)
+    coefficients = policy.coefficients(policy.conditions(weights, kl))
+    with write_directory(path) as temporary:
+        error = save(temporary, policy, coefficients[0], rank)
+        _describe_blend(temporary, policy, weights, kl)
+        _complete(temporary, policy)
+    return error
+
+
+def export_each(policy: SteerableModel, directory: str | Path, rank: int | None) -> dict[str, float]:
+    """See `ConditionedPolicy.save_adapters`."""
+    refuse_overlap(directory, policy.read_from)
+    _warn_of_tied_head(policy)
+    with write_directory(directory) as temporary:
+        errors = save_each(temporary, policy, rank)
+        _complete(temporary, policy)
+    return errors
+
+
+def _complete(directory: Path, policy: SteerableModel) -> None:
+    """What is beside the adapters: whose they are, and the tokenizer."""
+    fingerprint.write(directory, policy.model)
+    if policy.tokenizer is not None:
+        policy.tokenizer.save_pretrained(directory)
+
+
+def _warn_of_tied_head(policy: SteerableModel) -> None:
+    if policy.splits_tied_head:
+        warnings.warn(
+            "this adapter changes an output projection that shares its weight with the input embedding: use it as an "
+            "adapter, or write a merged model with merge(); peft's merge_and_unload would change both",
+            stacklevel=4,
+        )
+
+
+def _describe_blend(path: Path, policy: SteerableModel, weights, kl) -> None:
+    condition = policy.conditions(weights, kl)
+    blend = {
+        "weights": dict(zip(policy.objectives, condition.weights[0].tolist())),
+        "kl": condition.kl[0].item(),
+        "conditioning": policy.spec.conditioning,
+        "prompt_text": policy.prompt_text(weights, kl),
+    }
+    (path / "blend.json").write_text(json.dumps(blend, indent=2) + "\n", encoding="utf-8")
+
+
+def folders(policy: SteerableModel) -> list[str]:
     """A folder name for each delta: that of its objective, or "adapter" where there is one delta for all."""
     if not policy.conditioning.blended:
         return ["adapter"]
@@ -100,7 +149,7 @@ def folders(policy: ConditionedPolicy) -> list[str]:
 
 def _save(
     path: str | Path,
-    policy: ConditionedPolicy,
+    policy: SteerableModel,
     coefficients: torch.Tensor,
     scalings: Sequence[float],
     scaling: float,

@@ -1,275 +1,120 @@
-"""Decoding over buffers that never move: what a CUDA graph can be captured of and replayed for every token.
+"""Decoding by CUDA graphs over fixed slots: on a GPU a step is one launch.
 
-A slot holds a prompt's keys and values once, for all rows of its group, and each row's own. Prompts take free slots and leave
-them; a step runs over the first so many slots, a bucket, whoever is in them:
-
-    scores = [ q K_prompt^T | q K_own^T ],    y = softmax(scores + mask) [ V_prompt ; V_own ]
-
-The rows of a group are one matrix product with their prompt's keys: these are read once per group and token. Buckets are powers
-of two, prompts and completions have room for a multiple of ROUND tokens, so that a few graphs serve a whole run; they outlive
-the rollout with their buffers and are captured again where a parameter has moved. Factors are converted to the model's dtype
-once for a rollout: what the graph reads of them are copies.
-
-On a GPU a step is one graph launch. Elsewhere, or where capture fails (said once), the same step runs as it is.
+Graphs and their buffers (`slots`) outlive the rollout, and are captured again where a parameter has moved. Elsewhere, or where
+capture fails (said once), the same step runs as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import os
+import weakref
+from collections.abc import Iterator
 
 import torch
-from transformers import AttentionInterface
+from clp_kernels.backends import forced_backend
+from torch import nn
 
 from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.low_rank_layers import ConditionedLinear
-from clp_engine.rollouts.engines import fused_step
+from clp_engine.rollouts.engines import fused_step, llama_weights, trials
+from clp_engine.rollouts.engines.base import DecoderRequest
 from clp_engine.rollouts.engines.fused_step import FusedStep
-from clp_engine.rollouts.engines.native import rope_tables
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.rollouts.engines.slots import NAME, Slots, Step, in_force, round_up
+from clp_engine.rollouts.engines.trials import SWITCH, Unsupported
 
 logger = logging.getLogger(__name__)
 
-NAME = "clp_slots"
-ROUND = 64  # tokens by which the room for prompts and for completions grows
 _WARM_UP = 3  # steps before capture: libraries choose and allocate in the first ones
-_step: ContextVar[Step | None] = ContextVar("step", default=None)
+# The slots of a model's last rollout, for its next one; plans made, and models that were told why there is none.
+_SLOTS: weakref.WeakKeyDictionary[nn.Module, Slots] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, FusedStep] = weakref.WeakKeyDictionary()
 
 
-def serves(policy: ConditionedPolicy) -> bool:
-    """Whether every step of the policy is the same work on the same buffers: low-rank factors, attention that packs."""
+def serves(model: ConditionedModel) -> bool:
+    """Whether every step of the model is the same work on the same buffers: low-rank factors, attention that packs."""
     return (
-        isinstance(policy.backbone, CausalBackbone)
-        and policy.backbone.packing_fault is None
-        and all(isinstance(layer, ConditionedLinear) for layer in policy.layers.values())
+        isinstance(model.backbone, CausalBackbone)
+        and model.backbone.packing_fault is None
+        and all(isinstance(layer, ConditionedLinear) for layer in model.layers.values())
     )
 
 
-def _round_up(tokens: int) -> int:
-    return -(-tokens // ROUND) * ROUND
+def plan(model: ConditionedModel) -> FusedStep:
+    """How this model's step is computed. Worked out at the first call and kept while the base weights are the same; hooks and
+    such are looked for every time."""
+    kept = trials.current(_PLANS, model, tuple(llama_weights.frozen_weights(model)), _make)
+    try:
+        if kept.reason is None:
+            llama_weights.check_modules(model, llama_weights.base_dtype(model), model.device)
+    except Unsupported as error:
+        return FusedStep(None, {}, str(error))
+    return kept
 
 
-@dataclass
-class Slots:
-    """Buffers for `count` prompts of at most `width` tokens, `group` rows each with at most `room` tokens of their own.
-
-    keys, values, by layer: of prompts (count, Hkv, width, D), of rows (count * group, Hkv, room, D). prompt_lengths (count,)
-    and lengths (count * group,): what of them is filled. coefficients (count * group, D) of the blend, zero without one.
-    factors, by layer: its low-rank factors in the model's dtype, where they are kept in another.
-    """
-
-    count: int
-    width: int
-    group: int
-    room: int
-    device: torch.device
-    deltas: int
-    prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    own: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = field(default_factory=dict)
-    parameters: tuple[int, ...] = ()
-    ropes: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        rows, like = self.count * self.group, {"device": self.device}
-        self.prompt_lengths = torch.zeros(self.count, dtype=torch.long, **like)
-        self.lengths = torch.zeros(rows, dtype=torch.long, **like)
-        self.tokens = torch.zeros(rows, 1, dtype=torch.long, **like)
-        self.coefficients = torch.zeros(rows, self.deltas, **like)
-
-    def fits(self, count: int, width: int, group: int, room: int) -> bool:
-        return self.count >= count and self.width >= width and self.group == group and self.room >= room
-
-    @property
-    def buckets(self) -> list[int]:
-        return sorted({min(1 << i, self.count) for i in range(self.count.bit_length() + 1)})
-
-    def rope(self, policy: ConditionedPolicy) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The model's tables of rotary embeddings for all positions there is room for."""
-        if not self.ropes:
-            self.ropes = [
-                (cos.contiguous(), sin.contiguous()) for cos, sin in rope_tables(policy, self.width + self.room)
-            ]
-        return self.ropes
-
-    def allocate(self, layer: int, keys: torch.Tensor) -> None:
-        """Room for the keys and values of a layer whose prompts' keys are (P, Hkv, S, D)."""
-        if layer in self.prompts:
-            return
-        _, heads, _, size = keys.shape
-        self.prompts[layer] = tuple(keys.new_zeros(self.count, heads, self.width, size) for _ in range(2))
-        self.own[layer] = tuple(
-            keys.new_zeros(self.count * self.group, heads, self.room, size) for _ in range(2)
-        )
-
-    def convert(self, layers: Mapping[str, ConditionedLinear]) -> None:
-        """Take the layers' factors as they are now: once for a rollout, and not in the step, for every token."""
-        for name, layer in layers.items():
-            dtype, own = layer.weight.dtype, (layer.lora_a, layer.lora_b)
-            if own[0].dtype is dtype:
-                continue
-            if name not in self.factors:
-                self.factors[name] = tuple(torch.empty_like(t, dtype=dtype) for t in own)
-            for kept, t in zip(self.factors[name], own):
-                kept.copy_(t)
-
-    def move(self, source: int, target: int) -> None:
-        """The group in one slot to another."""
-        for buffers in self.prompts.values():
-            for buffer in buffers:
-                buffer[target] = buffer[source]
-        self.prompt_lengths[target] = self.prompt_lengths[source]
-        rows = slice(source * self.group, (source + 1) * self.group)
-        there = slice(target * self.group, (target + 1) * self.group)
-        for buffers in self.own.values():
-            for buffer in buffers:
-                buffer[there] = buffer[rows]
-        for buffer in (self.lengths, self.tokens, self.coefficients):
-            buffer[there] = buffer[rows]
+def choose(model: ConditionedModel) -> FusedStep | None:
+    """The plan of a model whose step is fused, or None. CLP_ENGINE_DECODING=torch: transformers' modules for everything; so do
+    back-ends forced that are not a GPU's."""
+    if os.environ.get(SWITCH, "") == "torch" or forced_backend() in ("reference", "cpu"):
+        return None
+    made = plan(model)
+    return made if made.reason is None else None
 
 
-@dataclass
-class Step:
-    """One token for the first `count` slots; the masks are made once for all layers."""
+def _make(model: ConditionedModel, identity: tuple) -> FusedStep:
+    def make() -> FusedStep:
+        made = fused_step.read(model, identity)
+        _verify(model, made)
+        return made
 
-    slots: Slots
-    count: int
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> int:
-        return self.count * self.slots.group
-
-    def positions(self) -> torch.Tensor:
-        """(rows, 1), of the tokens being read."""
-        prompts = self.slots.prompt_lengths[: self.count].repeat_interleave(
-            self.slots.group, output_size=self.rows
-        )
-        return (prompts + self.slots.lengths[: self.rows]).unsqueeze(1)
-
-    def mask(self, window: int | None) -> torch.Tensor:
-        """(rows, width + room) bool, what a row's token attends to."""
-        if window not in self._masks:
-            s, device = self.slots, self.slots.device
-            now = self.positions()
-            lengths = (now - s.lengths[: self.rows].unsqueeze(1)).squeeze(1)  # of the rows' prompts
-            prompt, own = torch.arange(s.width, device=device), torch.arange(s.room, device=device)
-            seen = torch.cat([prompt < lengths.unsqueeze(1), own <= s.lengths[: self.rows].unsqueeze(1)], 1)
-            if window is not None:
-                at = torch.cat([prompt.expand(self.rows, -1), lengths.unsqueeze(1) + own], 1)
-                seen = seen & (at > now - window)
-            self._masks[window] = seen
-        return self._masks[window]
+    return trials.made_or_refused(model, make, lambda reason: FusedStep(None, {}, reason, identity))
 
 
-def slot_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface for the step in force: query (rows, Hq, 1, D), key and value (rows, Hkv, 1, D), which
-    are put where the rows' own are -> ((rows, 1, Hq, D), None)."""
-    step = _step.get()
-    slots, rows, layer = step.slots, step.rows, module.layer_idx
-    (prompt_keys, prompt_values), own = slots.prompts[layer], slots.own[layer]
-    at = slots.lengths[:rows]
-    everyone = torch.arange(rows, device=query.device)
-    for buffer, new in zip(own, (key, value)):
-        buffer[everyone, :, at] = new[:, :, 0]
-    heads, size = key.shape[1], query.shape[-1]
-    shared = query.shape[1] // heads
-    # (rows, Hkv, g, D): the query heads of a key head beside each other; (count, Hkv, group * g, D): those of a whole group.
-    by_row = query.view(rows, heads, shared, size)
-    by_group = by_row.view(step.count, slots.group, heads, shared, size).transpose(1, 2).flatten(2, 3)
-    scores = torch.cat(
-        [
-            (by_group @ prompt_keys[: step.count].transpose(2, 3))
-            .view(step.count, heads, slots.group, shared, -1)
-            .transpose(1, 2)
-            .reshape(rows, heads, shared, -1),
-            by_row @ own[0][:rows].transpose(2, 3),
-        ],
-        -1,
-    ).float()
-    scores = scores * (size**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~step.mask(sliding_window)[:, None, None], -torch.inf)
-    shares = scores.softmax(-1).to(value.dtype)
-    on_prompt = (
-        shares[..., : slots.width]
-        .view(step.count, slots.group, heads, shared, -1)
-        .transpose(1, 2)
-        .flatten(2, 3)
-        @ prompt_values[: step.count]
-    )
-    out = (
-        on_prompt.view(step.count, heads, slots.group, shared, size)
-        .transpose(1, 2)
-        .reshape(rows, heads, shared, size)
-        + shares[..., slots.width :] @ own[1][:rows]
-    )
-    return out.reshape(rows, 1, heads * shared, size), None
+def _verify(model: ConditionedModel, made: FusedStep) -> None:
+    """Raises Unsupported where the fused step and transformers' modules differ over the same slots."""
+    trial = trials.Trial.of(model)
+    before = _SLOTS.pop(model, None)
+    try:
+        decoder = GraphDecoder(trial.request, made)
+        decoder.add(slice(None))
+        tolerance = fused_step.TOLERANCE[llama_weights.base_dtype(model)]
+        for tokens in trial.tokens:
+            trials.check_alike(model, *decoder.compared(tokens), tolerance)
+    finally:
+        _SLOTS.pop(model, None)
+        if before is not None:
+            _SLOTS[model] = before
 
 
-AttentionInterface.register(NAME, slot_attention)
-
-
-class SlotDecoding:
-    """Logits of a policy, each row under its blend; see `modules.Decoding`. Arguments as of `BlendDecoding`.
-
-    A prompt's slot is free when the last of its rows has left.
+class GraphDecoder:
+    """Logits of slots, each row under its blend; see `base.StepDecoder`. fused: the model's plan, None for transformers'
+    modules. A prompt's slot is free when the last of its rows has left.
     """
 
     drop_share = 0.25  # groups move, and another graph may have to be captured
+    write = None
 
-    def __init__(
-        self,
-        policy: ConditionedPolicy,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        blend: torch.Tensor | None,
-        group: int,
-        room: int,
-        at_once: int,
-        fused: FusedStep | None = None,
-    ):
-        self._policy, self._backbone = policy, policy.backbone
-        self._fused = fused
-        self._prompts, self._blends, self._group = (prompt_ids, prompt_mask), blend, group
-        self._slots = _slots_for(policy, at_once, prompt_ids.shape[1], group, room)
+    def __init__(self, request: DecoderRequest, fused: FusedStep | None = None):
+        self._request, self._model, self._group, self._fused = request, request.model, request.group, fused
+        self._slots = _slots_for(request)
         with torch.no_grad():
-            self._slots.convert(policy.layers)
+            self._slots.convert(self._model.layers)
         self._taken = [0] * self._slots.count  # rows that still run, by slot
-        self._rows = torch.empty(0, dtype=torch.long, device=policy.device)  # where each running row lies
+        # where each running row lies
+        self._rows = torch.empty(0, dtype=torch.long, device=self._model.device)
 
     @property
     def places(self) -> int:
         return self._taken.count(0)
 
     def add(self, prompts: slice) -> torch.Tensor:
-        s = self._slots
-        ids, mask = (t[prompts] for t in self._prompts)
-        skip = ids.shape[1] - int(mask.sum(-1).max())
-        ids, mask = ids[:, skip:], mask[:, skip:]
-        blend = None if self._blends is None else self._blends[prompts]
-        with self._policy.blend.use(blend):
-            hidden, context = self._backbone.prefill(ids, mask)
-            logits = self._backbone.head.logits(hidden[:, -1])
+        s, backbone = self._slots, self._model.backbone
+        (ids, mask), blend = self._request.prompts(prompts), self._request.blends(prompts)
+        with self._model.blend.use(blend):
+            hidden, context = backbone.prefill(ids, mask)
+            logits = backbone.head.logits(hidden[:, -1])
         free = [slot for slot, rows in enumerate(self._taken) if rows == 0][: len(ids)]
         for slot in free:
             self._taken[slot] = self._group
@@ -358,10 +203,10 @@ class SlotDecoding:
 
     @contextlib.contextmanager
     def _blended(self, step: Step) -> Iterator[None]:
-        s, policy = self._slots, self._policy
+        s, model = self._slots, self._model
         # A new tensor, so that nothing derived from other coefficients at the same address is used again.
         blend = s.coefficients[: step.rows]
-        with policy.blend.use(blend, factors={policy.layers[name]: kept for name, kept in s.factors.items()}):
+        with model.blend.use(blend, factors={model.layers[name]: kept for name, kept in s.factors.items()}):
             yield
 
     def _forward(self, count: int) -> torch.Tensor:
@@ -369,30 +214,30 @@ class SlotDecoding:
             return self._forward_of_modules(count)
         step = Step(self._slots, count)
         with self._blended(step):
-            return fused_step.logits(self._policy, self._fused, step)
+            return fused_step.logits(self._model, self._fused, step)
 
     def _forward_of_modules(self, count: int) -> torch.Tensor:
         s = self._slots
         step = Step(s, count)
-        token = _step.set(step)
+        token = in_force.set(step)
         try:
-            with self._blended(step), self._backbone.attention(NAME):
-                hidden = self._backbone.decoder(
+            with self._blended(step), self._model.backbone.attention(NAME):
+                hidden = self._model.backbone.decoder(
                     input_ids=s.tokens[: step.rows], position_ids=step.positions(), use_cache=False
                 ).last_hidden_state
-                return self._backbone.head.logits(hidden[:, -1])
+                return self._model.backbone.head.logits(hidden[:, -1])
         finally:
-            _step.reset(token)
+            in_force.reset(token)
 
 
-def _slots_for(policy: ConditionedPolicy, at_once: int, width: int, group: int, room: int) -> Slots:
-    """The policy's slots of the last rollout where they are large enough, or new ones."""
-    addresses = tuple(p.data_ptr() for p in policy.parameters())
-    slots = policy.slots
-    width, room = _round_up(width), _round_up(room)
-    if slots is None or not slots.fits(at_once, width, group, room) or slots.device != policy.device:
-        deltas = len(policy.spec.ranks)
-        slots = policy.slots = Slots(at_once, width, group, room, policy.device, deltas)
+def _slots_for(request: DecoderRequest) -> Slots:
+    """The model's slots of the last rollout where they are large enough, or new ones."""
+    model, at_once, group = request.model, request.at_once, request.group
+    addresses = tuple(p.data_ptr() for p in model.parameters())
+    slots = _SLOTS.get(model)
+    width, room = round_up(request.prompt_ids.shape[1]), round_up(request.room)
+    if slots is None or not slots.fits(at_once, width, group, room) or slots.device != model.device:
+        slots = _SLOTS[model] = Slots(at_once, width, group, room, model.device, model.deltas)
     if slots.parameters != addresses:
         slots.parameters, slots.factors, slots.graphs = addresses, {}, {}
     return slots

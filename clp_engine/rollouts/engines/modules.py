@@ -1,82 +1,44 @@
-"""Where the logits of a rollout come from: prompts join, step token by token, and leave."""
+"""Decoding by transformers' modules: what serves every model, and what the others are compared with."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
 import torch
 
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.rollouts.engines.base import DecoderRequest
 
 
-class Decoding(Protocol):
-    """A source of the logits that rows draw their tokens from, one token at a time: `rollout` needs no more of a model.
-
-    drop_share: of the rows, how many must have ended before leaving them out is worth what it costs; 0 where it costs nothing.
-    """
-
-    drop_share: float
-
-    @property
-    def places(self) -> int:
-        """Prompts that can be added now."""
-
-    def add(self, prompts: slice) -> torch.Tensor:
-        """Rows for these prompts, a group for each, behind those that are there; (new rows, V), for their first tokens."""
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(rows, V), for the token after tokens (rows,)."""
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Only these of the present rows (indices, ascending) go on."""
-
-
-class BlendDecoding:
-    """Logits of a policy, each row under its blend.
-
-    prompt_ids, prompt_mask: (P, S), left-padded; blend: (P, D), or None for the base model; group: rows per prompt; room: most
-    tokens of a row; at_once: most groups of rows together.
-    """
+class ModulesDecoder:
+    """Logits by transformers' modules, each row under its blend; see `base.StepDecoder`."""
 
     drop_share = 0.25  # the cache is copied
+    write = None
 
-    def __init__(
-        self,
-        policy: ConditionedPolicy,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        blend: torch.Tensor | None,
-        group: int,
-        room: int,
-        at_once: int,
-    ):
-        self._backbone, self._in_force = policy.backbone, policy.blend
-        self._prompts, self._blends, self._group, self._room = (prompt_ids, prompt_mask), blend, group, room
+    def __init__(self, request: DecoderRequest):
+        self._request, self._backbone, self._in_force = request, request.model.backbone, request.model.blend
         self._context = self._blend = None
-        self._rows, self._most = 0, at_once * group
+        self._rows = 0
 
     @property
     def places(self) -> int:
         free = self._backbone.contexts_join or self._rows == 0
-        return (self._most - self._rows) // self._group if free else 0
+        request = self._request
+        return (request.at_once * request.group - self._rows) // request.group if free else 0
 
     def add(self, prompts: slice) -> torch.Tensor:
-        blend = None if self._blends is None else self._blends[prompts]
-        ids, mask = (t[prompts] for t in self._prompts)
-        skip = ids.shape[1] - int(mask.sum(-1).max())
+        blend, group, room = self._request.blends(prompts), self._request.group, self._request.room
+        ids, mask = self._request.prompts(prompts)
         with self._in_force.use(blend):
-            hidden, context = self._backbone.prefill(ids[:, skip:], mask[:, skip:])
+            hidden, context = self._backbone.prefill(ids, mask)
             logits = self._backbone.head.logits(hidden[:, -1])
-        context.repeat(self._group, room=self._room)
-        blend = None if blend is None else blend.repeat_interleave(self._group, 0)
+        context.repeat(group, room=room)
+        blend = None if blend is None else blend.repeat_interleave(group, 0)
         if self._context is None:
             self._context, self._blend = context, blend
         else:
-            self._context.join(context, self._room)
+            self._context.join(context, room)
             self._blend = None if blend is None else torch.cat([self._blend, blend])
-        self._rows += len(ids) * self._group
-        return logits.repeat_interleave(self._group, 0)
+        self._rows += len(ids) * group
+        return logits.repeat_interleave(group, 0)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         with self._in_force.use(self._blend):

@@ -49,7 +49,7 @@ def forward(
     flat, machine = rows_of(x), _MACHINES[x.dtype]
     groups = _grouped(blend, gate_index, flat.shape[0])
     if not blends_weights(machine, flat.shape[0], len(groups.blends), stack, base):
-        return products.forward(x, stack, blend, base, bias, gate_index)
+        return products.forward(x, stack, blend, base, bias, gate_index, products.in_dtype)
     y = row_groups.forward(flat, stack, blend, base, bias, groups, machine, interpolation)
     return y.view(*x.shape[:-1], stack.shape[1])
 
@@ -67,7 +67,7 @@ def backward(
     flat, machine = rows_of(x), _MACHINES[x.dtype]
     groups = _grouped(blend, gate_index, flat.shape[0])
     if not blends_weights(machine, flat.shape[0], len(groups.blends), stack, base):
-        return products.backward(dy, x, stack, blend, base, gate_index, needs)
+        return products.backward(dy, x, stack, blend, base, gate_index, needs, products.in_dtype)
     dy = rows_of(dy)
     grads = row_groups.backward(dy, flat, stack, blend, base, groups, machine, interpolation, needs)
     if needs[0]:

@@ -4,13 +4,14 @@ y = sum_i b_i * (x S_i^T) + x base^T + bias       with b_i (rows, 1), each row's
 dx = sum_i b_i * (dy S_i) + dy base               dS_i = (b_i * dy)^T x               d_bias = sum of dy
 d_blend[g, i] = sum over the rows of g of  dy . (x S_i^T)  =  sum of  (dy S_i) . x
 
-Products in x's dtype, their sums in float32 or wider.
+Products and their sums in float32 or wider; `in_dtype` is for back-ends that take their products from here, in x's dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clp_kernels.arguments import rows_of
@@ -21,6 +22,17 @@ def unsupported(**call) -> str | None:
     return None
 
 
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 or wider."""
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
+def in_dtype(a: Tensor, b: Tensor) -> Tensor:
+    """a b as torch multiplies in b's dtype."""
+    return a.to(b.dtype) @ b
+
+
 def forward(
     x: Tensor,
     stack: Tensor,
@@ -28,15 +40,16 @@ def forward(
     base: Tensor | None,
     bias: Tensor | None,
     gate_index: Tensor | None,
+    times: Callable[[Tensor, Tensor], Tensor] = _times,
 ) -> Tensor:
     flat = rows_of(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     coefficients = rows_of_gate(blend, gate_index, flat.shape[0]).to(wide)
     y = torch.zeros(flat.shape[0], stack.shape[1], dtype=wide, device=x.device)
     if base is not None:
-        y += F.linear(flat, base)
+        y += times(flat, base.t())
     for i, weight in enumerate(stack):
-        y.addcmul_(coefficients[:, i : i + 1], F.linear(flat, weight).to(wide))
+        y.addcmul_(coefficients[:, i : i + 1], times(flat, weight.t()).to(wide))
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], stack.shape[1])
@@ -50,6 +63,7 @@ def backward(
     base: Tensor | None,
     gate_index: Tensor | None,
     needs: list[bool],
+    times: Callable[[Tensor, Tensor], Tensor] = _times,
 ) -> list[Tensor]:
     """The gradients that `needs` asks for, of (x, stack, blend, bias), in this order."""
     need_x, need_stack, need_blend, need_bias = needs
@@ -58,17 +72,17 @@ def backward(
     coefficients = rows_of_gate(blend, gate_index, flat.shape[0]).to(wide)
     dx = torch.zeros(flat.shape, dtype=wide, device=x.device)
     if base is not None and need_x:
-        dx += dy @ base
+        dx += times(dy, base)
     dots = torch.zeros(coefficients.shape, dtype=wide, device=x.device)
     d_stack = torch.empty_like(stack, memory_format=torch.contiguous_format) if need_stack else None
     for i, weight in enumerate(stack):
         column = coefficients[:, i : i + 1]
         if need_x or need_blend:
-            product = (dy @ weight).to(wide)
+            product = times(dy, weight).to(wide)
             dx.addcmul_(column, product)
             dots[:, i] = (product * flat).sum(-1)
         if need_stack:
-            torch.mm((dy * column).to(dy.dtype).t(), flat, out=d_stack[i])
+            d_stack[i] = times((dy * column).t(), flat)
     grads = []
     if need_x:
         grads.append(dx.to(x.dtype).view(x.shape))

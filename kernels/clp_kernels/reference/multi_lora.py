@@ -4,6 +4,9 @@ h = x A^T            y = x W^T + bias + (h * g) B^T
 dS = dY B            dX = dY W + (dS * g) A
 dA = (dS * g)^T X    dB = dY^T (h * g)    d_gate[group] = sum over the group's rows of dS * h
 dW = dY^T X          d_bias = sum of dY
+
+Operands are rounded to x's dtype: x, the weights, h * g and dS * g. Products and their sums are in float32 or wider, and a
+result is rounded once. h is kept for backward in x's dtype.
 """
 
 from __future__ import annotations
@@ -11,12 +14,17 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def unsupported(**call) -> str | None:
     return None
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 or wider."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
 
 
 def rows_of_gate(gate: Tensor, gate_index: Tensor | None, rows: int) -> Tensor:
@@ -38,10 +46,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """-> y (..., N), h = x A^T (rows, R). Where keep_h is false, a back-end may return anything for h."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: K may be 0
-    h = F.linear(flat, lora_a)
-    gated = (h * rows_of_gate(gate, gate_index, flat.shape[0])).to(h.dtype)
-    y = F.linear(flat, weight, bias) + F.linear(gated, lora_b)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), h
+    h = _times(flat, lora_a.t())
+    gated = (h * rows_of_gate(gate, gate_index, flat.shape[0])).to(x.dtype)
+    y = _times(flat, weight.t())
+    if bias is not None:
+        y = y + bias
+    y = (y + _times(gated, lora_b.t())).to(x.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), h.to(x.dtype)
 
 
 def backward(
@@ -64,20 +75,21 @@ def backward(
     dy = dy.reshape(rows, dy.shape[-1])
     flat = None if x is None else x.reshape(rows, x.shape[-1])
     gate_rows = rows_of_gate(gate, gate_index, rows)
-    ds = dy @ lora_b
-    scaled = (ds * gate_rows).to(ds.dtype)
+    ds = _times(dy, lora_b)
+    scaled = (ds * gate_rows).to(dy.dtype)
     need_x, need_weight, need_bias, need_a, need_b, need_gate = needs
     grads = []
     if need_x:
-        grads.append((dy @ weight + scaled @ lora_a).reshape(*lead, lora_a.shape[1]))
+        dx = (_times(dy, weight) + _times(scaled, lora_a)).to(dy.dtype)
+        grads.append(dx.reshape(*lead, lora_a.shape[1]))
     if need_weight:
-        grads.append(dy.t() @ flat)
+        grads.append(_times(dy.t(), flat).to(dy.dtype))
     if need_bias:
         grads.append(dy.sum(0))
     if need_a:
-        grads.append(scaled.t() @ flat)
+        grads.append(_times(scaled.t(), flat).to(dy.dtype))
     if need_b:
-        grads.append(dy.t() @ (h * gate_rows).to(h.dtype))
+        grads.append(_times(dy.t(), (h * gate_rows).to(h.dtype)).to(dy.dtype))
     if need_gate:
         grads.append(sum_over_rows(ds, h, gate, gate_index))
     return grads

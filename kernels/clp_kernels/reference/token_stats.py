@@ -1,6 +1,7 @@
 """linear_logprob and logits_logprob in plain torch, with the full logits: the specification. Gradients are torch's own.
 
-float64 inputs stay float64; the statistics of any other dtype are float32. Rows whose target is ignore_index give zeros.
+float64 inputs stay float64; products and statistics of any other dtype are float32. Rows whose target is ignore_index give
+zeros, and pass gradients of zero, whatever they hold.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ def unsupported(**call) -> str | None:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def _without_ignored(tensor: Tensor, ignored: Tensor | None) -> Tensor:
+    """tensor (T, ...) with zeros for the ignored rows, which may hold NaN: 0 * NaN would be a gradient of NaN."""
+    return tensor if ignored is None else tensor.masked_fill(ignored[:, None], 0)
 
 
 def _scaled(logits: Tensor, inv_temperature: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
@@ -44,15 +50,17 @@ def logits_logprob(
     ignore_index: int,
 ) -> TokenStats:
     """logits, ref_logits (T, V); targets, inv_temperature (T,)."""
-    z = _scaled(_wide(logits), inv_temperature, softcap, logit_scale)
-    log_p = z.log_softmax(-1)
-    log_q = None
-    if ref_logits is not None:
-        log_q = _scaled(_wide(ref_logits.detach()), inv_temperature, softcap, logit_scale).log_softmax(-1)
     ignored = None
     if targets is not None:
         ignored = targets == ignore_index
         column = targets.masked_fill(ignored, 0)[:, None]
+
+    def scaled(logits: Tensor) -> Tensor:
+        return _scaled(_wide(_without_ignored(logits, ignored)), inv_temperature, softcap, logit_scale)
+
+    z = scaled(logits)
+    log_p = z.log_softmax(-1)
+    log_q = None if ref_logits is None else scaled(ref_logits.detach()).log_softmax(-1)
 
     def entropy() -> Tensor:
         masked = log_p == -torch.inf
@@ -90,23 +98,27 @@ def linear_logprob(
     ignore_index: int,
 ) -> TokenStats:
     """hidden (T, H), weight (V, H); the rest as in logits_logprob."""
-    logits, ref_logits = _logits(Head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lora))
+    ignored = None if targets is None else targets == ignore_index
+    head = Head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lora)
+    logits, ref_logits = _logits(head, ignored)
     return logits_logprob(
         logits, targets, ref_logits, inv_temperature, softcap, logit_scale, asked, ignore_index
     )
 
 
-def _logits(head: Head) -> tuple[Tensor, Tensor | None]:
+def _logits(head: Head, ignored: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The policy's and the reference's logits (T, V), before scale, softcap and temperature."""
-    logits = _wide(head.hidden @ head.weight.t())
+    hidden = _wide(_without_ignored(head.hidden, ignored))
+    logits = hidden @ _wide(head.weight).t()
     if head.bias is not None:
         logits = logits + _wide(head.bias)
     if head.lora is not None:
         a, b, gate = map(_wide, head.lora)
-        logits = logits + ((_wide(head.hidden) @ a.t()) * gate) @ b.t()
+        logits = logits + ((hidden @ a.t()) * _without_ignored(gate, ignored)) @ b.t()
     ref_logits = None
     if head.ref_hidden is not None:
-        ref_logits = _wide(head.ref_hidden.detach() @ head.ref_weight.detach().t())
+        ref_hidden = _without_ignored(head.ref_hidden.detach(), ignored)
+        ref_logits = _wide(ref_hidden) @ _wide(head.ref_weight.detach()).t()
         if head.ref_bias is not None:
             ref_logits = ref_logits + _wide(head.ref_bias.detach())
     return logits, ref_logits
@@ -129,7 +141,7 @@ def linear_sums(head: Head, rows: Rows) -> tuple[Sums, Tensor]:
     def total(value: Tensor, masked: Tensor) -> Tensor:
         return value.masked_fill(masked, 0).sum(-1)
 
-    logits, ref_logits = _logits(head)
+    logits, ref_logits = _logits(head, None if rows.targets is None else rows.targets == rows.ignore_index)
     z_p = _scaled(logits, rows.inv_temperature, rows.softcap, rows.logit_scale)
     m_p = maximum(z_p)
     e, shifted, masked = exponential(z_p, m_p)

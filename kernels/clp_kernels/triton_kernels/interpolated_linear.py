@@ -215,7 +215,7 @@ def forward(
     """As reference.interpolated_linear.forward."""
     flat = rows_of(x)
     if flat.shape[0] == 0 or stack[0].numel() == 0:
-        return products.forward(x, stack, blend, base, bias, gate_index)
+        return products.forward(x, stack, blend, base, bias, gate_index, products.in_dtype)
     machine, groups = _by_weights(flat, stack, blend, base, gate_index)
     if machine is not None:
         y = row_groups.forward(flat, stack, blend, base, bias, groups, machine, interpolation)
@@ -237,7 +237,7 @@ def backward(
     need_x, need_stack, need_blend, need_bias = needs
     flat, dy = rows_of(x), rows_of(dy)
     if flat.shape[0] == 0 or stack[0].numel() == 0:
-        return products.backward(dy, x, stack, blend, base, gate_index, needs)
+        return products.backward(dy, x, stack, blend, base, gate_index, needs, products.in_dtype)
     machine, groups = _by_weights(flat, stack, blend, base, gate_index)
     if machine is not None:
         grads = row_groups.backward(dy, flat, stack, blend, base, groups, machine, interpolation, needs)
@@ -251,7 +251,7 @@ def backward(
                 grads[2] = sum_over_rows(dots, torch.ones_like(dots), blend, gate_index)
         if need_stack:
             (grads[1],) = products.backward(
-                dy, flat, stack, blend, base, gate_index, [False, True, False, False]
+                dy, flat, stack, blend, base, gate_index, [False, True, False, False], products.in_dtype
             )
     if need_x:
         grads[0] = grads[0].view(x.shape)

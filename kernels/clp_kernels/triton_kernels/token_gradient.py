@@ -36,10 +36,12 @@ def _differentiate(
         target = tl.load(targets + row, mask=mask, other=-1)
         ct = tl.load(coefs + 4 * size + row, mask=mask, other=0.0)[:, None]
         g = tl.where(tl.arange(0, BLOCK_V)[None, :] == _within(target, first, BLOCK_V)[:, None], g + ct, g)
-        g = tl.where((target == ignore_index)[:, None], 0.0, g)
     if softcap is not None:
         g *= 1.0 - capped * capped
-    return g * (logit_scale * inv_temperature)[:, None]
+    g *= (logit_scale * inv_temperature)[:, None]
+    if targets is not None:  # last: what is NaN in an ignored row would stay NaN
+        g = tl.where((target == ignore_index)[:, None], 0.0, g)
+    return g
 
 
 @triton.jit

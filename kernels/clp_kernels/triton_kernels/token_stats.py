@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -128,6 +129,14 @@ def _row_block(rows: int, width: int, device: torch.device) -> int:
     return min(rows, 128 * max(1, launch.multiprocessors(device) // max(1, triton.cdiv(width, 256))))
 
 
+def _without_ignored(head: Head, ignored: Tensor) -> Head:
+    """The head with zeros in its ignored rows: a product would multiply NaN there with their gradient of zero."""
+    ignored, lora = ignored[:, None], head.lora
+    if lora is not None:
+        lora = lora._replace(gate=lora.gate.masked_fill(ignored, 0))
+    return replace(head, hidden=head.hidden.masked_fill(ignored, 0), lora=lora)
+
+
 def linear_backward(
     head: Head,
     rows: Rows,
@@ -138,6 +147,8 @@ def linear_backward(
 ) -> HeadGradients:
     """Gradients of the arguments named in `needs` (fields of HeadGradients), float32 or in their arguments' dtypes."""
     with_reference = grads.get("kl") is not None or grads.get("reverse_kl") is not None
+    if rows.targets is not None and (head.lora is not None or "weight" in needs):
+        head = _without_ignored(head, rows.targets == rows.ignore_index)
     logits = HeadLogits(head, with_reference, GRADIENT)
     hidden, weight = head.hidden, head.weight
     (count, width), vocabulary = hidden.shape, weight.shape[0]

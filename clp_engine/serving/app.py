@@ -1,13 +1,15 @@
-"""The page and its two questions over HTTP, to this machine alone.
+"""The HTTP server of the page and its two requests, for this machine alone.
 
     GET  /               page.html
-    GET  /api/model      what is steered: objectives, KL coefficient, limits, examples, front (`Session.describe`)
-    POST /api/generate   JSON in (`GenerateRequest`), the completions out (`Session.generate`)
+    GET  /api/model      the policy: objectives, KL coefficient, limits, examples, front (`Session.describe`)
+    POST /api/generate   takes JSON (`GenerateRequest`), answers with the completions (`Session.generate`)
 
-An answer that is not 200 is {"error": "what is wrong"}. Who may ask: a browser on any site can send requests to a local port,
-and a foreign name can be made to point to it (DNS rebinding). So the Host must be an address or this machine's own name, never
-a foreign one; a request that a page sends must come from this one (Origin, Sec-Fetch-Site); and a body must be declared JSON,
-which a form of another site cannot do.
+An answer with another status than 200 is {"error": "what is wrong"}.
+
+A page of any site can make the browser send requests to a local port, and a foreign name can be made to point to that port
+(DNS rebinding). The server therefore checks three things. The Host must be an address or this machine's own name. A request
+from a page must come from the server's own page (Origin, Sec-Fetch-Site). A body must be declared as JSON, which the form of
+another site cannot do.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ from clp_engine import __version__
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.serving.jobs import Full, Jobs
-from clp_engine.serving.request import MAX_CHARACTERS, GenerateRequest
+from clp_engine.serving.requests import MAX_CHARACTERS, GenerateRequest
 from clp_engine.serving.session import Session
 
-_MAX_BODY = 12 * MAX_CHARACTERS + 10_000  # a character is at most \uXXXX\uXXXX in JSON
+_MAX_BODY = 12 * MAX_CHARACTERS + 10_000  # JSON takes at most 12 bytes for a character: \uXXXX\uXXXX
 _LOOK_EVERY = 0.5  # seconds between looks at whether the client is still there
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
@@ -53,11 +55,11 @@ def serve(
     device: str | None = None,
     examples: str | Path | None = None,
 ) -> None:
-    """Load the policy of a run and show it until Ctrl-C.
+    """Load the policy of a run and serve the page until Ctrl-C.
 
-    host, port: where to listen; port 0 takes any that is free. allow_remote: let `host` be reached from other machines.
-    browser: open the page. examples: a file of prompts to choose from. Raises ConfigError where the run has no policy, the
-    address cannot be had, or would be open to other machines without allow_remote.
+    host, port: the address to listen on; port 0 takes any free one. allow_remote: allow a host that other machines can reach.
+    browser: open the page. examples: a file of prompts that the page offers. Raises ConfigError where the run has no policy,
+    where the server cannot listen on the address, or where other machines could reach the address without allow_remote.
     """
     jobs = Jobs()
     server = listen(host, port, allow_remote, jobs)  # first: loading takes seconds
@@ -76,7 +78,7 @@ def serve(
 
 
 def listen(host: str, port: int, allow_remote: bool, jobs: Jobs) -> SteerServer:
-    """A server that listens, and answers once it has a session. Raises ConfigError as `serve` does."""
+    """A listening server, which answers once it has a session. Raises ConfigError for an address, as `serve` does."""
     ranges.check(ranges.COMMANDS, port=port)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -96,10 +98,11 @@ def listen(host: str, port: int, allow_remote: bool, jobs: Jobs) -> SteerServer:
 
 
 class SteerServer(ThreadingHTTPServer):
-    """Threads answer; completions are `jobs`, done one after another elsewhere."""
+    """Each request is answered in a thread of its own; completions are submitted to `jobs`, which another thread runs."""
 
     daemon_threads = True
-    request_queue_size = 128  # a browser opens several connections at once; socketserver's 5 would turn some away
+    # A browser opens several connections at once; socketserver's default of 5 would refuse some.
+    request_queue_size = 128
     block_on_close = False  # a browser keeps its connections open
 
     def __init__(self, family: socket.AddressFamily, address: tuple, allow_remote: bool, jobs: Jobs):
@@ -112,6 +115,7 @@ class SteerServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """The address of the page."""
         host, port = self.server_address[:2]
         if ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()
@@ -128,7 +132,7 @@ class SteerServer(ThreadingHTTPServer):
 
 
 def _content_policy(page: str) -> str:
-    """Only the page's own script runs, by its hash: text that a model wrote never does."""
+    """The Content-Security-Policy of the page: it names the hash of the page's script, so that no text of a model runs."""
     scripts = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(page)]
     hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in scripts)
     return (
@@ -146,6 +150,8 @@ class Refused(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
+    """The answer to one connection: it checks the sender and the request, and sends JSON or the page."""
+
     server: SteerServer
     protocol_version = "HTTP/1.1"
     server_version = f"clp-engine/{__version__}"
@@ -165,7 +171,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._check_sender()
             path = self._path()
-            route = {"/": ("GET", self._page), "/api/model": ("GET", self._model), "/api/generate": ("POST", self._generate)}
+            route = {
+                "/": ("GET", self._page),
+                "/api/model": ("GET", self._model),
+                "/api/generate": ("POST", self._generate),
+            }
             if path not in route:
                 raise Refused(HTTPStatus.NOT_FOUND, f"there is no {path} here")
             allowed, answer = route[path]
@@ -173,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{path} takes {allowed}", Allow=allowed)
             answer()
         except Refused as refused:
-            # What was not read of a body would be taken for the next request.
+            # The unread rest of a body would be taken for the next request.
             self.close_connection = True
             self._send_json({"error": str(refused)}, refused.status, **refused.headers)
         except ConfigError as error:
@@ -243,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.session
 
     def _wait(self, future: Future) -> dict[str, Any]:
-        """The job's result. A client that hangs up takes back what has not begun."""
+        """The result of a job. A job that has not begun is cancelled when its client hangs up."""
         while not wait([future], _LOOK_EVERY).done:
             if self._hung_up() and future.cancel():
                 raise ConnectionAbortedError("the client hung up")
@@ -263,7 +273,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
-        size = int(length.lstrip("0")[:19] or 0)  # int() refuses digits by the thousand; a cut number is still too large
+        # int() refuses thousands of digits; the first 19 are still too large a number.
+        size = int(length.lstrip("0")[:19] or 0)
         if size > _MAX_BODY:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -284,7 +295,9 @@ class Handler(BaseHTTPRequestHandler):
         # A lone surrogate cannot be sent; a tokenizer may produce one.
         self._send(text.encode("utf-8", "replace"), "application/json; charset=utf-8", status, **headers)
 
-    def _send(self, body: bytes, content_type: str, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> None:
+    def _send(
+        self, body: bytes, content_type: str, status: HTTPStatus = HTTPStatus.OK, **headers: str
+    ) -> None:
         fixed = {
             "Content-Type": content_type,
             "Content-Length": str(len(body)),
@@ -305,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Requests are not worth a line each; errors are printed where they happen."""
+        """Print nothing: requests are many, and errors are printed where they happen."""
 
 
 def _host_name(host: str) -> str:

@@ -1,4 +1,4 @@
-"""POST /api/generate, checked: what is missing, unknown or out of range is a ConfigError that says so."""
+"""The request of POST /api/generate, checked. A field that is missing, unknown or out of range raises a ConfigError."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ MAX_TEMPERATURE = 5.0
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What the page asks for.
+    """The request for a completion.
 
-    text: what the model is to go on from. weights: by objective; those left out weigh 0; None is equal. kl: the KL
-    coefficient, where the policy is conditioned on it. temperature: 0 takes the likeliest token each time. max_new_tokens:
-    length of the completion at most. seed: of drawing; the same seed gives the same completion again. chat: whether the text
-    is the user's message in the tokenizer's chat template. base: whether to write the base model's completion, too.
+    text: the prompt. weights: weight by objective; an objective that is left out weighs 0, and None weighs all equally.
+    kl: the KL coefficient, where the policy is conditioned on it. temperature: of sampling; 0 takes the likeliest token.
+    max_new_tokens: the most tokens that the completion may have. seed: of sampling; one seed always gives one completion.
+    chat: whether the text is the user's message in the tokenizer's chat template. base: whether the base model's completion
+    is wanted as well.
     """
 
     text: str
@@ -34,7 +35,7 @@ class GenerateRequest:
 
     @classmethod
     def parse(cls, raw: Any) -> GenerateRequest:
-        """From decoded JSON. Raises ConfigError for anything else than an object with these fields in their ranges."""
+        """A request from decoded JSON. Raises ConfigError unless `raw` is an object of these fields, each in its range."""
         if not isinstance(raw, Mapping):
             raise ConfigError(f"the request is {_kind(raw)}; expected an object with a text")
         known = [f.name for f in fields(cls)]

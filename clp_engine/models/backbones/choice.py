@@ -1,0 +1,29 @@
+"""Which backbone a model gets, tried before it is used."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.transformers_releases import keep_softcap
+from clp_engine.models.backbones.base import Backbone
+from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.models.backbones.encoder_decoder import EncoderDecoderBackbone
+from clp_engine.models.backbones.whole_sequences import WholeSequenceBackbone
+
+
+def make_backbone(model: PreTrainedModel) -> Backbone:
+    """The backbone for a causal or an encoder-decoder language model, tried out. Raises ConfigError for others."""
+    keep_softcap(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        backbone = EncoderDecoderBackbone(model)
+        backbone.check_head()
+        return backbone
+    try:
+        backbone = CausalBackbone(model)
+        backbone.check_head()
+        backbone.check_packing()
+    except ConfigError as error:
+        backbone = WholeSequenceBackbone(model, str(error))
+        backbone.check_head()
+    return backbone

@@ -1,0 +1,175 @@
+"""The coefficients in force: which blend of the deltas each row of a batch runs under."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from clp_kernels import expand_gate
+from torch import nn
+
+
+@dataclass
+class Blend(threading.local):
+    """The blend in force, shared by every conditioned layer of one policy; each thread has its own. A copy starts with none.
+
+    coefficients: (rows, D), a coefficient for each of D deltas; None means the base model, at no extra cost. A row of them per
+    sequence of the batch, or, where the batch is one row of packed tokens, index (N,): which row each token has.
+    factors: low-rank factors (A, B) of some layers that were converted to the activations' dtype beforehand: decoding would
+    convert them for every token.
+    """
+
+    coefficients: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    factors: Mapping[ConditionedLayer, tuple[torch.Tensor, torch.Tensor]] | None = None
+    _gates: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    _groups: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    _last: tuple | None = None
+
+    def __reduce__(self) -> tuple:
+        return Blend, ()
+
+    @contextlib.contextmanager
+    def use(
+        self,
+        coefficients: torch.Tensor | None,
+        index: torch.Tensor | None = None,
+        factors: Mapping[ConditionedLayer, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> Iterator[None]:
+        """Inside, `coefficients` are in force. What was derived from the same tensors the last time is still there: decoding
+        comes back with them for every token."""
+        before = self.coefficients, self.index, self.factors, self._gates, self._groups
+        # A compiled graph would be bound to the tensors that are remembered.
+        remembers = not torch.compiler.is_compiling()
+        same = (
+            remembers and self._last is not None and self._last[0] is coefficients and self._last[1] is index
+        )
+        gates, groups = self._last[2:] if same else ({}, None)
+        self.coefficients, self.index, self.factors = coefficients, index, factors
+        self._gates, self._groups = gates, groups
+        try:
+            yield
+        finally:
+            if remembers and coefficients is not None and not coefficients.requires_grad:
+                self._last = coefficients, index, self._gates, self._groups
+            self.coefficients, self.index, self.factors, self._gates, self._groups = before
+
+    def gate(self, ranks: tuple[int, ...], scalings: tuple[float, ...]) -> torch.Tensor:
+        """(rows, R), computed once per blend for all layers of the same ranks."""
+        key = (ranks, scalings)
+        if key not in self._gates:
+            self._gates[key] = expand_gate(self.coefficients, ranks, scalings)
+        return self._gates[key]
+
+    def groups(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(blends, index): the different rows of `coefficients` (G, D), and which of them each sequence, or packed token, has;
+        index is None where there is one for all. A compiled graph takes all rows as different: how many there are may not
+        depend on their numbers."""
+        if torch.compiler.is_compiling() and self.index is None:
+            rows = self.coefficients.shape[0]
+            index = None if rows == 1 else torch.arange(rows, device=self.coefficients.device)
+            return self.coefficients, index
+        if self._groups is None:
+            blends, index = torch.unique(self.coefficients, dim=0, return_inverse=True)
+            if self.index is not None:
+                index = index[self.index]
+            self._groups = blends, None if len(blends) == 1 else index
+        return self._groups
+
+    def index_for(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The row of `coefficients` that each row of x (..., H) has, or None where it is that of the first dimension.
+        Raises RuntimeError where x has rows that cannot be told apart."""
+        if self.index is not None:
+            return self.spread(self.index, x)
+        rows = self.coefficients.shape[0]
+        if rows in (1, x.shape[0]) or x.dim() > 2 and x.shape[0] == 1:  # the same for all, or broadcast
+            return None
+        return self.spread(torch.arange(rows, device=x.device), x)
+
+    def spread(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`index` of packed tokens, or of sequences for the first dimension of x, where the model may have flattened
+        (sequences, positions) to one: rows of one sequence then lie together."""
+        tokens = x.shape[:-1].numel()
+        rows = tokens if self.index is not None else x.shape[0]
+        if len(index) == rows:
+            return index
+        if self.index is not None or x.dim() > 2 or rows % len(index):
+            raise RuntimeError(
+                f"a conditioned layer received {rows} rows for a batch of {len(index)} blends and "
+                "cannot tell which row has which blend (a routed expert?); exclude it with target_modules"
+            )
+        return index.repeat_interleave(rows // len(index))
+
+    def of_rows(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """values (rows of `coefficients`, L) for each row of x (..., H), to be broadcast over it: (..., L)."""
+        if self.index is not None and x.dim() == 4:
+            shape = [1, 1, 1, values.shape[-1]]
+            shape[self._token_dimension(x)] = -1
+            return values[self.index].view(shape)
+        index = self.index_for(x)
+        if index is None:
+            return values.view(-1, *(1,) * (x.dim() - 2), values.shape[-1])
+        return values[index].view(*x.shape[:-1], -1)
+
+    def _token_dimension(self, x: torch.Tensor) -> int:
+        """Where the packed tokens of x lie, whose heads are normalised one by one: (1, N, heads, H) as Qwen 3 has them, or
+        (1, heads, N, H) as Gemma 3. With as many heads as tokens, strides tell: heads were a token's last dimension."""
+        found = [d for d in (1, 2) if x.shape[d] == len(self.index)]
+        if x.shape[0] != 1 or not found:
+            raise RuntimeError(
+                f"a conditioned layer received {tuple(x.shape)} for {len(self.index)} packed tokens"
+            )
+        return max(found, key=x.stride)
+
+    def per_row(
+        self, deltas: torch.Tensor, y: torch.Tensor, laid_out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """sum_i c_i deltas_i for each row of y (..., H), deltas (D, H), to be broadcast over it. laid_out: of y's shape, and in
+        memory as the model made it, where y need not be."""
+        rows = y if laid_out is None else laid_out
+        return self.of_rows((self.coefficients.to(deltas.dtype) @ deltas).to(y.dtype), rows)
+
+
+class ConditionedLayer(nn.Module):
+    """A frozen layer whose parameters are blended per row; its own parameters are the deltas.
+
+    base: the layer itself, which serves alone where there is no blend.
+    """
+
+    def __init__(self, base: nn.Module, blend: Blend):
+        super().__init__()
+        self.base, self._blend = base, blend
+
+    def deltas_by_name(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters."""
+        return {n: p for n, p in self.named_parameters(recurse=False) if p.requires_grad}
+
+    def over(self, base: nn.Module, blend: Blend) -> ConditionedLayer:
+        """The same deltas, shared, on another copy of the layer, under a blend of its own."""
+        other = copy.copy(self)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            other.__dict__[registry] = dict(self.__dict__[registry])
+        other.base, other._blend = base, blend
+        for name, buffer in self._buffers.items():
+            other._buffers[name] = None if buffer is None else buffer.to(base.weight)
+        return other
+
+    def delta_dim(self, part: str) -> int:
+        """The dimension of the parameter `part` along which the deltas lie."""
+        return 1 if part == "lora_b" else 0
+
+    def targets(self) -> list[tuple[str, torch.Tensor]]:
+        """(name of a parameter of `base`, its deltas (D, ...) in that parameter's layout); none where the deltas have another
+        form."""
+        return []
+
+
+def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put each module where its name says."""
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,259 @@
+"""A conditioned model that is asked in an objective's words: weights and a KL coefficient become the coefficients of a blend.
+
+    c = c(alpha) * w,      theta(w, alpha) = theta_ref + sum_i c_i Delta_i
+
+What rollouts, scoring and generation need of a policy is here; where it comes from and where it is saved, `policy` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from clp_kernels import TokenStats
+from transformers import PreTrainedModel
+
+from clp_engine.core.conditions import (
+    Conditions,
+    blend_coefficients,
+    parse_weights,
+)
+from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.positions import Room
+from clp_engine.models.conditioned import ConditionedModel
+from clp_engine.models.forms import Conditioning
+from clp_engine.policy import prompt_conditioning
+from clp_engine.policy.spec import PolicySpec
+from clp_engine.rollouts import texts
+from clp_engine.rollouts.scoring import hidden_states
+from clp_engine.rollouts.types import Profile, Rollout
+
+
+class SteerableModel(ConditionedModel):
+    """A model with one delta per objective, steered per row; see `ConditionedPolicy`, whose lower half it is."""
+
+    def __init__(self, model: PreTrainedModel, spec: PolicySpec, tokenizer=None, seed: int = 0):
+        conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
+        if tokenizer is not None:  # before anything is done to the model
+            Room.of(model).check_tokenizer(tokenizer)
+        super().__init__(model, conditioning, spec.target_modules, spec.ranks, spec.scalings, seed)
+        self.spec, self._tokenizer = spec, tokenizer
+        self.loaded_from: list[Path] = []  # folders of adapters
+
+    engine = None  # what draws from it, see `rollouts.types.RolloutEngine`; None: the fastest that serves
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self.spec.objectives
+
+    @property
+    def kl_is_beta(self) -> bool:
+        return self.spec.kl_is_beta
+
+    @property
+    def read_from(self) -> list[Path]:
+        """Folders that this policy was loaded from, and that of its base model, which it needs whenever it is loaded again."""
+        bases = {self.spec.base_model, self.model.config.name_or_path or ""}
+        return [*self.loaded_from, *(Path(base) for base in sorted(bases) if base and Path(base).is_dir())]
+
+    @property
+    def tokenizer(self):
+        """Setting it raises ConfigError where its special tokens have no embedding, see `positions.Room.check_tokenizer`."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer) -> None:
+        if tokenizer is not None:
+            self.room.check_tokenizer(tokenizer)
+        self._tokenizer = tokenizer
+
+    @property
+    def conditioned(self) -> ConditionedModel:
+        return self
+
+    @property
+    def profile(self) -> Profile:
+        """What a caller must know before it asks for completions."""
+        spec = self.spec
+        return Profile(
+            spec.objectives,
+            spec.kl_is_beta,
+            spec.default_kl,
+            spec.base_model,
+            self.tokenizer,
+            self.pad_token_id,
+            self.stop_token_ids,
+            self.room,
+        )
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """End tokens of the generation config and the tokenizer; generation stops at any of them."""
+        ids = []
+        for source in (self.model.generation_config, self.model.config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
+            ids += value if isinstance(value, list) else [] if value is None else [value]
+        return sorted(set(ids))
+
+    @property
+    def pad_token_id(self) -> int:
+        for source in (self.tokenizer, self.model.generation_config, self.model.config):
+            if (value := getattr(source, "pad_token_id", None)) is not None:
+                return value
+        return (self.stop_token_ids or [0])[0]
+
+    # -- conditions ---------------------------------------------------------------------------------------------------
+
+    def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
+        """Per-row conditions from what a user writes.
+
+        weights: a mapping by name, a sequence of M numbers, a list of either with one per row, a (rows, M) tensor, or None
+        (uniform). kl: a number, one per row, or None (`spec.default_kl`). Raises ConfigError naming what is wrong.
+        """
+        per_row = (
+            isinstance(weights, torch.Tensor)
+            and weights.dim() == 2
+            or isinstance(weights, Sequence)
+            and weights
+            and not isinstance(weights[0], int | float)
+        )
+        try:
+            parsed = [parse_weights(w, self.objectives) for w in (weights if per_row else [weights])]
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        except (TypeError, OverflowError) as error:
+            raise ConfigError(f"weights={shown(weights)}: expected numbers from 0 to 1 ({error})") from None
+        try:
+            kls = torch.as_tensor(self.spec.default_kl if kl is None else kl, dtype=torch.float32).reshape(-1)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ConfigError(f"kl={shown(kl)}: expected a number, or one per row ({error})") from None
+        for name, count in (("weights", len(parsed)), ("kl", len(kls))):
+            if count not in (1, rows):
+                raise ConfigError(f"{name} has {count} entries for {rows} rows; expected one, or one per row")
+        if not bool(((kls >= 0) & kls.isfinite()).all()) or not self.kl_is_beta and bool((kls > 1).any()):
+            raise ConfigError(
+                f"kl={shown(kl)}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
+            )
+        return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
+
+    def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
+        """The blend (rows, D) on the model's device, a coefficient per delta, or None where every row is the reference."""
+        if conditions is None or not bool(conditions.weights.any()):
+            return None
+        if not self.conditioning.blended:
+            conditions = Conditions(conditions.weights.any(-1, keepdim=True).float(), conditions.kl)
+        try:
+            blend = blend_coefficients(
+                conditions, self.spec.kl_conditioning, min_kl=self.spec.min_kl, kl_is_beta=self.kl_is_beta
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return blend.to(self.device)
+
+    def prompt_text(self, weights=None, kl=None) -> str:
+        """What prompt conditioning writes into a prompt at one weighting; empty for other policies."""
+        return self._prompt_texts(self.conditions(weights, kl))[0]
+
+    def _prompt_texts(self, conditions: Conditions) -> list[str]:
+        """What is written for each row; nothing where the blend is zero: the row is the reference then, prompt and all."""
+        blend = self.coefficients(conditions) if self.conditioning.prompt else None
+        if blend is None:
+            return [""] * len(conditions)
+        return [
+            prompt_conditioning.weighting_text(self.spec.prompt_template, self.objectives, weights, kl)
+            if moved
+            else ""
+            for weights, kl, moved in zip(
+                conditions.weights.tolist(), conditions.kl.tolist(), blend.any(-1).tolist(), strict=True
+            )
+        ]
+
+    def shown_prompts(
+        self, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, prompts: Sequence | None = None
+    ) -> list[list[int]] | None:
+        """What the policy reads for each prompt under its condition, or None where that is the prompt itself (no prompt
+        conditioning). prompts: what prompt_ids were made from, for chat messages; reference rows see the plain prompt."""
+        if not self.conditioning.prompt:
+            return None
+        if self.tokenizer is None:
+            raise ConfigError(
+                "prompt conditioning needs a tokenizer; give one to from_pretrained(tokenizer=...)"
+            )
+        asked = [None] * len(prompt_ids) if prompts is None else prompts
+        return [
+            prompt_conditioning.with_weighting(prompt, ids, text, self.tokenizer) if text else list(ids)
+            for prompt, ids, text in zip(asked, prompt_ids, self._prompt_texts(conditions), strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def blended(self, conditions: Conditions | None) -> Iterator[None]:
+        """Inside, row i of every batch runs under conditions[i]; None is the base model."""
+        with self.blend.use(self.coefficients(conditions)):
+            yield
+
+    # -- computing ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *args,
+        weights=None,
+        kl=None,
+        conditions: Conditions | None = None,
+        **kwargs,
+    ):
+        """The transformers model's forward, row i under its own (w, kl): give `conditions`, or `weights` and `kl` as for
+        `conditions()`; an encoder-decoder takes `decoder_input_ids=` beside input_ids."""
+        conditions = conditions or self.conditions(weights, kl, input_ids.shape[0])
+        if not torch.compiler.is_compiling():
+            self.room.check_ids([int(input_ids.min()), int(input_ids.max())], "input_ids", self.tokenizer)
+        with self.blended(conditions):
+            return self.model(input_ids, *args, **kwargs)
+
+    def completion_hidden(
+        self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(N, H): the hidden state that predicts each completion token, see `scoring.hidden_states`.
+
+        conditions: one row per prompt, or None for the base model. Differentiable in the adapters.
+        """
+        return hidden_states(self, batch, self.coefficients(conditions), mask)
+
+    def token_stats(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        ref_hidden: torch.Tensor | None = None,
+        conditions: Conditions | None = None,
+        temperature: float = 1.0,
+        outputs: Sequence[str] = ("logprob",),
+        differentiable: Sequence[str] | None = None,
+    ) -> TokenStats:
+        """`linear_logprob` through this model's output projection; hidden (rows, H), targets (rows,).
+
+        conditions: one per row, needed only where the output projection itself is conditioned.
+        """
+        return self.stats_under(
+            self.coefficients(conditions) if self.conditions_output else None,
+            hidden,
+            targets,
+            ref_hidden=ref_hidden,
+            temperature=temperature,
+            outputs=outputs,
+            differentiable=differentiable,
+        )
+
+    def generate(self, prompts: str | Sequence, weights=None, kl=None, **options) -> list:
+        """Completions of prompts, each under its own weighting; options as of `texts.generate`: max_new_tokens, temperature,
+        top_k, top_p, min_p, stop_strings, num_return_sequences, max_rows, seed.
+
+        prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
+        `conditions`). Returns one string per prompt, or one list of `num_return_sequences` strings per prompt where more than
+        one was asked for. Any thread may call this; calls run one after another.
+        """
+        return texts.generate(self, prompts, weights, kl, **options)

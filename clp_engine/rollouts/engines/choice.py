@@ -1,0 +1,53 @@
+"""Which engine draws, and why not a faster one."""
+
+from __future__ import annotations
+
+from clp_engine.models.conditioned import ConditionedModel
+from clp_engine.rollouts.engines import cuda_graphs, native
+from clp_engine.rollouts.engines.base import DecoderRequest, StepDecoder, Stepwise
+from clp_engine.rollouts.engines.cuda_graphs import GraphDecoder
+from clp_engine.rollouts.engines.generate import Generate
+from clp_engine.rollouts.engines.modules import ModulesDecoder
+from clp_engine.rollouts.engines.native import NativeDecoder
+from clp_engine.rollouts.types import RolloutEngine, RolloutRequest, Samplable
+
+
+def engine_of(source: Samplable) -> RolloutEngine:
+    """The source's own engine, or the fastest that serves its model."""
+    if source.engine is not None:
+        return source.engine
+    return Stepwise(_decoder) if source.conditioned.shares_prompts else Generate()
+
+
+def _decoder(request: RolloutRequest) -> StepDecoder:
+    return step_decoder(DecoderRequest.of(request))
+
+
+def step_decoder(request: DecoderRequest) -> StepDecoder:
+    """On a CPU the native decoder, on a GPU graphs over fixed slots, and transformers' modules where these cannot serve."""
+    model = request.model
+    if model.device.type == "cuda" and cuda_graphs.serves(model):
+        return GraphDecoder(request, cuda_graphs.choose(model))
+    plan = native.choose(model)
+    return ModulesDecoder(request) if plan is None else NativeDecoder(request, plan)
+
+
+def detours(model: ConditionedModel) -> list[str]:
+    """What a model cannot take of the fast path, and why: a sentence each."""
+    fault = model.backbone.packing_fault
+    if not model.shares_prompts:
+        return [
+            f"completions are written by transformers' generate and scored as whole sequences, each with its prompt: {fault}"
+        ]
+    found = []
+    if fault is not None:
+        found.append(f"scoring pads its batches and computes prompts and completions in two passes: {fault}")
+    if model.device.type == "cpu" and (reason := native.plan(model).reason) is not None:
+        found.append(f"decoding goes through transformers' modules: {reason}")
+    elif model.device.type == "cuda" and not cuda_graphs.serves(model):
+        found.append(
+            "decoding runs without CUDA graphs: the blend or the attention is not that of fixed buffers"
+        )
+    elif model.device.type == "cuda" and (reason := cuda_graphs.plan(model).reason) is not None:
+        found.append(f"decoding goes through transformers' modules, in CUDA graphs: {reason}")
+    return found

@@ -1,0 +1,31 @@
+"""The engine of models whose completions share nothing: transformers' generate writes prompt after prompt.
+
+Nothing is padded, whatever the model makes of padding; state-space models and those with recurrent layers go this way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from clp_engine.rollouts.rows import Rows
+from clp_engine.rollouts.types import Rollout, RolloutRequest
+
+
+class Generate:
+    """See `base.RolloutEngine`."""
+
+    def run(self, request: RolloutRequest) -> Rollout:
+        model, group, blend, rows = request.source.conditioned, request.group, request.blend, Rows(request)
+        for p in range(len(request.prompt_ids)):
+            chosen = torch.arange(p * group, (p + 1) * group, device=request.prompt_ids.device)
+            rows.keep(chosen[:0])
+            rows.join(chosen)
+
+            def draw(logits: torch.Tensor) -> tuple[torch.Tensor, bool]:
+                drawn = rows.draw(logits)
+                return drawn, bool(rows.done.all())
+
+            prompt = request.prompt_ids[p : p + 1, request.prompt_mask[p]]
+            with model.blend.use(None if blend is None else blend[p : p + 1].expand(group, -1)):
+                model.backbone.generate(prompt, group, rows.limit, draw)
+        return request.rollout(*rows.completions())

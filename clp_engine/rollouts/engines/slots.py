@@ -1,0 +1,207 @@
+"""Buffers that never move, so that one captured CUDA graph can be replayed for every token.
+
+A slot holds a prompt's keys and values once, for all rows of its group, and each row's own. Prompts take free slots and leave
+them; a step runs over the first so many slots, a bucket, whoever is in them:
+
+    scores = [ q K_prompt^T | q K_own^T ],    y = softmax(scores + mask) [ V_prompt ; V_own ]
+
+The rows of a group are one matrix product with their prompt's keys: these are read once per group and token. Buckets are powers
+of two, prompts and completions have room for a multiple of ROUND tokens, so that a few graphs serve a whole run. Factors are
+converted to the model's dtype once for a rollout: what a graph reads of them are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AttentionInterface
+
+from clp_engine.models.conditioned import ConditionedModel
+from clp_engine.models.low_rank_layers import ConditionedLinear
+from clp_engine.rollouts.engines.llama_weights import rope_tables
+
+NAME = "clp_slots"
+ROUND = 64  # tokens by which the room for prompts and for completions grows
+in_force: ContextVar[Step | None] = ContextVar("step", default=None)
+
+
+def round_up(tokens: int) -> int:
+    return -(-tokens // ROUND) * ROUND
+
+
+@dataclass
+class Slots:
+    """Buffers for `count` prompts of at most `width` tokens, `group` rows each with at most `room` tokens of their own.
+
+    keys, values, by layer: of prompts (count, Hkv, width, D), of rows (count * group, Hkv, room, D). prompt_lengths (count,)
+    and lengths (count * group,): what of them is filled. coefficients (count * group, D) of the blend, zero without one.
+    factors, by layer: its low-rank factors in the model's dtype, where they are kept in another.
+    """
+
+    count: int
+    width: int
+    group: int
+    room: int
+    device: torch.device
+    deltas: int
+    prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    own: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = field(default_factory=dict)
+    parameters: tuple[int, ...] = ()
+    ropes: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rows, like = self.count * self.group, {"device": self.device}
+        self.prompt_lengths = torch.zeros(self.count, dtype=torch.long, **like)
+        self.lengths = torch.zeros(rows, dtype=torch.long, **like)
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, **like)
+        self.coefficients = torch.zeros(rows, self.deltas, **like)
+
+    def fits(self, count: int, width: int, group: int, room: int) -> bool:
+        return self.count >= count and self.width >= width and self.group == group and self.room >= room
+
+    @property
+    def buckets(self) -> list[int]:
+        return sorted({min(1 << i, self.count) for i in range(self.count.bit_length() + 1)})
+
+    def rope(self, model: ConditionedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The model's tables of rotary embeddings for all positions there is room for."""
+        if not self.ropes:
+            self.ropes = [
+                (cos.contiguous(), sin.contiguous())
+                for cos, sin in rope_tables(model, self.width + self.room)
+            ]
+        return self.ropes
+
+    def allocate(self, layer: int, keys: torch.Tensor) -> None:
+        """Room for the keys and values of a layer whose prompts' keys are (P, Hkv, S, D)."""
+        if layer in self.prompts:
+            return
+        _, heads, _, size = keys.shape
+        self.prompts[layer] = tuple(keys.new_zeros(self.count, heads, self.width, size) for _ in range(2))
+        self.own[layer] = tuple(
+            keys.new_zeros(self.count * self.group, heads, self.room, size) for _ in range(2)
+        )
+
+    def convert(self, layers: Mapping[str, ConditionedLinear]) -> None:
+        """Take the layers' factors as they are now: once for a rollout, and not in the step, for every token."""
+        for name, layer in layers.items():
+            dtype, own = layer.weight.dtype, (layer.lora_a, layer.lora_b)
+            if own[0].dtype is dtype:
+                continue
+            if name not in self.factors:
+                self.factors[name] = tuple(torch.empty_like(t, dtype=dtype) for t in own)
+            for kept, t in zip(self.factors[name], own):
+                kept.copy_(t)
+
+    def move(self, source: int, target: int) -> None:
+        """The group in one slot to another."""
+        for buffers in self.prompts.values():
+            for buffer in buffers:
+                buffer[target] = buffer[source]
+        self.prompt_lengths[target] = self.prompt_lengths[source]
+        rows = slice(source * self.group, (source + 1) * self.group)
+        there = slice(target * self.group, (target + 1) * self.group)
+        for buffers in self.own.values():
+            for buffer in buffers:
+                buffer[there] = buffer[rows]
+        for buffer in (self.lengths, self.tokens, self.coefficients):
+            buffer[there] = buffer[rows]
+
+
+@dataclass
+class Step:
+    """One token for the first `count` slots; the masks are made once for all layers."""
+
+    slots: Slots
+    count: int
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.count * self.slots.group
+
+    def positions(self) -> torch.Tensor:
+        """(rows, 1), of the tokens being read."""
+        prompts = self.slots.prompt_lengths[: self.count].repeat_interleave(
+            self.slots.group, output_size=self.rows
+        )
+        return (prompts + self.slots.lengths[: self.rows]).unsqueeze(1)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """(rows, width + room) bool, what a row's token attends to."""
+        if window not in self._masks:
+            s, device = self.slots, self.slots.device
+            now = self.positions()
+            lengths = (now - s.lengths[: self.rows].unsqueeze(1)).squeeze(1)  # of the rows' prompts
+            prompt, own = torch.arange(s.width, device=device), torch.arange(s.room, device=device)
+            seen = torch.cat([prompt < lengths.unsqueeze(1), own <= s.lengths[: self.rows].unsqueeze(1)], 1)
+            if window is not None:
+                at = torch.cat([prompt.expand(self.rows, -1), lengths.unsqueeze(1) + own], 1)
+                seen = seen & (at > now - window)
+            self._masks[window] = seen
+        return self._masks[window]
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface for the step in force: query (rows, Hq, 1, D), key and value (rows, Hkv, 1, D), which
+    are put where the rows' own are -> ((rows, 1, Hq, D), None)."""
+    step = in_force.get()
+    slots, rows, layer = step.slots, step.rows, module.layer_idx
+    (prompt_keys, prompt_values), own = slots.prompts[layer], slots.own[layer]
+    at = slots.lengths[:rows]
+    everyone = torch.arange(rows, device=query.device)
+    for buffer, new in zip(own, (key, value)):
+        buffer[everyone, :, at] = new[:, :, 0]
+    heads, size = key.shape[1], query.shape[-1]
+    shared = query.shape[1] // heads
+    # (rows, Hkv, g, D): the query heads of a key head beside each other; (count, Hkv, group * g, D): those of a whole group.
+    by_row = query.view(rows, heads, shared, size)
+    by_group = by_row.view(step.count, slots.group, heads, shared, size).transpose(1, 2).flatten(2, 3)
+    scores = torch.cat(
+        [
+            (by_group @ prompt_keys[: step.count].transpose(2, 3))
+            .view(step.count, heads, slots.group, shared, -1)
+            .transpose(1, 2)
+            .reshape(rows, heads, shared, -1),
+            by_row @ own[0][:rows].transpose(2, 3),
+        ],
+        -1,
+    ).float()
+    scores = scores * (size**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~step.mask(sliding_window)[:, None, None], -torch.inf)
+    shares = scores.softmax(-1).to(value.dtype)
+    on_prompt = (
+        shares[..., : slots.width]
+        .view(step.count, slots.group, heads, shared, -1)
+        .transpose(1, 2)
+        .flatten(2, 3)
+        @ prompt_values[: step.count]
+    )
+    out = (
+        on_prompt.view(step.count, heads, slots.group, shared, size)
+        .transpose(1, 2)
+        .reshape(rows, heads, shared, size)
+        + shares[..., slots.width :] @ own[1][:rows]
+    )
+    return out.reshape(rows, 1, heads * shared, size), None
+
+
+AttentionInterface.register(NAME, slot_attention)

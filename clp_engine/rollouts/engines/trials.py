@@ -1,0 +1,94 @@
+"""Plans of decoding: made once for a model's weights, tried against transformers before they are used, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from clp_engine.models.conditioned import ConditionedModel
+from clp_engine.rollouts.engines.base import DecoderRequest
+from clp_engine.rollouts.types import pad_left
+
+# torch: transformers' modules for everything; native: an error where the native decoder cannot serve.
+SWITCH = "CLP_ENGINE_DECODING"
+
+
+class Unsupported(Exception):
+    """Why a model cannot be decoded natively."""
+
+
+class Planned(Protocol):
+    """identity: of the base weights that it was made for."""
+
+    identity: tuple
+
+
+P = TypeVar("P", bound=Planned)
+
+
+def current(
+    plans: MutableMapping[nn.Module, P],
+    model: ConditionedModel,
+    identity: tuple,
+    make: Callable[[ConditionedModel, tuple], P],
+) -> P:
+    """The model's plan, made anew where its base weights are others than those it was made for."""
+    kept = plans.get(model)
+    if kept is None or kept.identity != identity:
+        with torch.no_grad():
+            kept = plans[model] = make(model, identity)
+    return kept
+
+
+def made_or_refused(model: ConditionedModel, make: Callable[[], P], refused: Callable[[str], P]) -> P:
+    """What `make` makes, or `refused(reason)`: a model that cannot be read is decoded by transformers."""
+    try:
+        return make()
+    except Unsupported as error:
+        return refused(str(error))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        return refused(f"{type(model.model).__name__}: {error}")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Random tokens for two ways of decoding a model: prompts of different lengths, different blends.
+
+    tokens: (rows,) for each step.
+    """
+
+    request: DecoderRequest
+    tokens: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, model: ConditionedModel) -> Trial:
+        generator, device = torch.Generator(device="cpu").manual_seed(0), model.device
+        vocab, steps, group = model.model.config.get_text_config().vocab_size, 3, 2
+
+        def drawn(count: int) -> torch.Tensor:
+            return torch.randint(vocab, (count,), generator=generator, device="cpu")
+
+        prompts = [drawn(length).tolist() for length in (3, 7, 5)]
+        blend = torch.rand(len(prompts), model.deltas, generator=generator, device="cpu")
+        blend[0] = 0
+        request = DecoderRequest(
+            model, *pad_left(prompts, 0, device), blend.to(device), group, steps, len(prompts)
+        )
+        return cls(request, [drawn(len(prompts) * group).to(device) for _ in range(steps)])
+
+
+def check_alike(
+    model: ConditionedModel, given: torch.Tensor, expected: torch.Tensor, tolerance: float
+) -> None:
+    """Raises Unsupported where logits differ by more than `tolerance` times the largest, which counts as 1 at least."""
+    given, expected = given.float(), expected.float()
+    difference = (given - expected).abs().max().item()
+    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+        raise Unsupported(
+            f"{type(model.model).__name__} looks like Llama and computes something else (its logits differ by "
+            f"{difference:.3g})"
+        )
