@@ -1,0 +1,1 @@
+"""Results in words and pictures: tables, charts, comparisons, and the figures of README.md and docs/."""
