@@ -150,36 +150,37 @@ def main(arguments: list[str] | None = None) -> int:
             raise SystemExit(
                 "bench tune: expected --out FILE, to measure, or --write FILE ..., to make the table"
             )
-        from bench import tune
+        from bench.tuning import tune
 
         return tune.run(options)
     if options.command == "profile-step":
-        from bench import step_profile
+        from bench.step import profile
 
-        return step_profile.main(options)
+        return profile.main(options)
     if options.command == "work":
-        from bench import step_work
+        from bench.step import work
 
-        print(step_work.report())
+        print(work.report())
         if options.operators:
-            print(step_work.operators("KL"))
+            print(work.operators("KL"))
         return 0
     if options.command == "compare":
-        from bench.compare import compare
+        from bench.pages.compare import compare
 
         return compare(options.before, options.after, options.tolerance, options.all)
     if options.command == "collect":
-        from bench.collect import collect
+        from bench.pages.collect import collect
 
         return collect(options.outdir, Path(options.to).resolve() if options.to else None, options.dirty)
     if options.command == "readme":
-        from bench.readme import update
+        from bench.pages.readme import update
 
         return update(check=options.check)
-    from bench import report, schema
+    from bench.core import schema
+    from bench.pages import report
 
     if options.command == "plot":
-        from bench.plot import plot
+        from bench.pages.plot import plot
 
         print("\n".join(map(str, plot(options.file, options.to))))
     elif options.command == "table":

@@ -154,16 +154,16 @@ racecheck() { sanitized racecheck 2; }
 # The ops are independent processes: most of their time is compiling, on the host.
 sanitized() {
     if [ "$device" != cuda ]; then
-        "$python" -m bench.sanitize --device cpu --thin 25 sample_tokens slerp ema_ sparsify --record "$out/$1.all.record.json"
+        "$python" -m bench.gpu.sanitize --device cpu --thin 25 sample_tokens slerp ema_ sparsify --record "$out/$1.all.record.json"
         return
     fi
     tool=compute-sanitizer
     command -v "$tool" >/dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
     command -v "$tool" >/dev/null || { echo "compute-sanitizer is not on this machine"; return 0; }
     export tool
-    { "$python" -m bench.sanitize --list && echo graphs && echo candidates; } | xargs -P "$jobs" -I{} bash -euo pipefail -c 'sanitized_op "$@"' op "$1" "$2" {} ||
+    { "$python" -m bench.gpu.sanitize --list && echo graphs && echo candidates; } | xargs -P "$jobs" -I{} bash -euo pipefail -c 'sanitized_op "$@"' op "$1" "$2" {} ||
         { tail -n 3 "$out/$1".*.log; return 1; }
-    "$python" -m bench.sanitize --judge "$out/$1".*.record.json --thin "$2"
+    "$python" -m bench.gpu.sanitize --judge "$out/$1".*.record.json --thin "$2"
 }
 
 sanitized_op() {
@@ -173,7 +173,7 @@ sanitized_op() {
     if [ "$3" = graphs ]; then what=--graphs; else export PYTORCH_NO_CUDA_MEMORY_CACHING=1; fi
     if [ "$3" = candidates ]; then what=--candidates; fi
     TORCHINDUCTOR_COMPILE_THREADS=1 "$tool" --tool "$1" --error-exitcode 9 \
-        "$python" -m bench.sanitize "$what" --thin "$2" --record "$out/$1.$3.record.json" >"$log" 2>&1 || return 1
+        "$python" -m bench.gpu.sanitize "$what" --thin "$2" --record "$out/$1.$3.record.json" >"$log" 2>&1 || return 1
     touch "$out/$1.$3.right"
     tail -n 1 "$log"
 }
@@ -200,7 +200,7 @@ docsum() {
         cp "$out/docsum/report.json" "$out/docsum_demo.json"
         rm -rf "$out"/docsum/checkpoint-* "$out/docsum/policy"  # megabytes in the archive that nothing here reads again
     fi
-    "$python" -m bench.fronts "$reference" "$out/docsum_demo.json" --out "$out/fronts"
+    "$python" -m bench.gpu.fronts "$reference" "$out/docsum_demo.json" --out "$out/fronts"
 }
 
 counters() {
@@ -209,18 +209,18 @@ counters() {
     command -v "$tool" >/dev/null || tool=/usr/local/cuda/bin/ncu
     if [ "$device" != cuda ] || ! command -v "$tool" >/dev/null; then
         echo "ncu is not on this machine; the calls it would watch:"
-        "$python" -m bench.counters run --device "$device" $sizes --out "$manifest"
+        "$python" -m bench.gpu.counters run --device "$device" $sizes --out "$manifest"
         return
     fi
     # The second way, of whole sections, is for a version of ncu that does not know one of the metrics.
-    for how in "--metrics $("$python" -m bench.counters metrics)" \
+    for how in "--metrics $("$python" -m bench.gpu.counters metrics)" \
         "--section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats"; do
         "$tool" --profile-from-start off --clock-control none $how --csv --page raw --log-file "$table" \
-            "$python" -m bench.counters run --device "$device" --out "$manifest" || true
-        if "$python" -m bench.counters read "$table" --manifest "$manifest" --out "$out/counters.json"; then return 0; fi
+            "$python" -m bench.gpu.counters run --device "$device" --out "$manifest" || true
+        if "$python" -m bench.gpu.counters read "$table" --manifest "$manifest" --out "$out/counters.json"; then return 0; fi
     done
     # Without the tool the same calls must work; where they do, it was the tool that refused.
-    "$python" -m bench.counters run --device "$device" --out "$manifest"
+    "$python" -m bench.gpu.counters run --device "$device" --out "$manifest"
     echo "ncu gave no counters: $(grep -m 1 -h ERROR "$table" || echo 'and no reason')"
 }
 

@@ -5,27 +5,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from bench import cases, ceilings, environment, peers, report, schema
-from bench.case import Case
-from bench.measure import Rounds, Timer
+from bench import cases, peers
+from bench.core import ceilings, environment, schema
+from bench.core.case import Case
+from bench.core.measure import Rounds, Timer
+from bench.core.runner import OUT_OF_TIME, chosen_device, failures, resumed, run_case, say, too_large
+from bench.pages import report
 from bench.peers import clp
-from bench.runner import failures, run_case, say, too_large
 
 DTYPES = [torch.float32, torch.bfloat16]
-OUT_OF_TIME = 3  # the exit code where a budget did not last: --resume measures the rest
-
-
-def chosen_device(options: argparse.Namespace) -> str:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no CUDA device")
-    return device
-
-
 def _sizes(options: argparse.Namespace, device: str) -> str:
     return options.sizes or ("gpu" if device == "cuda" else "cpu")
 
@@ -144,25 +135,3 @@ def _measure(group, waiting, end, options, modules, timer, result: schema.Result
         schema.save(result, options.out)
         say(f"{time.monotonic() - start:6.1f} s  {report.line(record)}")
     return False
-
-
-def resumed(options: argparse.Namespace, facts: dict, settings: dict) -> schema.Result | None:
-    """What the file holds already; None where there is nothing to go on from."""
-    path = Path(options.out)
-    if not path.exists():
-        return None
-    if not options.resume:
-        raise SystemExit(f"{path} exists; --resume goes on with it, or give another --out")
-    result = schema.load(path)
-    for name in ("device", "commit", "threads", "cpus", "versions"):
-        if result.environment.get(name) != facts[name]:
-            raise SystemExit(
-                f"{path} was measured with {name} {result.environment.get(name)}, this is {facts[name]}: one file holds "
-                "one environment; give another --out"
-            )
-    for name in ("sizes", "quick", "seed", "flush_bytes"):
-        if result.settings.get(name) != settings[name]:
-            raise SystemExit(
-                f"{path} was measured with {name} {result.settings.get(name)}, this is {settings[name]}"
-            )
-    return result

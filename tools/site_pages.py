@@ -3,7 +3,7 @@
 <!-- api:PACKAGE -->      a `:::` entry, which mkdocstrings fills, for each public name of clp_engine or clp_kernels
 <!-- settings -->         a table of CLPConfig
 <!-- command-line -->     the help of clp-engine and each of its commands
-<!-- bench:NAME -->       up to <!-- /bench -->, tables of bench/results/NAME.json, as in README.md (bench/readme.py)
+<!-- bench:NAME -->       up to <!-- /bench -->, tables of bench/results/NAME.json, as in README.md (bench/pages/readme.py)
 <!-- file:PATH -->        a Markdown file of the repository, without its title
 """
 
@@ -25,7 +25,7 @@ _MARK = re.compile(r"<!-- (api|settings|command-line|file)(?::(\S+))? -->")
 
 def on_page_markdown(markdown: str, **_) -> str:
     """mkdocs calls this with each page's source."""
-    from bench import readme
+    from bench.pages import readme
 
     return readme.render(_MARK.sub(lambda match: _FILLED[match[1]](match[2]), markdown))
 

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from clp_kernels import expand_gate
 
-from bench import formulas
-from bench.case import Case, Prepared, Tensors, Work, plain_exact
-from bench.cases import sampling
+from bench.cases import formulas, sampling
 from bench.cases.models import MODELS, blends, normal
 from bench.cases.multi_lora import layer_inputs
+from bench.core.case import Case, Prepared, Tensors, Work, plain_exact
 
 ROWS = (1, 8, 64, 256)
 

@@ -12,12 +12,9 @@ Two variants of ours are measured: one objective (what TRL does too) and two wit
     phases               ours as the trainer logs them; TRL logs none, so its methods are timed from outside: `_generate`,
                          `_calculate_rewards`, clipping and the optimiser's step, and what is left of `training_step`
     log-prob gap         between rollout and training, where the trainer logs it (sampling/sampling_logp_difference)
-    engine's own         see bench.step_profile
+    engine's own         see bench.step.profile
 
-Models: "docsum", the trained one that is shipped; "qwen2-30m", Qwen2-shaped, 28 million parameters, a vocabulary of 32,000;
-"qwen2.5-0.5b" and "qwen2.5-7b", the shapes of those. All but the first have random weights (from a fixed seed), since
-nothing can be downloaded where this runs: a step takes the same time whatever the weights are. They write tokens that the
-tokenizer has no text for, so rewards are nearly constant there.
+The models are those of bench.step.step_case.
 """
 
 from __future__ import annotations
@@ -27,20 +24,31 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 
-from bench import schema, targets
-from bench.measure import medians, summary
-from bench.memory import extra_peak
-from bench.peers import why_not_importable
+from bench.core import schema, targets
+from bench.core.environment import why_not_importable
+from bench.core.measure import medians, summary
+from bench.core.memory import extra_peak
+from bench.core.runner import raised, say
+from bench.step import step_case
+from bench.step.phases import Phases
+from bench.step.profile import engine_share
+from bench.step.step_case import (
+    StepCase,
+    length_reward,
+    load_model,
+    load_tokenizer,
+    other_reward,
+    our_trainer,
+    prompts_of,
+)
 
 OURS = targets.OURS
-FLOAT32 = ("docsum", "tiny", "qwen2-30m")
 _GAPS = {
     "sampling/sampling_logp_difference/mean": "logprob_gap_mean",
     "sampling/sampling_logp_difference/max": "logprob_gap_max",
@@ -69,38 +77,14 @@ class Steps:
         return {**found, REST: max(0.0, rest)} if found else {}
 
 
-@dataclass(frozen=True)
-class StepCase:
-    """batch completions in groups of `group`, prompts of `prompt` tokens, `new` tokens each."""
+OUR_REWARDS = {
+    f"{OURS}, one objective": (length_reward,),
+    f"{OURS}, two objectives": (length_reward, other_reward),
+}
 
-    model: str
-    device: str
-    batch: int
-    group: int
-    prompt: int
-    new: int
-    targets: tuple[str, ...] = ()
-    steps: int = 6
 
-    op = "step"
-    title = "training step"
-
-    @property
-    def dtype(self) -> str:
-        return "float32" if self.model in FLOAT32 else "bfloat16"
-
-    @property
-    def shape(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("batch", "group", "prompt", "new")}
-
-    @property
-    def tokens(self) -> int:
-        """Of a step: a prompt counts once for each of its completions, as both trainers count `num_tokens`."""
-        return self.batch * (self.prompt + self.new)
-
-    @property
-    def id(self) -> str:
-        return schema.case_id("e2e", self.title, self.shape, self.dtype, {"model": self.model})
+class TimedStep(StepCase):
+    """A StepCase that measures itself, beside TRL."""
 
     def measure(
         self, modules: Mapping[str, ModuleType], quick: bool, share: float, result: schema.Result
@@ -139,9 +123,6 @@ class StepCase:
 
     def _engine_share(self, variants: Mapping[str, schema.Variant]) -> None:
         """Of each variant of ours, in a run of its own: its spans cost time, little as it is."""
-        from bench.runner import say
-        from bench.step_profile import engine_share
-
         for name, rewards in OUR_REWARDS.items():
             if name in variants and variants[name].status == "ok":
                 try:
@@ -192,155 +173,8 @@ class StepCase:
         return found
 
 
-def cases(device: str, sizes: str) -> list[StepCase]:
-    if sizes == "tiny":
-        return [StepCase("tiny", device, batch=4, group=2, prompt=12, new=4)]
-    on_cpu = ("step-cpu", "engine-cpu") if device == "cpu" else ()
-    docsum = StepCase("docsum", device, 32, 8, 120, 40, on_cpu)
-    small = StepCase("qwen2-30m", device, 32, 8, 120, 40, on_cpu, steps=4)
-    if sizes == "cpu":
-        return [docsum, small]
-    on_gpu = ("step-gpu", "step-gpu-memory", "engine-gpu")
-    return [
-        StepCase("qwen2.5-0.5b", device, 64, 8, 256, 128, on_gpu, steps=4),
-        StepCase("qwen2.5-7b", device, 32, 8, 256, 128, on_gpu, steps=3),
-        docsum,
-        small,
-    ]
-
-
-def case_of(model: str, device: str) -> StepCase:
-    """The case of a model's name, on any device. Raises ValueError naming those there are."""
-    known = {case.model: case for sizes in ("tiny", "gpu") for case in cases(device, sizes)}
-    if model not in known:
-        raise ValueError(f"unknown model {model!r}; known: {', '.join(known)}")
-    return known[model]
-
-
-def raised(name: str, error: Exception) -> schema.Variant:
-    if isinstance(error, torch.OutOfMemoryError):
-        return schema.Variant(name, "unavailable", "out of memory")
-    first = (str(error).strip().splitlines() or [""])[0]
-    return schema.Variant(name, "unavailable", f"raised {type(error).__name__}: {first[:200]}")
-
-
-@functools.cache
-def prompts_of(count: int, tokens: int) -> list[dict[str, str]]:
-    """Prompts of exactly `tokens` tokens, from the text of the training split."""
-    from clp_engine.tasks.docsum import load_dataset
-
-    tokenizer = load_tokenizer()
-    rows, pool = [], []
-    for row in load_dataset("train"):
-        pool += tokenizer(row["document"]).input_ids
-        while len(pool) >= tokens and len(rows) < count:
-            text = tokenizer.decode(pool[:tokens])
-            pool = pool[tokens:]
-            # Decoding and encoding again may merge differently; keep the prompts that come back as they were.
-            if len(tokenizer(text).input_ids) == tokens:
-                rows.append({"prompt": text, "reference": row["reference"]})
-        if len(rows) == count:
-            return rows
-    raise RuntimeError(f"the corpus has fewer than {count} prompts of {tokens} tokens")
-
-
-def length_reward(completions, **_) -> list[float]:
-    """Cheap and, with a trained model, never constant: what is timed is the trainer."""
-    return [len(set(c.split())) / 40 for c in completions]
-
-
-def other_reward(completions, **_) -> list[float]:
-    return [sum(map(str.isalpha, c)) / max(len(c), 1) for c in completions]
-
-
-OUR_REWARDS = {
-    f"{OURS}, one objective": (length_reward,),
-    f"{OURS}, two objectives": (length_reward, other_reward),
-}
-
-
-def load_tokenizer():
-    from transformers import AutoTokenizer
-
-    from clp_engine.tasks.docsum import checkpoint_path
-
-    return AutoTokenizer.from_pretrained(checkpoint_path())
-
-
-def load_model(name: str, device: str):
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    from clp_engine.tasks.docsum import checkpoint_path
-
-    if name == "docsum":
-        return AutoModelForCausalLM.from_pretrained(checkpoint_path(), dtype=torch.float32).to(device)
-    shapes = {
-        "qwen2.5-0.5b": dict(
-            hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-            num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
-        ),
-        "qwen2.5-7b": dict(
-            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-            num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
-        ),
-        "qwen2-30m": dict(
-            hidden_size=384, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=6,
-            num_key_value_heads=2, vocab_size=32000, tie_word_embeddings=True,
-        ),
-        "tiny": dict(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=5000, tie_word_embeddings=True,
-        ),
-    }  # fmt: skip
-    # The shipped tokenizer's special tokens: the ids that prompts are padded and ended with.
-    config = Qwen2Config(**shapes[name], max_position_embeddings=4096, eos_token_id=0, pad_token_id=1)
-    devices = [torch.cuda.current_device()] if device == "cuda" else []
-    with torch.random.fork_rng(devices), torch.device(device):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32 if name in FLOAT32 else torch.bfloat16
-        )
-
-
-class Phases:
-    """Seconds of a step by phase; a phase inside another is not counted in the outer one."""
-
-    def __init__(self, synchronise: Callable[[], None]):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._synchronise, self._open = synchronise, []
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = self.now()
-        self._open.append(0.0)
-        try:
-            yield
-        finally:
-            spent = self.now() - start
-            self.seconds[phase] += spent - self._open.pop()
-            if self._open:
-                self._open[-1] += spent
-
-    def now(self) -> float:
-        self._synchronise()
-        return time.perf_counter()
-
-    def time_methods(self, owner: object, methods: Mapping[str, str]) -> None:
-        """Methods of `owner` by name, and the phase that each is. Raises AttributeError where one is not there."""
-        for name, phase in methods.items():
-            setattr(owner, name, self._timed(getattr(owner, name), phase))
-
-    def _timed(self, method: Callable, phase: str) -> Callable:
-        @functools.wraps(method)
-        def timed(*arguments, **options):
-            with self(phase):
-                return method(*arguments, **options)
-
-        return timed
-
-    def drain(self) -> dict[str, float]:
-        found, self.seconds = dict(self.seconds), defaultdict(float)
-        return found
+def cases(device: str, sizes: str) -> list[TimedStep]:
+    return step_case.cases(device, sizes, TimedStep)
 
 
 def _step_clock(device: str):
@@ -437,38 +271,6 @@ def _ours(case: StepCase, steps: int, rewards: Sequence[Callable]) -> Steps:
             if "step_time" in entry
         ]
         return _steps(case, history, clock.seconds, phases[1:])
-
-
-def our_trainer(
-    case: StepCase, steps: int, rewards: Sequence[Callable], folder: str, callbacks: Sequence = ()
-):
-    from clp_engine.training.settings.config import CLPConfig
-    from clp_engine.training.trainer import CLPTrainer
-
-    tokenizer = load_tokenizer()
-    config = CLPConfig(
-        output_dir=folder,
-        per_device_train_batch_size=case.batch,
-        num_generations=case.group,
-        max_steps=steps,
-        max_completion_length=case.new,
-        beta=0.1,
-        learning_rate=1e-4,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        rank=16,
-        lora_alpha=32,
-        seed=1,
-    )
-    model = load_model(case.model, case.device)
-    # No end token: every completion runs to its full length, as min_new_tokens makes TRL's.
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    tokenizer.eos_token = None
-    rows = prompts_of(256, case.prompt)
-    return CLPTrainer(
-        model, list(rewards), config, rows, processing_class=tokenizer, callbacks=list(callbacks)
-    )
 
 
 def _steps(

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from bench import formulas
-from bench.case import Case, Prepared, Tensors, Work, plain_exact
+from bench.cases import formulas
 from bench.cases.models import MODELS, blends, normal
+from bench.core.case import Case, Prepared, Tensors, Work, plain_exact
 
 DECAY, SHARE = 0.99, 0.3
 

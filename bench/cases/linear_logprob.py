@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from bench import formulas
-from bench.case import Case, Prepared, Refused, Tensors, Work
+from bench.cases import formulas
 from bench.cases.models import MODELS, integers, normal
-from bench.memory import available
+from bench.core.case import Case, Prepared, Refused, Tensors, Work
+from bench.core.memory import available
 
 ALL = ("logprob", "ref_logprob", "entropy", "kl")
 # (title, outputs, inputs that gradients are taken in)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from bench import formulas
-from bench.case import Case, Tensors, Work
+from bench.cases import formulas
 from bench.cases.models import MODELS, integers, normal
+from bench.core.case import Case, Tensors, Work
 
 MODES = (
     ("logprob+entropy, fwd+bwd", ("logprob", "entropy"), ("logits",)),

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from clp_kernels import expand_gate
 
-from bench import formulas
-from bench.case import Case, Prepared, Tensors, Work, plain_exact
+from bench.cases import formulas
 from bench.cases.models import MODELS, blends, normal, sequences
+from bench.core.case import Case, Prepared, Tensors, Work, plain_exact
 
 WANTED = ("x", "lora_a", "lora_b")
 BLENDS = ("dirichlet", "one-hot", "shared", "half-reference")

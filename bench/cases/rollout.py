@@ -29,8 +29,8 @@ Weights and factors count once, a prompt's keys and values once for its group, a
 for each token so far), its embedding. Logits and activations count nothing: a method might keep them on the chip. Factors are
 no part of the floor of a variant without them.
 
-Every variant's log-probs, of the first and the last row, are compared with those of `bench.decoder_truth` in float64 for the
-tokens it drew. Models as in `bench.cases.e2e`.
+Every variant's log-probs, of the first and the last row, are compared with those of `bench.step.decoder_truth` in float64 for
+the tokens it drew. Models as in `bench.cases.e2e`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,14 @@ from types import ModuleType
 
 import torch
 
-from bench import accuracy, ceilings, decoder_truth, schema, targets
-from bench.case import Work
-from bench.cases.e2e import FLOAT32, Phases, load_model, load_tokenizer, prompts_of, raised
-from bench.measure import medians, summary
-from bench.memory import extra_peak
+from bench.core import accuracy, ceilings, schema, targets
+from bench.core.case import Work
+from bench.core.measure import medians, summary
+from bench.core.memory import extra_peak
+from bench.core.runner import raised
+from bench.step import decoder_truth
+from bench.step.phases import Phases
+from bench.step.step_case import FLOAT32, load_model, load_tokenizer, prompts_of
 
 OURS = targets.OURS
 MERGED = targets.MERGED

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from bench.case import Case, Tensors, Work
 from bench.cases.models import MODELS, normal
+from bench.core.case import Case, Tensors, Work
 
 OPTIONS = (
     {"temperature": 1.0},

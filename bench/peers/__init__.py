@@ -29,12 +29,3 @@ def chosen(names: Iterable[str]) -> dict[str, ModuleType]:
         if name not in known:
             raise SystemExit(f"unknown peer {name!r}; known: {', '.join(known)}, or auto")
     return {name: module for name, module in known.items() if name in names or name in ("clp", "plain")}
-
-
-def why_not_importable(module: str) -> str | None:
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # an import may fail in a package's own ways; the reason is reported
-        first = (str(error).splitlines() or [""])[0]
-        return f"not importable ({type(error).__name__}: {first})"
-    return None

@@ -10,7 +10,7 @@ from clp_kernels import logits_logprob as _logits_logprob
 from clp_kernels import multi_lora_linear as _multi_lora_linear
 from clp_kernels import sample_tokens as _sample_tokens
 
-from bench.case import Case, Prepare, Prepared, Refused, Tensors, differentiated
+from bench.core.case import Case, Prepare, Prepared, Refused, Tensors, differentiated
 
 NAME = "clp-engine"
 PACKAGE = "clp-engine"

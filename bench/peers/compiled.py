@@ -7,8 +7,8 @@ import shutil
 
 import torch
 
-from bench import formulas
-from bench.case import Case, Prepare, differentiated
+from bench.cases import formulas
+from bench.core.case import Case, Prepare, differentiated
 from bench.peers.plain import refuse_if_too_large
 
 NAME = "torch.compile"

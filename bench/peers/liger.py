@@ -10,8 +10,8 @@ import functools
 
 import torch
 
-from bench.case import Case, Prepare, Prepared, Refused, Tensors, differentiated
-from bench.peers import why_not_importable
+from bench.core.case import Case, Prepare, Prepared, Refused, Tensors, differentiated
+from bench.core.environment import why_not_importable
 
 NAME = "liger"
 PACKAGE = "liger-kernel"

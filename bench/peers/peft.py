@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from bench.case import Case, Prepare, Prepared, Refused, Tensors
-from bench.peers import why_not_importable
+from bench.core.case import Case, Prepare, Prepared, Refused, Tensors
+from bench.core.environment import why_not_importable
 
 NAME = "peft"
 PACKAGE = "peft"

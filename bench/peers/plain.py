@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench import formulas
-from bench.case import Case, Prepare, Prepared, Refused, Tensors, differentiated
-from bench.memory import available
+from bench.cases import formulas
+from bench.core.case import Case, Prepare, Prepared, Refused, Tensors, differentiated
+from bench.core.memory import available
 
 NAME = "torch"
 PACKAGE = "torch"

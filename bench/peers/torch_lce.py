@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.case import Case, Prepare, Refused, Tensors, differentiated
+from bench.core.case import Case, Prepare, Refused, Tensors, differentiated
 
 NAME = "torch linear_cross_entropy"
 PACKAGE = "torch"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bench.case import Case, Prepare, Tensors, differentiated
-from bench.peers import why_not_importable
+from bench.core.case import Case, Prepare, Tensors, differentiated
+from bench.core.environment import why_not_importable
 
 NAME = "transformers"
 PACKAGE = "transformers"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.case import Case, Prepare, Refused, Tensors, differentiated
-from bench.peers import why_not_importable
+from bench.core.case import Case, Prepare, Refused, Tensors, differentiated
+from bench.core.environment import why_not_importable
 
 NAME = "trl"
 PACKAGE = "trl"

@@ -8,7 +8,7 @@ import sys
 
 from clp_engine.cli.arguments import add_number, whole_numbers
 from clp_engine.core.ranges import COMMANDS
-from clp_engine.training.runs import running
+from clp_engine.training import running
 
 HELP = "compare methods and baselines over seeds"
 EPILOG = """\

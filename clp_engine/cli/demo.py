@@ -23,7 +23,8 @@ from clp_engine.cli.arguments import add_number, listed
 from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
-from clp_engine.training.runs import run_folder, run_spec, running
+from clp_engine.training import running
+from clp_engine.training.runs import run_folder, run_spec
 
 if TYPE_CHECKING:
     from clp_engine.evaluation.report import ParetoReport

@@ -18,7 +18,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, read_json
 from clp_engine.core.ranges import EVALUATION
 from clp_engine.data import sources
-from clp_engine.training.runs import run_spec, running, trust
+from clp_engine.training import running
+from clp_engine.training.runs import run_spec, trust
 
 HELP = "measure the Pareto front of a run"
 EPILOG = None

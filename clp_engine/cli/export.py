@@ -10,7 +10,7 @@ from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
 from clp_engine.core.ranges import COMMANDS
-from clp_engine.training.runs import running
+from clp_engine.training import running
 
 HELP = "write weightings or objectives as ordinary PEFT adapters or models"
 EPILOG = None

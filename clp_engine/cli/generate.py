@@ -19,7 +19,8 @@ from clp_engine.cli.arguments import (
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.ranges import COMMANDS, GENERATION
 from clp_engine.data import sources
-from clp_engine.training.runs import run_spec, running
+from clp_engine.training import running
+from clp_engine.training.runs import run_spec
 
 HELP = "generate text at a weighting of the objectives"
 EPILOG = None

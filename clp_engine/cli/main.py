@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from clp_engine import __version__
 from clp_engine.cli import compare, demo, evaluate, export, generate, info, steer, train, variance
 from clp_engine.core.errors import ConfigError
-from clp_engine.training.runs import running
+from clp_engine.training import running
 
 # A command is a module with HELP, EPILOG, `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {

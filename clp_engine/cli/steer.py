@@ -6,7 +6,7 @@ import argparse
 
 from clp_engine.cli.arguments import RUN_HELP, add_device, add_number
 from clp_engine.core.ranges import COMMANDS
-from clp_engine.training.runs import running
+from clp_engine.training import running
 
 HELP = "open a local page with a slider for each objective"
 EPILOG = None

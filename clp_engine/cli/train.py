@@ -9,7 +9,8 @@ import sys
 from clp_engine.cli.arguments import training_of
 from clp_engine.core.files import check_folder
 from clp_engine.core.ranges import TRAINING
-from clp_engine.training.runs import run_folder, run_spec, running
+from clp_engine.training import running
+from clp_engine.training.runs import run_folder, run_spec
 
 HELP = "train a conditioned policy"
 EPILOG = """\

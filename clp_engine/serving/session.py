@@ -16,7 +16,8 @@ from clp_engine.evaluation.report import ParetoReport
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
-from clp_engine.training.runs import run_spec, running, trust
+from clp_engine.training import running
+from clp_engine.training.runs import run_spec, trust
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy

@@ -58,6 +58,26 @@ def of_run(a: CLPConfig, prompts: Prompts) -> Budget:
     return Budget(steps, tokens, a.rollout_size * a.max_completion_length, a.steps_per_rollout)
 
 
+@dataclass(frozen=True)
+class Epochs:
+    """Passes over the prompts of a run, which come from an endless stream of epochs."""
+
+    a: CLPConfig
+    prompts: Prompts
+
+    def at(self, step: int, max_steps: int) -> float:
+        """Epochs that are over when optimiser step `step`, of about `max_steps`, begins."""
+        return self.prompts.epoch(self._position(step), step / max(max_steps, 1))
+
+    def number(self, step: int) -> int:
+        """The epoch in which optimiser step `step` begins."""
+        return self.prompts.epoch_number(int(self._position(step)))
+
+    def _position(self, step: int) -> float:
+        """The place of its first prompt in the stream, at a rollout; in between, a share of the way to the next."""
+        return step * (self.a.rollout_size // self.a.num_generations) / self.a.steps_per_rollout
+
+
 class Progress:
     """The bar that `with` shows: over tokens where they end the run, else over steps."""
 

@@ -34,10 +34,11 @@ from clp_engine.core.files import write_text
 from clp_engine.core.provenance import source_commit, versions
 from clp_engine.core.statistics import Interval
 from clp_engine.objectives.coefficients import ESTIMATORS
+from clp_engine.training import running
 from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import WholeRollouts
-from clp_engine.training.runs import run_spec, running, trust
+from clp_engine.training.runs import run_spec, trust
 from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.stepping.update import forward, micro_batches
 from clp_engine.training.trainer import CLPTrainer

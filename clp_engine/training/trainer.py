@@ -37,7 +37,7 @@ from clp_engine.objectives.objective import Objective
 from clp_engine.objectives.reference import FrozenReference, Reference
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.training import building, evaluating
-from clp_engine.training.budget import Budget, Progress, finish_step_on_interrupt, of_run
+from clp_engine.training.budget import Budget, Epochs, Progress, finish_step_on_interrupt, of_run
 from clp_engine.training.checkpoints import best, checkpoint, resuming
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import WholeRollouts
@@ -175,7 +175,7 @@ class CLPTrainer(surface.ScriptSurface):
         state.global_step += 1
         self.reference.after_step(state.global_step)
         state.max_steps = self.budget.max_steps(state.global_step, self.num_generated_tokens)
-        state.epoch = self._epoch(state.global_step)
+        state.epoch = Epochs(a, self.train_dataset).at(state.global_step, state.max_steps)
         metrics |= {"step_time": time.perf_counter() - start}
         metrics |= {f"time/{k}": v for k, v in self.timer.seconds.items()}
         self.metric_log.add(metrics)
@@ -308,13 +308,7 @@ class CLPTrainer(surface.ScriptSurface):
             self.callback_handler.optimizer = self.optimizer
             self.callback_handler.lr_scheduler = self.lr_scheduler
         self.metric_log, self._epoch_begun = MetricLog(), None
-        self.callback_handler.train_dataloader = PromptLoader(
-            self.train_dataset,
-            a.rollout_size // a.num_generations,
-            a.num_generations,
-            a.steps_per_rollout * a.gradient_accumulation_steps,
-            a.seed if a.shuffle_dataset else None,
-        )
+        self.callback_handler.train_dataloader = PromptLoader.of_training(a, self.train_dataset)
         read = self.policy.read_from
         if resume_from_checkpoint:
             path = checkpoint.resolve(a.output_dir, resume_from_checkpoint)
@@ -353,16 +347,8 @@ class CLPTrainer(surface.ScriptSurface):
         if self.control.should_save or self._save_pending:
             self._save_when_whole()
 
-    def _position(self, step: int) -> float:
-        """How far in the endless stream of prompts optimiser step `step` begins: at a rollout, its first prompt's place."""
-        a = self.args
-        return step * (a.rollout_size // a.num_generations) / a.steps_per_rollout
-
-    def _epoch(self, step: int) -> float:
-        return self.train_dataset.epoch(self._position(step), step / max(self.state.max_steps, 1))
-
     def _begin_epoch_if_new(self) -> None:
-        epoch = self.train_dataset.epoch_number(int(self._position(self.state.global_step)))
+        epoch = Epochs(self.args, self.train_dataset).number(self.state.global_step)
         if epoch != self._epoch_begun:
             self._end_epoch()
             self._hear("on_epoch_begin")
@@ -389,12 +375,14 @@ class CLPTrainer(surface.ScriptSurface):
 
     def _evaluate(self, dataset: Prompts, prefix: str) -> dict[str, float]:
         a, started = self.args, time.time()
-        per_batch = max(1, a.per_device_eval_batch_size // a.evaluation_group)
-        self.callback_handler.eval_dataloader = PromptLoader(
-            dataset, per_batch, a.evaluation_group, drop_last=False
-        )
+        loader = PromptLoader.of_evaluation(a, dataset)
+        self.callback_handler.eval_dataloader = loader
         means, completions, batches = evaluating.evaluation_metrics(
-            self.collector_parts, dataset, per_batch, self.state, lambda: self._hear("on_prediction_step")
+            self.collector_parts,
+            dataset,
+            loader.prompts,
+            self.state,
+            lambda: self._hear("on_prediction_step"),
         )
         metrics = {f"{prefix}_{name}": value for name, value in means.items()}
         metrics |= speed_metrics(prefix, started, completions, batches)

@@ -48,7 +48,7 @@ def _native() -> Backend:
             "cpu",
             False,
             f"the native extension is not built or does not load ({error}); "
-            "reinstall clp-engine with a C++ compiler, or use a wheel",
+            "reinstall clp-engine or clp-kernels with a C++ compiler, or use a wheel",
         )
     return Backend("cpu", True, f"C++ kernels, {native.isa()}")
 
@@ -78,8 +78,8 @@ def _cuda() -> Backend:
         return Backend(
             "cuda",
             False,
-            "the native extension was built without CUDA; reinstall clp-engine from source where nvcc 12.8 or "
-            "newer is on the PATH",
+            "the native extension was built without CUDA; reinstall clp-engine or clp-kernels from source where "
+            "nvcc 12.8 or newer is on the PATH",
         )
     if torch.version.hip is not None:
         return Backend("cuda", False, "this torch is built for ROCm, and the CUDA C++ kernels are not")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clp_kernels.arguments import cast, describe, explain_gate, gate_fits, not_a_view, refuse_wrapped
 from clp_kernels.backends import plain_eager, select
+from clp_kernels.registration import differentiable, register
 
 _TABLE = {
     "reference": "clp_kernels.reference.interpolated_linear",
@@ -26,17 +27,6 @@ _TABLE = {
     "triton": "clp_kernels.triton_kernels.interpolated_linear",
 }
 _OP = "interpolated_linear"
-_LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "interpolated_linear(Tensor x, Tensor stack, Tensor blend, Tensor? base, Tensor? bias, Tensor? gate_index) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "interpolated_linear_backward(Tensor dy, Tensor x, Tensor stack, Tensor blend, Tensor? base, "
-    "Tensor? gate_index, bool[4] needs) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def interpolated_linear(
@@ -167,22 +157,23 @@ def _autograd_backward(ctx, dy):
     return dx, d_stack, d_blend, None, d_bias, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError(
-        f"{_OP}: second derivatives are not implemented; use create_graph=False, or torch.nn.functional.linear with the "
-        "weight that clp_kernels.interpolate makes, which has them"
-    )
-
-
-_LIBRARY.impl("interpolated_linear", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("interpolated_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("clp_kernels::interpolated_linear", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("clp_kernels::interpolated_linear_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "clp_kernels::interpolated_linear", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
+register(
+    "interpolated_linear(Tensor x, Tensor stack, Tensor blend, Tensor? base, Tensor? bias, Tensor? gate_index) "
+    "-> Tensor",
+    _forward,
+    _fake_forward,
 )
-torch.library.register_autograd(
-    "clp_kernels::interpolated_linear_backward", _no_second_derivative, lib=_LIBRARY
+register(
+    "interpolated_linear_backward(Tensor dy, Tensor x, Tensor stack, Tensor blend, Tensor? base, "
+    "Tensor? gate_index, bool[4] needs) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+differentiable(
+    "interpolated_linear",
+    _autograd_backward,
+    _setup_context,
+    instead="torch.nn.functional.linear with the weight that clp_kernels.interpolate makes, which has them",
 )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clp_kernels.arguments import refuse_wrapped
 from clp_kernels.reference import token_stats as reference
+from clp_kernels.registration import differentiable, register
 from clp_kernels.token_stats import (
     DIFFERENTIABLE,
     OUTPUTS,
@@ -45,18 +46,6 @@ _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? gate, Tensor? ref_hidden, "
     "Tensor? ref_weight, Tensor? ref_bias, Tensor? targets, Tensor inv_temperature, float? softcap, float logit_scale, "
     "int ignore_index"
-)
-_LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
-_LIBRARY.define(
-    f"linear_logprob({_ARGUMENTS}, str asked, str differentiable, SymInt kept_rows, int kept_copies, "
-    "bool directions, str backend) -> "
-    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor kept)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    f"linear_logprob_backward({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, {_ARGUMENTS}, Tensor saved, "
-    "Tensor kept, str directions, bool[6] needs, str backend) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 _NEEDS = (
     "hidden",
@@ -382,18 +371,22 @@ def _autograd_backward(ctx, *grads):
     return *(next(result) if need else None for need in needs), *(None,) * (arguments - len(needs))
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError(
-        "linear_logprob: second derivatives are not implemented; use create_graph=False, or the plain-"
-        "torch formula with clp_kernels.use_backend('reference')"
-    )
-
-
-_LIBRARY.impl("linear_logprob", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_logprob_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("clp_kernels::linear_logprob", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("clp_kernels::linear_logprob_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "clp_kernels::linear_logprob", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
+register(
+    f"linear_logprob({_ARGUMENTS}, str asked, str differentiable, SymInt kept_rows, int kept_copies, "
+    "bool directions, str backend) -> "
+    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor kept)",
+    _forward,
+    _fake_forward,
 )
-torch.library.register_autograd("clp_kernels::linear_logprob_backward", _no_second_derivative, lib=_LIBRARY)
+register(
+    f"linear_logprob_backward({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, {_ARGUMENTS}, Tensor saved, "
+    "Tensor kept, str directions, bool[6] needs, str backend) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+differentiable(
+    "linear_logprob",
+    _autograd_backward,
+    _setup_context,
+    instead="the plain-torch formula with clp_kernels.use_backend('reference')",
+)

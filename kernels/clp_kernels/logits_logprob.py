@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clp_kernels.arguments import refuse_wrapped
 from clp_kernels.reference import token_stats as reference
+from clp_kernels.registration import differentiable, register
 from clp_kernels.token_stats import (
     DIFFERENTIABLE,
     OUTPUTS,
@@ -38,17 +39,6 @@ _TABLE = (
 _ARGUMENTS = (
     "Tensor logits, Tensor? ref_logits, Tensor? targets, Tensor inv_temperature, float? softcap, float logit_scale, "
     "int ignore_index"
-)
-_LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
-_LIBRARY.define(
-    f"logits_logprob({_ARGUMENTS}, str asked, str differentiable, str backend) -> "
-    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    f"logits_logprob_backward({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, {_ARGUMENTS}, Tensor saved, "
-    "str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -180,18 +170,21 @@ def _autograd_backward(ctx, *grads):
     ), *others
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError(
-        "logits_logprob: second derivatives are not implemented; use create_graph=False, or the plain-"
-        "torch formula with clp_kernels.use_backend('reference')"
-    )
-
-
-_LIBRARY.impl("logits_logprob", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("logits_logprob_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("clp_kernels::logits_logprob", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("clp_kernels::logits_logprob_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "clp_kernels::logits_logprob", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
+register(
+    f"logits_logprob({_ARGUMENTS}, str asked, str differentiable, str backend) -> "
+    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved)",
+    _forward,
+    _fake_forward,
 )
-torch.library.register_autograd("clp_kernels::logits_logprob_backward", _no_second_derivative, lib=_LIBRARY)
+register(
+    f"logits_logprob_backward({', '.join(f'Tensor? d_{name}' for name in DIFFERENTIABLE)}, {_ARGUMENTS}, Tensor saved, "
+    "str backend) -> Tensor",
+    _backward,
+    _fake_backward,
+)
+differentiable(
+    "logits_logprob",
+    _autograd_backward,
+    _setup_context,
+    instead="the plain-torch formula with clp_kernels.use_backend('reference')",
+)

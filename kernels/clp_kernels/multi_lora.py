@@ -36,6 +36,7 @@ from clp_kernels.arguments import (
     refuse_wrapped,
 )
 from clp_kernels.backends import is_batch_invariant, plain_eager, select
+from clp_kernels.registration import differentiable, register
 from clp_kernels.triton_kernels.multi_lora_strategy import MERGE
 
 _TABLE = {
@@ -45,17 +46,6 @@ _TABLE = {
     "cuda": "clp_kernels.cuda.multi_lora",
 }
 _DECODE_ROWS = 256  # at most, for the kernel that decodes (csrc/cuda/multi_lora_decode.hpp)
-_LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor gate, "
-    "Tensor? gate_index) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "multi_lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, "
-    "Tensor gate, Tensor? gate_index, Tensor h, bool[6] needs) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def multi_lora_linear(
@@ -326,22 +316,23 @@ def _autograd_backward(ctx, dy, _):
     return *(next(grads) if need else None for need in needs), None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError(
-        "multi_lora_linear: second derivatives are not implemented; use create_graph=False, or the "
-        "same formula in plain torch (clp_kernels.reference.multi_lora)"
-    )
-
-
-_LIBRARY.impl("multi_lora_linear", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("multi_lora_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("clp_kernels::multi_lora_linear", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("clp_kernels::multi_lora_linear_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "clp_kernels::multi_lora_linear", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
+register(
+    "multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor gate, "
+    "Tensor? gate_index) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
 )
-torch.library.register_autograd(
-    "clp_kernels::multi_lora_linear_backward", _no_second_derivative, lib=_LIBRARY
+register(
+    "multi_lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, "
+    "Tensor gate, Tensor? gate_index, Tensor h, bool[6] needs) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+differentiable(
+    "multi_lora_linear",
+    _autograd_backward,
+    _setup_context,
+    instead="the same formula in plain torch (clp_kernels.reference.multi_lora)",
 )
 
 

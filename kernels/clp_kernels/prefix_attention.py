@@ -20,6 +20,7 @@ from torch import Tensor
 from clp_kernels.arguments import cast, describe, refuse_wrapped
 from clp_kernels.backends import plain_eager, select
 from clp_kernels.prefix_layout import PrefixLayout
+from clp_kernels.registration import differentiable, register
 
 _TABLE = {
     "reference": "clp_kernels.reference.prefix_attention",
@@ -27,18 +28,6 @@ _TABLE = {
     "triton": "clp_kernels.triton_kernels.prefix_attention",
 }
 _OP = "prefix_attention"
-_LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
-# starts and parents are on the host, whatever device the rest is on.
-_LIBRARY.define(
-    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor parents, float scale, float? softcap, "
-    "SymInt? window) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "prefix_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
-    "Tensor parents, float scale, float? softcap, SymInt? window, bool[3] needs) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def prefix_attention(
@@ -162,21 +151,25 @@ def _autograd_backward(ctx, d_out, _):
     return *(next(grads) if need else None for need in needs), *(None,) * 5
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError(
-        f"{_OP}: second derivatives are not implemented; use create_graph=False, or "
-        "torch.nn.functional.scaled_dot_product_attention with a mask"
-    )
-
-
-_LIBRARY.impl("prefix_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("prefix_attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("clp_kernels::prefix_attention", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("clp_kernels::prefix_attention_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "clp_kernels::prefix_attention", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY
+# starts and parents are on the host, whatever device the rest is on.
+register(
+    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor parents, float scale, float? softcap, "
+    "SymInt? window) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
 )
-torch.library.register_autograd("clp_kernels::prefix_attention_backward", _no_second_derivative, lib=_LIBRARY)
+register(
+    "prefix_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
+    "Tensor parents, float scale, float? softcap, SymInt? window, bool[3] needs) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+differentiable(
+    "prefix_attention",
+    _autograd_backward,
+    _setup_context,
+    instead="torch.nn.functional.scaled_dot_product_attention with a mask",
+)
 
 
 class _Eager(torch.autograd.Function):

@@ -24,19 +24,13 @@ from torch import Tensor
 
 from clp_kernels.arguments import refuse_wrapped
 from clp_kernels.backends import plain_eager, select
+from clp_kernels.registration import register
 
 _TABLE = {
     "reference": "clp_kernels.reference.sampling",
     "cpu": "clp_kernels.cpu.sampling",
     "triton": "clp_kernels.triton_kernels.sampling",
 }
-_LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "sample_tokens(Tensor logits, Tensor draws, float temperature, Tensor? temperature_rows, int top_k, "
-    "Tensor? top_k_rows, float top_p, Tensor? top_p_rows, float min_p, Tensor? min_p_rows) "
-    "-> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def sample_tokens(
@@ -179,5 +173,10 @@ def _sample(
     return outputs
 
 
-_LIBRARY.impl("sample_tokens", _sample, "CompositeExplicitAutograd")
-torch.library.register_fake("clp_kernels::sample_tokens", lambda logits, *_: _outputs(logits), lib=_LIBRARY)
+register(
+    "sample_tokens(Tensor logits, Tensor draws, float temperature, Tensor? temperature_rows, int top_k, "
+    "Tensor? top_k_rows, float top_p, Tensor? top_p_rows, float min_p, Tensor? min_p_rows) "
+    "-> (Tensor, Tensor)",
+    _sample,
+    lambda logits, *_: _outputs(logits),
+)

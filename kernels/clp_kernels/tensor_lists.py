@@ -1,4 +1,5 @@
-"""What the ops over lists of tensors (interpolation.py) hand to their back-ends, and the tables these make of it.
+"""What the ops over lists of tensors (interpolation.py, averaging.py, sparsify.py) share: checks of their arguments, what they
+hand to their back-ends, and the tables these make of it.
 
 A list's tensors are called items. An item's stack is given in parts: tensors with a leading dimension of models, which
 follow one another: one part of (M, ...), or M parts of (1, ...). A back-end reads them as M tensors of the item's shape.
@@ -12,6 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clp_kernels.arguments import describe
+
+TABLE = {
+    "reference": "clp_kernels.reference.interpolation",
+    "cpu": "clp_kernels.cpu.interpolation",
+    "triton": "clp_kernels.triton_kernels.interpolation",
+}
 MERGES = ("sum", "consensus", "consensus_mean")
 
 
@@ -95,3 +103,55 @@ def dense(parts: Sequence[Tensor], alive: list[Tensor]) -> list[int]:
             step = part.numel() // max(count, 1) * part.element_size()
             found.extend(range(address, address + step * count, step) if step else [address] * count)
     return found
+
+
+def by_item(flat: Sequence[Tensor], parts: int) -> list[list[Tensor]]:
+    return [list(flat[at : at + parts]) for at in range(0, len(flat), parts)]
+
+
+def by_kind(kinds: Sequence[tuple]) -> dict[tuple, list[int]]:
+    """The items of each combination of dtypes: a launch takes one."""
+    found: dict[tuple, list[int]] = {}
+    for p, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(p)
+    return found
+
+
+def check_out(op, outs, expected, device, eager) -> None:
+    if len(outs) != len(expected):
+        raise ValueError(f"{op}: out holds {len(outs)} tensors; expected {len(expected)}")
+    for p, (tensor, (shape, dtype)) in enumerate(zip(outs, expected)):
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype is not dtype or tensor.device != device:
+            raise ValueError(
+                f"{op}: out[{p}] is {describe(tensor)}; expected {tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}"
+            )
+    if asks_for_gradient(outs):
+        raise RuntimeError(f"{op}: out asks for a gradient; use torch.no_grad(), or give out.detach()")
+    if eager:
+        refuse_twice(op, outs, "out")
+
+
+def refuse_twice(op: str, tensors: Sequence[Tensor], name: str) -> None:
+    filled = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+    if len({*filled}) != len(filled) and all(tensor.device.type != "meta" for tensor in tensors):
+        raise ValueError(
+            f"{op}: {name} holds a tensor twice, which would be written twice at once; keep tied weights once"
+        )
+
+
+def put_back(outs: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
+    """What was written for `outs`, in them; autograd is told that they changed."""
+    for out, result in zip(outs, results):
+        if out is result:
+            torch.autograd.graph.increment_version(out)
+        else:
+            out.copy_(result)
+    return list(outs)
+
+
+def asks_for_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def not_differentiable(op: str) -> str:
+    return f"{op}: not differentiable, and a gradient is asked for; use torch.no_grad() or .detach()"

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from clp_kernels.linear_logprob import TABLE, checked_call, kept_for_backward
 from clp_kernels.reference import token_stats as reference
+from clp_kernels.registration import no_second_derivative
 from clp_kernels.token_stats import (
     DIFFERENTIABLE,
     NEED_REFERENCE,
@@ -380,7 +381,7 @@ def _sum_over_ranks(ranks: _Ranks, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
-        raise NotImplementedError(f"{_OP}: second derivatives are not implemented; use create_graph=False")
+        raise no_second_derivative(_OP)
 
 
 class _SumGradients(torch.autograd.Function):

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from bench import trials
-from bench.precompile import _Target, compile_ahead, noted
+from bench.tuning import trials
+from bench.tuning.precompile import _Target, compile_ahead, noted
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from bench import accuracy, cases, formulas, peers, runner, targets
-from bench.case import Refused
+from bench import cases, peers
+from bench.cases import formulas
+from bench.core import accuracy, runner, targets
+from bench.core.case import Refused
 
 SMALL = [
     (group, number)
@@ -103,7 +105,7 @@ def test_the_exponentials_kernel_computes_exponentials():
     pytest.importorskip("triton")
     if not torch.cuda.is_available():
         pytest.importorskip("triton.runtime.interpreter")
-    from bench.exp_rate import launch
+    from bench.core.exp_rate import launch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.rand(256, device=device)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import readme, report, schema
 from bench.__main__ import main
+from bench.core import schema
+from bench.pages import readme, report
 
 ROOT = Path(__file__).parents[2]
 

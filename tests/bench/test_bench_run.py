@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 
-from bench import cases, report, schema, suite
+from bench import cases, suite
 from bench.__main__ import main
-from bench.case import Refused, differentiated
+from bench.core import schema
+from bench.core.case import Refused, differentiated
+from bench.pages import report
 from bench.peers import clp
 
 pytestmark = pytest.mark.check
@@ -100,7 +102,7 @@ def break_multi_lora(monkeypatch, forward):
 
 
 def test_a_wrong_variant_shows_no_speedup_and_fails_the_run(run, monkeypatch, capsys):
-    from bench import formulas
+    from bench.cases import formulas
 
     break_multi_lora(monkeypatch, lambda t: {"y": formulas.multi_lora(t)["y"] * 1.001})
     code, result = run("multi_lora", "--only", "/ forward /")

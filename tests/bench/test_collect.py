@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import collect, gpu_page, readme, schema, targets
 from bench.__main__ import main
+from bench.core import schema, targets
+from bench.pages import collect, gpu_page, readme
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -85,7 +86,7 @@ def round_folder(tmp_path):
         )
     demo = json.loads((ROOT / "bench" / "results" / "docsum_demo.json").read_text())
     demo["setup"]["device"] = "cuda:0"
-    from bench import fronts
+    from bench.gpu import fronts
     from clp_engine.evaluation.report import ParetoReport
 
     one, other = (

@@ -1,10 +1,10 @@
-"""bench/counters.py: ncu's table becomes records, and what bounds a kernel follows from its percentages."""
+"""bench/gpu/counters.py: ncu's table becomes records, and what bounds a kernel follows from its percentages."""
 
 import json
 
 import pytest
 
-from bench import counters
+from bench.gpu import counters
 
 # As `ncu --csv --page raw` writes it: lines of progress, names, units, a row for each launch. Two of the metrics are known by
 # other names here, one is not available.

@@ -1,4 +1,4 @@
-"""bench/fronts.py: equal fronts agree, a front that moved does not, and the correction is for all comparisons."""
+"""bench/gpu/fronts.py: equal fronts agree, a front that moved does not, and the correction is for all comparisons."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import pytest
 
-from bench import fronts
+from bench.gpu import fronts
 from clp_engine.core.statistics import Interval
 from clp_engine.evaluation.report import ParetoReport
 

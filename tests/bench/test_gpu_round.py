@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import schema
 from bench.cases import GROUPS
+from bench.core import schema
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 

@@ -6,10 +6,11 @@ import statistics
 import pytest
 import torch
 
-from bench import accuracy, cases, ceilings, measure, memory, targets
-from bench.case import Work
-from bench.measure import Rounds, Timed, Timer, interleave, summary
-from bench.schema import Case, Error, Result, Times, Variant
+from bench import cases
+from bench.core import accuracy, ceilings, measure, memory, targets
+from bench.core.case import Work
+from bench.core.measure import Rounds, Timed, Timer, interleave, summary
+from bench.core.schema import Case, Error, Result, Times, Variant
 
 
 class CountingTimer:

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from bench import ceilings, decoder_truth, readme, report, schema, targets
 from bench.__main__ import main
-from bench.cases import e2e, rollout
-from bench.schema import Case, Floor, Times, Variant
+from bench.cases import rollout
+from bench.core import ceilings, schema, targets
+from bench.core.schema import Case, Floor, Times, Variant
+from bench.pages import readme, report
+from bench.step import decoder_truth, step_case
 
 pytestmark = pytest.mark.check
 TINY = rollout.cases("cpu", "tiny")[0]
@@ -138,7 +140,7 @@ def test_the_slots_of_a_gpu_are_right_in_bfloat16(monkeypatch):
     from clp_engine.rollouts.engines.cuda_graphs import GraphDecoder
 
     monkeypatch.setattr(choice, "step_decoder", GraphDecoder)
-    for module in (e2e, rollout):
+    for module in (step_case, rollout):
         monkeypatch.setattr(module, "FLOAT32", ())
     # Enough tokens for the errors of two computations in bfloat16 to be of one size.
     case = dataclasses.replace(TINY, new=24)

@@ -1,4 +1,4 @@
-"""bench/sanitize.py: every kernel and every tile has a check, wrong results and kernels that nothing launches fail it."""
+"""bench/gpu/sanitize.py: every kernel and every tile has a check, wrong results and kernels that nothing launches fail it."""
 
 import contextlib
 import json
@@ -8,8 +8,10 @@ import pytest
 import torch
 from clp_kernels.backends import forced_backend, interpreting
 
-from bench import sanitize
-from bench.sanitize import HALF, SINGLE, Check, Launches
+from bench.calls import CHECKS
+from bench.calls.call import HALF, SINGLE, Call, inputs, outputs
+from bench.gpu import sanitize
+from bench.gpu.sanitize import Launches
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts launches in Triton's interpreter")
 
@@ -22,11 +24,11 @@ def launches():
         patch.setattr(kind, "run", lambda *arguments, **options: None)
         found = Launches()
         with found.watched():
-            for op in sanitize.OPS:
+            for op in CHECKS:
                 for dtype, check in sanitize._chosen(op, "cpu", 1):
                     # What the kernels left unwritten may be no token, and is then refused.
                     with clp_kernels.use_backend("triton"), check.context(), contextlib.suppress(ValueError):
-                        sanitize._outputs(check, sanitize._inputs(check, dtype, "cpu"))
+                        outputs(check, inputs(check, dtype, "cpu"))
     return found
 
 
@@ -51,7 +53,7 @@ def test_kernels_are_those_that_the_host_launches():
 
 def test_a_kernel_that_nothing_launches_fails_once_all_ops_were_run(launches, tmp_path, capsys):
     fewer = Launches({k: v for k, v in launches.by_kernel.items() if k != "low_rank._both"})
-    ops = list(sanitize.OPS)
+    ops = list(CHECKS)
     fewer.save(tmp_path / "one.json", ops[:4])
     fewer.save(tmp_path / "two.json", ops[4:])
     assert sanitize.main(["--device", "cpu", "--judge", str(tmp_path / "one.json")]) == 0
@@ -85,8 +87,8 @@ def test_a_wrong_result_and_an_error_are_failures(monkeypatch, capsys):
         raise RuntimeError("no such luck")
 
     x = {"x": torch.linspace(1, 2, 9)}
-    checks = [Check("wrong", x, doubled, dtypes=(SINGLE,)), Check("raises", x, raising, dtypes=(SINGLE,))]
-    monkeypatch.setitem(sanitize.OPS, "sparsify", lambda: iter(checks))
+    checks = [Call("wrong", x, doubled, dtypes=(SINGLE,)), Call("raises", x, raising, dtypes=(SINGLE,))]
+    monkeypatch.setitem(CHECKS, "sparsify", lambda: iter(checks))
     assert sanitize.main(["sparsify", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "WRONG sparsify: wrong, float32" in out and "error 0.01 where torch has" in out
@@ -95,14 +97,14 @@ def test_a_wrong_result_and_an_error_are_failures(monkeypatch, capsys):
 
 def test_what_is_not_finite_or_missing_is_wrong():
     x = {"x": torch.linspace(1, 2, 9)}
-    nan = Check(
+    nan = Call(
         "nan",
         x,
         lambda t: {"y": t["x"] * (1 if t["x"].dtype is torch.float64 else torch.nan)},
         dtypes=(SINGLE,),
     )
     assert "not finite" in sanitize.complaint(nan, SINGLE, "cpu")
-    gone = Check(
+    gone = Call(
         "gone", x, lambda t: {"y": t["x"]} if t["x"].dtype is torch.float64 else {}, dtypes=(SINGLE,)
     )
     assert "did not return y" in sanitize.complaint(gone, SINGLE, "cpu")
@@ -133,6 +135,6 @@ def test_every_choice_that_tuning_may_make_has_a_check(capsys):
 
 
 def test_inputs_are_rounded_but_for_what_stays_wide():
-    check = Check("x", {"x": torch.rand(3), "w": torch.rand(3), "i": torch.arange(3)}, doubled, wide=("w",))
-    kinds = {name: t.dtype for name, t in sanitize._inputs(check, HALF, "cpu").items()}
+    check = Call("x", {"x": torch.rand(3), "w": torch.rand(3), "i": torch.arange(3)}, doubled, wide=("w",))
+    kinds = {name: t.dtype for name, t in inputs(check, HALF, "cpu").items()}
     assert kinds == {"x": HALF, "w": SINGLE, "i": torch.int64}

@@ -7,14 +7,13 @@ import torch
 from clp_kernels import _native
 from clp_kernels.cpu import token_stats
 
-from bench import step_profile
-from bench.cases import e2e
-from bench.timeline import ENGINE, REWARDS
+from bench.step import profile, step_case
+from bench.step.timeline import ENGINE, REWARDS
 
 
 @pytest.fixture(scope="module")
 def case():
-    return e2e.case_of("tiny", "cpu")
+    return step_case.case_of("tiny", "cpu")
 
 
 def shares(segments):
@@ -34,7 +33,7 @@ def slow_reward(completions, **_):
 def test_a_clock_sees_model_kernels_rewards_and_the_rest_of_a_step(case):
     owners = torch, torch.autograd, _native, _native.TokenStatsChunk, token_stats
     before = [dict(vars(owner)) for owner in owners]
-    steps = step_profile.clocked(case, [slow_reward], 2)
+    steps = profile.clocked(case, [slow_reward], 2)
     for owner, names in zip(owners, before):
         assert all(vars(owner)[name] is value for name, value in names.items()), owner
     assert len(steps) == 2

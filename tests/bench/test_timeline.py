@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench import timeline
-from bench.timeline import ENGINE, REWARDS, Kernel, Span
+from bench.step import timeline
+from bench.step.timeline import ENGINE, REWARDS, Kernel, Span
 
 STEP = Span("step", "step", 0.0, 100.0, 1)
 

@@ -18,12 +18,13 @@ pytest.importorskip("triton")
 
 from clp_kernels.triton_kernels import base_product, tuned, tuning  # noqa: E402
 
-from bench import schema, tune, tuned_table  # noqa: E402
 from bench.__main__ import main  # noqa: E402
-from bench.case import Case, Work  # noqa: E402
-from bench.measure import Timer  # noqa: E402
-from bench.trials import Trial, first, name_of, second, third, tiny  # noqa: E402
-from bench.tuned_table import Measured  # noqa: E402
+from bench.core import schema  # noqa: E402
+from bench.core.case import Case, Work  # noqa: E402
+from bench.core.measure import Timer  # noqa: E402
+from bench.tuning import tune, tuned_table  # noqa: E402
+from bench.tuning.trials import Trial, first, name_of, second, third, tiny  # noqa: E402
+from bench.tuning.tuned_table import Measured  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 in_the_interpreter = pytest.mark.skipif(

@@ -22,7 +22,8 @@ from clp_engine.cli.arguments import parse_assignments
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
-from clp_engine.training.runs import run_spec, running
+from clp_engine.training import running
+from clp_engine.training.runs import run_spec
 from clp_engine.training.settings.config import CLPConfig
 
 REWARDS = """

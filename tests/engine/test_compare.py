@@ -26,7 +26,8 @@ from clp_engine.evaluation.compare.summary import Front, dominated, summarise
 from clp_engine.evaluation.front import Base
 from clp_engine.evaluation.report import ParetoReport
 from clp_engine.policy.logit_mixture import LogitMixture
-from clp_engine.training.runs import run_spec, running
+from clp_engine.training import running
+from clp_engine.training.runs import run_spec
 from clp_engine.training.runs.run_folder import checkpoints
 from clp_engine.training.trainer import CLPTrainer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clp_engine.training.runs.running import load_policy
+from clp_engine.training.running import load_policy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -134,7 +134,7 @@ def test_after_resizing_the_same_tokenizer_is_taken_and_so_is_a_larger_embedding
 
 
 def test_every_prompt_is_checked_before_anything_is_computed(larger, tmp_path, monkeypatch):
-    monkeypatch.setattr("clp_engine.training.runs.running.load_policy", lambda *_: larger)
+    monkeypatch.setattr("clp_engine.training.running.load_policy", lambda *_: larger)
     rows = [{"prompt": "w1 w2"}, {"prompt": "w3 <new0>"}]
     with pytest.raises(ConfigError, match="prompt 1 " + UNKNOWN):
         larger.generate(["w1", "w2 <new0>"], max_new_tokens=2)

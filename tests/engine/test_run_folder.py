@@ -314,7 +314,7 @@ def test_what_a_killed_training_left_is_gone_or_finished_when_the_next_one_begin
 
 def test_a_policy_that_was_to_be_moved_into_place_is_found(tmp_path):
     from clp_engine.policy.policy import ConditionedPolicy
-    from clp_engine.training.runs import running
+    from clp_engine.training import running
 
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -1,14 +1,15 @@
 """What a training step does, counted, stays within ceilings: the line is held on any machine, however busy.
 
 `python -m bench work` prints the present counts in this form (and with --operators what they consist of). Where the engine does
-less, lower the ceiling; raise one only with a reason that stands beside it. bench/step_work.py says what is counted.
+less, lower the ceiling; raise one only with a reason that stands beside it. bench/step/work.py says what is counted.
 """
 
 import pytest
 import torch
 from clp_kernels import linear_logprob, multi_lora_linear, use_backend
 
-from bench import formulas, step_work
+from bench.cases import formulas
+from bench.step import work
 
 # products: times the least; attention: MFLOP; bytes: MB; the rest are numbers. Each is today's count and a little.
 _SCORING = {
@@ -62,9 +63,9 @@ CEILINGS = {
 }
 
 
-@pytest.mark.parametrize("scenario", list(step_work.SCENARIOS))
+@pytest.mark.parametrize("scenario", list(work.SCENARIOS))
 def test_a_step_does_no_more_than_it_did(scenario):
-    counted = step_work.counted(scenario)
+    counted = work.counted(scenario)
     # Where other tokens were drawn, the figures below are of another step.
     assert sum(counted.prompts) == 110 and sum(counted.completions) == 189, "sampling changed: count anew"
     figures = counted.figures()
@@ -74,13 +75,13 @@ def test_a_step_does_no_more_than_it_did(scenario):
 
 
 def test_no_product_of_the_update_goes_uncounted():
-    """Less than the least means that something computes products without a formula in bench/step_work.py."""
-    figures = step_work.counted("KL").figures()
+    """Less than the least means that something computes products without a formula in bench/step/work.py."""
+    figures = work.counted("KL").figures()
     assert figures["update/products"] >= 1 and figures["reference/products"] >= 1
 
 
 def products(compute) -> int:
-    with step_work.WorkCounter() as counter:
+    with work.WorkCounter() as counter:
         compute()
     return sum(work.products for work in counter.work.values())
 
@@ -114,7 +115,7 @@ def test_the_formula_of_linear_logprob_is_what_the_reference_does(frozen):
 
 def test_the_counter_sees_launches_bytes_and_host_reads_by_phase():
     x = torch.ones(100)
-    with step_work.WorkCounter() as counter:
+    with work.WorkCounter() as counter:
         y = x + 1  # 400 bytes
         with counter.phase("rollout"):
             y.view(10, 10).t()  # nothing
@@ -122,14 +123,14 @@ def test_the_counter_sees_launches_bytes_and_host_reads_by_phase():
             torch.empty(7)  # 28 bytes, no launch
             assert y.max().item() == 4.0  # 4 bytes
             y.tolist(), x[x > 0], bool(y.any())
-    assert counter.work["rest"] == step_work.Work(launches=1, bytes=400)
+    assert counter.work["rest"] == work.Work(launches=1, bytes=400)
     rollout = counter.work["rollout"]
     assert rollout.host_reads == 4  # item, tolist, the mask, bool
     assert rollout.launches >= 4 and 28 + 4 + 400 <= rollout.bytes <= 28 + 4 + 400 + 1000
 
 
 def test_an_op_of_clp_kernels_without_a_formula_is_refused(monkeypatch):
-    monkeypatch.delitem(step_work.PRODUCTS, "multi_lora_linear")
+    monkeypatch.delitem(work.PRODUCTS, "multi_lora_linear")
     with pytest.raises(NotImplementedError, match="no formula for its FLOPs"):
         products(
             lambda: multi_lora_linear(

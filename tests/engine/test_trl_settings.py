@@ -154,7 +154,7 @@ def test_a_script_can_read_what_holds_of_a_field_that_is_no_setting():
 
 def test_settings_that_are_mappings_are_flags_as_yaml_and_as_json(tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr("clp_engine.training.runs.running.train", lambda spec, config, **_: seen.append(config))
+    monkeypatch.setattr("clp_engine.training.running.train", lambda spec, config, **_: seen.append(config))
     flags = {
         "--lr-scheduler-kwargs": "{num_cycles: 2}",
         "--model-init-kwargs": '{"dtype": "float32"}',

@@ -35,8 +35,8 @@ from clp_engine.evaluation.report import ParetoReport
 from clp_engine.models import fingerprint
 from clp_engine.policy.peft import reading, warm_start
 from clp_engine.serving import app as server
-from clp_engine.training import checkpoints
-from clp_engine.training.runs import run_folder, run_spec, running
+from clp_engine.training import checkpoints, running
+from clp_engine.training.runs import run_folder, run_spec
 from clp_engine.training.settings.config import CLPConfig
 
 FIELDS = sorted(CLPConfig.__dataclass_fields__)

@@ -10,8 +10,11 @@ import faulthandler
 import importlib.util
 import itertools
 import sys
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for bench, which is not installed
 
 
 def use_extension(path):
@@ -44,7 +47,8 @@ def run_calls(what, calls, surroundings) -> int:
 def drive_native(surroundings, thin) -> int:
     """Each instruction set and dtype takes another share of the calls; together they run each of them or nearly."""
     from clp_kernels import _native, batch_invariant, use_backend
-    from every_call import every_call
+
+    from bench.calls import every_call
 
     count = 0
     with use_backend("cpu"):
@@ -61,7 +65,8 @@ def drive_native(surroundings, thin) -> int:
 
 def drive_triton(surroundings, thin) -> int:
     from clp_kernels import use_backend
-    from every_call import every_call
+
+    from bench.calls import every_call
 
     with use_backend("triton"):
         # prefix_attention is flex_attention there, which no interpreter runs.

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from clp_kernels import merged_weight
 from later import later
-from op_cases import ALL, DIFFERENTIABLE, outputs_and_gradients
 from torch.utils.checkpoint import checkpoint
+
+from bench.calls.small import ALL, DIFFERENTIABLE, outputs_and_gradients
 
 EACH = pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 EACH_DIFFERENTIABLE = pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)

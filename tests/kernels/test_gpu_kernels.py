@@ -7,7 +7,8 @@ import pytest
 import torch
 from clp_kernels import batch_invariant, use_backend
 from devices import PRETENDED, default_device
-from op_cases import ALL, CONSTANT, DIFFERENTIABLE, outputs_and_gradients
+
+from bench.calls.small import ALL, CONSTANT, DIFFERENTIABLE, outputs_and_gradients
 
 pytestmark = [
     pytest.mark.gpu,

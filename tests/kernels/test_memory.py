@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_call import every_call
 from guarded import Margins
+
+from bench.calls import every_call
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

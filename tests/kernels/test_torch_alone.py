@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 ALONE = """
 import sys
 
@@ -47,14 +48,14 @@ def requirements(package):
 
 
 def run(script):
-    own = {"clp_kernels", "op_cases"} | {name for name in sys.modules if name.startswith("_editable_")}
+    own = {"clp_kernels", "bench"} | {name for name in sys.modules if name.startswith("_editable_")}
     allowed = (
         set(sys.stdlib_module_names)
         | (requirements("torch") - {"triton", "numpy"})
         | own
         | {"torchgen", "functorch"}
     )
-    text = f"allowed = {sorted(allowed)!r}\n{ALONE}\n{script}"
+    text = f"allowed = {sorted(allowed)!r}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n{ALONE}\n{script}"
     command = [sys.executable, "-W", "ignore", "-c", text]
     process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stdout + process.stderr
@@ -64,7 +65,7 @@ def run(script):
 def test_every_op_runs_with_its_gradients_where_torch_is_all_there_is():
     run("""
 import clp_kernels
-from op_cases import ALL, outputs_and_gradients
+from bench.calls.small import ALL, outputs_and_gradients
 
 for backend in ("auto", "reference"):
     with clp_kernels.use_backend(backend):

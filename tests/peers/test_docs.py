@@ -113,7 +113,7 @@ def test_every_setting_and_every_command_is_there(site, pages):
 
 
 def test_measurements_and_examples_are_put_in(site, pages):
-    from bench import schema
+    from bench.core import schema
 
     for name in ("cpu_e2e", "cpu_kernels"):
         page = pages[site / "benchmarks" / f"{name}.html"]

@@ -21,8 +21,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
 from clp_engine.evaluation.compare import work
 from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
+from clp_engine.training.running import Interrupted
 from clp_engine.training.runs.run_folder import checkpoints
-from clp_engine.training.runs.running import Interrupted
 
 BUSY, INTERRUPTED = 75, 130  # exit codes of a worker
 _POLL = 0.2  # seconds between looks at the workers

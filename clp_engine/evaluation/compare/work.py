@@ -21,7 +21,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import finish, read_json, write_directory, write_text
 from clp_engine.core.locking import Busy
 from clp_engine.evaluation.compare.plan import Evaluation, Plan, Run
-from clp_engine.training.runs import run_spec, running
+from clp_engine.training import running
+from clp_engine.training.runs import run_spec
 from clp_engine.training.runs.run_folder import checkpoints, remove_checkpoint
 from clp_engine.training.settings.config import WITHOUT_EFFECT
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from clp_engine.evaluation.compare import work
 from clp_engine.evaluation.compare.plan import make_plan
 from clp_engine.evaluation.compare.schedule import BUSY, INTERRUPTED, describe_error, pieces
-from clp_engine.training.runs import running
+from clp_engine.training import running
 
 
 def _interrupt_when_alone() -> None:

@@ -2,7 +2,7 @@
 
 transformers' modules, over the same slots, take some fifty launches a layer (counted for Qwen2) for what is here twelve: seven
 products, two norms with the residual before them, rotary embeddings with the cache, attention, the gated activation
-(`clp_kernels.triton_kernels.decode_step`), and one more where rows are so few that their keys are cut into pieces. Small
+(`clp_kernels.decode_step`), and one more where rows are so few that their keys are cut into pieces. Small
 launches are what a decode step on a GPU is made of, once its products are at the bandwidth of their weights.
 
 Which models: those that `llama_weights` reads, of one dtype, where Triton is there. A step is tried before it is used: random
@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from clp_kernels import decode_step
 from clp_kernels.backends import backends
 from clp_kernels.decoder import DecoderLayer, DecoderWeights
 from torch import nn
@@ -57,8 +58,6 @@ def read(model: ConditionedModel, identity: tuple) -> FusedStep:
 
 def logits(model: ConditionedModel, made: FusedStep, step: Step) -> torch.Tensor:
     """(rows, V): as transformers' modules compute them over the step's slots, with its blend in force."""
-    from clp_kernels.triton_kernels import decode_step
-
     w, slots, rows = made.weights, step.slots, step.rows
     group, lengths, before = slots.group, slots.lengths[:rows], slots.prompt_lengths[: step.count]
     tables = slots.rope(model)

@@ -16,6 +16,7 @@ from clp_engine.models.forms import CARRIERS, Conditioning
 from clp_engine.objectives.advantages import BASELINES, SCALE_REWARDS
 from clp_engine.objectives.coefficients import ESTIMATORS
 from clp_engine.objectives.losses import LOSS_TYPES
+from clp_engine.objectives.policy_gradient import PolicyGradient
 from clp_engine.objectives.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
 from clp_engine.policy.prompt_conditioning import check_template
 from clp_engine.training.trl_compat import model_init_kwargs
@@ -69,7 +70,7 @@ def _check_groups(c: CLPConfig) -> None:
             f"per_device_train_batch_size * gradient_accumulation_steps = {c.batch_size} completions do not divide into "
             f"groups of num_generations = {c.num_generations}; make it a multiple"
         )
-    if c.baseline in ("leave_one_out", "group_mean") and c.num_generations < 2:
+    if PolicyGradient(c.loss_settings).needs.group and c.num_generations < 2:
         raise ConfigError(
             f"baseline={c.baseline!r} compares completions of one prompt; num_generations must be at least 2 "
             "(baseline='none' and 'value' work with 1)"
@@ -223,7 +224,7 @@ def _check_selection(c: CLPConfig) -> None:
         )
     if c.num_generations < 2:
         raise ConfigError("rollout_selection chooses within a group; num_generations must be at least 2")
-    if c.kl_estimator in ("exact", "mixed") or c.baseline == "value":
+    if PolicyGradient(c.loss_settings).needs.exact_kl or c.baseline == "value":
         raise ConfigError(
             f"rollout_selection needs the advantage before the policy's pass, and kl_estimator={c.kl_estimator!r} with "
             f"baseline={c.baseline!r} has it only after; use kl_estimator='return' and a baseline of the group"

@@ -27,6 +27,23 @@ class PromptLoader:
     shuffle_seed: int | None = None
     drop_last: bool = True
 
+    @classmethod
+    def of_training(cls, a: Any, prompts: Prompts) -> PromptLoader:
+        """The batches of a run with the settings `a`, a CLPConfig."""
+        return cls(
+            prompts,
+            a.rollout_size // a.num_generations,
+            a.num_generations,
+            a.steps_per_rollout * a.gradient_accumulation_steps,
+            a.seed if a.shuffle_dataset else None,
+        )
+
+    @classmethod
+    def of_evaluation(cls, a: Any, prompts: Prompts) -> PromptLoader:
+        """The batches of an evaluation with the settings `a`, a CLPConfig."""
+        per_batch = max(1, a.per_device_eval_batch_size // a.evaluation_group)
+        return cls(prompts, per_batch, a.evaluation_group, drop_last=False)
+
     @property
     def dataset(self) -> Any:
         """As it was given to the trainer."""

@@ -1,4 +1,4 @@
-"""What a decode step has between its products, in plain torch: see `clp_kernels.triton_kernels.decode_step`.
+"""What a decode step has between its products, in plain torch: see `clp_kernels.decode_step`.
 
 In float64 it is exact; in 16 bits norms and softmax are in float32, as transformers has them.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def unsupported(**call) -> str | None:
+    return None
 
 
 def _wide(x: Tensor) -> Tensor:

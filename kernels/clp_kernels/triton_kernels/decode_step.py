@@ -20,13 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clp_kernels.backends import is_batch_invariant
+from clp_kernels.backends import interpreting, is_batch_invariant
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
 
 _KEYS = 64  # at once, of heads of 256 bytes or fewer; of larger ones as many as share the memory of those
 _HEADS = 16  # rows of the smallest matrix product
 _PIECES = 8  # of a row's keys, at most
+
+
+def unsupported(*, device: torch.device, dtype: torch.dtype, **call) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"the Triton kernels take CUDA or ROCm tensors, not {device.type}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels take float32, float16 and bfloat16, not {dtype}"
+    return None
 
 
 @triton.jit
