@@ -3,7 +3,7 @@
 A figure says how many times as fast as its yardstick this project is in one case: the ratio of two medians of one result file.
 `figures` reads them from bench/results/*.json. `svg` draws all of them. `table` is the README's table of the main ones, with
 the volumes of fronts from docs/results. Files without cases are passed over. A case has no figure where the variant of this
-project or the yardstick is wrong or missing.
+project or the yardstick is wrong or missing. Where two files have the same case on the same processor, the newer one counts.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ class Figure:
 
 def figures(results: Path = RESULTS) -> list[Figure]:
     """In the order of the sections, files by name, cases as in their file."""
-    found = []
+    newest: dict[tuple[str, str], Figure] = {}
     for path in sorted(results.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         for case in content.get("cases", []):
             if figure := _figure(case, content["environment"], path.name):
-                found.append(figure)
-    order = [*_SECTIONS, *(f.group for f in found)]
-    return sorted(found, key=lambda f: order.index(f.group))
+                known = newest.setdefault((case["id"], figure.processor), figure)
+                if known.date < figure.date:
+                    newest[case["id"], figure.processor] = figure
+    order = [*_SECTIONS, *(f.group for f in newest.values())]
+    return sorted(newest.values(), key=lambda f: order.index(f.group))
 
 
 def _figure(case: dict, environment: dict, file: str) -> Figure | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.pages import chart
+from bench.pages import chart, report
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -19,13 +19,9 @@ def variant(name, seconds, status="ok", peak=None):
 
 
 def case(group, *variants, title="t", shape=None, **options):
-    return {
-        "group": group,
-        "title": title,
-        "shape": shape or {"T": 8},
-        "options": options,
-        "variants": list(variants),
-    }
+    shape = shape or {"T": 8}
+    case = {"group": group, "title": title, "shape": shape, "options": options, "variants": list(variants)}
+    return {"id": str(case), **case}
 
 
 @pytest.fixture
@@ -76,6 +72,18 @@ def test_a_figure_is_the_yardsticks_median_over_ours(results):
     assert (other.group, other.faster, other.memory) == ("multi_lora", 3.0, None)
 
 
+def test_yardsticks_are_those_of_the_tables():
+    assert set(chart._YARDSTICKS) == set(report.YARDSTICKS)
+
+
+def test_of_two_measurements_of_one_case_on_one_processor_the_newer_counts(results):
+    bar = case("multi_lora", variant("clp-engine", 1.0), variant("torch", 2.0))
+    results("a.json", bar, date="2026-02-01")
+    results("b.json", bar, date="2026-01-01")
+    folder = results("c.json", bar, date="2026-01-01", device="another")
+    assert [f.file for f in chart.figures(folder)] == ["a.json", "c.json"]
+
+
 def test_a_rollouts_figure_is_that_of_its_most_weightings(results):
     folder = results(
         "a.json",
@@ -123,7 +131,7 @@ def test_bars_are_as_long_as_the_logarithm_of_the_ratio(results):
 def test_each_processor_has_a_colour_and_its_files(results):
     bar = case("multi_lora", variant("clp-engine", 1.0), variant("torch", 2.0))
     results("a.json", bar)
-    results("b.json", bar)
+    results("b.json", case("multi_lora", variant("clp-engine", 1.0), variant("torch", 3.0)))
     folder = results("c.json", bar, device="another", instruction_set="avx2", threads=1)
     picture = chart.svg(chart.figures(folder))
     assert "one <chip>, 2 threads (a.json of 2026-01-02, b.json of 2026-01-02)" in words(picture)
