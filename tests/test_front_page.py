@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -76,3 +77,11 @@ def test_the_changelog_lists_the_public_names_for_extensions():
         re.findall(r"`(\w+)`", text("CHANGELOG.md").partition("Public names")[2].partition("###")[0])
     )
     assert listed and listed <= set(clp_engine.__all__)
+
+
+def test_pre_commit_hooks_fetch_nothing_and_run_the_tools_of_the_virtual_environment():
+    content = yaml.safe_load(text(".pre-commit-config.yaml"))
+    assert {repo["repo"] for repo in content["repos"]} == {"local"}
+    hooks = [hook for repo in content["repos"] for hook in repo["hooks"]]
+    assert [hook["id"] for hook in hooks] == ["ruff-check", "ruff-format", "mypy", "lint-imports"]
+    assert all(hook["language"] == "system" and hook["entry"].startswith(".venv/bin/") for hook in hooks)
