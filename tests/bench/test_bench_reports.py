@@ -86,7 +86,9 @@ def test_a_table_gives_ratios_to_torch_the_bare_products_and_the_floor():
     case.bare = "bare"
     row = next(line for line in report.case_table(case) if line.startswith("| clp-engine"))
     assert "2.00x" in row and "1.25x" in row and "50%" in row
-    assert "commit 0123456-dirty" in report.provenance(result) and "(avx2), 2 threads" in report.provenance(result)
+    assert "commit 0123456-dirty" in report.provenance(result) and "(avx2), 2 threads" in report.provenance(
+        result
+    )
 
 
 def test_readme_and_docs_are_up_to_date_with_the_committed_results():
