@@ -11,6 +11,7 @@
 # make lowest   the engine's and the kernels' main tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 #             (constraints-lowest.txt; on x86-64 Linux, PyPI's torch of that age comes with 4 GB of CUDA)
 # make newest   the same with the newest versions that there are, in .venv-newest (constraints-newest.txt)
+# make lint   the rules that need no test: ruff, its format, which room imports which (import-linter), types (mypy)
 # make docs   install mkdocs, build the documentation into site/
 #
 # PYTHON=...  another interpreter. Given by hand, it brings its own torch (for a GPU); otherwise the pinned CPU build is used.
@@ -79,7 +80,11 @@ docs: install
 	$(VENV)/bin/python -m pip install --quiet -e .[docs] && $(VENV)/bin/python -m mkdocs build --strict
 
 lint: install
-	$(VENV)/bin/python -m pip install --quiet ruff && $(VENV)/bin/ruff check .
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt ruff mypy import-linter
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build runs .pytest_cache

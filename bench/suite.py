@@ -17,6 +17,8 @@ from bench.pages import report
 from bench.peers import clp
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
 def _sizes(options: argparse.Namespace, device: str) -> str:
     return options.sizes or ("gpu" if device == "cuda" else "cpu")
 

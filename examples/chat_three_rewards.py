@@ -54,7 +54,9 @@ def answer(chat: list[dict[str, str]]) -> str:
 def chats(split: str, limit: int) -> list[dict]:
     """Dataset rows: a prompt is a list of messages."""
     rows = docsum.load_dataset(split, limit=limit)
-    return [{"prompt": [{"role": "user", "content": row["prompt"].removesuffix("<|summary|>")}]} for row in rows]
+    return [
+        {"prompt": [{"role": "user", "content": row["prompt"].removesuffix("<|summary|>")}]} for row in rows
+    ]
 
 
 def main(out: Path, quick: bool = False) -> dict[tuple[float, ...], list[str]]:
@@ -88,7 +90,9 @@ def main(out: Path, quick: bool = False) -> dict[tuple[float, ...], list[str]]:
     for i, prompt in enumerate(prompts):
         print(f"\n{prompt[-1]['content'][:200]} ...")
         for weights, answers in said.items():
-            print(f"  short {weights[0]:.1f}, on_topic {weights[1]:.1f}, whole_sentence {weights[2]:.1f}: {answers[i]}")
+            print(
+                f"  short {weights[0]:.1f}, on_topic {weights[1]:.1f}, whole_sentence {weights[2]:.1f}: {answers[i]}"
+            )
     print(f"\nclp-engine steer {out}   # the same with sliders")
     return said
 

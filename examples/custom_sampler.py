@@ -28,7 +28,9 @@ class AsUsersAsk(ConditionSampler):
     objective is drawn on purpose.
     """
 
-    def __init__(self, asked: Sequence[Sequence[float]], kl: float, noise: float = 0.1, curriculum: int = 400):
+    def __init__(
+        self, asked: Sequence[Sequence[float]], kl: float, noise: float = 0.1, curriculum: int = 400
+    ):
         self.asked = torch.tensor(asked)  # (n, M)
         self.noise, self.curriculum = noise, curriculum
         self.drawn = 0

@@ -82,7 +82,9 @@ def loss_of(policy: Policy, weights: Tensor, tokens: Tensor, group: int) -> Tens
     hidden = policy.states(tokens, gate)
     with torch.no_grad():
         reference = policy.states(tokens, torch.zeros_like(gate))
-    stats = linear_logprob(hidden, policy.head, tokens, ref_hidden=reference, outputs=("logprob", "kl"))  # both (rows, LENGTH)
+    stats = linear_logprob(
+        hidden, policy.head, tokens, ref_hidden=reference, outputs=("logprob", "kl")
+    )  # both (rows, LENGTH)
     with torch.no_grad():
         to_come = stats.kl.sum(-1, keepdim=True) - stats.kl.cumsum(-1)  # after token t
         returns = (weights * rewards(tokens)).sum(-1, keepdim=True) - BETA * to_come  # (rows, LENGTH)

@@ -58,7 +58,9 @@ def fit(folder: Path, examples: list[Example], steps: int, batch: int = 16) -> P
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     for step in range(steps):
         taken = [examples[(step * batch + i) % len(examples)] for i in range(batch)]
-        inputs = tokenizer([text for text, _ in taken], return_tensors="pt", padding=True, padding_side="right")
+        inputs = tokenizer(
+            [text for text, _ in taken], return_tensors="pt", padding=True, padding_side="right"
+        )
         wanted = torch.tensor([reward for _, reward in taken])
         loss = (model(**inputs).logits[:, 0] - wanted).square().mean()
         loss.backward()

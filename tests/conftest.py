@@ -16,7 +16,9 @@ def pytest_configure():
     # A shell starts what it puts in the background with SIGINT ignored, which the programs that tests interrupt would inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="clp-state-")  # runs of tests are not signed with the user's key
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(
+        prefix="clp-state-"
+    )  # runs of tests are not signed with the user's key
 
 
 def pytest_unconfigure():

@@ -86,14 +86,18 @@ def test_the_lowest_versions_that_are_tried_are_those_that_pyproject_allows():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
-    wanted += [line for extra in ("plot", "test") for line in project["project"]["optional-dependencies"][extra]]
+    wanted += [
+        line for extra in ("plot", "test") for line in project["project"]["optional-dependencies"][extra]
+    ]
     floors = {}
     for requirement in map(Requirement, wanted):
         for bound in requirement.specifier:
             assert bound.operator == ">=", requirement
             assert floors.setdefault(requirement.name, bound.version) == bound.version, requirement
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
-    pins = {r.name: r.specifier for r in map(Requirement, [line for line in lines if line[:1] not in ("", "#")])}
+    pins = {
+        r.name: r.specifier for r in map(Requirement, [line for line in lines if line[:1] not in ("", "#")])
+    }
     for name, floor in floors.items():
         (pin,) = pins.pop(name)
         assert pin.operator == "==" and Version(pin.version) == Version(floor), name

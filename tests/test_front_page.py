@@ -55,10 +55,8 @@ def test_commands_exist(page):
 def test_the_readmes_python_runs(start, tmp_path, monkeypatch, capsys):
     [code] = [block for block in blocks() if block.startswith(start)]
     monkeypatch.chdir(tmp_path)
-    code = re.sub(r"max_steps=\d+", "max_steps=1", code)
-    code = code.replace("per_device_train_batch_size=64", "per_device_train_batch_size=16").replace(
-        "limit=64", "limit=4"
-    )
+    code = re.sub(r"(max_steps\W+)\d+", r"\g<1>1", code)
+    code = re.sub(r"(per_device_train_batch_size\W+)64", r"\g<1>16", code).replace("limit=64", "limit=4")
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     if "policy" in names:

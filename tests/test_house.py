@@ -107,5 +107,7 @@ def test_a_room_has_three_to_thirteen_files(folder):
 
 
 def test_no_file_is_long_without_a_reason():
-    lengths = {path.relative_to(PACKAGE).as_posix(): path.read_text().count("\n") for path in PACKAGE.rglob("*.py")}
+    lengths = {
+        path.relative_to(PACKAGE).as_posix(): path.read_text().count("\n") for path in PACKAGE.rglob("*.py")
+    }
     assert {name for name, count in lengths.items() if count > LINES} == set(LONGER)

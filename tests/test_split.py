@@ -26,7 +26,11 @@ OPS = {
     "sample_tokens": r"test_sampling\.py::test_every_backend_draws.*\[.*\b{}\b",
 }
 # The reference of two ops is what the others are compared with in each of their tests; flex_attention needs a GPU's compiler.
-COMPARED_WITH = {("linear_logprob", "reference"), ("logits_logprob", "reference"), ("prefix_attention", "triton")}
+COMPARED_WITH = {
+    ("linear_logprob", "reference"),
+    ("logits_logprob", "reference"),
+    ("prefix_attention", "triton"),
+}
 COMMANDS = {
     "demo": r"test_cli\.py::test_the_demo_shows",
     "train": r"test_cli\.py::test_train_writes",

@@ -51,7 +51,9 @@ def _block(lines: list[str]) -> str:
 
 def _escaped(text: str) -> str:
     """`<` outside of `code` as an entity."""
-    return "".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(re.split(r"(`[^`]*`)", text)))
+    return "".join(
+        part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(re.split(r"(`[^`]*`)", text))
+    )
 
 
 class DocstringLists(griffe.Extension):

@@ -62,7 +62,11 @@ MODELS = {
         max_position_embeddings=128,
         decoder_start_token_id=2,
         forced_eos_token_id=None,
-        **{f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 48))},
+        **{
+            f"{part}_{what}": n
+            for part in ("encoder", "decoder")
+            for what, n in (("layers", 2), ("ffn_dim", 48))
+        },
         **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
     ),
 }
@@ -84,7 +88,16 @@ KL = {"alpha": None, "alpha_range": [0.05, 0.5]}
 RUNS: dict[str, tuple[str, dict]] = {
     **{
         f"form {form}": ("llama", {"conditioning": form})
-        for form in ("lora", "full", "attention", "logit", "prompt", "attention+prompt", "lora+logit", "full+prompt")
+        for form in (
+            "lora",
+            "full",
+            "attention",
+            "logit",
+            "prompt",
+            "attention+prompt",
+            "lora+logit",
+            "full+prompt",
+        )
     },
     "form none": ("llama", {"conditioning": "none", "weight_sampler": "fixed", "fixed_weights": [0.3, 0.7]}),
     "form none carried by full": (
@@ -94,7 +107,10 @@ RUNS: dict[str, tuple[str, dict]] = {
     "reward_weights": ("qwen2", {"reward_weights": [1.0, 0.5]}),
     **{f"model {family}": (family, {}) for family in MODELS},
     **{f"model {family} full": (family, {"conditioning": "full"}) for family in ("t5", "gemma2", "gpt2")},
-    **{f"estimator {name}": ("qwen2", {"kl_estimator": name}) for name in ("return", "exact", "mixed", "k2", "k3")},
+    **{
+        f"estimator {name}": ("qwen2", {"kl_estimator": name})
+        for name in ("return", "exact", "mixed", "k2", "k3")
+    },
     **{
         f"baseline {name}": ("qwen2", {"baseline": name, "kl_estimator": "mixed"})
         for name in ("leave_one_out", "group_mean", "none", "value")
@@ -117,7 +133,12 @@ RUNS: dict[str, tuple[str, dict]] = {
     "mask truncated": ("qwen2", {"mask_truncated_completions": True}),
     "selected rollouts": (
         "qwen2",
-        {"rollout_selection": "max_variance", "selected_rollouts": 2, "num_generations": 3, "selection_schedule": "linear"},
+        {
+            "rollout_selection": "max_variance",
+            "selected_rollouts": 2,
+            "num_generations": 3,
+            "selection_schedule": "linear",
+        },
     ),
     "selected tokens": ("qwen2", {"token_selection": "advantage_entropy", "selected_tokens": 0.5}),
     "partial rollouts": (
@@ -132,8 +153,14 @@ RUNS: dict[str, tuple[str, dict]] = {
     "no reward threads": ("qwen2", {"reward_workers": 0}),
     "epochs": ("qwen2", {"max_steps": -1, "num_train_epochs": 1.0}),
     "budget": ("qwen2", {"max_steps": -1, "max_generated_tokens": 60, "warmup_steps": 0}),
-    "schedule": ("qwen2", {"lr_scheduler_type": "cosine", "warmup_steps": 1, "weight_decay": 0.1, "max_grad_norm": 0.1}),
-    "evaluations": ("qwen2", {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "eval_on_start": True}),
+    "schedule": (
+        "qwen2",
+        {"lr_scheduler_type": "cosine", "warmup_steps": 1, "weight_decay": 0.1, "max_grad_norm": 0.1},
+    ),
+    "evaluations": (
+        "qwen2",
+        {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "eval_on_start": True},
+    ),
     "best": (
         "qwen2",
         {
@@ -144,7 +171,10 @@ RUNS: dict[str, tuple[str, dict]] = {
             "max_steps": 3,
         },
     ),
-    "checkpoints": ("qwen2", {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "kl_estimator": "mixed"}),
+    "checkpoints": (
+        "qwen2",
+        {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "kl_estimator": "mixed"},
+    ),
 }
 RESUMED = {
     "lora": ("qwen2", {}),
@@ -190,7 +220,9 @@ def rows() -> list[dict]:
 def trainer(family: str, settings: dict, folder: Path) -> CLPTrainer:
     config = CLPConfig(output_dir=str(folder), **{**SETTINGS, **settings})
     held_out = rows()[:3] if config.eval_strategy != "no" else None
-    return CLPTrainer(model(family), [even, small], config, rows(), held_out, processing_class=tokenizer(family))
+    return CLPTrainer(
+        model(family), [even, small], config, rows(), held_out, processing_class=tokenizer(family)
+    )
 
 
 def outcome(policy: ConditionedPolicy, folder: Path, family: str) -> dict:

@@ -25,9 +25,7 @@ def checks() -> Iterator[Call]:
     q, k, v = (normal(sum(lengths), heads, 64) for heads in (4, 2, 2))
     for options in ({}, {"softcap": 20.0}, {"window": 40}):
         called = attended(lengths, parents, **options)
-        yield Call(
-            f"{options or 'plain'}", {"q": q, "k": k, "v": v}, called, ("q", "k", "v"), dtypes=(HALF,)
-        )
+        yield Call(f"{options or 'plain'}", {"q": q, "k": k, "v": v}, called, ("q", "k", "v"), dtypes=(HALF,))
 
 
 def decode_step_checks() -> Iterator[Call]:
@@ -71,7 +69,11 @@ def decode_step_checks() -> Iterator[Call]:
 
 def sweep(dtype: torch.dtype, large: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
     def made(lengths, parents, heads, kv_heads, dim, options, needs) -> Call:
-        shapes = {"q": (sum(lengths), heads, dim), "k": (sum(lengths), kv_heads, dim), "v": (sum(lengths), kv_heads, dim)}
+        shapes = {
+            "q": (sum(lengths), heads, dim),
+            "k": (sum(lengths), kv_heads, dim),
+            "v": (sum(lengths), kv_heads, dim),
+        }
         tensors = {name: normal(*shape) for name, shape in shapes.items()}
         wanted = tuple(name for name, need in zip(tensors, needs) if need)
         return Call("", tensors, attended(lengths, parents, **options), wanted)

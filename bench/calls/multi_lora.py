@@ -63,9 +63,7 @@ def checks() -> Iterator[Call]:
         yield Call(label, tensors, call_shifted, every, functools.partial(strategy.force, product="fused"))
     yield Call("rank 0", layer(9, 40, 24, 0, 1), call, ("x",))
     for rows, n, k in ((3, 48, 64), (70, 272, 64), (70, 45, 37)):
-        yield Call(
-            f"batch-invariant, {rows} rows", layer(rows, n, k, 16, None), call, every, batch_invariant
-        )
+        yield Call(f"batch-invariant, {rows} rows", layer(rows, n, k, 16, None), call, every, batch_invariant)
     for rows in (1, 65):
         yield Call(f"{rows} rows without gradients", layer(rows, 80, 48, 16, None), call, graph=True)
     for rows in (1, 5, 16, 17, 33, 65, 129, 256):
@@ -99,7 +97,9 @@ def sweep(dtype: torch.dtype, large: bool) -> Iterator[tuple[str, Callable[[], C
         arguments = (lead, 7, 6, 3, groups, torch.float32, index, True, needs)
         yield f"needs {needs}", functools.partial(made, *arguments)
     sizes = [((1,), 1, 1, 1), ((3,), 33, 17, 13), ((0,), 4, 3, 2), ((4,), 4, 3, 0), ((37,), 70, 45, 88)]
-    if large:  # several threads; the second has fewer groups than threads own rows; the last: products on tiles
+    if (
+        large
+    ):  # several threads; the second has fewer groups than threads own rows; the last: products on tiles
         sizes += [((1937,), 9, 5, 27), ((13, 149), 5, 9, 19), ((170,), 163, 161, 9)]
     kinds = itertools.product(sizes, {torch.float32, dtype}, (False, True))
     for (lead, k, n, rank), gate_dtype, bias in kinds:

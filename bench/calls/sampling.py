@@ -12,7 +12,9 @@ from clp_kernels import sample_tokens
 from bench.calls.call import SINGLE, Call, Tensors, normal
 
 
-def drawn(options: Mapping, per_row: bool = False, stride: int = 1, out: bool = False) -> Callable[[Tensors], Tensors]:
+def drawn(
+    options: Mapping, per_row: bool = False, stride: int = 1, out: bool = False
+) -> Callable[[Tensors], Tensors]:
     """per_row: each option as a tensor. out: into tensors that are given, and a token outside the vocabulary is an error."""
 
     def call(t: Tensors) -> Tensors:

@@ -128,9 +128,7 @@ def linear_checks() -> Iterator[Call]:
         wanted = ("hidden",)
         yield Call(f"{outputs[0]} alone", few, statistics(outputs), wanted, dtypes=(HALF, SINGLE))
     yield Call("scoring", tensors, statistics(some), graph=True, dtypes=(HALF,))
-    yield Call(
-        "batch-invariant", _head(3, 64, 304), statistics(some), head, batch_invariant, dtypes=(HALF,)
-    )
+    yield Call("batch-invariant", _head(3, 64, 304), statistics(some), head, batch_invariant, dtypes=(HALF,))
 
 
 @contextlib.contextmanager

@@ -187,9 +187,7 @@ def markdown(content: dict) -> str:
             content["weightings"], one["kl"], other["kl"], one["length"], other["length"]
         )
     ]
-    lines += text.markdown(
-        ["weighting", "KL, reference", "measured", "tokens, reference", "measured"], rows
-    )
+    lines += text.markdown(["weighting", "KL, reference", "measured", "tokens, reference", "measured"], rows)
     return "\n".join(lines) + "\n"
 
 

@@ -79,9 +79,7 @@ def complaint(check: Call, dtype: torch.dtype, device: str) -> str | None:
     with use_backend("reference"):
         if check.judge is None:
             plain = outputs(check, on_cpu)
-            exact = outputs(
-                check, {n: t.double() if t.is_floating_point() else t for n, t in on_cpu.items()}
-            )
+            exact = outputs(check, {n: t.double() if t.is_floating_point() else t for n, t in on_cpu.items()})
     for name, returned in runs.items():
         found = {n: t.cpu() for n, t in returned.items()}
         if check.judge is not None:

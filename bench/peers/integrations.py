@@ -167,7 +167,9 @@ def _print(entry: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.peers.integrations", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers.integrations", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for the result")
     parser.add_argument("--rounds", type=int, default=7)
     only = parser.add_mutually_exclusive_group()

@@ -101,7 +101,9 @@ def marked(function: Callable, mark: Mark, layer: str, name: str) -> Callable:
         with mark(layer, name):
             return function(*arguments, **options)
 
-    call.changes_no_numbers = True  # so that the decoder in C++ still stands in for a model whose forward is this
+    call.changes_no_numbers = (
+        True  # so that the decoder in C++ still stands in for a model whose forward is this
+    )
     return call
 
 
@@ -132,7 +134,10 @@ def instrumented(trainer, mark: Mark, after_step: Callable[[], None] = lambda: N
         backbone = trainer.policy.backbone
         for module in {id(m): m for m in (_stack(backbone), backbone.head.module)}.values():
             wrap(module, "forward", "scope", "forward")
-        for name in ("step", "write"):  # the model of a rollout, where it is in C++; `write` draws the tokens, too
+        for name in (
+            "step",
+            "write",
+        ):  # the model of a rollout, where it is in C++; `write` draws the tokens, too
             wrap(Decoding, name, "scope", "forward")
         for name in ("backward", "grad"):
             wrap(torch.autograd, name, "scope", "backward")
@@ -263,9 +268,7 @@ def engine_share(case: StepCase, rewards: Sequence[Callable], steps: int = 4) ->
     return statistics.median(_share(segments, ENGINE) for segments in found)
 
 
-def profile(
-    case: StepCase, rewards: Sequence[Callable], steps: int, keep: str | None = None
-) -> StepProfile:
+def profile(case: StepCase, rewards: Sequence[Callable], steps: int, keep: str | None = None) -> StepProfile:
     by_clock = clocked(case, rewards, steps)
     by_trace = traced(case, rewards, min(steps, 2), keep)
     sums: Counter = Counter()

@@ -54,7 +54,6 @@ class StepCase:
         return schema.case_id("e2e", self.title, self.shape, self.dtype, {"model": self.model})
 
 
-
 Case = TypeVar("Case", bound=StepCase)
 
 

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     weights = None if arguments.weights is None else parse_assignments(arguments.weights, "weights")
-    spec = run_spec.RunSpec.load(arguments.run_folder) or run_spec.RunSpec.load(Path(arguments.run_folder).parent)
+    spec = run_spec.RunSpec.load(arguments.run_folder) or run_spec.RunSpec.load(
+        Path(arguments.run_folder).parent
+    )
     policy = running.load_policy(arguments.run_folder, arguments.device)
     policy.conditions(weights, arguments.kl)  # names and numbers are checked before anything is generated
     rows = _generation_rows(arguments, spec, policy.tokenizer)

@@ -44,7 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
         if Path(out).is_dir():
             raise ConfigError(f"out={out!r} is a folder; expected a file to write")
         check_folder("out", Path(out).parent)
-    run_spec.RunSpec.load(arguments.run_folder)  # a file that cannot be read is reported before torch is imported
+    run_spec.RunSpec.load(
+        arguments.run_folder
+    )  # a file that cannot be read is reported before torch is imported
     from clp_engine.training import gradient_noise
 
     result = gradient_noise.along_run(

@@ -151,7 +151,9 @@ def nameable(path: str) -> bool:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
         return False
-    return b"\0" not in encoded and len(encoded) < 4000 and all(len(part) < 256 for part in encoded.split(b"/"))
+    return (
+        b"\0" not in encoded and len(encoded) < 4000 and all(len(part) < 256 for part in encoded.split(b"/"))
+    )
 
 
 def check_folder(name: str, path: str | Path) -> None:
@@ -189,7 +191,9 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
     except UNREADABLE as error:
-        raise ConfigError(f"{path} is damaged or no safetensors file ({error}); write or copy it again") from error
+        raise ConfigError(
+            f"{path} is damaged or no safetensors file ({error}); write or copy it again"
+        ) from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise ConfigError(

@@ -18,6 +18,7 @@ class Stream(enum.IntEnum):
     VALUE_HEAD = 5  # its first weights
     GRADIENT_NOISE = 6  # the seed of batches that measure it
 
+
 # splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), in wrapping int64 arithmetic.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)

@@ -36,4 +36,6 @@ def check_size(what: str, needed: int, device: torch.device | str | None = None)
             where = "this machine has"
             room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > room:
-        raise ConfigError(f"{what}: that takes {size(needed)} of memory, more than {where} ({size(room)}); ask for less")
+        raise ConfigError(
+            f"{what}: that takes {size(needed)} of memory, more than {where} ({size(room)}); ask for less"
+        )

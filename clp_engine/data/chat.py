@@ -42,7 +42,9 @@ def check_prompt(prompt: Any, where: str) -> None:
                     "(train a model for images, audio or video with TRL)"
                 )
             if not isinstance(part.get("text"), str):
-                raise ConfigError(f"{where}: a message has a part of type 'text' without a text; got {part!r:.80}")
+                raise ConfigError(
+                    f"{where}: a message has a part of type 'text' without a text; got {part!r:.80}"
+                )
             _check_text(part["text"], where)
 
 

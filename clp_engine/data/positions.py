@@ -68,7 +68,9 @@ class Room:
         if self.ids is None or not ids or 0 <= min(ids) and (highest := max(ids)) < self.ids:
             return
         if min(ids) < 0:
-            raise ConfigError(f"{where} has the token {min(ids)}; tokens are numbers from 0 to {self.ids - 1}")
+            raise ConfigError(
+                f"{where} has the token {min(ids)}; tokens are numbers from 0 to {self.ids - 1}"
+            )
         size = highest + 1 if tokenizer is None else max(len(tokenizer), highest + 1)
         name = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(highest)!r})"
         raise ConfigError(
@@ -105,5 +107,7 @@ def moving_rope(rotary: nn.Module) -> list[str]:
 def _original_length(rotary: nn.Module) -> int:
     parameters = getattr(rotary.config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    given = [p["original_max_position_embeddings"] for p in nested if p.get("original_max_position_embeddings")]
+    given = [
+        p["original_max_position_embeddings"] for p in nested if p.get("original_max_position_embeddings")
+    ]
     return min([*given, rotary.original_max_seq_len])

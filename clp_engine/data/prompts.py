@@ -71,7 +71,10 @@ class Prompts(ABC):
     """
 
     def __init__(
-        self, tokenizer, max_prompt_length: int | None = None, check: Callable[[list[int], str], None] | None = None
+        self,
+        tokenizer,
+        max_prompt_length: int | None = None,
+        check: Callable[[list[int], str], None] | None = None,
     ):
         self.tokenizer, self.max_prompt_length, self._check = tokenizer, max_prompt_length, check
         self.skipped = 0  # rows that could not be used, where they are left out
@@ -235,7 +238,9 @@ class PromptDataset(Prompts):
         if self._order is None or self._order[0] != key:
             self._order = (
                 key,
-                torch.randperm(len(self), generator=seeds.generator(seed, seeds.Stream.SHUFFLE, epoch)).tolist(),
+                torch.randperm(
+                    len(self), generator=seeds.generator(seed, seeds.Stream.SHUFFLE, epoch)
+                ).tolist(),
             )
         return self._order[1]
 

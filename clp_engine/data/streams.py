@@ -150,7 +150,9 @@ class PromptStream(Prompts):
         if fault is not None:
             self.skipped += 1
             if self.skipped == 1:
-                logger.warning("a row is left out, and so are others like it (data/skipped_rows counts them): %s", fault)
+                logger.warning(
+                    "a row is left out, and so are others like it (data/skipped_rows counts them): %s", fault
+                )
         return fault is None
 
     def state_dict(self) -> dict[str, Any]:

@@ -150,7 +150,9 @@ def evaluate(
         "prompts": len(rows),
         "num_generations": num_generations,
         "sampling": {**dataclasses.asdict(sampling), "stop_strings": list(sampling.stop_strings)},
-        "margin": None if reference_point is not None else dict(zip(policy.profile.objectives, margins.tolist())),
+        "margin": None
+        if reference_point is not None
+        else dict(zip(policy.profile.objectives, margins.tolist())),
         "bootstrap": bootstrap,
         "confidence": CONFIDENCE,
         "seed": seed,
@@ -293,9 +295,7 @@ def _batches(
     return zip(points.split(size), order.repeat_interleave(policies).split(size))
 
 
-def _rewards(
-    policy: Samplable, reward_set: RewardSet, drawn: Rollout, batch: PromptBatch
-) -> np.ndarray:
+def _rewards(policy: Samplable, reward_set: RewardSet, drawn: Rollout, batch: PromptBatch) -> np.ndarray:
     """(B, M) rewards of a rollout."""
     prompts, columns = batch.repeated(drawn.group)
     ids = drawn.token_lists()

@@ -118,7 +118,6 @@ class ParetoFront:
         return records.of(cls, raw, "the report")
 
 
-
 def default_grid(num_objectives: int) -> np.ndarray:
     """The default weightings (P, M): a simplex lattice with P = 1, 11, 66, 56, 35 points for M = 1 to 5 objectives."""
     edge = _POINTS_PER_EDGE.get(num_objectives, _POINTS_PER_EDGE_ABOVE)

@@ -97,7 +97,9 @@ class Session:
     def _front(self) -> tuple[dict[str, Any] | None, str | None]:
         """The points and base of the report, or None; and the reason where there are none, or None."""
         folders = [self.run]
-        if running.policy_directory(self.run) == self.run.parent / "policy":  # RUN/policy: the report is RUN's
+        if (
+            running.policy_directory(self.run) == self.run.parent / "policy"
+        ):  # RUN/policy: the report is RUN's
             folders.append(self.run.parent)
         measured = [folder for folder in folders if (folder / "report.json").is_file()]
         if not measured:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from clp_engine.training.settings.config import CLPConfig
     from clp_engine.training.trainer import CLPTrainer
 
+
 class Interrupted(Exception):
     """Training was stopped by the user; the message says where the last checkpoint is and how to go on."""
 

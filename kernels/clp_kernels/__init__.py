@@ -15,7 +15,26 @@ from clp_kernels.token_stats import HeadLoRA, TokenStats
 from clp_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
 __version__ = "0.1.0"  # of clp-kernels, and of the clp-engine that carries the same files
-__all__ = ["Backend", "HeadLoRA", "PrefixLayout", "TokenStats", "backends", "batch_invariant", "ema_", "expand_gate",
-           "interpolate", "interpolated_linear", "linear_logprob", "logits_logprob", "merge_sign_consensus", "merged_weight",
-           "multi_lora_linear", "prefix_attention", "sample_tokens", "slerp", "sparsify", "use_backend",
-           "vocab_parallel_linear_logprob"]
+__all__ = [
+    "Backend",
+    "HeadLoRA",
+    "PrefixLayout",
+    "TokenStats",
+    "backends",
+    "batch_invariant",
+    "ema_",
+    "expand_gate",
+    "interpolate",
+    "interpolated_linear",
+    "linear_logprob",
+    "logits_logprob",
+    "merge_sign_consensus",
+    "merged_weight",
+    "multi_lora_linear",
+    "prefix_attention",
+    "sample_tokens",
+    "slerp",
+    "sparsify",
+    "use_backend",
+    "vocab_parallel_linear_logprob",
+]

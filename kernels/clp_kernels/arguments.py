@@ -22,7 +22,9 @@ def refuse_wrapped(op: str, **arguments: Tensor | Sequence | object | None) -> N
             f"{op}: called inside a torch.func transform (vmap, grad, vjp, jvp or another), for which it has no rule; expected "
             "a call outside: pass a batch as leading dimensions instead of vmap, and take gradients with torch.autograd"
         )
-    distributed = sys.modules.get("torch.distributed.tensor")  # where nobody has imported it there is no DTensor
+    distributed = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # where nobody has imported it there is no DTensor
     if distributed is None:
         return
     for name, argument in arguments.items():

@@ -112,7 +112,10 @@ class DecoderWeights:
 
 
 def _refuse(
-    name: str, tensor: Tensor, shape: tuple[int, ...] | None = None, dtypes: Sequence[torch.dtype] = (torch.float32,)
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
 ) -> None:
     if tensor.dtype not in dtypes or tensor.device.type != "cpu":
         raise TypeError(
@@ -507,17 +510,35 @@ class Decoding:
         for name in ("place", "last"):
             given = getattr(draws, name)
             if tuple(given.shape) != (count,):
-                raise ValueError(f"Decoding: {name} is {tuple(given.shape)}; expected ({count},), one for each row")
+                raise ValueError(
+                    f"Decoding: {name} is {tuple(given.shape)}; expected ({count},), one for each row"
+                )
         here = self._logits[:count, :vocab]
         if logits.data_ptr() != here.data_ptr():
             here.copy_(logits)
         rows, slots = self._rows, self._rows.slot.tolist()
-        state = {"prompt": rows.prompt, "slot": rows.slot, "filled": rows.filled, "place": draws.place, "last": draws.last}
+        state = {
+            "prompt": rows.prompt,
+            "slot": rows.slot,
+            "filled": rows.filled,
+            "place": draws.place,
+            "last": draws.last,
+        }
         state = {name: t.clone() for name, t in state.items()}
-        given = state | {n: getattr(draws, n) for n in ("seeds", "tokens", "logprobs", "valid", "ended", "stop_ids")}
-        given |= {"length": self._lengths, "prompt_keys": self._prompt_keys, "prompt_values": self._prompt_values}
+        given = state | {
+            n: getattr(draws, n) for n in ("seeds", "tokens", "logprobs", "valid", "ended", "stop_ids")
+        }
+        given |= {
+            "length": self._lengths,
+            "prompt_keys": self._prompt_keys,
+            "prompt_values": self._prompt_values,
+        }
         given |= {"keys": self._keys, "values": self._values, "logits": self._logits}
-        numbers = {"room": self._room, "logit_stride": self._logits.stride(0), "stop_count": len(draws.stop_ids)}
+        numbers = {
+            "room": self._room,
+            "logit_stride": self._logits.stride(0),
+            "stop_count": len(draws.stop_ids),
+        }
         options = ("temperature", "top_k", "top_p", "min_p")
         numbers |= {n: checked_number("Decoding", n, getattr(draws, n)) for n in options}
         left = self._native_decoder.write(

@@ -252,8 +252,18 @@ def _blend_call(op, stack, weights, base, out) -> _BlendCall:
         outs = [out] if stacks.single else list(out)
         check_out(op, outs, list(zip(shapes, dtypes)), device, eager)
     return _BlendCall(
-        parts, len(stacks.items[0]) if count else 1, weights, bases, shapes, dtypes, out, outs, stacks.single, squeezed,
-        eager, needs_grad,
+        parts,
+        len(stacks.items[0]) if count else 1,
+        weights,
+        bases,
+        shapes,
+        dtypes,
+        out,
+        outs,
+        stacks.single,
+        squeezed,
+        eager,
+        needs_grad,
     )
 
 

@@ -233,8 +233,7 @@ def _explain(
     rank = lora_a.shape[0]
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(
-            f"{op}: x is {describe(x)}; expected (..., {in_features}) "
-            f"to go with weight {tuple(weight.shape)}"
+            f"{op}: x is {describe(x)}; expected (..., {in_features}) to go with weight {tuple(weight.shape)}"
         )
     for name, tensor, expected in (
         ("lora_a", lora_a, (rank, in_features)),

@@ -144,7 +144,9 @@ class Sums(NamedTuple):
 
 
 _LEAST_TEMPERATURE = 2.0**-126  # float32 holds its inverse
-KEEP_BYTES = 64 << 20  # of what the CPU back-end keeps between forward and backward without being asked, where all fits
+KEEP_BYTES = (
+    64 << 20
+)  # of what the CPU back-end keeps between forward and backward without being asked, where all fits
 # Width (H) from which keeping a logit is faster than computing it again: 8 bytes of traffic against 2 H operations, at 10 GB/s
 # and 0.3 TFLOP/s on two CPU cores, 4.3 TB/s and 790 TFLOP/s on an H200.
 _WORTH_KEEPING = {"cpu": 128, "triton_kernels": 768}
@@ -339,7 +341,9 @@ def check_rows(
     return targets, torch.full((rows,), 1.0 / temperature, dtype=torch.float32, device=device)
 
 
-def kept_rows(module: str, rows: int, vocabulary: int, width: int, copies: int, keep_bytes: int | None) -> int:
+def kept_rows(
+    module: str, rows: int, vocabulary: int, width: int, copies: int, keep_bytes: int | None
+) -> int:
     """How many rows, the first ones, have their float32 logits kept between forward and backward.
 
     A kept logit saves the backward pass its product (`copies` is 2 where it needs the reference's too) and costs 4 bytes,

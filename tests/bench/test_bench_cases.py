@@ -41,7 +41,9 @@ def test_the_variants_that_run_are_right(group, number):
             assert accuracy.complaint(found, wanted) is None, name
         else:  # how exact a peer is depends on the processor, and a run reports it; that it is the same quantity does not
             assert found.keys() >= set(wanted), name
-            assert all(e.own is not None and e.own < torch.finfo(case.dtype).eps ** 0.5 for e in found.values()), name
+            assert all(
+                e.own is not None and e.own < torch.finfo(case.dtype).eps ** 0.5 for e in found.values()
+            ), name
         ran.append(name)
     assert len(ran) >= 1
 

@@ -85,7 +85,9 @@ def test_what_a_target_is_judged_by_comes_first_then_the_first_of_each_kind():
     order = suite._by_worth(listed)
     judged = [case for case in listed if case.targets]
     assert len(judged) >= 2 and order[: len(judged)] == judged
-    assert order[len(judged)] is listed[1] and listed[1].title == "forward"  # the first forward pass, which no target judges
+    assert (
+        order[len(judged)] is listed[1] and listed[1].title == "forward"
+    )  # the first forward pass, which no target judges
     assert sorted(order, key=listed.index) == listed
 
 

@@ -104,9 +104,7 @@ def test_what_is_not_finite_or_missing_is_wrong():
         dtypes=(SINGLE,),
     )
     assert "not finite" in sanitize.complaint(nan, SINGLE, "cpu")
-    gone = Call(
-        "gone", x, lambda t: {"y": t["x"]} if t["x"].dtype is torch.float64 else {}, dtypes=(SINGLE,)
-    )
+    gone = Call("gone", x, lambda t: {"y": t["x"]} if t["x"].dtype is torch.float64 else {}, dtypes=(SINGLE,))
     assert "did not return y" in sanitize.complaint(gone, SINGLE, "cpu")
 
 

@@ -233,7 +233,13 @@ def build_policy(family: str = "qwen2", objectives=("a", "b"), *, trained: bool 
     return policy
 
 
-FIRST = ("llama", "gemma2", "gpt2", "t5", "bart")  # the others differ from these in what they tie and in a window
+FIRST = (
+    "llama",
+    "gemma2",
+    "gpt2",
+    "t5",
+    "bart",
+)  # the others differ from these in what they tie and in a window
 
 
 @pytest.fixture(params=[*FIRST, *later(*sorted(set(CONFIGS) - set(FIRST)))])

@@ -415,7 +415,9 @@ def test_the_demo_shows_front_and_summaries_and_what_to_type_next(small_demo, ca
         shlex.split(line, comments=True)[1:] for line in shown.splitlines() if line.startswith("  clp-engine")
     ]
     assert [command[0] for command in commands] == ["steer", "generate", "generate", "export"]
-    assert running.policy_directory(commands[0][1])  # steer serves until it is interrupted: test_steer.py has it
+    assert running.policy_directory(
+        commands[0][1]
+    )  # steer serves until it is interrupted: test_steer.py has it
     for command in commands[1:]:
         assert (
             main([str(small_demo.parent / "adapter") if word == "adapter" else word for word in command]) == 0
@@ -454,7 +456,10 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["generate", "run", "--prompt", "w1", "--weights", "0.5"], "1 entries; expected 2"),
         (["generate", "run", "--prompt", "w1", "--weights", "even"], "expected numbers by objective"),
         (["generate", "run", "--prompt", "w1", "--kl", "7"], "alpha between 0 and 1"),
-        (["generate", "run", "--prompt", "w1", "--temperature", "-1"], "--temperature: -1.0: expected a number from 0"),
+        (
+            ["generate", "run", "--prompt", "w1", "--temperature", "-1"],
+            "--temperature: -1.0: expected a number from 0",
+        ),
         (["generate", "run"], "give --prompt TEXT or --prompts FILE"),
         (["generate", "run", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
         (["generate", "nowhere", "--prompt", "w1"], "there is no folder nowhere"),
@@ -492,7 +497,10 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         ),
         (["variance", "run", "--baselines", "value"], "with leave_one_out, group_mean, none"),
         (["variance", "run", "--estimators", "k3"], "measured against return and exact"),
-        (["variance", "run", "--steps", "0", "--batches", "2"], "--batches: 2: expected a whole number, at least 3"),
+        (
+            ["variance", "run", "--steps", "0", "--batches", "2"],
+            "--batches: 2: expected a whole number, at least 3",
+        ),
         (["train"], "model is missing; give a task, or model, dataset and rewards"),
         (["train", "nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
         (["train", "prompts.txt"], "expected names and values"),
@@ -529,13 +537,22 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["evaluate", "run", "--seed", "-1"], "--seed: -1: expected"),
         (["evaluate", "run", "--split", "nope"], "split 'nope': splits are of a task's data"),
         (["evaluate", "run", "--dataset", ""], "cannot read"),
-        (["evaluate", "run", "--dataset", "prompts.txt", "--split", "x"], "--dataset and --split were both given"),
+        (
+            ["evaluate", "run", "--dataset", "prompts.txt", "--split", "x"],
+            "--dataset and --split were both given",
+        ),
         (["evaluate", "run", "--device", "nope"], "device='nope' cannot be used"),
         (["evaluate", "run", "--device", "cuda:99"], "device='cuda:99' cannot be used"),
         (["evaluate", "run", "--device", "meta"], "device='meta' cannot be used"),
-        (["evaluate", "run", "--out", "prompts.txt"], "out='prompts.txt': cannot write there (Not a directory)"),
+        (
+            ["evaluate", "run", "--out", "prompts.txt"],
+            "out='prompts.txt': cannot write there (Not a directory)",
+        ),
         (["evaluate", "run", "--out", "prompts.txt/x"], "cannot write there (Not a directory)"),
-        (["evaluate", "run", "--reference-point", "even=nan,small=0"], "reference_point=nan: expected a number"),
+        (
+            ["evaluate", "run", "--reference-point", "even=nan,small=0"],
+            "reference_point=nan: expected a number",
+        ),
         (["variance", "run", "--out", "run"], "out='run' is a folder; expected a file"),
         (["variance", "run", "--completions", "0"], "--completions: 0: expected"),
         (["generate", "run", "--prompt", "w1", "--num-return-sequences", "0"], "--num-return-sequences: 0"),
@@ -548,7 +565,10 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["generate", "run", "--prompt", "w1", "--seed", "9" * 5000], "--seed: '99999"),
         (["generate", "run", "--prompt", "w1", "--device", ""], "device='' cannot be used"),
         (["generate", "x" * 300, "--prompt", "w1"], "File name too long"),
-        (["export", "run", "--weights", "1,0", "--to", "prompts.txt/x"], "to='prompts.txt': cannot write there"),
+        (
+            ["export", "run", "--weights", "1,0", "--to", "prompts.txt/x"],
+            "to='prompts.txt': cannot write there",
+        ),
         (["export", "run", "--weights", "1,0", "--to", "x", "--rank", "0"], "--rank: 0: expected"),
         (["steer", "run", "--port", "-1"], "--port: -1: expected a whole number from 0 to 65535"),
         (["steer", "run", "--device", "nope", "--no-browser", "--port", "0"], "device='nope' cannot be used"),
@@ -556,7 +576,10 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["demo", "--out", "prompts.txt"], "out='prompts.txt': cannot write there"),
         (["demo", "--seed", "x"], "--seed: 'x': expected a whole number from 0"),
         (["train", "config.yaml", "--rank", "["], "rank is not YAML"),
-        (["train", "config.yaml", "--rank", "2024-99-99"], "'2024-99-99' cannot be read (month must be in 1..12)"),
+        (
+            ["train", "config.yaml", "--rank", "2024-99-99"],
+            "'2024-99-99' cannot be read (month must be in 1..12)",
+        ),
         (["train", "config.yaml", "--rank", "2024-09-09"], "rank=datetime.date(2024, 9, 9): expected int"),
         (["train", "config.yaml", "--rank", "[" * 5000], "nested too deeply"),
         (["train", "config.yaml", "--lr-scheduler-kwargs", "{a: 1, a: 2}"], "lines 1 and 1 both give 'a'"),
@@ -566,8 +589,14 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
         (["train", "config.yaml", "--output-dir", "x" * 300], "cannot write there (File name too long)"),
         (["train", "config.yaml", "--output-dir", "/proc/x"], "output_dir='/proc/x': cannot write there"),
         (["train", "config.yaml", "--top-p", "nan"], "top_p=nan: expected a number above 0"),
-        (["train", "config.yaml", "--rewards", "a,b=toy_rewards.py:even", "--output-dir", "x"], "objective 'a,b'"),
-        (["train", "config.yaml", "--max-completion-length", "9999999999", "--output-dir", "x"], "more than this machine has"),
+        (
+            ["train", "config.yaml", "--rewards", "a,b=toy_rewards.py:even", "--output-dir", "x"],
+            "objective 'a,b'",
+        ),
+        (
+            ["train", "config.yaml", "--max-completion-length", "9999999999", "--output-dir", "x"],
+            "more than this machine has",
+        ),
         (["dmeo"], "invalid choice: 'dmeo'"),
         ([], "required: COMMAND"),
     ],
@@ -591,8 +620,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, complaint, trained, capsys)
         ("rank: " + "[" * 5000, "nested too deeply"),
         ("rank: " + "[" * 100 + "]" * 100, "rank=[[[[...]]]]: expected int"),
         ("rank: &x [*x]", "more than 100,000 values"),
-        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
-            f"{n}: &{n} [{', '.join(['*' + m] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi")), "more than 100,000"),
+        (
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"{n}: &{n} [{', '.join(['*' + m] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi")),
+            "more than 100,000",
+        ),
         ("? [1, 2]\n: 3", "unhashable key"),
         ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("<<: 5", "is not YAML"),
@@ -636,7 +668,9 @@ def test_a_split_that_the_task_does_not_have_is_named_with_those_it_has():
     assert spec.eval_rows(2) == spec.eval_rows(2, split="test")
 
 
-def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(running, "load_policy", None)
     (tmp_path / "file").write_text("")
     for argv in (

@@ -739,7 +739,9 @@ def test_every_figure_of_the_page_has_its_interval_and_every_table_is_whole():
 
 def test_without_matplotlib_the_page_is_written_and_a_line_says_so(tmp_path, monkeypatch, capsys):
     for name in [
-        n for n in sys.modules if n.partition(".")[0] == "matplotlib" or n == "clp_engine.evaluation.compare.plots"
+        n
+        for n in sys.modules
+        if n.partition(".")[0] == "matplotlib" or n == "clp_engine.evaluation.compare.plots"
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

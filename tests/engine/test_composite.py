@@ -48,7 +48,10 @@ def llama4(**options):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "no_rope_layers": [1, 0]}
     torch.manual_seed(0)
     config = Llama4TextConfig(
-        **common, **sizes, **heads, **{"attention_chunk_size": 4, "num_local_experts": 2, "moe_layers": [], **options}
+        **common,
+        **sizes,
+        **heads,
+        **{"attention_chunk_size": 4, "num_local_experts": 2, "moe_layers": [], **options},
     )
     model = Llama4ForCausalLM(config).eval()
     with torch.no_grad():
@@ -59,7 +62,9 @@ def llama4(**options):
 
 
 def llama4_policy(**options):
-    policy = ConditionedPolicy.from_pretrained(llama4(**options), ["a", "b"], rank=4, tokenizer=build_tokenizer())
+    policy = ConditionedPolicy.from_pretrained(
+        llama4(**options), ["a", "b"], rank=4, tokenizer=build_tokenizer()
+    )
     with torch.no_grad():
         for name, parameter in policy.adapter_parameters().items():
             if name.endswith("lora_b"):
@@ -90,7 +95,9 @@ def test_scores_are_those_of_plain_transformers(composite):
     stale(policy.model)
     batch = drawn_by(policy)
     ours = score(policy, batch, MIXED)
-    for row, (completion, prompt) in enumerate(zip(batch.token_lists(), [p for p in PROMPTS for _ in range(2)])):
+    for row, (completion, prompt) in enumerate(
+        zip(batch.token_lists(), [p for p in PROMPTS for _ in range(2)])
+    ):
         weights = WEIGHTS[row // 2].tolist()
         for name, blend in (("logprob", weights), ("ref_logprob", None)):
             if blend is None:
@@ -107,7 +114,9 @@ def test_scores_are_those_of_plain_transformers(composite):
 def test_greedy_tokens_are_those_of_transformers_generate(composite, slow):
     policy = build_policy(composite)
     if slow:
-        policy.model.register_forward_hook(lambda *_: None)  # the native decoder leaves models with hooks to transformers
+        policy.model.register_forward_hook(
+            lambda *_: None
+        )  # the native decoder leaves models with hooks to transformers
         assert any("hooks" in line for line in detours(policy))
     stale(policy.model)
     found = drawn_by(policy, temperature=0).token_lists()[::2]
@@ -209,7 +218,9 @@ def test_a_composite_is_trained_resumed_and_checkpointed_layer_by_layer(tmp_path
     for name, value in once.items():
         assert torch.equal(value, again[name]), name
         torch.testing.assert_close(value, layered[name], rtol=1e-4, atol=1e-5)
-    assert any(not torch.equal(value, p) for value, p in zip(once.values(), fresh().adapter_parameters().values()))
+    assert any(
+        not torch.equal(value, p) for value, p in zip(once.values(), fresh().adapter_parameters().values())
+    )
 
 
 def test_queries_that_are_scaled_by_their_position_are_packed_and_not_left_to_the_native_decoder():
@@ -275,7 +286,9 @@ def test_an_adapter_on_layers_of_images_is_refused_with_what_to_do(tmp_path):
 def test_targets_of_images_are_refused_and_names_that_both_have_mean_the_language_model():
     policy = build_policy("gemma3", target_modules=["q_proj"])
     assert set(policy.layers) == {f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)}
-    with pytest.raises(ConfigError, match=r"target_modules: 'out_proj' names layers of Gemma3.* text passes by"):
+    with pytest.raises(
+        ConfigError, match=r"target_modules: 'out_proj' names layers of Gemma3.* text passes by"
+    ):
         build_policy("gemma3", target_modules=["q_proj", "out_proj"])
 
 
@@ -289,7 +302,9 @@ def test_a_lora_config_chooses_on_the_text_path_and_says_what_it_leaves():
 
     whole = {name for name in build_policy("gemma3").layers}
     assert set(chosen(target_modules="all-linear")) == whole
-    with pytest.warns(UserWarning, match="1 of the 3 layers that it chooses get no adapter: text passes them by"):
+    with pytest.warns(
+        UserWarning, match="1 of the 3 layers that it chooses get no adapter: text passes them by"
+    ):
         assert len(chosen(target_modules=["q_proj"])) == 2
     with pytest.raises(ConfigError, match="text passes by"):
         chosen(target_modules=["out_proj"])
@@ -311,9 +326,18 @@ def test_llama_4_is_a_causal_model_that_says_how_it_runs():
 
 def test_a_model_that_looks_ahead_is_refused():
     common = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
-    text = {**common, "model_type": "gemma", "vocab_size": VOCAB, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+    text = {
+        **common,
+        "model_type": "gemma",
+        "vocab_size": VOCAB,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "pad_token_id": 0,
+    }
     vision = {**common, "image_size": 8, "patch_size": 4, "projection_dim": 32}
-    config = PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=32, image_token_index=VOCAB - 1)
+    config = PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=32, image_token_index=VOCAB - 1
+    )
     torch.manual_seed(0)
     model = auto_class(config).from_config(config)
     with pytest.raises(ConfigError, match=r"PaliGemma.* attends to tokens that come later"):

@@ -421,7 +421,9 @@ def test_the_text_follows_a_leading_special_token_of_a_plain_prompt():
     assert prompt_conditioning.with_weighting("w1 w2", [bos, 5, 6], "w3", tokenizer) == [bos, w3, 5, 6]
     assert prompt_conditioning.with_weighting("w1 w2", [5, 6], "w3", tokenizer) == [w3, 5, 6]
     assert prompt_conditioning.with_weighting(None, [5], "w3", tokenizer) == [w3, 5]
-    assert prompt_conditioning.with_weighting([{"role": "system", "content": "w1"}], [5, 6], "w3", tokenizer) == [w3, 5, 6]
+    assert prompt_conditioning.with_weighting(
+        [{"role": "system", "content": "w1"}], [5, 6], "w3", tokenizer
+    ) == [w3, 5, 6]
 
 
 TEMPLATES = {
@@ -449,11 +451,26 @@ def test_a_chat_s_last_user_message_begins_with_the_text_whatever_the_template_t
         chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
     ids = encode_chat(chat, tokenizer)
     shown = {
-        cut: tokenizer.convert_ids_to_tokens(prompt_conditioning.with_weighting(chat, ids[cut:], " w5 w6\n", tokenizer))
+        cut: tokenizer.convert_ids_to_tokens(
+            prompt_conditioning.with_weighting(chat, ids[cut:], " w5 w6\n", tokenizer)
+        )
         for cut in range(len(ids))
     }
     text = ["w5", "w6"] if template != "parts" else ["w5", "w6", "<eos>", "<bos>"]
-    whole = ["<bos>", "w3", "w3", "<eos>", "<bos>", "w4", "<eos>", "<bos>", *text, *content.split(), "<eos>", "<unk>"]
+    whole = [
+        "<bos>",
+        "w3",
+        "w3",
+        "<eos>",
+        "<bos>",
+        "w4",
+        "<eos>",
+        "<bos>",
+        *text,
+        *content.split(),
+        "<eos>",
+        "<unk>",
+    ]
     assert shown[0] == whole
     for cut in range(len(ids)):
         # What is cut from the prompt is cut from what is shown; the text stays.

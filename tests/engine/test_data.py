@@ -442,7 +442,9 @@ def test_a_run_says_how_many_rows_it_left_out(tmp_path):
 
 def test_lines_of_a_file_end_at_newlines_alone(tmp_path):
     text = "w1\u2028w2\x85w3\x0cw4"
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\n\n" + '{"prompt": "w5"}\r\n')
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": text}, ensure_ascii=False) + "\n\n" + '{"prompt": "w5"}\r\n'
+    )
     (tmp_path / "rows.txt").write_text(f"{text}\nw5\r\n")
     expected = [{"prompt": text}, {"prompt": "w5"}]
     assert read_rows(tmp_path / "rows.jsonl") == expected == read_rows(tmp_path / "rows.txt")

@@ -109,7 +109,9 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
     trainer = build_trainer(tmp_path, baseline="value", alpha=0.3, max_steps=2, max_completion_length=4)
     trainer.train()
     with torch.no_grad():
-        trainer.objective.value_head.output.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        trainer.objective.value_head.output.weight.normal_(
+            0, 0.02, generator=torch.Generator().manual_seed(0)
+        )
     variants = [("return", "leave_one_out"), ("return", "value")]
     fair = measure(trainer, variants, batches=60, bootstrap=200)
     assert fair[1].bias.low == 0 and fair[0].bias.mean == 0

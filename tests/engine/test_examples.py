@@ -86,13 +86,19 @@ def test_example_chat_three_rewards(tmp_path, capsys):
     prompt = example.chats("test", 1)[0]["prompt"]
     encoded = policy.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     assert encoded.endswith("<|summary|>") and "<|" not in encoded.removesuffix("<|summary|>")
-    assert policy.generate([prompt], (1.0, 0.0, 0.0), temperature=0, max_new_tokens=40)[0] == said[(1.0, 0.0, 0.0)][0]
+    assert (
+        policy.generate([prompt], (1.0, 0.0, 0.0), temperature=0, max_new_tokens=40)[0]
+        == said[(1.0, 0.0, 0.0)][0]
+    )
 
 
 def test_the_chat_rewards_disagree():
     example = load("chat_three_rewards")
     prompts = [[{"role": "user", "content": "the list is sorted in place"}]] * 3
-    completions = [[{"role": "assistant", "content": text}] for text in ("Sorts.", "the list is sorted", "Sorts it at once.")]
+    completions = [
+        [{"role": "assistant", "content": text}]
+        for text in ("Sorts.", "the list is sorted", "Sorts it at once.")
+    ]
     best = [
         max(range(3), key=reward(prompts=prompts, completions=completions).__getitem__)
         for reward in (example.short, example.on_topic, example.whole_sentence)
@@ -107,7 +113,9 @@ def test_example_reward_models(tmp_path, capsys):
     assert trainer.policy.objectives == ("relevance", "concise")
     assert (tmp_path / "concise" / "model.safetensors").is_file()
     # A few steps teach the reward's size at least: an answer of 0 to everything would be off by its mean square.
-    held_out = [wanted for _, wanted in example.concise_examples(example.docsum.load_dataset("validation", limit=16))]
+    held_out = [
+        wanted for _, wanted in example.concise_examples(example.docsum.load_dataset("validation", limit=16))
+    ]
     assert errors["concise"] < torch.tensor(held_out).square().mean().item() / 2
     logged = [entry for entry in trainer.state.log_history if "rewards/concise/mean" in entry]
     assert len(logged) == 3 and all("rewards/relevance/mean" in entry for entry in logged)

@@ -55,9 +55,13 @@ def test_the_same_model_in_another_dtype_is_the_same(dtype, tmp_path):
 
 def test_what_differs_is_named_with_both_numbers(tmp_path):
     build_policy("llama").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=re.escape("first model.embed_tokens.weight: shape [67, 32] then, [80, 32] now")):
+    with pytest.raises(
+        ConfigError, match=re.escape("first model.embed_tokens.weight: shape [67, 32] then, [80, 32] now")
+    ):
         ConditionedPolicy.load(tmp_path, base_model=resized(build_model("llama")))
-    with pytest.raises(ConfigError, match=r"1 of \d+ tensors differ, first .*q_proj.weight: sum .* then, .* now\. Load"):
+    with pytest.raises(
+        ConfigError, match=r"1 of \d+ tensors differ, first .*q_proj.weight: sum .* then, .* now\. Load"
+    ):
         ConditionedPolicy.load(tmp_path, base_model=merged(build_model("llama")))
     (tmp_path / fingerprint.FILE).unlink()  # as an earlier version wrote it
     ConditionedPolicy.load(tmp_path, base_model=merged(build_model("llama")))
@@ -94,8 +98,12 @@ def test_a_run_resumes_on_its_own_model_with_its_own_rewards_alone(tmp_path):
     def rewards(*names):
         return {name: lambda completions, **_: [0.0] * len(completions) for name in names}
 
-    build_trainer(tmp_path, rewards=rewards("a", "b"), max_steps=2, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ConfigError, match="the objectives a, b, in this order, and this run b, a; give the rewards"):
+    build_trainer(
+        tmp_path, rewards=rewards("a", "b"), max_steps=2, save_strategy="steps", save_steps=1
+    ).train()
+    with pytest.raises(
+        ConfigError, match="the objectives a, b, in this order, and this run b, a; give the rewards"
+    ):
         build_trainer(tmp_path, rewards=rewards("b", "a"), max_steps=2).train(resume_from_checkpoint=True)
     trainer = build_trainer(tmp_path, rewards=rewards("a", "b"), max_steps=2)
     merged(trainer.policy.model)

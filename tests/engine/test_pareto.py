@@ -207,7 +207,9 @@ def test_bootstrap_is_paired_so_a_constant_difference_between_policies_has_no_sp
 def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say():
     rng, covered = np.random.default_rng(5), 0
     for trial in range(200):
-        low, high = statistics.interval(statistics.bootstrap_means(rng.normal(size=(1, 80, 1)), 300, seed=trial))
+        low, high = statistics.interval(
+            statistics.bootstrap_means(rng.normal(size=(1, 80, 1)), 300, seed=trial)
+        )
         covered += bool(low[0, 0] <= 0.0 <= high[0, 0])
     # 95 % intervals of 80 prompts cover about 94 %; 200 trials give a standard error of 1.7 %.
     assert 0.88 <= covered / 200 <= 0.99
@@ -239,8 +241,12 @@ def test_rewards_that_do_not_apply_are_left_out_of_the_mean_rather_than_counted_
 
 def test_the_same_seed_gives_the_same_resamples_and_another_seed_others():
     rewards = np.random.default_rng(6).normal(size=(3, 20, 2))
-    assert (statistics.bootstrap_means(rewards, 50, seed=7) == statistics.bootstrap_means(rewards, 50, seed=7)).all()
-    assert (statistics.bootstrap_means(rewards, 50, seed=7) != statistics.bootstrap_means(rewards, 50, seed=8)).any()
+    assert (
+        statistics.bootstrap_means(rewards, 50, seed=7) == statistics.bootstrap_means(rewards, 50, seed=7)
+    ).all()
+    assert (
+        statistics.bootstrap_means(rewards, 50, seed=7) != statistics.bootstrap_means(rewards, 50, seed=8)
+    ).any()
 
 
 @pytest.mark.parametrize("objectives, edge, seconds", [(2, 10, 1.0), (3, 10, 10.0)])

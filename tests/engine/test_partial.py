@@ -170,7 +170,10 @@ def test_tokens_keep_the_log_probs_of_the_policies_that_drew_them(tmp_path):
     trainer = build_trainer(tmp_path, **PARTIAL, learning_rate=3e-2, max_steps=3)
     trainer.train()
     before = {
-        tuple(c.tokens): list(c.logprobs) for g in trainer.collector._groups for c in g.completions if c.tokens
+        tuple(c.tokens): list(c.logprobs)
+        for g in trainer.collector._groups
+        for c in g.completions
+        if c.tokens
     }
     assert before
     batch = trainer.collector.training_batch(trainer.train_dataset, 3, trainer.state)
@@ -248,7 +251,9 @@ def test_other_prompts_under_completions_on_their_way_are_refused(tmp_path):
     changes = {**PARTIAL, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     build_trainer(tmp_path, **changes).train()
     trainer = build_trainer(tmp_path, **{**changes, "max_steps": 2})
-    trainer.train_dataset = trainer._training_prompts([{**row, "prompt": row["prompt"] + " w1"} for row in ROWS])
+    trainer.train_dataset = trainer._training_prompts(
+        [{**row, "prompt": row["prompt"] + " w1"} for row in ROWS]
+    )
     with pytest.raises(ConfigError, match="is not what it was when the checkpoint was written"):
         trainer.train(resume_from_checkpoint=True)
 

@@ -251,7 +251,9 @@ def test_attention_that_caps_its_scores_is_not_left_to_one_that_does_not(monkeyp
     }
     with torch.no_grad():
         for parameter in models["sdpa"].parameters():
-            parameter.mul_(6.0 if parameter.dim() == 2 else 1.0)  # initial weights are so small that attention is uniform
+            parameter.mul_(
+                6.0 if parameter.dim() == 2 else 1.0
+            )  # initial weights are so small that attention is uniform
     models["eager"].load_state_dict(models["sdpa"].state_dict())
     given = model_inputs("gemma2")
     with torch.no_grad():

@@ -36,7 +36,9 @@ def longrope():
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8,
         "original_max_position_embeddings": 16,
     }  # fmt: skip
-    return Phi3Config(**SMALL, max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope)
+    return Phi3Config(
+        **SMALL, max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope
+    )
 
 
 def dynamic():
@@ -53,9 +55,13 @@ def test_lengths_at_which_one_row_s_factors_are_another_s_are_refused(make):
     one = policy.conditions([1.0], rows=2)
 
     def drawn(new):
-        return rollout(policy, [[5] * 9, [6, 7]], one, num_generations=2, sampling=SamplingParams(new), seed=1)
+        return rollout(
+            policy, [[5] * 9, [6, 7]], one, num_generations=2, sampling=SamplingParams(new), seed=1
+        )
 
-    with pytest.raises(ConfigError, match="prompt 0 has 9 tokens and its completion up to 8; this model has room for 16"):
+    with pytest.raises(
+        ConfigError, match="prompt 0 has 9 tokens and its completion up to 8; this model has room for 16"
+    ):
         drawn(8)
     # Up to there a row is read as it is read alone.
     together = drawn(7)
@@ -85,7 +91,9 @@ def test_an_encoder_decoder_counts_prompt_and_completion_apart():
 def test_a_model_s_own_limit_is_said_with_both_numbers():
     policy = build_policy("gpt2")
     limit = policy.model.config.n_positions
-    with pytest.raises(ConfigError, match=rf"up to {limit}; this model has room for {limit} \(max_position_embeddings"):
+    with pytest.raises(
+        ConfigError, match=rf"up to {limit}; this model has room for {limit} \(max_position_embeddings"
+    ):
         policy.generate("w1 w2", max_new_tokens=limit)
 
 
@@ -103,7 +111,9 @@ def with_tokens(count: int, **special):
 @pytest.fixture
 def larger():
     """A policy whose tokenizer has one token that the model has not."""
-    with pytest.warns(UserWarning, match=rf"{VOCAB + 1} tokens .* embedding {VOCAB} rows: .*resize_token_embeddings"):
+    with pytest.warns(
+        UserWarning, match=rf"{VOCAB + 1} tokens .* embedding {VOCAB} rows: .*resize_token_embeddings"
+    ):
         return ConditionedPolicy.from_pretrained(build_model("qwen2"), ["a", "b"], tokenizer=with_tokens(1))
 
 
@@ -114,7 +124,8 @@ UNKNOWN = rf"has the token {VOCAB} \('<new0>'\), and the model's embedding {VOCA
 def test_a_special_token_without_an_embedding_is_refused_where_the_policy_is_made(kind):
     tokenizer = with_tokens(0, **{f"{kind}_token": "<other>"})
     with pytest.raises(
-        ConfigError, match=rf"{kind}_token '<other>' is token {VOCAB}, and .* {VOCAB} rows: .*embeddings\({VOCAB + 1}\)"
+        ConfigError,
+        match=rf"{kind}_token '<other>' is token {VOCAB}, and .* {VOCAB} rows: .*embeddings\({VOCAB + 1}\)",
     ):
         ConditionedPolicy.from_pretrained(build_model("qwen2"), ["a"], tokenizer=tokenizer)
     policy = build_policy("qwen2")
@@ -152,7 +163,12 @@ def test_every_prompt_is_checked_before_anything_is_computed(larger, tmp_path, m
 
 
 def test_rows_that_the_model_cannot_read_can_be_left_out(larger, tmp_path):
-    rows = [{"prompt": "w1 <new0>"}, {"prompt": "w1 w2"}, {"prompt": "w3 w4"}, {"prompt": " ".join(["w1"] * 126)}]
+    rows = [
+        {"prompt": "w1 <new0>"},
+        {"prompt": "w1 w2"},
+        {"prompt": "w3 w4"},
+        {"prompt": " ".join(["w1"] * 126)},
+    ]
     trainer = trainer_of(larger, tmp_path, rows, skip_bad_rows=True)
     trainer.train()
     assert trainer.state.global_step == 1
@@ -175,7 +191,9 @@ def test_a_prompt_too_long_is_said_before_the_first_step_with_its_row(tmp_path):
 def test_padding_without_an_embedding_is_refused_where_no_tokenizer_says_it():
     policy = ConditionedPolicy.from_pretrained(build_model("qwen2"), ["a"])
     policy.model.generation_config.pad_token_id = VOCAB
-    with pytest.raises(ConfigError, match=f"padding has the token {VOCAB}, and the model's embedding {VOCAB} rows"):
+    with pytest.raises(
+        ConfigError, match=f"padding has the token {VOCAB}, and the model's embedding {VOCAB} rows"
+    ):
         rollout(policy, [[5, 6], [7]], policy.conditions(rows=2))
 
 
@@ -190,12 +208,16 @@ def test_a_reward_model_s_tokenizer_is_checked_as_the_policy_s_is():
         reward(["w1"], [" <new0>"])
 
 
-@pytest.mark.parametrize("part", [{"type": "image", "url": "x.png"}, {"type": "image_url"}, {"type": "video"}, {}])
+@pytest.mark.parametrize(
+    "part", [{"type": "image", "url": "x.png"}, {"type": "image_url"}, {"type": "video"}, {}]
+)
 def test_a_message_with_anything_but_text_is_refused_wherever_prompts_are_read(part):
     policy = build_policy("qwen2")
     policy.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     chat = [{"role": "user", "content": [{"type": "text", "text": "w1"}, part]}]
-    with pytest.raises(ConfigError, match=r"prompt 1: a message has a part of type .*; prompts are text here"):
+    with pytest.raises(
+        ConfigError, match=r"prompt 1: a message has a part of type .*; prompts are text here"
+    ):
         policy.generate([[{"role": "user", "content": "w1"}], chat], max_new_tokens=2)
     with pytest.raises(ConfigError, match=r"row 0 of the dataset: a message has a part of type"):
         evaluate(policy, REWARDS, [{"prompt": chat}])

@@ -86,7 +86,9 @@ def test_the_ends_of_a_range_are_taken(cls, name):
             given[name] = LISTS[name](value)
         try:
             made = cls(**given)
-        except ConfigError as error:  # of settings that do not go together, or of what it takes, never of the range
+        except (
+            ConfigError
+        ) as error:  # of settings that do not go together, or of what it takes, never of the range
             assert str(values) not in str(error)
             continue
         assert getattr(made, name) in (given[name], None)
@@ -183,7 +185,9 @@ def test_what_no_machine_has_room_for_is_refused_at_once_with_the_memory_it_take
         ),
     ]
     for attempt in tried:
-        with pytest.raises(ConfigError, match=r"takes [\d.e+]+ [TPE]iB of memory, more than this machine has"):
+        with pytest.raises(
+            ConfigError, match=r"takes [\d.e+]+ [TPE]iB of memory, more than this machine has"
+        ):
             attempt()
     check_size("nothing", 0, "cpu")
 

@@ -350,7 +350,10 @@ def test_rewards_are_read_from_whatever_holds_one_number_for_each_row(value):
         (torch.tensor(1.0), "returned a Tensor; expected a list"),
         (numpy.float64(1.0), "returned 1.0; expected a list|returned np.float64.1.0.; expected a list"),
         (([1.0, 2.0, 3.0], {"info": 1}), "returned 2 rewards for 3 completions"),
-        (([1.0] * 3, [2.0] * 3, [3.0] * 3), r"returned \[1.0, 1.0, 1.0\] for completion 0; expected a number"),
+        (
+            ([1.0] * 3, [2.0] * 3, [3.0] * 3),
+            r"returned \[1.0, 1.0, 1.0\] for completion 0; expected a number",
+        ),
         (torch.ones(3, 2), r"returned \[1.0, 1.0\] for completion 0; expected a number"),
         (torch.ones(1, 3), "returned 1 rewards for 3 completions"),
         ([1.0, "0.5", 1.0], "returned '0.5' for completion 1; expected a number"),
@@ -387,7 +390,11 @@ def test_a_function_that_edits_what_it_is_given_edits_its_own_copy():
     completions = [[{"role": "assistant", "content": text}] for text in "abc"]
     batch = ["p"] * 3, completions, [[1], [2], [3]], {"extra": [{"seen": []} for _ in "abc"]}
     RewardSet([editing, reading])(*batch)
-    assert [c[0]["content"] for c in seen["completions"]] == ["a", "b", "c"] == [c[0]["content"] for c in completions]
+    assert (
+        [c[0]["content"] for c in seen["completions"]]
+        == ["a", "b", "c"]
+        == [c[0]["content"] for c in completions]
+    )
     assert seen["completion_ids"] == [[1], [2], [3]] and seen["prompts"] == ["p"] * 3
     assert seen["extra"] == [{"seen": []}] * 3
 
@@ -398,7 +405,9 @@ def test_a_logged_column_of_another_length_is_refused_by_name(logged):
         log_extra("score", logged)
         return [0.0] * 3
 
-    with pytest.raises(ValueError, match="'function' gave log_extra .* values for 'score' .*; expected a list of 3"):
+    with pytest.raises(
+        ValueError, match="'function' gave log_extra .* values for 'score' .*; expected a list of 3"
+    ):
         RewardSet([function])(*BATCH)
 
 
@@ -412,7 +421,9 @@ def test_a_cancelled_function_is_named_like_any_that_fails(workers):
         await asyncio.sleep(0)
 
     for function in (at_once, later):
-        with pytest.raises(RuntimeError, match=f"reward function '{function.__name__}' failed: CancelledError"):
+        with pytest.raises(
+            RuntimeError, match=f"reward function '{function.__name__}' failed: CancelledError"
+        ):
             RewardSet([function], workers=workers)(*BATCH)
 
 

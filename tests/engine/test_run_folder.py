@@ -267,7 +267,9 @@ def test_the_lock_is_given_back_by_a_training_that_fails(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     Path("a-file").write_text("mine")
-    with pytest.raises(ConfigError, match=rf"output_dir='{folder}': cannot write there \(.*\); give a folder"):
+    with pytest.raises(
+        ConfigError, match=rf"output_dir='{folder}': cannot write there \(.*\); give a folder"
+    ):
         build_trainer(folder, max_steps=1).train()
     assert Path("a-file").read_text() == "mine"
 

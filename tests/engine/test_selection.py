@@ -136,7 +136,9 @@ def test_the_gradient_is_that_of_the_chosen_rows_with_the_advantages_of_whole_gr
     )
     chosen = trainer.selector.selected(whole, 0.0)
     assert chosen.rollout.completion_ids.shape[0] == 6 and chosen.rollout.group == 3
-    measured = gradient(trainer, [batch for _, batch in micro_batches(chosen, trainer.objective, trainer.args.micro_batching)])
+    measured = gradient(
+        trainer, [batch for _, batch in micro_batches(chosen, trainer.objective, trainer.args.micro_batching)]
+    )
 
     # The same by zeroing the weights of the rows that variance over the returns leaves out.
     ((_, everything),) = micro_batches(whole, trainer.objective, trainer.args.micro_batching)
@@ -332,7 +334,10 @@ def test_the_advantages_of_sampling_are_those_of_training(tmp_path):
             {"rollout_selection": "max_variance", "selected_rollouts": 1.5},
             "expected a share, above 0 and at most",
         ),
-        ({"token_selection": "advantage_entropy", "selected_tokens": 0.0}, "expected a number above 0 and up to 1"),
+        (
+            {"token_selection": "advantage_entropy", "selected_tokens": 0.0},
+            "expected a number above 0 and up to 1",
+        ),
         ({"token_selection": "advantage_entropy"}, "selected_tokens=None: give both or neither"),
         ({"selection_schedule": "linear"}, "selection_schedule='linear': nothing is selected"),
         (

@@ -54,7 +54,9 @@ def save_run(folder: Path, config=None, tokenizer=None, **options) -> Path:
         for name, parameter in policy.adapter_parameters().items():
             if name.endswith("lora_b"):
                 parameter.normal_(0, 0.3)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(9)))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(9))
+    )
     run = folder / "run"
     policy.save_pretrained(run / "policy")
     config = {"max_completion_length": 6, "temperature": 0.7, **(config or {})}
@@ -82,7 +84,11 @@ class Client:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.putrequest(method, path, skip_host="Host" in headers)
         payload = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        given = {"Content-Length": str(len(payload)), "Content-Type": "application/json"} if body is not None else {}
+        given = (
+            {"Content-Length": str(len(payload)), "Content-Type": "application/json"}
+            if body is not None
+            else {}
+        )
         for name, value in {**given, **{n.replace("_", "-"): v for n, v in headers.items()}}.items():
             connection.putheader(name, value)
         connection.endheaders(payload)
@@ -118,7 +124,9 @@ def client(run):
 def test_the_model_says_what_can_be_moved_and_what_was_measured(client, run):
     status, model = client.json("GET", "/api/model")
     assert status == 200
-    assert model["run"] == "run" and model["objectives"] == ["even", "small"] and model["weights_note"] is None
+    assert (
+        model["run"] == "run" and model["objectives"] == ["even", "small"] and model["weights_note"] is None
+    )
     assert model["defaults"] == {"temperature": 0.7, "max_new_tokens": 6}
     assert model["chat"] is None  # the tokenizer has no chat template
     assert [example["text"] for example in model["examples"]] == [f"w{i} w{i + 1}" for i in range(6)]
@@ -135,9 +143,10 @@ def test_the_kl_coefficient_moves_over_the_range_of_training(tmp_path):
     assert (kl["name"], kl["adjustable"], kl["low"], kl["high"]) == ("alpha", True, 0.01, 0.3)
     texts = [session.generate(GenerateRequest("w1 w2", kl=kl))["completion"]["text"] for kl in (0.01, 0.3)]
     assert texts[0] != texts[1]
-    assert session.generate(GenerateRequest("w1 w2", kl=0.999999))["completion"] == session.generate(
-        GenerateRequest("w1 w2")
-    )["base"]
+    assert (
+        session.generate(GenerateRequest("w1 w2", kl=0.999999))["completion"]
+        == session.generate(GenerateRequest("w1 w2"))["base"]
+    )
 
 
 def test_without_a_report_the_command_that_writes_one_is_named(tmp_path):
@@ -177,7 +186,9 @@ def test_the_page_is_one_file_that_fetches_nothing_and_runs_no_script_but_its_ow
 def test_the_page_is_part_of_the_wheel(tmp_path, monkeypatch):
     build = pytest.importorskip("scikit_build_core.build")
     monkeypatch.chdir(Path(__file__).parents[2])
-    name = build.build_wheel(str(tmp_path), {"wheel.cmake": "false"})  # without the C++ extension: a second instead of minutes
+    name = build.build_wheel(
+        str(tmp_path), {"wheel.cmake": "false"}
+    )  # without the C++ extension: a second instead of minutes
     with zipfile.ZipFile(tmp_path / name) as wheel:
         assert wheel.read("clp_engine/serving/page.html") == Path("clp_engine/serving/page.html").read_bytes()
 
@@ -190,8 +201,12 @@ def test_completions_are_those_of_the_policy_and_of_the_base_model(client):
     for weights in ({"even": 1.0, "small": 0.0}, {"even": 0.0, "small": 1.0}):
         status, answer = client.generate(weights=weights)
         assert status == 200
-        assert [answer["completion"]["text"]] == policy.generate("w1 w2", weights, temperature=0, max_new_tokens=6)
-    base = policy.model.generate(torch.tensor([policy.tokenizer("w1 w2")["input_ids"]]), max_new_tokens=6, do_sample=False)
+        assert [answer["completion"]["text"]] == policy.generate(
+            "w1 w2", weights, temperature=0, max_new_tokens=6
+        )
+    base = policy.model.generate(
+        torch.tensor([policy.tokenizer("w1 w2")["input_ids"]]), max_new_tokens=6, do_sample=False
+    )
     assert answer["base"]["text"] == policy.tokenizer.decode(base[0, 2:], skip_special_tokens=True)
 
 
@@ -216,7 +231,11 @@ def test_the_same_seed_draws_the_same_again_and_another_one_does_not(client):
 
 
 def test_a_completion_that_was_cut_says_so(client):
-    assert client.generate(max_new_tokens=1)[1]["completion"] | {"text": ""} == {"text": "", "tokens": 1, "cut": True}
+    assert client.generate(max_new_tokens=1)[1]["completion"] | {"text": ""} == {
+        "text": "",
+        "tokens": 1,
+        "cut": True,
+    }
 
 
 def test_html_in_the_text_comes_back_as_text(client):
@@ -235,7 +254,11 @@ def test_a_long_text_is_cut_as_in_training_and_the_answer_says_so(tmp_path):
 
 def test_a_text_without_room_for_its_completion_is_refused(client):
     status, answer = client.generate(text="w1 " * 125, max_new_tokens=6)
-    assert status == 400 and "has room for 128 (max_position_embeddings" in answer["error"] and "shorten" in answer["error"]
+    assert (
+        status == 400
+        and "has room for 128 (max_position_embeddings" in answer["error"]
+        and "shorten" in answer["error"]
+    )
 
 
 def test_a_document_longer_than_docsum_reads_is_cut_and_the_answer_says_so():
@@ -257,7 +280,9 @@ def test_a_chat_policy_reads_the_text_as_a_users_message(tmp_path):
     session = Session(run)
     description = session.describe()
     assert description["chat"] is True and description["examples"] == [{"name": "w7 w8", "text": "w7 w8"}]
-    expected = session.policy.generate([[{"role": "user", "content": "w7 w8"}]], temperature=0, max_new_tokens=8)
+    expected = session.policy.generate(
+        [[{"role": "user", "content": "w7 w8"}]], temperature=0, max_new_tokens=8
+    )
     answer = session.generate(GenerateRequest("w7 w8", chat=True, max_new_tokens=8))
     assert answer["completion"]["text"] == expected[0]
     assert answer["prompt_tokens"] == session.generate(GenerateRequest("w7 w8"))["prompt_tokens"] + 2
@@ -320,7 +345,12 @@ def test_a_mistake_in_a_request_is_named(client, body, complaint):
         ("GET", "/../../etc/passwd", {}, 404),
         ("GET", "/api/generate", {}, 405),
         ("POST", "/", {}, 405),
-        ("POST", "/api/generate", {"Content_Type": "text/plain"}, 415),  # what a form of another site can send
+        (
+            "POST",
+            "/api/generate",
+            {"Content_Type": "text/plain"},
+            415,
+        ),  # what a form of another site can send
         ("POST", "/api/generate", {"Content_Type": "application/json"}, 411),
         ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "-1"}, 411),
         ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": str(10**9)}, 413),
@@ -381,7 +411,9 @@ def test_an_occupied_port_is_named_before_the_model_is_loaded(tmp_path, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        (tmp_path / "clp_config.json").write_text("not even JSON")  # would be the complaint if it were read first
+        (tmp_path / "clp_config.json").write_text(
+            "not even JSON"
+        )  # would be the complaint if it were read first
         assert main(["steer", str(tmp_path), "--port", str(port), "--no-browser"]) == 2
     complaint = capsys.readouterr().err
     assert f"port {port}" in complaint and "--port 0" in complaint and complaint.count("\n") == 1

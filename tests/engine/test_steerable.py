@@ -240,7 +240,9 @@ def test_gradient_checkpointing_recomputes_each_layer_under_its_blend(family, wh
     found = gradients(model, policy, family)
     assert len(runs) == 2  # once more in the backward pass
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient)  # in float64, whose rounding no processor makes visible here
+        torch.testing.assert_close(
+            found[name], gradient
+        )  # in float64, whose rounding no processor makes visible here
     # Two passes on their way: each is recomputed under its own blend, not the last one.
     policy.zero_grad()
     passes = [model(**model_inputs(family), weights=w, use_cache=False).logits for w in ([1, 0], [0, 1])]
@@ -298,7 +300,8 @@ def dynamo():
 
 
 @pytest.mark.parametrize(
-    ("family", "conditioning"), [("llama", "lora"), *later(("gpt2", "lora"), ("t5", "lora"), ("llama", "full"))]
+    ("family", "conditioning"),
+    [("llama", "lora"), *later(("gpt2", "lora"), ("t5", "lora"), ("llama", "full"))],
 )
 def test_a_compiled_forward_is_one_graph_with_the_blend_as_its_input(family, conditioning, dynamo):
     policy = build_policy(family, conditioning=conditioning, kl_conditioning="linear")

@@ -558,7 +558,9 @@ def test_a_failing_reward_function_is_named(tmp_path):
 
 
 def test_a_reward_that_is_not_finite_stops_the_run_with_the_cause(tmp_path):
-    with pytest.raises(ValueError, match="reward function 'bad' returned inf for completion 0; expected a number"):
+    with pytest.raises(
+        ValueError, match="reward function 'bad' returned inf for completion 0; expected a number"
+    ):
         build_trainer(
             tmp_path, rewards={"bad": lambda completions, **_: [float("inf")] * len(completions)}
         ).train()
@@ -566,6 +568,8 @@ def test_a_reward_that_is_not_finite_stops_the_run_with_the_cause(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_the_cause(tmp_path):
     trainer = build_trainer(tmp_path)
-    next(iter(trainer.policy.adapter_parameters().values())).register_hook(lambda gradient: gradient * float("nan"))
+    next(iter(trainer.policy.adapter_parameters().values())).register_hook(
+        lambda gradient: gradient * float("nan")
+    )
     with pytest.raises(RuntimeError, match="gradient norm is nan at step 0"):
         trainer.train()

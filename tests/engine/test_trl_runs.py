@@ -307,9 +307,16 @@ def test_what_a_lora_config_asks_for_and_cannot_have_is_refused(tmp_path, option
         ({"exclude_modules": ".*haed"}, r"exclude_modules '\.\*haed' matches no layer"),
         ({"rank_pattern": {"qproj": 2}}, "rank_pattern 'qproj' matches no layer"),
         ({"alpha_pattern": {r"layers\.9\..*": 2}}, "alpha_pattern '.*' matches no layer"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 99]}, "layers_to_transform 99 matches no layer"),
         (
-            {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["layers", "blocks"]},
+            {"target_modules": ["q_proj"], "layers_to_transform": [1, 99]},
+            "layers_to_transform 99 matches no layer",
+        ),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "layers_to_transform": [1],
+                "layers_pattern": ["layers", "blocks"],
+            },
             "layers_pattern 'blocks' matches no layer",
         ),
     ],

@@ -30,7 +30,9 @@ def copy(trained, tmp_path):  # noqa: F811
     """A run folder that came from somewhere, and whose rewards leave a trace when they are imported."""
     shutil.copytree(trained, tmp_path / "gift")
     evil = tmp_path / "gift" / "evil.py"
-    evil.write_text("open('was-executed', 'w').close()\ndef even(prompts, **_):\n    return [0.0] * len(prompts)\n")
+    evil.write_text(
+        "open('was-executed', 'w').close()\ndef even(prompts, **_):\n    return [0.0] * len(prompts)\n"
+    )
     raw = json.loads((tmp_path / "gift" / "run.json").read_text())
     raw["rewards"] = {"even": f"{evil}:even", "small": f"{evil}:even"}
     (tmp_path / "gift" / "run.json").write_text(json.dumps(raw))
@@ -55,7 +57,13 @@ def test_a_run_that_is_trusted_is_executed(copy, traces, tmp_path):
 
 
 def test_rewards_by_hand_take_the_place_of_the_runs(copy, traces, tmp_path):
-    own = ["--rewards", "even=toy_rewards.py:even", "small=toy_rewards.py:small", "--dataset", "prompts.jsonl"]
+    own = [
+        "--rewards",
+        "even=toy_rewards.py:even",
+        "small=toy_rewards.py:small",
+        "--dataset",
+        "prompts.jsonl",
+    ]
     assert main([*EVALUATE, str(copy), *own, "--out", str(tmp_path / "out")]) == 0
     assert not traces()
 
@@ -91,7 +99,11 @@ def test_the_key_is_the_users_alone_and_made_once(elsewhere):
     assert not trust.is_own(dataclasses.replace(spec, signature="0" * 64))
     first = trust.sign(spec)
     key = Path(os.environ["XDG_STATE_HOME"]) / "clp-engine" / "key"
-    assert trust.sign(spec) == first and key.stat().st_mode & 0o777 == 0o600 and os.listdir(key.parent) == ["key"]
+    assert (
+        trust.sign(spec) == first
+        and key.stat().st_mode & 0o777 == 0o600
+        and os.listdir(key.parent) == ["key"]
+    )
     for damaged in (b"", b"short"):  # an empty key would be one that everybody knows
         key.write_bytes(damaged)
         assert trust.sign(spec) is None and not trust.is_own(dataclasses.replace(spec, signature=first))
@@ -116,7 +128,11 @@ def test_the_page_shows_files_of_the_run_or_given_by_hand_only(trained, elsewher
     assert [example["text"] for example in by_hand] == ["w1 w2", "w3"]
     shutil.copytree(trained, tmp_path / "run")
     raw = json.loads((tmp_path / "run" / "run.json").read_text())
-    for name, shown in (("run/prompts.jsonl", True), ("run/../secret.jsonl", False), ("run/link.jsonl", False)):
+    for name, shown in (
+        ("run/prompts.jsonl", True),
+        ("run/../secret.jsonl", False),
+        ("run/link.jsonl", False),
+    ):
         (tmp_path / "secret.jsonl").write_text('{"prompt": "secret"}\n')
         (tmp_path / "run" / "prompts.jsonl").write_text('{"prompt": "w1"}\n')
         if not (tmp_path / "run" / "link.jsonl").exists():

@@ -318,10 +318,22 @@ def test_a_base_with_adapters_in_it_and_an_adapter_for_a_base_are_told_apart(tmp
         ({"change": {"shiny_new_option": 3}}, "shiny_new_option=3 is no part of plain LoRA"),
         ({"change": {"rank_pattern": {"q_proj": 7}}}, "has rank 4, its adapter_config.json says 7"),
         ({"change": {"rank_pattern": {".*q_p(ro)+j": 7}}}, "has rank 4, its adapter_config.json says 7"),
-        ({"change": {"rank_pattern": {"(": 7}}}, r"adapter_config.json: rank_pattern: \['\('\] are no regular expr"),
-        ({"change": {"rank_pattern": [1]}}, r"adapter_config.json: rank_pattern=\[1\]: expected a number for each"),
-        ({"change": {"rank_pattern": {"q_proj": "4"}}}, "adapter_config.json: rank_pattern=.*: expected a whole number"),
-        ({"change": {"alpha_pattern": {"q_proj": None}}}, "adapter_config.json: alpha_pattern=.*: expected a number"),
+        (
+            {"change": {"rank_pattern": {"(": 7}}},
+            r"adapter_config.json: rank_pattern: \['\('\] are no regular expr",
+        ),
+        (
+            {"change": {"rank_pattern": [1]}},
+            r"adapter_config.json: rank_pattern=\[1\]: expected a number for each",
+        ),
+        (
+            {"change": {"rank_pattern": {"q_proj": "4"}}},
+            "adapter_config.json: rank_pattern=.*: expected a whole number",
+        ),
+        (
+            {"change": {"alpha_pattern": {"q_proj": None}}},
+            "adapter_config.json: alpha_pattern=.*: expected a number",
+        ),
         ({"change": {"r": "4"}}, "adapter_config.json: r='4': expected a whole number, at least 1"),
         ({"change": {"r": 0}}, "adapter_config.json: r=0: expected a whole number, at least 1"),
         ({"change": {"lora_alpha": float("nan")}}, "adapter_config.json: lora_alpha=nan: expected a number"),
@@ -395,15 +407,30 @@ def test_an_expression_that_takes_for_ever_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_PATIENCE", 1)
     hostile = {"rank_pattern": {"(([a-z_.0-9]+)+)+!": 4}}
     path = save(tmp_path / "a", change=hostile)
-    with pytest.raises(ConfigError, match="rank_pattern: matching its expressions takes more than 1 s; write the names"):
+    with pytest.raises(
+        ConfigError, match="rank_pattern: matching its expressions takes more than 1 s; write the names"
+    ):
         ConditionedPolicy.from_adapters(build_model("llama"), {"a": path})
 
 
 def test_names_and_expressions_match_as_peft_has_them():
     from peft.utils.other import get_pattern_key
 
-    layers = ["model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.q_proj", "q_proj", "model.xq_proj"]
-    keys = ["q_proj", "0.self_attn.q_proj", "q.proj", "model.layers.1", "layers.10.self_attn.q_proj", "_proj", "xq_proj"]
+    layers = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.10.self_attn.q_proj",
+        "q_proj",
+        "model.xq_proj",
+    ]
+    keys = [
+        "q_proj",
+        "0.self_attn.q_proj",
+        "q.proj",
+        "model.layers.1",
+        "layers.10.self_attn.q_proj",
+        "_proj",
+        "xq_proj",
+    ]
     for key in [*keys, *(f"(?:{key})" for key in keys), r"layers\\.\\d0\\..*", ".*", ""]:
         config = {"r": 1, "rank_pattern": {key: 2}}
         ours = reading._by_layer("here", config, "rank_pattern", "r", layers)
@@ -453,7 +480,16 @@ def test_so_is_one_of_a_policy(tmp_path, name):
 
 def damages(whole: bytes):
     """Cut, empty, foreign, and with its first bytes or a tensor's numbers changed."""
-    yield from (whole[: len(whole) // 2], whole[:7], b"", b"{}", b"[1, 2]", b"null", b"\xff" * 64, b"[" * 10**5)
+    yield from (
+        whole[: len(whole) // 2],
+        whole[:7],
+        b"",
+        b"{}",
+        b"[1, 2]",
+        b"null",
+        b"\xff" * 64,
+        b"[" * 10**5,
+    )
     yield bytes([whole[0] ^ 0x40]) + whole[1:]
     if whole[:1] != b"{":
         yield whole[:-4] + b"\x00\x00\xc0\x7f"  # NaN

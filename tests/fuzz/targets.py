@@ -40,7 +40,23 @@ from clp_engine.training.runs import run_folder, run_spec
 from clp_engine.training.settings.config import CLPConfig
 
 FIELDS = sorted(CLPConfig.__dataclass_fields__)
-TEXTS = ["", "a", "a,b", "1e999", "nan", "-inf", "\x00", "\ud800", "../a", "/", "{}", "none", "docsum", "float32", "x" * 300]
+TEXTS = [
+    "",
+    "a",
+    "a,b",
+    "1e999",
+    "nan",
+    "-inf",
+    "\x00",
+    "\ud800",
+    "../a",
+    "/",
+    "{}",
+    "none",
+    "docsum",
+    "float32",
+    "x" * 300,
+]
 
 # -- inputs ---------------------------------------------------------------------------------------------------------------
 
@@ -351,15 +367,24 @@ def request(source, folder):
         json.loads(body[: int(length[1])])
 
 
-TARGETS = {f.__name__: f for f in (settings, flag, run_json, run_files, policy_files, adapter, tensors, reports, rows, request)}
+TARGETS = {
+    f.__name__: f
+    for f in (settings, flag, run_json, run_files, policy_files, adapter, tensors, reports, rows, request)
+}
 
 
 def instrument(package):
     """Count the branches of every function of a package. (atheris' hook for imports passes over editable installations.)"""
-    modules = [m for name, m in sorted(sys.modules.items()) if name == package or name.startswith(package + ".")]
+    modules = [
+        m for name, m in sorted(sys.modules.items()) if name == package or name.startswith(package + ".")
+    ]
     found = {}
     for module in modules:
-        members = [member for member in vars(module).values() if getattr(member, "__module__", None) == module.__name__]
+        members = [
+            member
+            for member in vars(module).values()
+            if getattr(member, "__module__", None) == module.__name__
+        ]
         for owner in [module, *(member for member in members if isinstance(member, type))]:
             for member in vars(owner).values():
                 member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member

@@ -55,8 +55,13 @@ def examples(count, *strategies):
     return decorate
 
 
-ODD_NUMBERS = st.sampled_from([0, -1, 1, 2, 10**30, -(10**400), 0.0, -0.0, 0.5, 1e-300, 1e308, math.nan, math.inf, -math.inf])
-TEXTS = st.one_of(st.sampled_from(["", "a", "nan", "1e999", "1e-4", "none", "{}", "[", "\x00", "\ud800"]), st.text(max_size=5))
+ODD_NUMBERS = st.sampled_from(
+    [0, -1, 1, 2, 10**30, -(10**400), 0.0, -0.0, 0.5, 1e-300, 1e308, math.nan, math.inf, -math.inf]
+)
+TEXTS = st.one_of(
+    st.sampled_from(["", "a", "nan", "1e999", "1e-4", "none", "{}", "[", "\x00", "\ud800"]),
+    st.text(max_size=5),
+)
 PLAIN = st.one_of(st.none(), st.booleans(), ODD_NUMBERS, st.integers(), st.floats(), TEXTS)
 ANYTHING = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6
@@ -88,7 +93,9 @@ OPTIONS = {f.name: ANYTHING for f in dataclasses.fields(GenerateRequest) if f.na
 REQUESTS = st.fixed_dictionaries({"text": TEXTS | ANYTHING}, optional=OPTIONS)
 
 
-@examples(300, st.fixed_dictionaries({}, optional={f.name: ANYTHING for f in dataclasses.fields(SamplingParams)}))
+@examples(
+    300, st.fixed_dictionaries({}, optional={f.name: ANYTHING for f in dataclasses.fields(SamplingParams)})
+)
 def test_sampling(values):
     try:
         taken = SamplingParams(**values)
@@ -106,7 +113,9 @@ def test_requests(raw):
     assert finite(dataclasses.asdict(taken))
 
 
-MESSAGES = st.lists(st.fixed_dictionaries({}, optional={"role": TEXTS, "content": TEXTS | ANYTHING}), max_size=2)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": TEXTS, "content": TEXTS | ANYTHING}), max_size=2
+)
 ROW = st.fixed_dictionaries({"prompt": st.one_of(TEXTS, MESSAGES, ANYTHING)}, optional={"x": ANYTHING})
 ROWS = st.lists(ROW | ANYTHING, max_size=3)
 TOKENIZER = build_tokenizer()
@@ -131,7 +140,9 @@ def test_positions_name_every_row_once_an_epoch(rows, start, count, seed):
     first = start // rows * rows
     whole = data.indices(first, start - first + count + rows, seed, True)
     assert whole[start - first :][:count] == data.indices(start, count, seed, True)
-    assert all(sorted(whole[at : at + rows]) == list(range(rows)) for at in range(0, len(whole) - rows + 1, rows))
+    assert all(
+        sorted(whole[at : at + rows]) == list(range(rows)) for at in range(0, len(whole) - rows + 1, rows)
+    )
 
 
 @examples(200, st.none() | st.integers(1, 50), st.integers(0, 60), st.integers(1, 60), st.booleans())

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 TARGETS = Path(__file__).with_name("targets.py")
-NAMES = ("settings", "flag", "run_json", "run_files", "policy_files", "adapter", "tensors", "reports", "rows", "request")
+NAMES = (
+    "settings",
+    "flag",
+    "run_json",
+    "run_files",
+    "policy_files",
+    "adapter",
+    "tensors",
+    "reports",
+    "rows",
+    "request",
+)
 EXPLORE = int(os.environ.get("CLP_EXPLORE", "0"))
 SECONDS = 60 * max(EXPLORE, 1)
 
@@ -26,7 +37,9 @@ def test_every_target_is_run():
 @pytest.mark.check
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_reader_cannot_use_it_refuses_in_words(name, tmp_path):
-    pytest.importorskip("atheris", reason="atheris, which has wheels for Linux on x86-64 alone, is not installed")
+    pytest.importorskip(
+        "atheris", reason="atheris, which has wheels for Linux on x86-64 alone, is not installed"
+    )
     work, corpus = tmp_path / "work", tmp_path / "corpus"
     work.mkdir()
     corpus.mkdir()

@@ -115,7 +115,13 @@ def _choices(spec) -> frozenset:
 
 def report(spec) -> dict:
     started = time.perf_counter()
-    result = {"name": spec.name, "kernel": spec.kernel.__name__, "target": spec.target, "matrix": spec.matrix, "error": None}
+    result = {
+        "name": spec.name,
+        "kernel": spec.kernel.__name__,
+        "target": spec.target,
+        "matrix": spec.matrix,
+        "error": None,
+    }
     try:
         kernel = compiled(spec)
     except Exception as error:  # reported, and failed on, by the test

@@ -67,14 +67,18 @@ def test_every_kernel_compiles_for_every_generation(modules):
     reports = compiled("first", *modules)
     kernels = {kernel for module in modules for kernel in MODULES[module]}
     expected = {(kernel, target) for kernel in kernels for target in SHARED}
-    expected -= {(k, t) for k in kernels for t in ("sm_80", "gfx942") if k.endswith("_described")}  # no tensor descriptors
+    expected -= {
+        (k, t) for k in kernels for t in ("sm_80", "gfx942") if k.endswith("_described")
+    }  # no tensor descriptors
     assert sorted((report["kernel"], report["target"]) for report in reports) == sorted(expected)
     assert_fit(reports)
 
 
 def test_every_module_that_lists_its_compilations_is_among_them():
     modules = [m.name for m in pkgutil.iter_modules(clp_kernels.triton_kernels.__path__)]
-    listing = {m for m in modules if hasattr(importlib.import_module(f"clp_kernels.triton_kernels.{m}"), "aot_specs")}
+    listing = {
+        m for m in modules if hasattr(importlib.import_module(f"clp_kernels.triton_kernels.{m}"), "aot_specs")
+    }
     assert listing == set(MODULES)
 
 

@@ -195,7 +195,9 @@ def test_statistics_of_logits_that_are_not_finite_are_the_reference_s(backend, v
     targets = torch.full((len(logits),), 7)
     for outputs in (("top1",), ("lse",), ("lse", "top1", "logprob", "entropy")):
         for temperature in (1.0, 2e-38) if vocabulary == 37 else (1.0,):
-            assert_as_reference(backend, logits_logprob, logits, targets, temperature=temperature, outputs=outputs)
+            assert_as_reference(
+                backend, logits_logprob, logits, targets, temperature=temperature, outputs=outputs
+            )
     outputs = ("logprob", "ref_logprob", "kl", "reverse_kl", "lse", "top1")
     finite = torch.randn_like(logits)
     for policy, reference in ((logits, finite), (finite, logits)):
@@ -226,9 +228,15 @@ def test_a_gradient_of_logits_that_are_not_finite_is_not_finite_either(backend):
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-300, 0.0, -1.0, torch.nan, torch.inf])
 def test_a_temperature_whose_inverse_no_float32_holds_is_refused(backend, temperature):
-    with use_backend(backend), pytest.raises(ValueError, match="expected a positive number, at least 1.18e-38"):
+    with (
+        use_backend(backend),
+        pytest.raises(ValueError, match="expected a positive number, at least 1.18e-38"),
+    ):
         logits_logprob(torch.randn(2, 5), torch.tensor([1, 1]), temperature=temperature)
-    with use_backend(backend), pytest.raises(ValueError, match="expected a positive number, at least 1.18e-38"):
+    with (
+        use_backend(backend),
+        pytest.raises(ValueError, match="expected a positive number, at least 1.18e-38"),
+    ):
         linear_logprob(torch.randn(2, 5), torch.randn(7, 5), torch.tensor([1, 1]), temperature=temperature)
 
 
@@ -250,7 +258,11 @@ def test_numbers_at_the_ends_of_their_types_draw_as_in_the_reference(backend, op
 
 @pytest.mark.parametrize(
     "options",
-    [{name: value} for name in ("temperature", "top_k", "top_p", "min_p") for value in (torch.nan, torch.inf, -1, "3")]
+    [
+        {name: value}
+        for name in ("temperature", "top_k", "top_p", "min_p")
+        for value in (torch.nan, torch.inf, -1, "3")
+    ]
     + [{"top_k": 1.5}, {"top_p": 0}, {"min_p": 1.5}, {"temperature": 1e39}],
     ids=str,
 )

@@ -38,8 +38,12 @@ def results(call, tensors, wanted):
     found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if wanted:
         outputs = [output for output in outputs if output.requires_grad]
-        incoming = [torch.linspace(-1, 1.5, o.numel(), dtype=torch.float64).view(o.shape).bfloat16() for o in outputs]
-        grads = torch.autograd.grad(outputs, [leaves[n] for n in wanted], [i.to(o.dtype) for i, o in zip(incoming, outputs)])
+        incoming = [
+            torch.linspace(-1, 1.5, o.numel(), dtype=torch.float64).view(o.shape).bfloat16() for o in outputs
+        ]
+        grads = torch.autograd.grad(
+            outputs, [leaves[n] for n in wanted], [i.to(o.dtype) for i, o in zip(incoming, outputs)]
+        )
         found |= {f"d_{name}": grad for name, grad in zip(wanted, grads)}
     return found
 
@@ -61,7 +65,9 @@ def assert_rounded_once(call, tensors, wanted=(), roundings=1.0, relative=3e-6, 
         allowed = (size if roundings == 1.0 else size.max()) * roundings * eps / 2 + relative * size.max()
         allowed += kind.smallest_normal * kind.eps / 2  # of a subnormal number
         worst = (error - allowed).argmax()
-        assert (error <= allowed).all(), f"{name}: error {error.flatten()[worst]:.3g} of {size.flatten()[worst]:.3g}"
+        assert (error <= allowed).all(), (
+            f"{name}: error {error.flatten()[worst]:.3g} of {size.flatten()[worst]:.3g}"
+        )
 
 
 def randn(*shape, dtype, scale=1.0):
@@ -81,7 +87,9 @@ TARGETS = torch.tensor([0, 3, -100, 82, 7, -100, 40, 41, 5])
 
 def statistics_of(function, outputs=OUTPUTS, **options):
     def call(hidden, weight, a, b, gate, ref):
-        stats = function(hidden, weight, TARGETS, lora=HeadLoRA(a, b, gate), ref_hidden=ref, outputs=outputs, **options)
+        stats = function(
+            hidden, weight, TARGETS, lora=HeadLoRA(a, b, gate), ref_hidden=ref, outputs=outputs, **options
+        )
         return [getattr(stats, name) for name in outputs]
 
     return call
@@ -129,7 +137,10 @@ def test_logits_beyond_float16_are_statistics_like_any_other(function, alone):
     tensors = head(torch.float16, scale=100.0)
     assert (tensors["hidden"].double() @ tensors["weight"].double().t()).abs().max() > 2 * 65504
     assert_rounded_once(
-        statistics_of(function, logit_scale=1e-5), tensors, ("hidden", "weight", "a", "b", "gate"), relative=1e-5
+        statistics_of(function, logit_scale=1e-5),
+        tensors,
+        ("hidden", "weight", "a", "b", "gate"),
+        relative=1e-5,
     )
 
 
@@ -142,7 +153,9 @@ def multi_lora(x, weight, lora_a, lora_b, gate, bias):
 
 def layer(dtype, rows=11, k=64, n=33, rank=6):
     shapes = ((rows, k), (n, k), (rank, k), (n, rank), (rows, rank), (n,))
-    return {name: randn(*shape, dtype=dtype) for name, shape in zip(LORA, shapes)} | {"gate": torch.randn(rows, rank)}
+    return {name: randn(*shape, dtype=dtype) for name, shape in zip(LORA, shapes)} | {
+        "gate": torch.randn(rows, rank)
+    }
 
 
 @REFERENCE
@@ -191,7 +204,9 @@ def full_weight(x, stack, blend, base, bias):
 
 def stacked(dtype, rows=11, k=64, n=33, models=4):
     shapes = ((rows, k), (models, n, k), (rows, models), (n, k), (n,))
-    return {name: randn(*shape, dtype=dtype) for name, shape in zip(FULL, shapes)} | {"blend": torch.randn(rows, models)}
+    return {name: randn(*shape, dtype=dtype) for name, shape in zip(FULL, shapes)} | {
+        "blend": torch.randn(rows, models)
+    }
 
 
 @REFERENCE
@@ -215,9 +230,15 @@ def test_interpolated_linear_where_a_product_or_a_scaled_row_is_beyond_float16(b
 def test_the_other_ops(dtype):
     """Where the CPU takes float16 and bfloat16 otherwise, by whatever back-end serves it."""
     layout = PrefixLayout.from_lengths([5, 4, 3], [-1, 0, 0])
-    qkv = {"q": randn(12, 4, 16, dtype=dtype), "k": randn(12, 2, 16, dtype=dtype), "v": randn(12, 2, 16, dtype=dtype)}
+    qkv = {
+        "q": randn(12, 4, 16, dtype=dtype),
+        "k": randn(12, 2, 16, dtype=dtype),
+        "v": randn(12, 2, 16, dtype=dtype),
+    }
     # out, which backward takes in q's dtype, was rounded: a rounding of each gradient beside its own.
-    assert_rounded_once(lambda q, k, v: (prefix_attention(q, k, v, layout),), qkv, ("q", "k", "v"), roundings=3)
+    assert_rounded_once(
+        lambda q, k, v: (prefix_attention(q, k, v, layout),), qkv, ("q", "k", "v"), roundings=3
+    )
     stack, weights = randn(3, 40, 7, dtype=dtype, scale=100), torch.tensor([0.5, -0.2, 0.7])
     assert_rounded_once(lambda stack: (interpolate(stack, weights),), {"stack": stack}, ("stack",))
     assert_rounded_once(lambda stack: (merge_sign_consensus(stack, weights),), {"stack": stack})
@@ -248,7 +269,9 @@ def test_ignored_rows_pass_no_gradient_whatever_they_hold(backend, dtype, value,
         request.getfixturevalue("alone")
     ignored = TARGETS == -100
     outputs = ("logprob",) if op == "directions" else OUTPUTS
-    wanted = {"logits": ("hidden",), "directions": ("hidden", "a", "gate")}.get(op, ("hidden", "weight", "a", "b", "gate"))
+    wanted = {"logits": ("hidden",), "directions": ("hidden", "a", "gate")}.get(
+        op, ("hidden", "weight", "a", "b", "gate")
+    )
 
     def call(hidden, weight, a, b, gate, ref):
         if op == "logits":
@@ -257,7 +280,9 @@ def test_ignored_rows_pass_no_gradient_whatever_they_hold(backend, dtype, value,
         function = vocab_parallel_linear_logprob if op == "shards" else linear_logprob
         return statistics_of(function, outputs, softcap=softcap)(hidden, weight, a, b, gate, ref)
 
-    tensors = {name: t.to(dtype) for name, t in head(torch.float32, width=83 if op == "logits" else 40).items()}
+    tensors = {
+        name: t.to(dtype) for name, t in head(torch.float32, width=83 if op == "logits" else 40).items()
+    }
     clean, rowwise = results(call, tensors, wanted), ("hidden", "ref", "gate")
     for name in rowwise:
         tensors[name] = tensors[name].masked_fill(ignored[:, None], value)
@@ -265,4 +290,6 @@ def test_ignored_rows_pass_no_gradient_whatever_they_hold(backend, dtype, value,
     for name, got in broken.items():
         if name.startswith("output") or name.removeprefix("d_") in rowwise:
             assert (got[ignored] == 0).all(), name
-        torch.testing.assert_close(got, clean[name], rtol=0, atol=0, msg=lambda message, name=name: f"{name}: {message}")
+        torch.testing.assert_close(
+            got, clean[name], rtol=0, atol=0, msg=lambda message, name=name: f"{name}: {message}"
+        )

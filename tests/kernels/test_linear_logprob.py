@@ -372,7 +372,9 @@ def test_bfloat16_products_keep_the_digits_of_a_small_kl(backend, instruction_se
     targets, outputs = torch.randint(vocabulary, (rows,)), ("kl", "logprob", "entropy")
 
     def statistics(dtype):
-        stats = linear_logprob(hidden.to(dtype), weight.to(dtype), targets, ref_hidden=reference.to(dtype), outputs=outputs)
+        stats = linear_logprob(
+            hidden.to(dtype), weight.to(dtype), targets, ref_hidden=reference.to(dtype), outputs=outputs
+        )
         return [getattr(stats, name).double().detach() for name in outputs]
 
     with use_backend("reference"):

@@ -71,9 +71,7 @@ def test_sanitizers_find_nothing(request):
         pytest.skip("the compiler has no shared AddressSanitizer library")
     extension = sanitized_extension(request.config.cache.mkdir("sanitized"))
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    process = run(
-        sys.executable, "drive.py", "sanitized", extension, LD_PRELOAD=" ".join(found), **options
-    )
+    process = run(sys.executable, "drive.py", "sanitized", extension, LD_PRELOAD=" ".join(found), **options)
     assert_passed(process, 800)
 
 

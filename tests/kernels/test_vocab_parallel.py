@@ -160,7 +160,8 @@ def test_the_lowest_column_wins_a_tie_between_pieces_in_any_order():
     m = torch.tensor([[3.0, 1.0, -inf, 1.0, inf], [3.0, 2.0, -inf, 0.0, 5.0], [-inf, 2.0, -inf, 0.0, nan]])
     s = torch.tensor([[1.0, 1.0, 0.0, nan, inf], [1.0, 1.0, 0.0, 1.0, nan], [0.0, 1.0, 0.0, nan, nan]])
     top1 = torch.tensor(
-        [[70, 71, 70, 70, 2], [12, 13, 10, 10, 40], [2**31 - 1, 3, 2**31 - 1, 2**31 - 1, 30]], dtype=torch.int32
+        [[70, 71, 70, 70, 2], [12, 13, 10, 10, 40], [2**31 - 1, 3, 2**31 - 1, 2**31 - 1, 30]],
+        dtype=torch.int32,
     )
     assert merge_top1(m, s, top1).tolist() == [12, 3, 10, 70, 30]
 

@@ -17,7 +17,14 @@ from typing import Any
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars""".split()
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-KEYS = {"right": "\ue014", "left": "\ue012", "home": "\ue011", "end": "\ue010", "tab": "\ue004", "enter": "\ue007"}
+KEYS = {
+    "right": "\ue014",
+    "left": "\ue012",
+    "home": "\ue011",
+    "end": "\ue010",
+    "tab": "\ue004",
+    "enter": "\ue007",
+}
 
 
 def missing() -> str | None:
@@ -35,7 +42,10 @@ class Browser:
 
     def __init__(self, profile: Path, *flags: str):
         self._driver = subprocess.Popen(
-            [shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [shutil.which("chromedriver"), "--port=0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for line in self._driver.stdout:
             if match := re.search(r"started successfully on port (\d+)", line):
@@ -45,7 +55,11 @@ class Browser:
         self._url = f"http://127.0.0.1:{match[1]}/session"
         binary = shutil.which("chromium") or shutil.which("chromium-browser")
         options = {"binary": binary, "args": [*FLAGS, f"--user-data-dir={profile}", *flags]}
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}}
+        wanted = {
+            "capabilities": {
+                "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+            }
+        }
         try:
             self._url += "/" + self._ask("POST", "", wanted)["sessionId"]
         except BaseException:
@@ -64,7 +78,9 @@ class Browser:
 
     def _ask(self, method: str, path: str, body: dict | None = None) -> Any:
         data = None if method != "POST" else json.dumps(body or {}).encode()
-        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(
+            self._url + path, data, {"Content-Type": "application/json"}, method=method
+        )
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return json.load(answer)["value"]
@@ -116,7 +132,11 @@ class Browser:
 
     def problems(self) -> list[str]:
         """What the page wrote to its console as an error or warning since the last call."""
-        return [entry["message"] for entry in self._ask("POST", "/se/log", {"type": "browser"}) if entry["level"] != "INFO"]
+        return [
+            entry["message"]
+            for entry in self._ask("POST", "/se/log", {"type": "browser"})
+            if entry["level"] != "INFO"
+        ]
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         shot = self.command("Page.captureScreenshot", {"captureBeyondViewport": whole})

@@ -14,7 +14,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 def pinned() -> dict[str, str]:
     """Version by package, of both lists."""
-    lines = [line for file in Path(__file__).parent.glob("requirements*.txt") for line in file.read_text().splitlines()]
+    lines = [
+        line
+        for file in Path(__file__).parent.glob("requirements*.txt")
+        for line in file.read_text().splitlines()
+    ]
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 

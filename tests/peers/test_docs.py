@@ -84,7 +84,9 @@ def test_every_link_leads_to_a_page_and_a_place_on_it(pages):
 
 
 def test_nothing_is_loaded_from_elsewhere(pages):
-    assert [load for page in pages.values() for load in page.loads if urlsplit(load).scheme not in ("", "data")] == []
+    assert [
+        load for page in pages.values() for load in page.loads if urlsplit(load).scheme not in ("", "data")
+    ] == []
 
 
 @pytest.mark.parametrize("package", ["clp_engine", "clp_kernels"])
@@ -146,7 +148,9 @@ Prose that goes on with
 seed: not an argument.
 
     x: code <b>"""
-    assert to_markdown(docstring) == """What is computed: &lt;x>.
+    assert (
+        to_markdown(docstring)
+        == """What is computed: &lt;x>.
 
 - `weight`: (N, K);  bias (N,) or None
 - `gate_index`: the row's own `<a>`
@@ -158,3 +162,4 @@ Prose that goes on with
 seed: not an argument.
 
     x: code <b>"""
+    )

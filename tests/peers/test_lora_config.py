@@ -66,7 +66,9 @@ def scalings(model) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(COMPOSITE)))  # whose layers for images get no adapter here
+@pytest.mark.parametrize(
+    "family", sorted(set(FAMILIES) - set(COMPOSITE))
+)  # whose layers for images get no adapter here
 @pytest.mark.parametrize("what", CONFIGS)
 def test_layers_ranks_and_scalings_are_peft_s(tmp_path, family, what):
     options = CONFIGS[what](family)

@@ -26,7 +26,11 @@ def save_run(run, objectives, **options):
                 parameter.normal_(0, 0.3)
     policy.save_pretrained(run / "policy")
     odds = options.get("kl_conditioning") == "odds"
-    config = {"max_completion_length": 12, "temperature": 0.7, **({"alpha_range": [0.02, 0.2]} if odds else {})}
+    config = {
+        "max_completion_length": 12,
+        "temperature": 0.7,
+        **({"alpha_range": [0.02, 0.2]} if odds else {}),
+    }
     RunSpec("docsum", tuple(objectives), task="docsum", config=config).save(run)
     evaluate(
         policy,
@@ -110,7 +114,10 @@ class Page:
 
     @property
     def dot(self):
-        return [float(self.browser.run(f"return document.getElementById('dot').dataset.{at}")) for at in ("across", "up")]
+        return [
+            float(self.browser.run(f"return document.getElementById('dot').dataset.{at}"))
+            for at in ("across", "up")
+        ]
 
 
 @pytest.fixture
@@ -184,12 +191,14 @@ def test_an_empty_text_is_an_error_that_a_screen_reader_hears_and_the_next_text_
 
 
 def test_markup_in_a_text_or_a_completion_is_shown_and_not_run(page):
-    hostile = "<img src=x onerror=\"window.ran = 1\"><script>window.ran = 1</script>"
+    hostile = '<img src=x onerror="window.ran = 1"><script>window.ran = 1</script>'
     page.browser.run("document.getElementById('text').value = arguments[0]", hostile)
     page.change(lambda: page.browser.click("button.main"))
     page.browser.run("showCompletion('own', {text: arguments[0], tokens: 1, cut: false})", hostile)
     assert page.own == hostile
-    assert page.browser.run("return [window.ran === undefined, document.querySelectorAll('#own *').length]") == [True, 0]
+    assert page.browser.run(
+        "return [window.ran === undefined, document.querySelectorAll('#own *').length]"
+    ) == [True, 0]
 
 
 def test_drawing_again_gives_another_completion_and_greedy_the_first_one(page):
@@ -233,13 +242,17 @@ def test_nothing_is_wider_than_the_window_and_every_control_has_a_name(page, wid
 
 
 def test_all_of_it_is_reached_with_the_tab_key_in_reading_order(page):
-    page.browser.run("document.activeElement.blur(); window.getSelection().removeAllRanges(); window.scrollTo(0, 0)")
+    page.browser.run(
+        "document.activeElement.blur(); window.getSelection().removeAllRanges(); window.scrollTo(0, 0)"
+    )
     order = []
     for _ in range(12):
         for kind in ("rawKeyDown", "keyUp"):
             key = {"type": kind, "key": "Tab", "code": "Tab", "windowsVirtualKeyCode": 9}
             page.browser.command("Input.dispatchKeyEvent", key)
-        order.append(page.browser.run("return document.activeElement.id || document.activeElement.textContent"))
+        order.append(
+            page.browser.run("return document.activeElement.id || document.activeElement.textContent")
+        )
     assert order[:8] == ["example", "text", "w0", "w1", "equal", "coverage alone", "brevity alone", "kl"]
     assert "Write" in order and "length" in order
 
@@ -264,14 +277,18 @@ def test_three_objectives_are_interpolated_in_their_triangle_and_any_two_can_be_
         assert found == pytest.approx(row, abs=1e-6)
     counts = window.run(
         "return arguments[1].map((w) => neighbours(arguments[0].map((weights) => ({weights})), arguments[2], w).length)",
-        lattice, wanted, names,
+        lattice,
+        wanted,
+        names,
     )
     assert max(counts) == 3  # the corners of one small triangle
     # A grid with a hole: all points count, the near ones most.
     holes = [w for w in lattice if w["coverage"] != pytest.approx(1 / 3, abs=1e-3)]
     [found] = window.run(script, holes, [[1 / 3, 1 / 3, 1 / 3]], names)
     assert sum(found) == pytest.approx(1)
-    window.run("const up = document.getElementById('up'); up.value = 'faithfulness'; up.dispatchEvent(new Event('change'))")
+    window.run(
+        "const up = document.getElementById('up'); up.value = 'faithfulness'; up.dispatchEvent(new Event('change'))"
+    )
     assert page.dot == pytest.approx([corner[0], corner[2]])
     assert "faithfulness (mean reward)" in window.text("#picture")
     page.press("#w2", "end")

@@ -204,7 +204,8 @@ def test_what_functions_log_has_trl_s_names(tmp_path):
         found[name] = {
             key
             for key in trainer.state.log_history[0]
-            if key.startswith(("reward", "mean_", "completions/")) and not re.search("/weight_|/missing$", key)
+            if key.startswith(("reward", "mean_", "completions/"))
+            and not re.search("/weight_|/missing$", key)
         }
     terminated = {
         f"completions/{kind}_terminated_length" for kind in ("mean", "min", "max")

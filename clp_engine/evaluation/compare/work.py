@@ -240,5 +240,3 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def _write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-

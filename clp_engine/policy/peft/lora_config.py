@@ -133,7 +133,9 @@ def _chooser(config: LoraConfig) -> Callable[[PreTrainedModel], list[str]]:
     return choose
 
 
-def _on_text_path(config: LoraConfig, model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _on_text_path(
+    config: LoraConfig, model: PreTrainedModel, modules: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
     """Without the layers of a model of text and images that text passes by; says so where they were asked for by name."""
     beside = beside_text(model)
     left = {name: module for name, module in modules.items() if not beside(name)}

@@ -200,7 +200,9 @@ def _adapter(
         )
     base = config.get("base_model_name_or_path") or ""
     if not isinstance(base, str):
-        raise ConfigError(f"{source}: base_model_name_or_path={shown(base)}: expected the name of a model, or null")
+        raise ConfigError(
+            f"{source}: base_model_name_or_path={shown(base)}: expected the name of a model, or null"
+        )
     return Adapter(source, base, layers, base_weights or {})
 
 
@@ -219,13 +221,20 @@ def _file(location: str | Path, name: str) -> Path:
 
 
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
-    for name, pattern, values in (("r", "rank_pattern", COUNT), ("lora_alpha", "alpha_pattern", Range(float))):
+    for name, pattern, values in (
+        ("r", "rank_pattern", COUNT),
+        ("lora_alpha", "alpha_pattern", Range(float)),
+    ):
         if name not in config:
-            raise ConfigError(f"{path}: {name} is missing; expected a configuration that PEFT's save_pretrained wrote")
+            raise ConfigError(
+                f"{path}: {name} is missing; expected a configuration that PEFT's save_pretrained wrote"
+            )
         values.check(f"{path}: {name}", config[name])
         if entries := config.get(pattern):
             if not isinstance(entries, Mapping):
-                raise ConfigError(f"{path}: {pattern}={shown(entries)}: expected a number for each expression")
+                raise ConfigError(
+                    f"{path}: {pattern}={shown(entries)}: expected a number for each expression"
+                )
             values.check(f"{path}: {pattern}", entries, MAPPINGS)
 
 

@@ -143,9 +143,19 @@ def restoring(path: str | Path) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{Path(path) / STATE_FILE} is damaged or another's ({reason}); {_ANOTHER}") from error
+        raise ConfigError(
+            f"{Path(path) / STATE_FILE} is damaged or another's ({reason}); {_ANOTHER}"
+        ) from error
 
 
 def load_policy(path: str | Path, policy) -> None:

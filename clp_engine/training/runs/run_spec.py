@@ -118,7 +118,9 @@ class RunSpec:
         if self.task is not None:
             return _select(find_task(self.task), self.objectives)
         if not self.rewards:
-            raise ConfigError("this run names neither a task nor rewards; give --task, or --dataset and --rewards")
+            raise ConfigError(
+                "this run names neither a task nor rewards; give --task, or --dataset and --rewards"
+            )
         return {name: load_reward(spec) for name, spec in self.rewards.items()}
 
     def train_rows(self, limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:

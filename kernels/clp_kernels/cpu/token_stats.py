@@ -242,7 +242,9 @@ class _LinearProblem:
         """Columns of a chunk. The sums of a chunk are rounded once: in batch-invariant mode it may not depend on the rows."""
         rows = ROWS if is_batch_invariant() else max(min(self.hidden.shape[0], ROWS), 1)
         width = CHUNK // rows
-        return min(width // 64 * 64 or width, self.weight.shape[0])  # whole tiles; rows that start on a cache line
+        return min(
+            width // 64 * 64 or width, self.weight.shape[0]
+        )  # whole tiles; rows that start on a cache line
 
     def columns(self) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
         """Chunks of the vocabulary with the policy's and the reference's piece of the weight."""

@@ -156,7 +156,10 @@ def aot_specs() -> Iterator[AotSpec]:
                 make(rank, size),
                 make(size, rank),
             )
-            gate, index = make(groups, rank, dtype=gate_dtype), make(rows, dtype=torch.int64) if indexed else None
+            gate, index = (
+                make(groups, rank, dtype=gate_dtype),
+                make(rows, dtype=torch.int64) if indexed else None,
+            )
             if dy == "once" and low_rank.pieces_of_both(make(rows, size), b) is None:
                 return  # dY is read twice there
             with strategy.force(product="fused", dy=dy):

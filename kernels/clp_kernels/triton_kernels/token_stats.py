@@ -310,13 +310,19 @@ def aot_specs() -> Iterator[AotSpec]:
             adapters = HeadLoRA(make(rank, width), make(vocabulary, rank), make(rows, rank)) if lora else None
             ref_weight = make(vocabulary, 2 * width) if apart else weight
             biases = [make(vocabulary) if bias else None for _ in range(2)]
-            head = Head(hidden, weight, biases[0], make(rows, ref_weight.shape[1]), ref_weight, biases[1], adapters)
+            head = Head(
+                hidden, weight, biases[0], make(rows, ref_weight.shape[1]), ref_weight, biases[1], adapters
+            )
             targets = make(rows, dtype=torch.int64) if asked.intersection(NEED_TARGETS) else None
             options = Rows(targets, make(rows, dtype=torch.float32), softcap, 1.0, -100)
             copies = 2 if asked.intersection(("kl", "reverse_kl")) else 1
             logits = make(copies, kept, vocabulary, dtype=torch.float32) if kept else None
             outputs, saved = linear_forward(head, options, asked, logits)
-            grads = {name: value for name, value in zip(OUTPUTS, outputs) if value.numel() and name in DIFFERENTIABLE}
+            grads = {
+                name: value
+                for name, value in zip(OUTPUTS, outputs)
+                if value.numel() and name in DIFFERENTIABLE
+            }
             needs = frozenset(("hidden", "weight", "bias", *(("lora_a", "lora_b", "gate") if lora else ())))
             if grads:
                 linear_backward(head, options, grads, saved, logits, needs if bias else needs - {"bias"})
@@ -336,18 +342,24 @@ def aot_specs() -> Iterator[AotSpec]:
         ("sm_80", "sm_90", "sm_100", "gfx942"), (torch.bfloat16, torch.float16, torch.float32), subsets, (False, True),
         (False, True), (True, False), (True, False), (30.0, None), (0, 100),
     ):  # fmt: skip
-        if (apart and not asked.intersection(NEED_REFERENCE)) or (kept and not asked.intersection(DIFFERENTIABLE)):
+        if (apart and not asked.intersection(NEED_REFERENCE)) or (
+            kept and not asked.intersection(DIFFERENTIABLE)
+        ):
             continue
         call = example(dtype, asked, odd=odd, apart=apart, lora=lora, bias=bias, softcap=softcap, kept=kept)
         label = f"{str(dtype)[6:]} {','.join(sorted(asked))}{' odd' * odd}{' apart' * apart}{' lora' * lora}"
         label += " kept" * bool(kept)
-        yield from recorded(label, call, (target,), matrix if dtype is not torch.float32 and not odd else lambda *_: False)
+        yield from recorded(
+            label, call, (target,), matrix if dtype is not torch.float32 and not odd else lambda *_: False
+        )
 
     for tunable, (kept, softcap) in itertools.product((FORWARD, GRADIENT, PRODUCT), ((0, None), (100, 30.0))):
 
         def chosen(family: str, choice: tuple, kept=kept, softcap=softcap):
             dtype = torch.float32 if family.startswith("plain") else torch.bfloat16
             asked = frozenset(("logprob", "entropy") if family.endswith("single") else OUTPUTS)
-            return example(dtype, asked, odd=False, apart=False, lora=True, bias=True, softcap=softcap, kept=kept)
+            return example(
+                dtype, asked, odd=False, apart=False, lora=True, bias=True, softcap=softcap, kept=kept
+            )
 
         yield from recorded_choices(tunable, chosen, matrix)
