@@ -69,7 +69,8 @@ class Range:
         """
         entries: Collection[Any] = (value,)
         if isinstance(value, several):
-            entries = tuple(value.values() if isinstance(value, Mapping) else value)
+            given: Any = value
+            entries = tuple(given.values() if isinstance(given, Mapping) else given)
         if not entries or not all(one in self for one in entries):
             remedy = f"; {self.remedy}" if self.remedy else ""
             raise ConfigError(f"{name}={shown(value)}: expected {self}{remedy}")

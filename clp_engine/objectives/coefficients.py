@@ -211,6 +211,7 @@ def coefficients(
         advantage = torch.where(counts, advantage.to(dtype), 0.0)
         score = advantage.unsqueeze(-1) * mask
     elif baseline == "value":
+        assert values is not None  # see `_check`
         returns = _returns_to_go(tokens, log_ratio, rewards, kl_coef, reward_scale, estimator, exact)
         counts = ~returns.isnan().any(-1)
         advantage = torch.where(mask & counts.unsqueeze(-1), returns - values.to(dtype), 0.0)
@@ -219,9 +220,10 @@ def coefficients(
         penalty = _penalty(tokens, log_ratio, estimator, exact).sum(-1)
         advantage, counts = baselined(reward_scale * rewards - kl_coef * penalty, group_size, baseline)
         score = advantage.unsqueeze(-1) * mask
-    clipped: tuple = ()
+    clipped: tuple[torch.Tensor, ...] = ()
     if batch.old_logprob is not None:
-        score, *clipped = _clipped(score, tokens, batch.old_logprob, epsilon, epsilon_high, delta)
+        score, *shares = _clipped(score, tokens, batch.old_logprob, epsilon, epsilon_high, delta)
+        clipped = tuple(shares)
 
     loss_coef = (kl_coef * counts).unsqueeze(-1) * mask
     if estimator == "k2":
@@ -268,7 +270,12 @@ def _penalty(tokens: Tokens, log_ratio: torch.Tensor, estimator: str, exact: flo
     if estimator in ("k2", "k3"):
         return torch.zeros_like(log_ratio)
     penalty = (1 - exact) * log_ratio
-    return penalty + exact * torch.where(tokens.mask, tokens.kl, 0.0) if exact else penalty
+    return penalty + exact * _exact_kl(tokens) if exact else penalty
+
+
+def _exact_kl(tokens: Tokens) -> torch.Tensor:
+    assert tokens.kl is not None  # see `_check`
+    return torch.where(tokens.mask, tokens.kl, 0.0)
 
 
 def _returns_to_go(
@@ -284,7 +291,7 @@ def _returns_to_go(
     penalty = _penalty(tokens, log_ratio, estimator, exact)
     to_come = penalty.flip(-1).cumsum(-1).flip(-1)
     if exact:  # the KL of step t does not depend on token t
-        to_come = to_come - exact * torch.where(tokens.mask, tokens.kl, 0.0)
+        to_come = to_come - exact * _exact_kl(tokens)
     return (reward_scale * rewards).unsqueeze(-1) - kl_coef.unsqueeze(-1) * to_come
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,7 @@ class PolicyGradient:
         sums = self._mix_sums(forward) if self.settings.kl_estimator == "mixed" else None
         if self.value_head is None:
             return Learned(sums)
+        assert forward.predicted is not None  # by the head
         tokens = forward.rewarded.tokens
         returns = returns_to_go(forward.rewarded, estimator=self.settings.kl_estimator, mix=self.mix)
         fitted = (forward.counted & ~returns.isnan())[tokens.mask]
@@ -170,7 +172,8 @@ class PolicyGradient:
             if first:
                 self.value_head.observe(targets)
         if self.settings.kl_estimator == "mixed":
-            found["mix_dot"], found["mix_norm"] = sum(part.mix_sums for part in learned).unbind()
+            sums = (part.mix_sums for part in learned if part.mix_sums is not None)
+            found["mix_dot"], found["mix_norm"] = functools.reduce(torch.add, sums).unbind()
         return found
 
     def after_step(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -30,6 +30,8 @@ DECAY = 0.98  # per step, of the running moments
 class ValueHead(nn.Module):
     """V for tokens with hidden states (N, H) and conditions (N, M + 2); float32. Starts as `location` alone, at 0."""
 
+    moments: torch.Tensor
+
     def __init__(self, hidden_size: int, num_objectives: int, seed: int = 0):
         super().__init__()
         self.hidden = nn.Linear(hidden_size + num_objectives + 2, WIDTH)

@@ -53,7 +53,8 @@ class WeightSampler(Protocol):
 
 
 class KLSampler(Protocol):
-    smallest: float
+    @property
+    def smallest(self) -> float: ...
 
     def __call__(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         """(rows,) float32."""
