@@ -29,12 +29,12 @@ PRETENDED := tests/test_pretend_gpu.py tests/kernels/test_gpu_kernels.py tests/e
 AVX2 := CLP_KERNELS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 NUMERIC := $(addprefix tests/kernels/test_,matmul.py multi_lora.py linear_logprob.py linear_logprob_directions.py logits_logprob.py \
   sampling.py interpolation.py interpolated_linear.py prefix_attention.py decoder.py) \
-  $(addprefix tests/engine/test_,native_decoding.py rollout.py estimators.py steerable.py)
+  $(addprefix tests/engine/,rollouts/test_native_decoding.py rollouts/test_rollout.py objectives/test_estimators.py policy/test_steerable.py)
 
 # What other versions of the libraries may change: everything of the engine, and of the kernels what torch and Triton run.
 VERSIONED := tests/engine tests/tasks $(filter tests/kernels/%,$(NUMERIC)) tests/kernels/test_composition.py
 # Old libraries call what others have deprecated since; how many operations a step has is counted with the pinned ones.
-OF_lowest := -W default::DeprecationWarning -W default::FutureWarning --ignore tests/engine/test_step_work.py
+OF_lowest := -W default::DeprecationWarning -W default::FutureWarning --ignore tests/engine/training/test_step_work.py
 
 .PHONY: demo test check pretend avx2 aarch64 lowest newest peers docs install lint clean
 

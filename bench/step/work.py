@@ -7,7 +7,8 @@
     host reads    values that the host waits for on a GPU: item, tolist, bool(tensor), masks whose size decides a shape
 
 The step is one of a small model, float32, on the CPU: 6 prompts of 3 to 41 tokens, 4 completions each of 1 to 16 tokens, two
-objectives, two micro-batches. Ops of clp_kernels count by the formulas here. tests/engine/test_step_work.py holds the ceilings.
+objectives, two micro-batches. Ops of clp_kernels count by the formulas here. The ceilings are in
+tests/engine/training/test_step_work.py.
 
 The least: every token of a prompt once, whatever the size of its group, and every completion token but the last once, in
 rollout, in the policy's pass and in the reference's; the backward pass with the frozen weights left out; the output projection

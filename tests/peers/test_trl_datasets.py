@@ -6,7 +6,7 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 from datasets import Dataset, DatasetDict, IterableDataset
 from engine.conftest import build_tokenizer
-from engine.test_data import CHAT, READS_PARTS, READS_TEXTS, adapters
+from engine.data.test_data import CHAT, READS_PARTS, READS_TEXTS, adapters
 from peers.both_trainers import BOTH, ROWS, our_trainer, trl_trainer
 
 from clp_engine.core.errors import ConfigError
