@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from engine.training import test_trainer
 from engine.conftest import CAUSAL, build_model, build_policy
 from engine.rollouts.test_rollout import MIXED, PROMPTS
+from engine.training import test_trainer
 from engine.training.test_trainer import ROWS, log_of, settings
 
 from clp_engine.core.errors import ConfigError
