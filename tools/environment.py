@@ -19,6 +19,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OLDEST = (3, 10)
 # What the installed package depends on: a change of any of these installs again. Python sources are used in place.
 INPUTS = ("pyproject.toml", "CMakeLists.txt", "csrc")
+# So does another set of packages: the finder of an editable installation lists those that there were.
+PACKAGES = ("clp_engine", "kernels")
 PEERS, PEERS_ALONE = "tests/peers/requirements.txt", "tests/peers/requirements-alone.txt"
 
 
@@ -66,6 +68,12 @@ def fingerprint(options, inputs):
             with open(file, "rb") as stream:
                 digest.update(file.encode() + stream.read())
     return digest.hexdigest()
+
+
+def packages():
+    tops = [os.path.join(ROOT, top) for top in PACKAGES]
+    found = [folder for top in tops for folder, _, names in os.walk(top) if "__init__.py" in names]
+    return sorted(os.path.relpath(folder, ROOT) for folder in found)
 
 
 def pip(python, constraints, arguments):
@@ -177,7 +185,7 @@ def main():
         for stamp in ("clp-engine.installed", "clp-engine.peers"):
             if os.path.exists(os.path.join(folder, stamp)):
                 os.remove(os.path.join(folder, stamp))
-    once(folder, "clp-engine.installed", fingerprint(chosen, inputs), install)
+    once(folder, "clp-engine.installed", fingerprint((chosen, packages()), inputs), install)
     if options.peers:
         once(folder, "clp-engine.peers", fingerprint(chosen, (PEERS, PEERS_ALONE)), install_peers)
 
