@@ -88,7 +88,7 @@ def check_unchanged(run: Run, folder: Path) -> None:
 def train(plan: Plan, run: Run, progress: bool = True) -> None:
     """Train a run unless it is done, from its newest checkpoint if it has one.
 
-    Raises Busy where another process trains it, and the errors of training. `runs.Interrupted` leaves a checkpoint.
+    Raises Busy where another process trains it, and the errors of training. `running.Interrupted` leaves a checkpoint.
     """
     from clp_engine.training.settings.config import CLPConfig
 

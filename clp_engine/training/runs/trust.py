@@ -24,7 +24,7 @@ _KEY_BYTES = 32
 
 
 class Described(Protocol):
-    """What of a `runs.RunSpec` decides what following it does."""
+    """What of a `run_spec.RunSpec` decides what following it does."""
 
     @property
     def task(self) -> str | None: ...
@@ -90,7 +90,7 @@ def _origin(reward: str) -> str:
     if module.endswith(".py"):
         return f"{function} of {Path(module).resolve()}"
     top, *_ = module.partition(".")
-    here = os.getcwd()  # where `runs.load_reward` looks, too
+    here = os.getcwd()  # where `sources.load_reward` looks, too
     places = sys.path if here in sys.path else [here, *sys.path]
     found = next(
         (Path(p) / name for p in places for name in (top, f"{top}.py") if (Path(p) / name).exists()), None
