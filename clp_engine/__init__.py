@@ -19,7 +19,7 @@ _WHERE = {
     "LogitMixture": "policy.logit_mixture",
     "Objective": "objectives.objective",
     "ParetoReport": "evaluation.report",
-    "Reference": "objectives.reference",
+    "Reference": "policy.references",
     "RewardSet": "data.rewards",
     "Rollout": "rollouts.types",
     "RolloutEngine": "rollouts.types",

@@ -20,11 +20,11 @@ from clp_engine.models.base import holds_adapters
 from clp_engine.models.forms import Conditioning
 from clp_engine.objectives.objective import Objective
 from clp_engine.objectives.policy_gradient import PolicyGradient
-from clp_engine.objectives.reference import Reference
 from clp_engine.objectives.value_head import ValueHead
 from clp_engine.objectives.weightings import Weighting, build_sampler
 from clp_engine.policy.peft import lora_config
 from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.policy.references import Reference
 from clp_engine.rollouts.engines.choice import detours
 from clp_engine.training.collecting.collector import CollectorParts
 from clp_engine.training.collecting.planning import Planner

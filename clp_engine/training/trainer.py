@@ -34,8 +34,8 @@ from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData
 from clp_engine.objectives.objective import Objective
-from clp_engine.objectives.reference import FrozenReference, Reference
 from clp_engine.objectives.weightings import Weighting
+from clp_engine.policy.references import FrozenReference, Reference
 from clp_engine.training import building, evaluating
 from clp_engine.training.budget import Budget, Epochs, Progress, finish_step_on_interrupt, of_run
 from clp_engine.training.checkpoints import best, checkpoint, resuming
@@ -173,7 +173,7 @@ class CLPTrainer(surface.ScriptSurface):
         if iteration == 0:
             metrics |= batch.metrics
         state.global_step += 1
-        self.reference.after_step(state.global_step)
+        self.reference.after_step(self.policy, state.global_step)
         state.max_steps = self.budget.max_steps(state.global_step, self.num_generated_tokens)
         state.epoch = Epochs(a, self.train_dataset).at(state.global_step, state.max_steps)
         metrics |= {"step_time": time.perf_counter() - start}

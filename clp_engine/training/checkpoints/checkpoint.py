@@ -29,6 +29,7 @@ from clp_engine.training.stepping.flat_adamw import set_slots_of, slots_of
 _TENSORS, _POLICY = "training.safetensors", "policy"
 _ADAPTERS = f"{_POLICY}/adapters.safetensors"
 _ANOTHER = "resume from another checkpoint"
+REFERENCE = "reference."  # in front of the tensors of a reference that moves
 _UNFINISHED = "unfinished."  # in front of those of completions that go on (partial_rollouts.py)
 
 
@@ -193,17 +194,17 @@ def _of_objective(
 
 def load_unfinished(path: str | Path) -> dict[str, torch.Tensor]:
     """What `save` was given as `unfinished`."""
-    return _unfinished(_training_tensors(path))
+    return _named(_training_tensors(path), _UNFINISHED)
 
 
-def _unfinished(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(_UNFINISHED): t for name, t in tensors.items() if name.startswith(_UNFINISHED)}
+def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def load(
     path: str | Path, policy, optimizer: torch.optim.Optimizer, objective: Objective | None = None
-) -> dict[str, torch.Tensor]:
-    """Restore adapters, objective, optimiser and random states; returns what `save` was given as `unfinished`.
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Restore adapters, objective, optimiser and random states; returns the tensors of the collector and of the reference.
 
     Raises ConfigError, before anything is changed, where a file is not as it was written, or is another run's.
     """
@@ -220,7 +221,7 @@ def load(
         set_slots_of(optimizer, parameter, {slot: t.to(parameter.device) for slot, t in slots[name].items()})
     with restoring(path):
         _restore_random(state["random"], tensors)
-    return _unfinished(tensors)
+    return _named(tensors, _UNFINISHED), _named(tensors, REFERENCE)
 
 
 def _optimizer_slots(

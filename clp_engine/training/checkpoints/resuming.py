@@ -12,9 +12,9 @@ from transformers.trainer_callback import CallbackHandler, TrainerState
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.prompts import Prompts
 from clp_engine.objectives.objective import Objective
-from clp_engine.objectives.reference import Reference
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.policy.references import Reference
 from clp_engine.training.checkpoints import callback_states, checkpoint
 from clp_engine.training.collecting.collector import Collector
 from clp_engine.training.metrics import MetricLog
@@ -43,9 +43,9 @@ class Run(Protocol):
 def save(run: Run) -> None:
     """Write <output_dir>/checkpoint-<step>."""
     run.state.stateful_callbacks = callback_states.exported(run.callback_handler.callbacks)
-    objective = run.objective.state_dict()
-    tensors = {name: value for name, value in objective.items() if isinstance(value, torch.Tensor)}
-    plain = {name: value for name, value in objective.items() if name not in tensors}
+    tensors, plain = _apart(run.objective.state_dict())
+    of_reference, plain_reference = _apart(run.reference.state_dict())
+    tensors |= {f"{checkpoint.REFERENCE}{name}": tensor for name, tensor in of_reference.items()}
     checkpoint.save(
         run.args.output_dir,
         run.state.global_step,
@@ -56,7 +56,7 @@ def save(run: Run) -> None:
             "config": run.args.to_dict(),
             "scheduler": run.optimisation.state_dict(),
             "sampler": run.sampler.state_dict(),
-            "reference": run.reference.state_dict(),
+            "reference": plain_reference,
             **plain,
             "metric_log": run.metric_log.state_dict(),
             "trainer": dataclasses.asdict(run.state),
@@ -68,6 +68,12 @@ def save(run: Run) -> None:
         {name: tensor.detach().cpu() for name, tensor in tensors.items()},
         run.collector.state_dict(),
     )
+
+
+def _apart(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, JSON) of a state."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: value for name, value in state.items() if name not in tensors}
 
 
 def restore(run: Run, path: Path) -> None:
@@ -86,17 +92,22 @@ def restore(run: Run, path: Path) -> None:
             f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
             "(or start a new run from its policy folder)"
         )
-    unfinished = checkpoint.load(path, run.policy, run.optimisation.optimizer, run.objective)
+    held = checkpoint.load(path, run.policy, run.optimisation.optimizer, run.objective)
     with checkpoint.restoring(path):
-        _restore_state(run, saved, unfinished)
+        _restore_state(run, saved, *held)
 
 
-def _restore_state(run: Run, saved: dict[str, Any], unfinished: dict[str, torch.Tensor]) -> None:
+def _restore_state(
+    run: Run,
+    saved: dict[str, Any],
+    unfinished: dict[str, torch.Tensor],
+    of_reference: dict[str, torch.Tensor],
+) -> None:
     run.train_dataset.load_state_dict(saved.get("data", {}))
     run.collector.load_state_dict(unfinished, run.train_dataset)
     run.optimisation.load_state_dict(saved["scheduler"])
     run.sampler.load_state_dict(saved["sampler"])
-    run.reference.load_state_dict(saved.get("reference", {}))
+    run.reference.load_state_dict({**saved.get("reference", {}), **of_reference})
     run.metric_log.load_state_dict(saved["metric_log"])
     run.num_generated_tokens = saved.get("num_generated_tokens", 0)
     limits: dict[str, Any] = {

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from clp_engine.core.conditions import Conditions
+from clp_engine.policy.references import reference_states as states_of
 from clp_engine.rollouts.scoring import parts, unpacked
 from clp_engine.rollouts.types import Rollout
 
 if TYPE_CHECKING:
-    from clp_engine.objectives.reference import Reference
     from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.policy.references import Reference
     from clp_engine.training.settings.groups import MicroBatching
 
 # Of completions whose states are not there (yet).
@@ -44,7 +45,7 @@ def reference_hidden(
         tokens += part.tokens
         if found and tokens * of_a_token > MAX_BYTES:
             break
-        hidden = policy.completion_hidden(part, reference.conditions(conditions[prompts]))
+        hidden = states_of(reference, policy, part, conditions[prompts])
         of_a_token = hidden.shape[-1] * hidden.element_size()
         found += hidden.split(part.counts[1].tolist())
     return found + [None] * (drawn.completion_ids.shape[0] - len(found))
@@ -71,7 +72,7 @@ def reference_logprob(
     for prompts, part in _parts(drawn, batching):
         states = joined(hidden[prompts.start * drawn.group : prompts.stop * drawn.group])
         if states is None:
-            states = policy.completion_hidden(part, reference.conditions(conditions[prompts]))
+            states = states_of(reference, policy, part, conditions[prompts])
         stats = policy.token_stats(
             states,
             part.completion_ids.flatten()[part.places],

@@ -15,9 +15,9 @@ from clp_engine.data.prompts import PromptBatch, completion_texts
 from clp_engine.data.rewards import PendingRewards, RewardSet
 from clp_engine.objectives.advantages import scalarise
 from clp_engine.objectives.objective import Objective
-from clp_engine.objectives.reference import Reference
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.policy.references import Reference
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting import reference_states
 from clp_engine.training.collecting.batches import TrainingBatch

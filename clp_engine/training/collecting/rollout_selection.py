@@ -13,8 +13,8 @@ import torch
 
 from clp_engine.objectives.coefficients import RewardedTokens, Tokens
 from clp_engine.objectives.objective import Objective
-from clp_engine.objectives.reference import Reference
 from clp_engine.objectives.selection import SelectionSettings, max_variance, scheduled
+from clp_engine.policy.references import Reference
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.reference_states import reference_logprob

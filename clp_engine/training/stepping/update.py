@@ -12,8 +12,8 @@ from clp_kernels import TokenStats
 from clp_engine.core.conditions import Conditions
 from clp_engine.objectives.coefficients import Coefficients, RewardedTokens, Tokens
 from clp_engine.objectives.objective import Objective
-from clp_engine.objectives.reference import FrozenReference, Reference
 from clp_engine.objectives.selection import select_tokens
+from clp_engine.policy.references import FrozenReference, Reference
 from clp_engine.rollouts.scoring import ALL, completion_stats, parts, unpacked
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
@@ -181,11 +181,10 @@ def _reference_hidden(
     policy: ConditionedPolicy, batch: MicroBatch, needed: bool, reference: Reference
 ) -> torch.Tensor | None:
     """The reference's hidden states where they are there, or are not the base model's; else `completion_stats` has them."""
-    conditions = reference.conditions(batch.conditions)
-    if batch.ref_hidden is not None or not needed or conditions is None:
+    if batch.ref_hidden is not None or not needed:
         return batch.ref_hidden
     with torch.no_grad():
-        return policy.completion_hidden(batch.rollout, conditions)
+        return reference.hidden(policy, batch.rollout, batch.conditions)
 
 
 def backward(

@@ -50,11 +50,11 @@ def test_a_weighting_observes_every_rollout_once_and_goes_on_from_a_checkpoint_t
 class Itself:
     """The policy as it is, as its own reference."""
 
-    def conditions(self, asked):
-        return asked
+    def hidden(self, policy, batch, conditions):
+        return policy.completion_hidden(batch, conditions)
 
 
-def test_a_reference_is_what_its_conditions_say_of_the_policy(tmp_path):
+def test_a_reference_is_what_its_hidden_states_say(tmp_path):
     """The policy's own log-probs: a ratio of one and no KL, whether the states were computed ahead or in the update."""
     trainer = build_trainer(tmp_path, max_steps=3, learning_rate=3e-2, alpha=0.3)
     trainer.train()
@@ -96,3 +96,53 @@ def test_the_state_of_an_objective_is_restored_from_a_checkpoint_alone(tmp_path)
     ours, theirs = trainer.objective.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys() and ours.pop("mix_controller") == theirs.pop("mix_controller")
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+class Average:
+    """The average of the deltas that the policy had so far."""
+
+    def __init__(self, policy):
+        self.own = {name: p.detach().clone() for name, p in policy.adapter_parameters().items()}
+
+    def hidden(self, policy, batch, conditions):
+        parameters = policy.adapter_parameters()
+        trained = {name: p.data for name, p in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self.own[name]
+            return policy.completion_hidden(batch, conditions)
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = trained[name]
+
+    def after_step(self, policy, step):
+        for name, parameter in policy.adapter_parameters().items():
+            self.own[name].lerp_(parameter.detach(), 1 / (step + 1))
+
+    def state_dict(self):
+        return {**self.own, "kind": "average"}
+
+    def load_state_dict(self, state):
+        assert state["kind"] == "average"
+        self.own = {name: state[name].clone() for name in self.own}
+
+
+def test_a_reference_that_moves_is_in_checkpoints_and_resumes_to_the_bit(tmp_path):
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "alpha": 0.2, "learning_rate": 3e-2}
+
+    def build(folder):
+        model = build_trainer(tmp_path / "unused").policy
+        return build_trainer(folder, model=model, reference=Average(model), **changes)
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    assert any(bool(p.any()) for n, p in whole.reference.own.items() if n.endswith("lora_b"))
+    parts = build(tmp_path / "parts")
+    parts.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
+    ours, theirs = (t.policy.adapter_parameters() for t in (whole, parts))
+    assert all(torch.equal(theirs[name], p) for name, p in ours.items())
+    assert all(torch.equal(parts.reference.own[name], t) for name, t in whole.reference.own.items())
+    frozen = build_trainer(tmp_path / "frozen", model=build_trainer(tmp_path / "unused").policy, **changes)
+    frozen.train()
+    moved = frozen.policy.adapter_parameters()
+    assert any(not torch.equal(moved[name], p) for name, p in ours.items())

@@ -59,7 +59,15 @@ def settings(tmp_path, **changes):
 def build_trainer(tmp_path, *, family="qwen2", rewards=None, model=None, **changes):
     extra = {
         k: changes.pop(k)
-        for k in ("callbacks", "condition_sampler", "eval_dataset", "peft_config", "processing_class")
+        for k in (
+            "callbacks",
+            "condition_sampler",
+            "eval_dataset",
+            "objective",
+            "peft_config",
+            "processing_class",
+            "reference",
+        )
         if k in changes
     }
     extra.setdefault("processing_class", build_tokenizer(family))
