@@ -44,12 +44,14 @@ def test_the_examples_of_the_page_run(tmp_path):
         exec(compile(example, str(PAGE), "exec"), names)
 
 
-@pytest.mark.parametrize("row", re.findall(r"^\| .*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
-def test_the_files_of_the_page_are_there(row):
-    room = re.match(r"\| `([a-z]+)` \|", row)  # whose folders a row of the floors names
+@pytest.mark.parametrize(
+    "line", [line for line in PAGE.read_text(encoding="utf-8").split("\n") if "/" in line]
+)
+def test_the_files_of_the_page_are_there(line):
+    room = re.match(r"\| `([a-z]+)` \|", line)  # whose folders a row of the floors names
     places = [
         PAGE.parents[1] / place
         for place in ("clp_engine", "kernels", f"clp_engine/{room[1] if room else ''}", "")
     ]
-    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py)?)`", row):
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py)?)`", line):
         assert any((place / name).exists() for place in places), name
