@@ -28,7 +28,6 @@ from clp_engine.objectives.coefficients import Coefficients, RewardedTokens
 class Needs:
     """What an objective is computed from, beside the policy's log-probs.
 
-    reference: log-probs under the reference, of rows whose KL coefficient is above 0.
     exact_kl, entropy: the exact KL to the reference, the entropy, of each step; differentiated.
     group: completions of one prompt are compared with each other, so at least two are needed.
     old_logprob: the log-probs of sampling, where the policy has moved since.
@@ -36,7 +35,6 @@ class Needs:
     hidden_gradient: gradients with respect to the policy's hidden states, in `learn`.
     """
 
-    reference: bool = True
     exact_kl: bool = False
     entropy: bool = False
     group: bool = False

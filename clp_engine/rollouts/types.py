@@ -17,6 +17,8 @@ from clp_engine.data.positions import Room
 from clp_engine.models.backbones.packing import Packed, pack
 from clp_engine.models.conditioned import ConditionedModel
 
+OWN_ENGINE = "clp_engine"
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -50,7 +52,7 @@ class Rollout:
     prompt_ids, prompt_mask: (P, S), left-padded; completion_ids: (B, T) int64, right-padded, the end token included;
     completion_mask: (B, T) bool; logprobs: (B, T) float32, as sampled, at the sampling temperature; terminated: (B,) bool.
     plain_ids, plain_mask: (P, S'), the prompts as the reference reads them, where the policy reads something else (prompt
-    conditioning), or None. engine: whose log-probs these are.
+    conditioning), or None. engine: whose log-probs these are; the engine's own (OWN_ENGINE) are the policy's to rounding.
     """
 
     prompt_ids: torch.Tensor
@@ -61,7 +63,7 @@ class Rollout:
     terminated: torch.Tensor
     plain_ids: torch.Tensor | None = None
     plain_mask: torch.Tensor | None = None
-    engine: str = "clp_engine"
+    engine: str = OWN_ENGINE
 
     @property
     def group(self) -> int:
@@ -238,7 +240,7 @@ class RolloutRequest:
         mask: torch.Tensor,
         logprobs: torch.Tensor,
         terminated: torch.Tensor,
-        engine: str = "clp_engine",
+        engine: str = OWN_ENGINE,
     ) -> Rollout:
         """What was drawn, as `Rollout` has it."""
         prompts, (plain_ids, plain_mask) = (self.prompt_ids, self.prompt_mask), self.plain or (None, None)

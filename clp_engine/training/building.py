@@ -47,8 +47,15 @@ _BUILDING = (
 )
 
 
-def check(a: CLPConfig, rewards: RewardSet, weighting: Weighting | None) -> None:
-    """Before anything is loaded: one source of weightings, names that can be objectives, rollouts that fit this machine."""
+def check(
+    a: CLPConfig, rewards: RewardSet, weighting: Weighting | None, objective: Objective | None = None
+) -> None:
+    """Before anything is loaded: one source of weightings, names that can be objectives, groups that the objective can compare,
+    rollouts that fit this machine."""
+    if objective is not None and objective.needs.group and a.num_generations < 2:
+        raise ConfigError(
+            f"{type(objective).__name__} compares completions of one prompt; num_generations must be at least 2"
+        )
     if weighting is not None and a.reward_weights is not None:
         raise ConfigError(
             "reward_weights fix the objective, and condition_sampler draws it; give one of the two"

@@ -104,7 +104,7 @@ class CLPTrainer(surface.ScriptSurface):
         self.args = a = args or CLPConfig()
         self.run_id: str | None = uuid.uuid4().hex  # of the run that it goes on with, where it resumes one
         self.rewards = RewardSet(reward_funcs, reward_processing_classes, a.reward_workers)
-        building.check(a, self.rewards, condition_sampler)
+        building.check(a, self.rewards, condition_sampler, objective)
         self.sampler = condition_sampler or building.build_weighting(a, self.rewards)
         self.policy = building.build_policy(
             model, processing_class, peft_config, a, self.rewards, self.sampler.min_kl
@@ -167,7 +167,7 @@ class CLPTrainer(surface.ScriptSurface):
         self._hear("on_step_begin")
         generated = self._collect() if iteration == 0 else 0
         self._generation = batch = self._generations[iteration % a.rollout_steps]
-        if iteration > 0 or batch.stale:
+        if self.objective.needs.old_logprob and (iteration > 0 or batch.stale):
             batch.old_logprob = batch.rollout.logprobs
         metrics = self._update(batch)
         if iteration == 0:

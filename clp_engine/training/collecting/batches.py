@@ -22,7 +22,8 @@ class TrainingBatch:
     token_share: of each group's tokens that stay in the loss (`objectives.selection`).
     old_logprob: (B, T), what the tokens were sampled with, where the policy has moved since (`rollout.logprobs`); None in
         the pass of the policy that sampled them, whose ratio is one by construction.
-    stale: some tokens were sampled by an older policy than that of the first pass, so that this pass has a ratio, too.
+    stale: some tokens were sampled by an older policy than that of the first pass, or by another program, so that the first
+        pass has a ratio, too.
     passes: over these completions so far. values: (B, T), what the objective predicted of each token in the first pass.
     """
 

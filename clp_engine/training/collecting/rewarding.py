@@ -18,7 +18,7 @@ from clp_engine.objectives.objective import Objective
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.policy.references import Reference
-from clp_engine.rollouts.types import Rollout
+from clp_engine.rollouts.types import OWN_ENGINE, Rollout
 from clp_engine.training.collecting import reference_states
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.metrics import PhaseTimer, completion_metrics, reward_metrics
@@ -110,6 +110,7 @@ class Rewarding:
             metrics | pending.metrics,
             drawn.tokens,
             reference,
+            stale=drawn.engine != OWN_ENGINE,
         )
         return made, pending.columns
 

@@ -1,11 +1,15 @@
 """What a new weighting, reference or objective may rely on: it is told what happened, and its state is in the checkpoints."""
 
+import dataclasses
+import math
+
 import torch
 from engine.training.test_trainer import build_trainer
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.objectives.policy_gradient import LossSettings, PolicyGradient
 from clp_engine.objectives.weightings import ConditionSampler, FixedKL, UniformSimplex
+from clp_engine.rollouts.engines.choice import engine_of
 from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.collecting.reference_states import joined, reference_hidden
 from clp_engine.training.stepping.update import backward, micro_batches
@@ -146,3 +150,30 @@ def test_a_reference_that_moves_is_in_checkpoints_and_resumes_to_the_bit(tmp_pat
     frozen.train()
     moved = frozen.policy.adapter_parameters()
     assert any(not torch.equal(moved[name], p) for name, p in ours.items())
+
+
+def test_the_log_probs_of_another_engine_are_corrected_for_from_the_first_step_on(tmp_path):
+    """An engine that says it sampled each token with half its probability: the ratio is two, and clipped where it pays."""
+
+    class Halved:
+        def run(self, request):
+            drawn = engine_of(Plain(request.source)).run(request)
+            return dataclasses.replace(drawn, logprobs=drawn.logprobs - math.log(2), engine="halved")
+
+    class Plain:
+        """The policy as it is drawn from where no engine was given."""
+
+        engine = None
+
+        def __init__(self, source):
+            self.conditioned = source.conditioned
+
+    trainer = build_trainer(tmp_path, max_steps=1, logging_steps=1)
+    trainer.policy.engine = Halved()
+    trainer.train()
+    [entry] = [e for e in trainer.state.log_history if "clip_ratio/high_mean" in e]
+    assert entry["clip_ratio/high_mean"] + entry["clip_ratio/low_mean"] > 0
+    ordinary = build_trainer(tmp_path / "ordinary", max_steps=1, logging_steps=1)
+    ordinary.train()
+    [entry] = [e for e in ordinary.state.log_history if "clip_ratio/high_mean" in e]
+    assert entry["clip_ratio/high_mean"] == entry["clip_ratio/low_mean"] == 0
