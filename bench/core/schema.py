@@ -13,10 +13,11 @@ import dataclasses
 import json
 import math
 import os
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 VERSION = 1
 STATUS = ("ok", "wrong", "unavailable")
@@ -151,10 +152,12 @@ def load(path: str | Path) -> Result:
 
 
 def read(data: object, where: str = "result") -> Result:
-    problems: list[str] = []
-    result = _build(Result, data, where, problems)
-    if not problems:
-        problems = [f"{where}: {problem}" for problem in _inconsistencies(result)]
+    try:
+        result = msgspec.convert(data, Result)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{where}: {error}") from error
+    problems = [*_left_out(data, dataclasses.asdict(result), where)]
+    problems = problems or [f"{where}: {problem}" for problem in _inconsistencies(result)]
     if problems:
         raise ValueError("\n".join(problems))
     return result
@@ -170,41 +173,18 @@ def save(result: Result, path: str | Path) -> None:
     temporary.replace(path)
 
 
-def _build(kind, value, where: str, problems: list[str]):
-    """`value` as an instance of `kind` (dataclass, list, dict, union or plain type); notes in `problems` what does not fit."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is typing.Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), value, where, problems)
-    if origin is list and isinstance(value, list):
-        return [_build(arguments[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _build(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        names = {f.name: f for f in dataclasses.fields(kind)}
-        for name in value.keys() - names.keys():
-            problems.append(f"{where}: unknown field {name!r}; known are {', '.join(names)}")
-        given = {}
-        for name, field_ in names.items():
-            required = field_.default is dataclasses.MISSING and field_.default_factory is dataclasses.MISSING
-            if name in value:
-                given[name] = _build(hints[name], value[name], f"{where}.{name}", problems)
-            elif required:
-                problems.append(f"{where}: field {name!r} is missing")
-                given[name] = None
-        return kind(**given)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            problems.append(f"{where}: {value} is not finite")
-        return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    problems.append(f"{where}: {value!r:.60} is not {getattr(kind, '__name__', kind)}")
-    return value
+def _left_out(given, read, where: str) -> typing.Iterator[str]:
+    """What a file holds and a result has no place for: fields that are not known, numbers that are not finite."""
+    if isinstance(given, dict):
+        for name in sorted(given.keys() - read.keys()):
+            yield f"{where}: unknown field {name!r}; known are {', '.join(read)}"
+        for name in given.keys() & read.keys():
+            yield from _left_out(given[name], read[name], f"{where}.{name}")
+    elif isinstance(given, list):
+        for i, (one, other) in enumerate(zip(given, read)):
+            yield from _left_out(one, other, f"{where}[{i}]")
+    elif isinstance(given, float) and not math.isfinite(given):
+        yield f"{where}: {given} is not finite"
 
 
 def _inconsistencies(result: Result):

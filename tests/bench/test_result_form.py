@@ -52,7 +52,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
         ({"status": "wrong"}, "wrong without a reason"),
         ({"times": None}, "ok without times"),
         ({"speed": 3}, "unknown field 'speed'"),
-        ({"extra_peak_bytes": 1.5}, "1.5 is not int"),
+        ({"extra_peak_bytes": 1.5}, "got `float` - at"),
         ({"times": {"median": 2.0, "q1": 2.1, "q3": 2.5, "min": 1.0, "max": 4.0, "runs": 7}}, "not in order"),
         (
             {"times": {"median": 0.0, "q1": None, "q3": None, "min": 0.0, "max": 0.0, "runs": 1}},
@@ -62,7 +62,10 @@ def test_saving_and_loading_changes_nothing(tmp_path):
             {"times": {"median": float("nan"), "q1": None, "q3": None, "min": 1.0, "max": 1.0, "runs": 1}},
             "not finite",
         ),
-        ({"times": {"median": 1.0, "q1": None, "q3": None, "min": 1.0, "max": 1.0}}, "'runs' is missing"),
+        (
+            {"times": {"median": 1.0, "q1": None, "q3": None, "min": 1.0, "max": 1.0}},
+            "missing required field `runs`",
+        ),
         ({"errors": {"y": {"own": 4e-7, "torch": 2e-7, "allowed": 3e-7}}}, "not marked wrong"),
         ({"errors": {"y": {"own": None, "torch": 2e-7, "allowed": 3e-7}}}, "not marked wrong"),
     ],
