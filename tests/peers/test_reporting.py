@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import pytest
 
@@ -97,7 +98,12 @@ def check_tensorboard(folder, steps, evaluations):
 
 
 def check_wandb(folder, steps, evaluations):
-    rows, config = written_for_wandb(folder)
+    # On a busy machine its writer may be behind finish().
+    for _ in range(100):
+        rows, config = written_for_wandb(folder)
+        if sum("train/reward" in row for row in rows) >= len(steps) and any("eval/reward" in r for r in rows):
+            break
+        time.sleep(0.1)
     for entry in steps:
         (row,) = [r for r in rows if r.get("train/global_step") == entry["step"] and "train/reward" in r]
         for name, value in entry.items():
