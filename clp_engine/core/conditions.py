@@ -116,8 +116,9 @@ def parse_weights(
     """One weighting on the simplex, (M,) float32.
 
     weights: a mapping by objective name (an absent name has weight 0), a sequence in the order of `objectives`, or None for
-    the uniform weighting. Raises ValueError for unknown names, negative weights, a wrong count, or a sum that differs from 1
-    by more than `tolerance`. The result is normalised to sum to 1.
+        the uniform weighting. The result is normalised to sum to 1.
+
+    Raises ValueError for unknown names, negative weights, a wrong count, or a sum that differs from 1 by more than `tolerance`.
     """
     if weights is None:
         return torch.full((len(objectives),), 1.0 / len(objectives))
