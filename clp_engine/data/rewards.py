@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 
-_LARGEST = 1e18  # the square of a larger reward, in a standard deviation or a gradient norm, overflows float32
+_LARGEST = 1e18  # a larger reward overflows float32 when squared, as in a standard deviation or gradient norm
 _SHORT = type(None) | bool | int | float
 _FAILURES = (Exception, asyncio.CancelledError)  # errors of a reward function; any other ends the program
 
@@ -63,7 +63,7 @@ class ClassifierReward:
         except ConfigError as error:
             raise ConfigError(f"reward model {self.__name__!r}: {error}") from None
         keep_softcap(model)
-        for config in (model.config, model.config.get_text_config()):  # two configs in models of text and images
+        for config in (model.config, model.config.get_text_config()):  # two configs for text and images
             config.pad_token_id = tokenizer.pad_token_id
 
     @torch.no_grad()

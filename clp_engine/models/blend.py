@@ -93,7 +93,7 @@ class Blend(threading.local):
         if self.index is not None:
             return self.spread(self.index, x)
         rows = self.coefficients.shape[0]
-        if rows in (1, x.shape[0]) or x.dim() > 2 and x.shape[0] == 1:  # one blend for all, or an x to be broadcast
+        if rows in (1, x.shape[0]) or x.dim() > 2 and x.shape[0] == 1:  # one blend, or x is broadcast
             return None
         return self.spread(torch.arange(rows, device=x.device), x)
 

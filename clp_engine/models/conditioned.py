@@ -198,7 +198,7 @@ class ConditionedModel(nn.Module):
             place(self.model, layers)
         for (
             module
-        ) in copied.modules():  # a forward of `checkpoint_layers` would still run the original layer
+        ) in copied.modules():  # a forward of `checkpoint_layers` would otherwise run the original layer
             if hasattr(module.__dict__.get("forward"), "changes_no_numbers"):
                 del module.forward
         return copied

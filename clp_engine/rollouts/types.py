@@ -34,7 +34,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         ranges.check_fields(ranges.SAMPLING, self)
-        for name, values in ranges.SAMPLING.items():  # plain numbers for JSON reports, which cannot hold numpy's
+        for name, values in ranges.SAMPLING.items():  # plain numbers, as JSON cannot hold numpy's
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, values.kind(value))
         texts = self.stop_strings

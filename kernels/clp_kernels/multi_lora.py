@@ -163,7 +163,7 @@ def merge_pays(rows: int, out_features: int, in_features: int, rank: int, intens
 
 
 _INTENSITY = (
-    184.0  # measured for an H200 in bfloat16; a device with less would merge sooner, and loses little by not merging
+    184.0  # measured for an H200 in bfloat16; a device with less would merge sooner, and loses little so
 )
 
 

@@ -27,7 +27,7 @@ class PrefixLayout:
     starts: Tensor
     parents: Tensor
     tokens: int = field(init=False)  # N
-    device_cache: dict = field(default_factory=dict, init=False, repr=False)  # values that back-ends derive from the layout
+    device_cache: dict = field(default_factory=dict, init=False, repr=False)  # derived by back-ends
 
     def __post_init__(self):
         starts, parents = _integers("starts", self.starts), _integers("parents", self.parents)

@@ -211,7 +211,7 @@ def statistics(
         log_s_q = sums.s_q.log()
         log_ratio = (sums.m_p - sums.m_q) + (
             log_s_p - log_s_q
-        )  # lse_p - lse_q, small if the two are close
+        )  # lse_p - lse_q, which is small if the two are close
     formulas = {
         "logprob": lambda: (sums.t_p - sums.m_p) - log_s_p,
         "entropy": lambda: log_s_p - mean_a,

@@ -53,7 +53,7 @@ from clp_kernels.token_stats import (
 _OP = "vocab_parallel_linear_logprob"
 _ELSEWHERE, _IGNORED = -1, -100  # a shard's targets for a column of another shard, and for an ignored row
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SHARED = ("hidden", "lora_a", "gate")  # equal on all ranks, so that their gradients are summed over the ranks
+_SHARED = ("hidden", "lora_a", "gate")  # equal on all ranks; their gradients are summed over the ranks
 
 
 @dataclass(frozen=True)

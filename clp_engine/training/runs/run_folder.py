@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # in a checkpoint; transformers' file of this name has no `step`
 _MANIFEST = "clp_manifest.json"
-_RECORDS = frozenset({"log.jsonl", "run.json", "completions.jsonl"})  # files that a new run may replace unasked
+_RECORDS = frozenset({"log.jsonl", "run.json", "completions.jsonl"})  # a new run may replace these unasked
 _OF_TRAINING = re.compile(r"checkpoint-\d+|policy|run\.json|log\.jsonl|clp_manifest\.json")
 
 
