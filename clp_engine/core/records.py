@@ -21,8 +21,9 @@ def read(path: str | Path, kind: type, remedy: str = AGAIN, known: Mapping[str, 
     """The JSON file `path` as a `kind`. Names that `kind` does not have are ignored.
 
     kind: a dataclass or NamedTuple of str, bool, int, float and Any, and of lists, tuples, dicts, unions, dataclasses and
-    NamedTuples of these.
-    known: values that replace those of the file.
+        NamedTuples of these.
+    known: values that replace the file's values.
+
     Raises ConfigError naming the file and `remedy`.
     """
     return of(kind, {**read_json(path), **(known or {})}, path, remedy)

@@ -69,7 +69,7 @@ class Prompts(ABC):
     """An endless stream of epochs over rows with a `prompt` column, text or chat messages. `position` counts its rows.
 
     check: called with the tokens of each prompt, after truncation, and the name of its row. It raises ConfigError if the model
-    cannot read the tokens.
+        cannot read the tokens.
     """
 
     def __init__(

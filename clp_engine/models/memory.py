@@ -83,7 +83,7 @@ def estimate(
 ) -> Memory:
     """The memory for training a policy over a plain model. Its weights may be unloaded.
 
-    The arguments are those of ConditionedPolicy.from_pretrained.
+    The arguments are as for ConditionedPolicy.from_pretrained.
     base_itemsize: bytes of a base parameter, if the model will be loaded in another dtype.
     """
     parsed = Conditioning.parse(conditioning, carrier)

@@ -44,7 +44,7 @@ class SteerableModel(ConditionedModel):
 
     engine = None  # the engine that draws, see `rollouts.types.RolloutEngine`; None: the fastest that serves the model
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------------------------------
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -72,10 +72,10 @@ def gate_fits(shape: torch.Size, groups: int, gate_index: Tensor | None) -> bool
 
 
 def not_a_view(y: Tensor) -> Tensor:
-    """y as a tensor that is no view in autograd's eyes.
+    """y itself, or the same memory as a tensor that autograd does not treat as a view.
 
-    Autograd forbids changing an output in place (`y += residual`) if the function returned a view, even of memory that no
-    other tensor uses, as back-ends do.
+    A back-end may return a view of a tensor that it has just made and that no other code uses. Autograd would forbid changing
+    such an output in place (`y += residual`).
     """
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 

@@ -35,7 +35,7 @@ def slerp(
     """base + sin((1 - t) O) / sin O * a + sin(t O) / sin O * b, with O the angle between a and b: cos O = <a, b> / |a| |b|.
 
     a, b     two deltas, or two lists of P deltas. Each tensor, flattened, has its own angle, as in WARP (Ramé et al. 2024,
-             with base the weights that the deltas are taken from)
+             where base holds the weights that the deltas are taken from)
     t        a number, or a tensor: () or, for a list, (P,). 0 gives a, 1 gives b, and values outside [0, 1] extrapolate
     base, out and the result are as in `interpolate`: out may be a, b or base
 

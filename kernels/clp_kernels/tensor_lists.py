@@ -28,10 +28,10 @@ class Blends:
     """outs[p][g] = base_scale * bases[p] + merge over i of weights[rows[p], g, i] * stacks[p][i], for each item p.
 
     stacks      parts of one dtype
-    weights     (any, G, M), float32, or float64 where an item is
+    weights     (any, G, M), float32, or float64 if an item is
     bases       in the dtype of outs, or None
-    outs        (G, ...) or, where G is 1, (...); contiguous, one dtype; with G = 1 an item's base or one of its stack
-    merge       of MERGES; consensus as interpolation.merge_sign_consensus has it
+    outs        (G, ...) or, if G is 1, (...); contiguous, one dtype; with G = 1 it may be an item's base or one of its stack
+    merge       one of MERGES; the two consensus forms are those of interpolation.merge_sign_consensus
     """
 
     stacks: Sequence[Sequence[Tensor]]

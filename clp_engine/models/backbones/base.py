@@ -93,7 +93,7 @@ class Context(ABC):
         """Repeat each row `times` times in succession.
 
         room: None makes the result differentiable. A number copies the rows to buffers that take so many further tokens without
-        a new allocation.
+            a new allocation.
         """
 
     @abstractmethod

@@ -74,7 +74,7 @@ class Manifest:
         files.write_text(Path(folder) / _MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-# -- what was written -----------------------------------------------------------------------------------------------------
+# -- the manifest ---------------------------------------------------------------------------------------------------------
 
 
 def note(folder: str | Path, written: Iterable[str | Path]) -> None:

@@ -1,7 +1,7 @@
 """The attributes beside training that scripts and callbacks for transformers' Trainer and TRL's expect of a trainer.
 
-Training runs in one process here. An attribute of those trainers that this one does not have raises an AttributeError with the
-reason, so that `hasattr` is False.
+Training runs in one process here. An attribute that those trainers have and this one lacks raises an AttributeError with
+the reason, so that `hasattr` is False.
 """
 
 from __future__ import annotations
