@@ -49,7 +49,7 @@ class Conditions:
 
 
 def check_objectives(names: Sequence[str]) -> None:
-    """Raises ConfigError unless each name is a non-empty string that can be written in a weighting such as a=0.7,b=0.3."""
+    """Raises ConfigError unless there is a name, no name occurs twice, and each can be written in a weighting (a=0.7,b=0.3)."""
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"objectives={shown(list(names))}: expected at least one name, no name twice")
     for name in names:

@@ -17,7 +17,7 @@ def versions() -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """The git commit of the source tree that holds this package, with "-dirty" where tracked files differ from it.
+    """The git commit of the source tree that holds this package, with "-dirty" if tracked files differ from it.
 
     None for a package outside a repository (an installed wheel), and if git is missing.
     """

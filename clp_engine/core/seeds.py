@@ -1,4 +1,4 @@
-"""Seeds from counters: (seed, step, stream, index) determines every draw, so that resuming needs no stored generator state."""
+"""Seeds from counters: (seed, stream, step, index) determines every draw, so that resuming needs no stored generator state."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def derive(seed: int | torch.Tensor, *counters: int | torch.Tensor) -> torch.Ten
 
 
 def generator(seed: int, *counters: int) -> torch.Generator:
-    """A CPU generator whose seed is `derive(seed, *counters)`."""
+    """A CPU generator whose seed is the lower 63 bits of `derive(seed, *counters)`."""
     return torch.Generator().manual_seed(int(derive(seed, *counters)) & ((1 << 63) - 1))

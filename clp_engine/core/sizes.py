@@ -25,7 +25,7 @@ def size(count: int) -> str:
 
 
 def check_size(what: str, needed: int, device: torch.device | str | None = None) -> None:
-    """Raises ConfigError if `needed` bytes exceed the device's memory or, with device=None, that of any machine."""
+    """Raises ConfigError if `needed` bytes exceed the device's memory, or any machine's if the device's is unknown."""
     room, where = _LARGEST, "any machine has"
     if device is not None:
         device = torch.device(device)

@@ -70,7 +70,7 @@ def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array
 
 
 def divide(total: Array, count: Array) -> Array:
-    """total / count, and NaN where the count is zero."""
+    """total / count, elementwise. NaN for a count of zero."""
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
