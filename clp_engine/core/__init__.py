@@ -1,1 +1,1 @@
-"""Words that every room uses: errors, files, seeds, conditions, ranges of settings, statistics, where a result came from."""
+"""Helpers for the whole package: errors, files, seeds, conditions, ranges of settings, statistics, origin of a result."""

@@ -1,4 +1,4 @@
-"""What a row is asked for: a weighting of the objectives and a KL coefficient."""
+"""The condition of a row: a weighting of the objectives and a KL coefficient."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ KL_CONDITIONING = ("none", "linear", "odds")
 
 @dataclass(frozen=True)
 class Conditions:
-    """One `(w, kl)` per row.
+    """One condition `(w, kl)` per row.
 
-    weights: (rows, M) float32, each row on the simplex, or all zero for the reference policy.
-    kl: (rows,) float32, alpha in [0, 1] (or beta >= 0 where a run was configured with beta).
+    weights: (rows, M) float32. Each row lies on the simplex, or is all zero for the reference policy.
+    kl: (rows,) float32, alpha in [0, 1]. A run configured with beta has beta >= 0 here.
     """
 
     weights: torch.Tensor
@@ -32,7 +32,7 @@ class Conditions:
         return Conditions(self.weights[rows], self.kl[rows])
 
     def repeat(self, times: int) -> Conditions:
-        """Each row `times` times in a row: one condition per prompt to one per completion."""
+        """Repeat each row `times` times in succession, for a prompt with `times` completions."""
         return Conditions(self.weights.repeat_interleave(times, 0), self.kl.repeat_interleave(times, 0))
 
     def to(self, device: torch.device | str) -> Conditions:
@@ -44,12 +44,12 @@ class Conditions:
 
     @staticmethod
     def reference(rows: int, num_objectives: int) -> Conditions:
-        """Rows whose blend is zero: the base model itself."""
+        """Rows with a blend of zero, which is the base model itself."""
         return Conditions(torch.zeros(rows, num_objectives), torch.zeros(rows))
 
 
 def check_objectives(names: Sequence[str]) -> None:
-    """Raises ConfigError for names of objectives that no weighting could be written with: a=0.7,b=0.3."""
+    """Raises ConfigError unless there is a name, no name occurs twice, and each can be written in a weighting (a=0.7,b=0.3)."""
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"objectives={shown(list(names))}: expected at least one name, no name twice")
     for name in names:
@@ -75,12 +75,13 @@ def blend_coefficients(
         linear  c = 1 - alpha
         odds    c = ((1 - alpha) / alpha) / ((1 - alpha_min) / alpha_min)
 
-    The optimum of a log-linear policy is proportional to `(1 - alpha) / alpha`, so `odds` is exact there and
-    `linear` (the form of the CLP paper) is an approximation. With beta the same family is
+    The optimum of a log-linear policy is proportional to `(1 - alpha) / alpha`. The form `odds` is therefore exact for
+    such a policy, and `linear` (the form of the CLP paper) is an approximation. A run with beta uses the same forms with
     `alpha = beta / (1 + beta)`.
-    min_kl: the smallest KL coefficient of training, at which the odds form is 1. Raises ValueError for an
-    unknown form, and with odds for a missing min_kl or a KL coefficient of zero (the optimum is then
-    infinitely far away).
+
+    min_kl: the smallest KL coefficient of training, at which the odds form has c = 1.
+    Raises ValueError for an unknown form. With odds, raises ValueError for a missing min_kl, and for a KL coefficient of
+    zero, whose optimum is infinitely far from the reference.
     """
     if kl_conditioning not in KL_CONDITIONING:
         raise ValueError(f"kl_conditioning={kl_conditioning!r}: expected one of {', '.join(KL_CONDITIONING)}")
@@ -94,7 +95,7 @@ def blend_coefficients(
             f"kl_conditioning='odds' needs min_kl, the smallest KL coefficient of training: "
             f"{'beta > 0' if kl_is_beta else 'alpha between 0 and 1'}; got {min_kl}"
         )
-    # The reference rows have no weights, and their alpha means nothing.
+    # A reference row has no weights, so its alpha is ignored.
     is_reference = (conditions.weights == 0).all(-1)
     if bool(((alpha <= 0) & ~is_reference).any()):
         raise ValueError(
@@ -112,10 +113,13 @@ def parse_weights(
     *,
     tolerance: float = 1e-3,
 ) -> torch.Tensor:
-    """One weighting as (M,) float32 on the simplex: from a mapping by objective name (absent names weigh
-    0), or a sequence in the order of `objectives`; None is uniform. Raises ValueError for unknown names,
-    negative weights, a wrong count, or a sum that is not 1 (within `tolerance`; the result is then
-    normalised exactly)."""
+    """One weighting on the simplex, (M,) float32.
+
+    weights: a mapping by objective name (an absent name has weight 0), a sequence in the order of `objectives`, or None for
+        the uniform weighting. The result is normalised to sum to 1.
+
+    Raises ValueError for unknown names, negative weights, a wrong count, or a sum that differs from 1 by more than `tolerance`.
+    """
     if weights is None:
         return torch.full((len(objectives),), 1.0 / len(objectives))
     if isinstance(weights, Mapping):

@@ -1,4 +1,4 @@
-"""Errors a user can act on. The command line prints them as one line; from Python they are ordinary ValueErrors."""
+"""Errors that a user can act on. The command line prints each as one line; in Python they are ordinary ValueErrors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A setting, file or argument that cannot be used: what was given, what was expected, what to do."""
+    """A setting, file or argument that cannot be used. The message says what was given, what was expected, what to do."""
 
 
 _SHORT = reprlib.Repr()
@@ -16,8 +16,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it: its repr, cut where it is long."""
+    """The repr of a value for an error message, shortened if it is long."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python prints no integer of thousands of digits
+    except ValueError:  # Python refuses to print an integer of thousands of digits
         return f"a number of {value.bit_length() * 3 // 10:,} digits"

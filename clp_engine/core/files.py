@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all, whatever ends the process; what else a folder holds stays.
+"""Atomic writes: a file or folder appears whole or not at all, however the process ends. Other files in a folder stay.
 
-What is to be NAME is written beside it as `.NAME.new-HOST-PID`. A folder is then flushed and renamed to `.NAME.ready-HOST-PID`,
-from where it is moved into place: whole, or file by file where the folder in place holds anything else. A killed process leaves
-one of these behind; `finish` removes a `.new`, and moves a `.ready` into place.
+The content for NAME is first written beside it, under the name `.NAME.new-HOST-PID`. A finished folder is flushed and renamed
+to `.NAME.ready-HOST-PID`. It then replaces the folder NAME as a whole; if NAME holds other files as well, it is moved there
+file by file. A killed process may leave one of the temporary names behind. `finish` removes a `.new` and moves a `.ready` into
+place.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from clp_engine.core.errors import ConfigError, shown
 if TYPE_CHECKING:
     import torch
 
-# What safetensors' load_file raises for a file that is damaged or something else (SafetensorError is an Exception of its own).
+# The errors of safetensors' load_file for a damaged or foreign file (SafetensorError derives from Exception directly).
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-# The host may be missing: earlier versions left it out.
+# The host may be missing, because earlier versions did not write it.
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|ready|old)-(?:(?P<host>.+)-)?(?P<pid>\d+)")
 
 
@@ -46,8 +47,10 @@ def _beside(path: Path, kind: str) -> Path:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Errors of the system that leave the block are OSErrors that name the file: those of a full disk name none, and libraries
-    in Rust (safetensors, tokenizers) raise other classes."""
+    """Turn system errors inside the block into OSErrors that name the file.
+
+    Python's own error for a full disk names no file. Libraries in Rust (safetensors, tokenizers) raise other classes.
+    """
     try:
         yield
     except OSError as error:
@@ -62,12 +65,12 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def write_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary directory whose content takes its place at `path` when the block ends without an error.
+    """A temporary directory whose content moves to `path` when the block ends without an error.
 
-    Files of the same names are replaced, others stay. Where there are no others, a directory at `path` is moved aside first and
-    removed last, so that one of the two is always whole. Raises ConfigError where `path` is a file.
+    New files replace files of the same names; other files in `path` stay. If `path` has no other files, the old directory is
+    moved aside first and removed last, so that one of the two is always whole. Raises ConfigError if `path` is a file.
     """
-    path = Path(path).resolve()  # the content of a link's target changes, the link stays
+    path = Path(path).resolve()  # a symbolic link stays, and the content of its target changes
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file; expected a folder to write into: give another, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,7 @@ def write_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _place(ready: Path, path: Path) -> None:
-    """Move what was written into place; done again after a kill at any point, it does the rest."""
+    """Move the written directory into place. After a kill at any point, a second call completes the move."""
     if path.is_dir() and _holds_more(path, ready):
         _move_files(ready, path)
     else:
@@ -100,7 +103,7 @@ def _place(ready: Path, path: Path) -> None:
 
 
 def _holds_more(path: Path, new: Path) -> bool:
-    """Whether there is anything in `path` that a directory of the files in `new` would not replace."""
+    """Whether `path` holds an entry that the files in `new` would not replace."""
     return any(
         entry.is_symlink()
         or not (new / entry.name).exists()
@@ -136,7 +139,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Whether anything is at `path`; OSError for a path that nothing can be at."""
+    """Whether `path` exists, also as a broken link. Raises OSError for a path that no file can have."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -145,8 +148,10 @@ def _exists(path: Path) -> bool:
 
 
 def nameable(path: str) -> bool:
-    """Whether a file system could hold a file of this path: text from elsewhere may have NUL, half of a surrogate pair, or a
-    name of thousands of characters."""
+    """Whether a file system could hold a file of this path.
+
+    Text from elsewhere may hold a NUL, half of a surrogate pair, or a name of thousands of characters.
+    """
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
@@ -157,8 +162,10 @@ def nameable(path: str) -> bool:
 
 
 def check_folder(name: str, path: str | Path) -> None:
-    """Raises ConfigError where no file could be written into the folder `path`, which need not be there yet. name: of the
-    setting or flag, for the message."""
+    """Raises ConfigError if no file can be written into the folder `path`. The folder itself may still be missing.
+
+    name: the setting or flag that the message names.
+    """
     try:
         folder = Path(path)
         while not _exists(folder):
@@ -173,7 +180,7 @@ def check_folder(name: str, path: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigError naming the file where it holds something else."""
+    """The object in a JSON file. Raises ConfigError naming the file for any other content."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -184,8 +191,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors in a safetensors file, all of them finite floating-point numbers. Raises ConfigError naming the file where it
-    holds something else."""
+    """The tensors in a safetensors file, all with finite floating-point numbers.
+
+    Raises ConfigError naming the file for any other content.
+    """
     from safetensors.torch import load_file
 
     try:
@@ -210,7 +219,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def append_text(path: str | Path, text: str) -> None:
-    """Add to a text file, which is made if need be: all of the text, or none of it where the disk is full."""
+    """Append to a text file, creating it if needed. On a full disk none of the text is added."""
     with naming(path), open(path, "ab", buffering=0) as file:
         before, left = file.tell(), memoryview(text.encode("utf-8"))
         try:
@@ -222,10 +231,10 @@ def append_text(path: str | Path, text: str) -> None:
 
 
 def finish(path: str | Path, alone: bool = False) -> None:
-    """Finish, or undo, what processes that were killed had begun to write to `path`.
+    """Complete or undo the writes to `path` that killed processes left unfinished.
 
-    alone: no other process can be writing it now. Otherwise only what processes of this host left that have ended counts.
-    Nothing is done where nothing may be written, as for somebody who only reads.
+    alone: no other process can be writing `path` now. By default, only leftovers of ended processes on this host are handled.
+    On a read-only file system, or without permission to write, the leftovers stay.
     """
     try:
         _finish(Path(path).resolve(), alone)
@@ -242,7 +251,7 @@ def _finish(path: Path, alone: bool) -> None:
             left[found["kind"]].append(entry)
     for ready in sorted(left["ready"], key=lambda entry: entry.stat().st_mtime):
         _place(ready, path)
-    for old in left["old"]:  # of a version that had no .ready: the newer one may be gone
+    for old in left["old"]:  # left by a version without .ready, whose new directory may be lost
         if path.exists():
             shutil.rmtree(old)
         else:
@@ -252,7 +261,7 @@ def _finish(path: Path, alone: bool) -> None:
 
 
 def unfinished(folder: str | Path) -> set[str]:
-    """Names in a folder that `finish` may have something to do for."""
+    """The names in a folder for which `finish` may have work."""
     found = (_LEFT.fullmatch(entry.name) for entry in Path(folder).glob(".*"))
     return {match["name"] for match in found if match}
 
@@ -264,7 +273,7 @@ def _literally(name: str) -> str:
 def _has_ended(host: str | None, pid: int) -> bool:
     if host not in (None, socket.gethostname()):
         return False
-    if pid == os.getpid():  # of an earlier process with our number: this one is only beginning to write
+    if pid == os.getpid():  # an earlier process had our pid: this process has written nothing yet
         return True
     try:
         os.kill(pid, 0)
@@ -276,7 +285,7 @@ def _has_ended(host: str | None, pid: int) -> bool:
 
 
 def refuse_overlap(target: str | Path, read: Iterable[str | Path]) -> None:
-    """Raise ConfigError where `target` is, holds or lies in one of the folders that are being read."""
+    """Raises ConfigError if `target` equals, contains or lies inside one of the folders that are being read."""
     place = Path(target).resolve()
     for source in read:
         source = Path(source).resolve()

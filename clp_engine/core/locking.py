@@ -1,6 +1,6 @@
-"""A lock file that one process holds at a time, and that says which.
+"""A lock file that one process holds at a time, and that names its holder.
 
-The system's lock on it (flock) ends with its holder, however that ends: the file of a killed process locks nothing.
+The operating system releases the lock (flock) when the holder ends, even by a kill. A leftover file therefore locks nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _held: set[int] = set()
 
 
 class Busy(Exception):
-    """Another process holds the lock; the message says which, as far as that is known."""
+    """Another process holds the lock. The message names that process if it is known."""
 
 
 @contextlib.contextmanager
 def exclusive(path: str | Path) -> Iterator[None]:
-    """Hold the lock file `path`, which is removed afterwards. Raises Busy where it is held, by this process, too."""
+    """Hold the lock file `path` and remove it afterwards. Raises Busy if any process, this one included, holds it."""
     descriptor = _acquire(Path(path))
     _held.add(descriptor)
     try:
@@ -35,9 +35,9 @@ def exclusive(path: str | Path) -> Iterator[None]:
         os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
         yield
     finally:
-        if descriptor in _held:  # not in a process that was forked meanwhile
+        if descriptor in _held:  # false in a process forked inside the block
             _held.remove(descriptor)
-            with contextlib.suppress(OSError):  # its folder may be gone
+            with contextlib.suppress(OSError):  # the folder may have been removed
                 if _is_at(descriptor, path):
                     os.unlink(path)
             os.close(descriptor)
@@ -56,7 +56,7 @@ def _acquire(path: Path) -> int:
             logger.warning(
                 "%s: this file system has no locks; see that no other process writes here", path.parent
             )
-        if _is_at(descriptor, path):  # else its holder has removed it since it was opened
+        if _is_at(descriptor, path):  # otherwise the previous holder removed the file after we opened it
             return descriptor
         os.close(descriptor)
 
@@ -71,12 +71,12 @@ def _holder(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 1000, 0))
         return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):  # it has not written it yet
+    except (ValueError, KeyError, TypeError):  # the holder has not written its name yet
         return "another process"
 
 
 def _let_go() -> None:
-    """In a forked process: the lock is its parent's, and must end with that one."""
+    """Close the inherited descriptors in a forked process: the lock must end with the parent."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -1,4 +1,4 @@
-"""The origin of a result: versions of the packages, commit of the source, processor."""
+"""The origin of a result: package versions, source commit, processor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def versions() -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """The git commit of the source tree that holds this package, with "-dirty" where tracked files differ from it.
+    """The git commit of the source tree that holds this package, with "-dirty" if tracked files differ from it.
 
-    None for a package outside a repository (an installed wheel), and where git is missing.
+    None for a package outside a repository (an installed wheel), and if git is missing.
     """
     here = Path(__file__).parent
 
@@ -32,14 +32,14 @@ def source_commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A virtual environment may lie inside somebody else's repository: only a tracked file belongs to one.
+    # A virtual environment may lie inside another project's repository, where this package is not tracked.
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, or None where it is not installed."""
+    """The version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -47,7 +47,7 @@ def installed(package: str) -> str | None:
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """The name of this machine's processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(

@@ -1,9 +1,16 @@
-"""The range of every numeric setting. Validation, the flags of the command line and the tables of the documentation are made
-from these: a setting with a range here needs no check of its own, and one without fails a test.
+"""The range of every numeric setting.
 
-TRAINING has the fields of `CLPConfig`, SAMPLING those of `SamplingParams`, EVALUATION the arguments of `evaluate` (and of a
-comparison's evaluations), ADAPTER what describes an adapter, COMMANDS what only the command line has. Of a setting that is a
-list or a mapping, the range is that of each entry.
+Validation, the command line's flags and the tables of the documentation are made from these ranges. A setting with a range
+needs no check of its own; a numeric setting without a range fails a test.
+
+    TRAINING      the fields of `CLPConfig`
+    SAMPLING      the fields of `SamplingParams`
+    EVALUATION    the arguments of `evaluate`, and of a comparison's evaluations
+    GENERATION    the further arguments of a call that generates completions
+    ADAPTER       the numbers that describe an adapter
+    COMMANDS      the numbers that only the command line has
+
+If a setting is a list or a mapping, its range applies to each entry.
 """
 
 from __future__ import annotations
@@ -23,11 +30,12 @@ _LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, NaN and the infinities never among them.
+    """The numbers from `low` to `high`, without NaN and infinities.
 
-    kind: int or float; a whole number serves as either. open_low, open_high: `low` or `high` itself is outside. off: the
-    values that leave the setting without effect, in words. remedy: what to do instead of a value outside, a clause that can end
-    an error message.
+    kind: int or float. A whole number is valid for either.
+    open_low, open_high: the bound itself lies outside the range.
+    off: the values that switch the setting off, in words.
+    remedy: what to do instead of giving a value outside the range, as a clause that can end an error message.
     """
 
     kind: type
@@ -42,7 +50,7 @@ class Range:
         kind = numbers.Integral if self.kind is int else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
-        number: Any = value  # a Real of any library compares with floats
+        number: Any = value  # any Real compares with floats
         above = number > self.low if self.open_low else number >= self.low
         return bool(above and (number < self.high if self.open_high else number <= self.high))
 
@@ -59,13 +67,13 @@ class Range:
 
     @property
     def described(self) -> str:
-        """With what switches the setting off."""
+        """The range in words, and the values that switch the setting off."""
         return f"{self}; {self.off} is off" if self.off else str(self)
 
     def check(self, name: str, value: Any, several: tuple[type, ...] = ()) -> Any:
-        """`value`, if it lies in the range. Raises ConfigError naming the setting where not.
+        """`value`, if it lies in the range. Otherwise raises ConfigError naming the setting.
 
-        several: LISTS or MAPPINGS, which will do as well if they have entries and all of them lie in the range.
+        several: LISTS or MAPPINGS are also valid if they are not empty and every entry lies in the range.
         """
         entries: Collection[Any] = (value,)
         if isinstance(value, several):
@@ -77,7 +85,7 @@ class Range:
         return value
 
     def parse(self, text: str) -> float:
-        """The number that a text stands for. Raises ConfigError as `check`, without a name."""
+        """The number written in `text`. Raises ConfigError, without a setting's name, if it lies outside the range."""
         try:
             value: Any = self.kind(text)
         except ValueError:
@@ -88,14 +96,16 @@ class Range:
 
 
 def check(table: Mapping[str, Range], **values: Any) -> None:
-    """Raises ConfigError for the first of the values that lies outside of its range."""
+    """Raises ConfigError for the first value outside its range."""
     for name, value in values.items():
         table[name].check(name, value)
 
 
 def check_fields(table: Mapping[str, Range], settings: Any) -> None:
-    """`Range.check` for every field of a dataclass that has a range; None passes where it is the default, several numbers where
-    the field is a list or mapping of them."""
+    """`Range.check` for every field of a dataclass that has a range.
+
+    None is valid if it is the field's default. Several numbers are valid if the field is a list or mapping of them.
+    """
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.name in table and not (value is None and field.default is None):
@@ -108,7 +118,7 @@ COUNT = Range(int, 1)
 SHARE = Range(float, 0, 1)
 NOT_NEGATIVE = Range(float, 0)
 POSITIVE = Range(float, 0, open_low=True)
-SEED = Range(int, 0, 2**32 - 1)  # what numpy's generators take
+SEED = Range(int, 0, 2**32 - 1)  # the seeds that numpy's generators take
 _TEMPERATURE = Range(float, 1e-6, 1e6)
 _TOP_K = Range(int, 0, off="None or 0")
 _TOP_P = Range(float, 0, 1, open_low=True, off="None or 1")
@@ -201,7 +211,7 @@ EVALUATION = {
 GENERATION = {
     "num_return_sequences": COUNT,
     "max_rows": COUNT,
-    "seed": Range(int, -(2**63), 2**63 - 1),  # every int64 names a stream of random numbers
+    "seed": Range(int, -(2**63), 2**63 - 1),  # every int64 selects a stream of random numbers
 }
 
 COMMANDS = {

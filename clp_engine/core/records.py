@@ -1,7 +1,7 @@
-"""JSON as the dataclass it was written from: every field there and of its type, or a ConfigError that says which is not.
+"""Read JSON back as the dataclass it was written from, with every field present and of its type.
 
-A file that somebody cut, changed or took from elsewhere may hold any JSON. What msgspec makes of it has the types that its
-annotations promise, however deep, so that nobody who uses it has to look again.
+A JSON file may have been truncated, edited or taken from another program. msgspec checks the types of all annotations, at any
+depth, so that callers need no checks. A mismatch raises a ConfigError that names the field.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ AGAIN = "write or copy it again"
 
 
 def read(path: str | Path, kind: type, remedy: str = AGAIN, known: Mapping[str, Any] | None = None) -> Any:
-    """The `kind` in a JSON file; names that `kind` has not are left out. known: values in place of the file's.
+    """The JSON file `path` as a `kind`. Names that `kind` does not have are ignored.
 
-    kind: a dataclass, or a NamedTuple, of str, bool, int, float, Any, and of lists, tuples, dicts, unions and further ones of
-    such. Raises ConfigError naming the file, and `remedy`.
+    kind: a dataclass or NamedTuple of str, bool, int, float and Any, and of lists, tuples, dicts, unions, dataclasses and
+        NamedTuples of these.
+    known: values that replace the file's values.
+
+    Raises ConfigError naming the file and `remedy`.
     """
     return of(kind, {**read_json(path), **(known or {})}, path, remedy)
 
 
 def of(kind: Any, value: Any, path: str | Path, remedy: str = AGAIN) -> Any:
-    """`value`, decoded JSON out of `path`, as `kind`; see `read`."""
-    import msgspec  # `clp-engine --help` does without
+    """`value`, decoded JSON from `path`, as a `kind`; see `read`."""
+    import msgspec  # not needed for `clp-engine --help`
 
     try:
         return msgspec.convert(value, kind)

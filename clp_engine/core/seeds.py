@@ -1,4 +1,4 @@
-"""Seeds from counters: any draw can be made again from (seed, step, what, index), so resuming needs no stored stream."""
+"""Seeds from counters: (seed, stream, step, index) determines every draw, so that resuming needs no stored generator state."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import torch
 
 
 class Stream(enum.IntEnum):
-    """The uses of a run's seed: the first counter after it, so that no two uses draw the same numbers. A number that was once
-    given stays: a run that resumes draws what it would have drawn."""
+    """The uses of a run's seed. The stream is the first counter after the seed, so that no two uses draw the same numbers.
+
+    The number of a stream never changes, so that a resumed run draws what the uninterrupted run would have drawn.
+    """
 
     SHUFFLE = 1  # order of the prompts of an epoch
     CONDITIONS = 2  # (w, kl) of a rollout's prompts
     TOKENS = 3  # completions of a rollout
     EVALUATION = 4  # conditions and completions of an evaluation
-    VALUE_HEAD = 5  # its first weights
-    GRADIENT_NOISE = 6  # the seed of batches that measure it
+    VALUE_HEAD = 5  # initial weights of the value head
+    GRADIENT_NOISE = 6  # seed of the batches that measure gradient noise
 
 
 # splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), in wrapping int64 arithmetic.
@@ -30,7 +32,7 @@ def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def derive(seed: int | torch.Tensor, *counters: int | torch.Tensor) -> torch.Tensor:
-    """A well-mixed int64 for each combination of the counters; integers and int64 tensors broadcast together."""
+    """A well-mixed int64 for each combination of counters. Integers and int64 tensors broadcast together."""
     state = torch.as_tensor(seed, dtype=torch.int64)
     for counter in counters:
         counter = torch.as_tensor(counter, dtype=torch.int64)
@@ -42,5 +44,5 @@ def derive(seed: int | torch.Tensor, *counters: int | torch.Tensor) -> torch.Ten
 
 
 def generator(seed: int, *counters: int) -> torch.Generator:
-    """A CPU generator seeded by `derive`."""
+    """A CPU generator whose seed is the lower 63 bits of `derive(seed, *counters)`."""
     return torch.Generator().manual_seed(int(derive(seed, *counters)) & ((1 << 63) - 1))

@@ -1,4 +1,4 @@
-"""Bytes: for people, and whether a machine has so many."""
+"""Numbers of bytes: in readable form, and compared with a machine's memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 from clp_engine.core.errors import ConfigError
 
-# Bytes that a rollout keeps of each token it may draw: its seed, the token, its log-prob, whether it is there and the last.
+# Bytes that a rollout keeps for each token it may draw: seed, token, log-prob, validity flag, last-token flag.
 BOOKKEEPING = 8 + 8 + 4 + 1 + 1
 
 
-_LARGEST = 2**44  # what no machine has
+_LARGEST = 2**44  # more memory than any machine has
 
 
 def size(count: int) -> str:
-    """Bytes for people: 12.3 MiB."""
+    """A number of bytes in readable form, such as 12.3 MiB."""
     value: float = min(count, 10**30)
     units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
     while value >= 1024 and len(units) > 1:
@@ -25,7 +25,7 @@ def size(count: int) -> str:
 
 
 def check_size(what: str, needed: int, device: torch.device | str | None = None) -> None:
-    """Raises ConfigError where `needed` bytes are more than the device has, or any machine where there is no device to ask."""
+    """Raises ConfigError if `needed` bytes exceed the device's memory, or any machine's if the device's is unknown."""
     room, where = _LARGEST, "any machine has"
     if device is not None:
         device = torch.device(device)

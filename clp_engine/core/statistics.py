@@ -1,4 +1,4 @@
-"""Means with 95 % intervals: over prompts or batches by the bootstrap, over seeds by Student's t."""
+"""Means with 95 % intervals, by the bootstrap over prompts or batches and by Student's t over seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Interval:
 
     @classmethod
     def of(cls, mean: float, samples: ArrayLike) -> Interval:
-        """The interval of a mean. samples: the mean in each resample, NaN left out."""
+        """The interval of a mean. samples: the mean in each resample; NaNs are left out."""
         return cls(float(mean), *map(float, interval(samples, CONFIDENCE)))
 
     def __format__(self, spec: str) -> str:
@@ -32,7 +32,7 @@ class Interval:
 
 
 def resample_counts(count: int, resamples: int, seed: int = 0) -> Array:
-    """How often each of `count` elements occurs in `resamples` draws of `count` with replacement: (resamples, count).
+    """How often each of `count` elements occurs in each of `resamples` draws with replacement: (resamples, count).
 
     counts[b] ~ Multinomial(count, 1 / count)
     """
@@ -46,8 +46,8 @@ def bootstrap_means(rewards: ArrayLike, resamples: int, seed: int = 0) -> Array:
         mean[b, p, i] = sum_n count[b, n] R[p, n, i] / sum_n count[b, n],    count = resample_counts(N, resamples)
 
     The draws are paired: every policy sees the same draw of prompts, so that the ease of a prompt cancels in the
-    difference of two policies. NaN entries of `rewards` (the objective does not apply) are left out of both sums.
-    Raises ValueError where `rewards` has another number of dimensions, or one of size zero.
+    difference of two policies. Both sums leave out NaN rewards (an objective that does not apply to a prompt).
+    Raises ValueError unless `rewards` has three dimensions, none of size zero.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.ndim != 3 or 0 in rewards.shape:
@@ -70,13 +70,13 @@ def interval(samples: ArrayLike, confidence: float = 0.95) -> tuple[Array, Array
 
 
 def divide(total: Array, count: Array) -> Array:
-    """total / count, and NaN where the count is zero."""
+    """total / count, elementwise. NaN for a count of zero."""
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, its 95 % interval, and the values, seed by seed. low, high: None with fewer than two values."""
+    """A mean over seeds, its 95 % interval, and the value of each seed. low, high: None with fewer than two values."""
 
     mean: float
     low: float | None
@@ -95,7 +95,7 @@ class Estimate:
 
     @property
     def half_width(self) -> float | None:
-        """Half the width of the interval, or None without one."""
+        """Half the width of the interval, or None with fewer than two values."""
         return None if self.high is None else self.high - self.mean
 
 
@@ -111,11 +111,12 @@ def t_quantile(confidence: float, df: int) -> float:
 
 
 def t_probability(t: float, df: int) -> float:
-    """P(|T| <= t) for Student's T with `df` degrees of freedom. For a whole df it is a finite sum (Abramowitz and Stegun 26.7.3
-    and 26.7.4), with theta = atan(t / sqrt(df)),
+    """P(|T| <= t) for Student's T with `df` degrees of freedom.
 
-    odd   2/pi (theta + sin cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ... up to cos^(df-3)))
-    even  sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ... up to cos^(df-2))
+    For a whole df it is a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4), with theta = atan(t / sqrt(df)):
+
+        odd df    2/pi (theta + sin cos (1 + 2/3 cos^2 + 2*4/(3*5) cos^4 + ... up to cos^(df-3)))
+        even df   sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ... up to cos^(df-2))
     """
     theta = math.atan(t / math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)

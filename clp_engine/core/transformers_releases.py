@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that the engine runs on."""
+"""Differences between the releases of transformers that the engine supports."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 
 def keep_softcap(model: PreTrainedModel) -> None:
-    """Runs attention eagerly where a layer caps its scores (Gemma 2) and would be given to sdpa, which has no cap: before
-    transformers 5.23 such a model loads with sdpa and leaves the cap out without a word."""
+    """Switch a model whose layers cap their attention scores (Gemma 2) from sdpa to eager attention.
+
+    sdpa has no cap. Before transformers 5.23 such a model loads with sdpa and silently leaves the cap out.
+    """
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and any(
         getattr(module, "attn_logit_softcapping", None) for module in model.modules()
@@ -19,14 +21,14 @@ def keep_softcap(model: PreTrainedModel) -> None:
         model.set_attn_implementation("eager")
 
 
-@functools.cache  # asked for every token that is decoded by transformers' modules
+@functools.cache  # called for every token that transformers' modules decode
 def cache_argument(kind: type[nn.Module]) -> str:
-    """What a stack of layers calls its cache of keys and values: `past_key_values` until transformers 5.24, then `cache`."""
+    """The keyword of a layer stack for its KV cache: `past_key_values` until transformers 5.24, then `cache`."""
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def quiet_transformers() -> None:
-    """No notes about loading on the terminal: what matters to the user is said by the command itself."""
+    """Silence transformers' loading messages and progress bars. The commands print what the user needs to know."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Configuration files and the values of flags as YAML. What cannot be read is a ConfigError that says where it is."""
+"""Read configuration files and flag values as YAML. An unreadable value raises a ConfigError that says where it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from clp_engine.core.errors import ConfigError, shown
 
-# Values in a file, an alias counted as often as it is used: a few lines of aliases can stand for more than memory holds.
+# The most values in a file, with every use of an alias counted: a few lines of aliases can expand to more than memory holds.
 _MOST_VALUES = 100_000
 
 
@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, Hashable):
-                continue  # the loader says so itself
+                continue  # construct_mapping of the base class raises for this key
             if key in lines:
                 raise ConfigError(f"lines {lines[key]} and {line} both give {shown(key)}; leave one out")
             lines[key] = line
@@ -31,14 +31,14 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, OverflowError) as error:
             if isinstance(error, ConfigError) or not isinstance(node, yaml.ScalarNode):
                 raise
-            # A date that there is not (2024-99-99), digits by the thousand.
+            # For example a date that does not exist (2024-99-99), or an integer of thousands of digits.
             raise ConfigError(
                 f"line {node.start_mark.line + 1}: {shown(node.value)} cannot be read ({error}); a text belongs in quotes"
             ) from error
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The names and values of a file."""
+    """The settings in a YAML file, by name."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -53,7 +53,7 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def read_flag(text: str, config: type, name: str) -> Any:
-    """A flag's text as the YAML value it stands for; 'a,b' where the setting takes a list."""
+    """The value of a flag: its text read as YAML, or 'a,b' as a list if the setting takes a list."""
     hint = str(config.__annotations__[name])
     if hint.startswith("dict"):
         return _parsed(text, name)

@@ -1,1 +1,1 @@
-"""Prompts and rewards."""
+"""Prompts to train and evaluate on, and reward functions."""

@@ -1,4 +1,4 @@
-"""Chat prompts: what their messages may hold, and their tokens through a tokenizer's chat template."""
+"""Chat prompts: checks of their messages, and their tokens under a tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from clp_engine.core.errors import ConfigError
 
 
 def check_prompt(prompt: Any, where: str) -> None:
-    """Raises ConfigError, naming `where` it was found, for anything but a text or a list of messages with text in them.
+    """Raises ConfigError unless the prompt is a text or a list of text messages. where: its place, for the message.
 
-    A message has a `role` and a `content`: a text, or parts `{"type": "text", "text": ...}`. It may have other keys, which the
-    chat template reads, and no content (None) where they say it all (tool calls of an earlier turn).
+    A message has a `role` and a `content`: a text, or a list of parts `{"type": "text", "text": ...}`. It may have other keys,
+    which the chat template reads. Its content may be None if other keys hold all of it (tool calls of an earlier turn).
     """
     if isinstance(prompt, str):
         _check_text(prompt, where)
@@ -59,10 +59,10 @@ def _check_text(text: str, where: str) -> None:
 
 
 def messages_as_read(messages: list, tokenizer) -> list[dict[str, Any]]:
-    """The messages in the form that the tokenizer's chat template reads: parts as they are where it goes through them,
-    otherwise their texts joined to one.
+    """The messages in a form that the tokenizer's chat template reads.
 
-    A template that knows texts only prints a list of parts as Python or JSON does, leaves it out, or fails.
+    Lists of parts stay if the template handles them; otherwise the texts of a message's parts are joined into one text. A
+    template made for texts alone prints a list of parts as Python or JSON would, leaves it out, or fails.
     """
     whole = [m["content"] for m in messages if isinstance(m["content"], list | tuple)]
     if not whole:
@@ -87,9 +87,9 @@ def messages_as_read(messages: list, tokenizer) -> list[dict[str, Any]]:
 
 
 def encode_chat(messages: list, tokenizer) -> list[int]:
-    """Tokens of the messages in the tokenizer's chat template, up to where the assistant answers.
+    """Tokens of the messages under the tokenizer's chat template, up to the start of the assistant's answer.
 
-    Raises ConfigError where the tokenizer has no template.
+    Raises ConfigError if the tokenizer has no template.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(
@@ -102,7 +102,7 @@ def encode_chat(messages: list, tokenizer) -> list[int]:
 
 
 def _json(content: Any) -> str:
-    """As the templates' tojson filter writes it."""
+    """`content` as the templates' tojson filter writes it."""
     return json.dumps(content, ensure_ascii=False, default=str)
 
 

@@ -1,7 +1,7 @@
-"""Values for a tokenizer's chat template, TRL's `chat_template_kwargs`, written into the template itself.
+"""Values for a tokenizer's chat template (TRL's `chat_template_kwargs`), written into the template itself.
 
-`{%- set enable_thinking = false %}` in front of it gives the value wherever the template is used: in training, and by whoever
-loads the policy and its tokenizer later and knows nothing of the setting.
+A line such as `{%- set enable_thinking = false %}` at the start of the template sets the value wherever the template is used:
+in training, and after the policy and its tokenizer are loaded by a program that does not know the setting.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from clp_engine.core.errors import ConfigError
 
 
 def with_values(tokenizer, values: Mapping[str, Any] | None):
-    """A copy of `tokenizer` whose chat template has these variables set, or the tokenizer itself where there are none.
+    """A copy of `tokenizer` whose chat template sets these variables, or `tokenizer` itself if there are no values.
 
-    Values are text, numbers, true, false, None, or lists and mappings of them. Raises ConfigError for others, and for a
-    tokenizer without one chat template.
+    Values are text, numbers, booleans, None, and lists and mappings of these. Raises ConfigError for other values, and for a
+    tokenizer that does not have exactly one chat template.
     """
     if not values:
         return tokenizer
@@ -37,7 +37,7 @@ def with_values(tokenizer, values: Mapping[str, Any] | None):
 
 
 def _literal(name: str, value: Any) -> str:
-    """`value` as Jinja writes it: Python's literals, which it reads (True, None, 'text', [1, 2], {'a': 1})."""
+    """`value` as a Jinja literal. Jinja reads Python's literals: True, None, 'text', [1, 2], {'a': 1}."""
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, list | tuple):

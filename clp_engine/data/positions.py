@@ -1,11 +1,11 @@
-"""What a model can read: how many tokens, prompt and completion together, and which.
+"""The tokens a model can read: the largest number in a row, prompt and completion together, and the valid token ids.
 
-Learned positions end where their table ends. Rotary embeddings of the kinds `dynamic` and `longrope` take other frequencies
-once one row of the batch is longer than the model's original length: every other row would change with it, and keys that lie
-in a cache would keep the old ones. Their original length is therefore the limit here.
+Learned positions end with their table. Rotary embeddings of the kinds `dynamic` and `longrope` change their frequencies once
+one row of the batch is longer than the model's original length. That would change every other row of the batch, and keys in a
+cache would keep the old frequencies. The original length is therefore the limit here.
 
-A token is read as a row of the input embedding. Where a tokenizer was given further tokens and the model was not resized, those
-have none; an embedding with more rows than the tokenizer has tokens (padded to a round number) is as good as any.
+A token id is a row of the input embedding. If tokens were added to a tokenizer and the model was not resized, the added tokens
+have no row. An embedding with more rows than the tokenizer has tokens (padded to a round number) is valid.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from transformers import PreTrainedModel
 
 from clp_engine.core.errors import ConfigError
 
-# Rotary embeddings whose frequencies depend on the length of what was read so far.
+# Rotary embeddings whose frequencies depend on the number of tokens read so far.
 MOVING_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class Room:
-    """tokens: how many a row may have, None for any number; cause: what limits them. apart: prompt and completion are counted
-    each by itself (an encoder-decoder). ids: the rows of the input embedding, None where they are not known."""
+    """The limits of a model's input.
+
+    tokens: the most tokens of a row, None for any number. cause: the reason for that limit.
+    apart: prompt and completion are counted separately (an encoder-decoder).
+    ids: the number of rows of the input embedding, None if unknown.
+    """
 
     tokens: int | None
     cause: str = ""
@@ -49,7 +53,7 @@ class Room:
         return cls(tokens, cause, apart, None if weight is None else weight.shape[0])
 
     def check(self, prompt: int, new: int, where: str = "a prompt") -> None:
-        """Raises ConfigError where a prompt of `prompt` tokens and a completion of `new` find no room."""
+        """Raises ConfigError if a prompt of `prompt` tokens with a completion of `new` tokens exceeds the limit."""
         if self.tokens is not None and (max(prompt, new) if self.apart else prompt + new) > self.tokens:
             raise ConfigError(
                 f"{where} has {prompt} tokens and its completion up to {new}; this model has room for {self.tokens} "
@@ -58,13 +62,13 @@ class Room:
             )
 
     def check_prompt(self, ids: Sequence[int], new: int, where: str, tokenizer=None) -> None:
-        """Raises ConfigError where a prompt has a token that the model has no embedding of, or finds no room with a completion
-        of `new` tokens."""
+        """Raises ConfigError if a prompt has a token without an embedding, or exceeds the limit with a completion of `new`
+        tokens."""
         self.check_ids(ids, where, tokenizer)
         self.check(len(ids), new, where)
 
     def check_ids(self, ids: Sequence[int], where: str, tokenizer=None) -> None:
-        """Raises ConfigError for a token that the model has no embedding of."""
+        """Raises ConfigError for a token without an embedding."""
         if self.ids is None or not ids or 0 <= min(ids) and (highest := max(ids)) < self.ids:
             return
         if min(ids) < 0:
@@ -79,8 +83,11 @@ class Room:
         )
 
     def check_tokenizer(self, tokenizer) -> None:
-        """Raises ConfigError where a special token of the tokenizer that is always used (padding, beginning, end) has no
-        embedding; warns where another token has none: prompts with it are refused."""
+        """Check that the tokenizer's tokens have embeddings.
+
+        Raises ConfigError if the padding, beginning or end token has none, since these are always used. Warns if another token
+        has none; a prompt with such a token is refused later.
+        """
         if self.ids is None or (size := len(tokenizer)) <= self.ids:
             return
         remedy = f"call model.resize_token_embeddings({size}) first"
@@ -99,7 +106,7 @@ class Room:
 
 
 def moving_rope(rotary: nn.Module) -> list[str]:
-    """The kinds of this rotary embedding whose frequencies move; empty for another module."""
+    """The kinds of this rotary embedding whose frequencies depend on length. Empty for any other module."""
     kinds = getattr(rotary, "rope_type", None) or "default"
     return sorted(set(kinds.values() if isinstance(kinds, dict) else [kinds]) & set(MOVING_ROPE))
 

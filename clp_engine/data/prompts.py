@@ -1,4 +1,4 @@
-"""Prompts to train on: rows of a dataset, checked and encoded, in an order that a step number alone determines."""
+"""Prompts to train on: rows of a dataset, checked and encoded, in an order that depends on the step number alone."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from clp_engine.data.chat import check_prompt, encode_chat
 
 logger = logging.getLogger(__name__)
 
-_AT_THE_START, _AT_ONCE = 100_000, 1000  # rows that are encoded at the start, and in one call of a tokenizer
-# Columns that no reward function receives (as in TRL), and names under which it receives something else.
+_AT_THE_START, _AT_ONCE = 100_000, 1000  # most rows encoded at the start; rows in one call of a tokenizer
+# Columns that no reward function receives (as in TRL), and argument names that hold something else than a column.
 _WITHHELD = ("prompt", "completion", "completion_ids")
 _TAKEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """P prompts: as the dataset has them, as token ids, and the dataset's other columns."""
+    """P prompts: in the dataset's form, as token ids, and the dataset's other columns."""
 
     prompts: list
     token_ids: list[list[int]]
     columns: dict[str, list]
 
     def taken(self, indices: Sequence[int]) -> PromptBatch:
-        """These prompts, in this order."""
+        """The prompts at these indices, in this order."""
         return PromptBatch(
             [self.prompts[i] for i in indices],
             [self.token_ids[i] for i in indices],
@@ -40,7 +40,7 @@ class PromptBatch:
         )
 
     def repeated(self, times: int) -> tuple[list, dict[str, list]]:
-        """(prompts, columns) with each row `times` times in a row, as reward functions take them."""
+        """(prompts, columns) for reward functions, with each row repeated `times` times in succession."""
         return (
             [p for p in self.prompts for _ in range(times)],
             {name: [v for v in values for _ in range(times)] for name, values in self.columns.items()},
@@ -48,26 +48,28 @@ class PromptBatch:
 
 
 def encode_prompts(prompts: Sequence[str | list], tokenizer) -> list[list[int]]:
-    """Tokens of each text, or of chat messages in the tokenizer's chat template, up to where the assistant answers. Raises
-    ConfigError for what is neither, and for messages that hold anything but text."""
+    """Tokens of each prompt, a text or chat messages. Messages end where the assistant's answer starts.
+
+    Raises ConfigError for any other prompt, and for messages with other content than text.
+    """
     for i, prompt in enumerate(prompts):
-        if prompt != "":  # a tokenizer may begin every text with a token
+        if prompt != "":  # an empty text is allowed: a tokenizer may start every text with a token
             check_prompt(prompt, f"prompt {i}")
     return _encoded(prompts, tokenizer)
 
 
 def _encoded(prompts: Sequence[str | list], tokenizer) -> list[list[int]]:
-    """All texts in one call of the tokenizer, which takes half a millisecond however short they are."""
+    """Tokens of each prompt, with all texts in one call of the tokenizer: a call takes 0.5 ms however short the texts are."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     ids = iter(tokenizer(texts)["input_ids"] if texts else ())
     return [next(ids) if isinstance(prompt, str) else encode_chat(prompt, tokenizer) for prompt in prompts]
 
 
 class Prompts(ABC):
-    """Rows with a `prompt` column, text or chat messages, as an endless stream of epochs: `position` counts its rows.
+    """An endless stream of epochs over rows with a `prompt` column, text or chat messages. `position` counts its rows.
 
-    check: called with the tokens that are left of each prompt and the name of its row; raises ConfigError where the model
-    cannot read them.
+    check: called with the tokens of each prompt, after truncation, and the name of its row. It raises ConfigError if the model
+        cannot read the tokens.
     """
 
     def __init__(
@@ -77,14 +79,16 @@ class Prompts(ABC):
         check: Callable[[list[int], str], None] | None = None,
     ):
         self.tokenizer, self.max_prompt_length, self._check = tokenizer, max_prompt_length, check
-        self.skipped = 0  # rows that could not be used, where they are left out
+        self.skipped = 0  # number of unusable rows that were left out
 
     def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> list[list[int]]:
-        """Tokens of each row's prompt, the last `max_prompt_length` of them. Raises ConfigError naming the row, by its number,
-        whose prompt cannot be encoded or has no tokens."""
+        """Tokens of each row's prompt, the last `max_prompt_length` of them. numbers: the rows' numbers, for messages.
+
+        Raises ConfigError naming the row whose prompt cannot be encoded or has no tokens.
+        """
         try:
             encoded = _encoded([row["prompt"] for row in rows], self.tokenizer)
-        except Exception as error:  # tokenizers and chat templates raise what they like
+        except Exception as error:  # tokenizers and chat templates raise errors of any class
             if len(rows) > 1:
                 return [self.encode([row], [number])[0] for row, number in zip(rows, numbers)]
             else:
@@ -102,7 +106,7 @@ class Prompts(ABC):
         return encoded
 
     def _fault(self, row: Any, number: int) -> str | None:
-        """Why the row cannot be used, or None."""
+        """The reason why the row cannot be used, or None."""
         try:
             check_row(row, _named(number))
             self.encode([row], [number])
@@ -116,29 +120,32 @@ class Prompts(ABC):
 
     @abstractmethod
     def indices(self, start: int, count: int, seed: int, shuffle: bool) -> Sequence[int]:
-        """What `batch` takes for the positions `start` to `start + count`."""
+        """The indices of the rows at positions `start` to `start + count`, as arguments for `batch`."""
 
     @abstractmethod
     def in_order(self, size: int) -> Iterator[tuple[int, PromptBatch]]:
-        """All rows once, unshuffled, `size` at a time: the number of the first one and the batch."""
+        """All rows once, unshuffled, in batches of `size`: pairs of the first row's number and the batch."""
 
     @abstractmethod
     def epoch(self, position: float, share: float) -> float:
-        """Epochs that lie before `position`; share: how much of the run does, where nobody knows how long an epoch is."""
+        """The number of epochs before `position`, a fraction included.
+
+        share: the share of the run before `position`, which is used while the length of an epoch is unknown.
+        """
 
     @abstractmethod
     def epoch_number(self, position: int) -> int:
-        """The epoch that `position` lies in."""
+        """The number of the epoch that contains `position`."""
 
     @abstractmethod
     def _row(self, index: int) -> Any: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know beside its step, as JSON."""
+        """The state, as JSON, that a resumed run needs in addition to its step number."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state of `state_dict`."""
         return
 
     def _made(self, rows: list, numbers: list[int]) -> PromptBatch:
@@ -153,11 +160,12 @@ class Prompts(ABC):
 
 
 class PromptDataset(Prompts):
-    """Rows by index: a list of dicts, a `datasets.Dataset`, anything with a length and rows that are mappings.
+    """Rows by index: a list of dicts, a `datasets.Dataset`, or any object with a length and with mappings as rows.
 
-    The rows of a list are looked at, and up to 100,000 prompts encoded, at the start; those of anything else when they are
-    reached, but for the first. skip_bad_rows: rows that cannot be used are left out, of whatever it is. Raises ConfigError
-    where it is none, or has no row, or one that cannot be used.
+    All rows of a list are checked at the start, and its prompts are encoded then if there are at most 100,000. Any other
+    dataset has its first row checked at the start, and each row checked and encoded when it is reached.
+    skip_bad_rows: leave unusable rows out; every row of any dataset is then checked at the start.
+    Raises ConfigError for an object without a length and rows by index, an empty dataset, and a row that cannot be used.
     """
 
     def __init__(
@@ -176,7 +184,7 @@ class PromptDataset(Prompts):
             )
         if len(rows) == 0:
             raise ConfigError("the dataset is empty")
-        self._encoded: dict[int, array] = {}  # of a list, by row
+        self._encoded: dict[int, array] = {}  # tokens by row number, for a list
         if skip_bad_rows:
             faults = [self._fault(row, number) for number, row in enumerate(rows)]
             if any(faults):
@@ -194,7 +202,7 @@ class PromptDataset(Prompts):
         self._order: tuple[tuple, list[int]] | None = None
 
     def _encode_all(self, rows: Sequence[Mapping[str, Any]]) -> dict[int, array]:
-        """Every prompt's tokens; none where there are too many rows to wait for that."""
+        """Every prompt's tokens by row number. Empty if there are too many rows to encode at the start."""
         for number, row in enumerate(rows):
             check_row(row, _named(number))
         numbers = range(len(rows) if len(rows) <= _AT_THE_START else 0)
@@ -215,7 +223,7 @@ class PromptDataset(Prompts):
         return self.rows[index]
 
     def indices(self, start: int, count: int, seed: int, shuffle: bool) -> list[int]:
-        """Rows `start` to `start + count` of the endless stream of epochs, each epoch in an order of its own."""
+        """Row indices at positions `start` to `start + count` of the endless stream. Each epoch has its own order."""
         return [
             self._epoch(position // len(self), seed, shuffle)[position % len(self)]
             for position in range(start, start + count)
@@ -254,7 +262,7 @@ def _first_line(error: Exception) -> str:
 
 
 def has_rows(rows: Any) -> bool:
-    """Whether there are rows by index: a sequence, not a mapping or a text."""
+    """Whether `rows` has rows by index: a sequence, but no mapping and no text."""
     return (
         hasattr(rows, "__len__")
         and hasattr(rows, "__getitem__")
@@ -263,7 +271,7 @@ def has_rows(rows: Any) -> bool:
 
 
 def check_row(row: Any, where: str) -> None:
-    """Raises ConfigError, naming `where` it was found, for a row that training cannot use."""
+    """Raises ConfigError for a row that training cannot use. where: its place, for the message."""
     if not isinstance(row, Mapping) or "prompt" not in row:
         shown = (
             f"the columns {', '.join(map(str, row))}"
@@ -285,7 +293,7 @@ def check_row(row: Any, where: str) -> None:
 
 
 def completion_texts(tokenizer, token_lists: list[list[int]], prompts: list) -> list:
-    """Completions as reward functions take them: text, or a list with the assistant's message for a chat prompt."""
+    """Completions as reward functions take them: a text or, for a chat prompt, a list with the assistant's message."""
     texts = tokenizer.batch_decode(token_lists, skip_special_tokens=True)
     return [
         t if isinstance(p, str) else [{"role": "assistant", "content": t}] for t, p in zip(texts, prompts)

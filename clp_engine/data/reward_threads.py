@@ -1,4 +1,4 @@
-"""Threads that run beside the training thread. They are daemons: one that hangs does not hold up the interpreter's end."""
+"""Threads beside the training thread. They are daemon threads, so that a hanging one does not keep the interpreter alive."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Callable, Coroutine
 
 
 class Workers:
-    """At most `count` threads, started when they are needed, that make calls in the order of `submit`.
+    """At most `count` threads, started on demand, which start calls in the order of `submit`.
 
-    A call is to keep its own result and error. The threads end when nobody holds the pool.
+    A call must store its own result and error. The threads end when the pool is garbage-collected.
     """
 
     def __init__(self, count: int):
@@ -26,16 +26,16 @@ class Workers:
         if self._started < self.count:
             self._started += 1
             name = f"clp-worker-{self._started}"
-            # Without a reference to the pool, which could not be collected otherwise.
+            # The thread gets no reference to the pool, which would keep the pool alive.
             threading.Thread(target=_work, args=(self._calls,), name=name, daemon=True).start()
         self._calls.put(call)
 
 
 def _work(calls: queue.SimpleQueue) -> None:
     while (call := calls.get()) is not None:
-        with contextlib.suppress(BaseException):  # the call has kept it
+        with contextlib.suppress(BaseException):  # the call has stored its error
             call()
-        del call  # what it holds must not live until the next one comes
+        del call  # release its data before waiting for the next call
 
 
 def _dismiss(calls: queue.SimpleQueue, count: int) -> None:
@@ -44,14 +44,14 @@ def _dismiss(calls: queue.SimpleQueue, count: int) -> None:
 
 
 class EventLoop:
-    """An event loop on a thread of its own, started when it is needed, that ends when nobody holds this object."""
+    """An event loop on its own thread, started on demand. It ends when this object is garbage-collected."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting = threading.Lock()
 
     def submit(self, coroutine: Coroutine) -> None:
-        """Run it, together with whatever else is running there; callable from any thread."""
+        """Run a coroutine concurrently with the others on the loop. Callable from any thread."""
         with self._starting:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()

@@ -1,17 +1,17 @@
-"""Reward functions in TRL's convention, and the (rows, M) tensor they give.
+"""Reward functions in TRL's convention, and the (rows, M) tensor of their rewards.
 
-Functions run beside the thread that asks for them, so that a step computes what needs no reward meanwhile:
+Reward functions run beside the thread that asks for them, so that training can do work that needs no reward meanwhile:
 
     async functions       all at once, in one event loop that lives as long as the RewardSet
     other functions       on `workers` threads, in their order; with workers=0 in the asking thread, before `start` returns
     modules, classifiers  in the asking thread, whose device they use
 
-Python runs one thread's bytecode at a time: a function that waits (network, files, subprocesses) or computes in C overlaps
-with training, one that loops in Python takes turns with the thread that feeds the device, at no gain and no loss.
+Python runs the bytecode of one thread at a time. A function that waits (network, files, subprocesses) or computes in C overlaps
+with training. A function that loops in Python alternates with the thread that feeds the device, without gain or loss.
 
-Global generators (random, numpy, torch): with one worker functions run one after another, in their order, while nothing else
-here draws, so that a run repeats itself to the bit. Several functions that draw at the same time, async ones or on two and
-more workers, take their numbers in whatever order they come to it: give each a generator of its own.
+Global random generators (random, numpy, torch): with one worker, functions run one after another in their order, and the engine
+draws nothing meanwhile, so that a run can be repeated to the bit. Functions that draw at the same time (async ones, or two and
+more workers) take their numbers in an undefined order. Give each such function a generator of its own.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 
-_LARGEST = 1e18  # the square of a larger one, in a standard deviation or a gradient norm, overflows float32
+_LARGEST = 1e18  # a larger reward overflows float32 when squared, as in a standard deviation or gradient norm
 _SHORT = type(None) | bool | int | float
-_FAILURES = (Exception, asyncio.CancelledError)  # of a function; anything else ends the program
+_FAILURES = (Exception, asyncio.CancelledError)  # errors of a reward function; any other ends the program
 
 
 class ClassifierReward:
-    """A sequence classifier as a reward: `logits[:, 0]` of prompt and completion (a chat template joins messages)."""
+    """A sequence classifier as a reward: `logits[:, 0]` for prompt and completion (a chat template joins messages)."""
 
     def __init__(self, model: PreTrainedModel, tokenizer, batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = (
@@ -63,7 +63,7 @@ class ClassifierReward:
         except ConfigError as error:
             raise ConfigError(f"reward model {self.__name__!r}: {error}") from None
         keep_softcap(model)
-        for config in (model.config, model.config.get_text_config()):  # apart in models of text and images
+        for config in (model.config, model.config.get_text_config()):  # two configs for text and images
             config.pad_token_id = tokenizer.pad_token_id
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class ClassifierReward:
                 return_tensors="pt",
                 padding=True,
                 padding_side="right",
-                add_special_tokens=False,  # as TRL has it: the prompt's text says where it begins
+                add_special_tokens=False,  # as in TRL: the prompt's text contains the start token if there is one
             )
             highest = int(inputs["input_ids"].max())
             self._room.check_ids([highest], f"a text for the reward model {self.__name__!r}", self.tokenizer)
@@ -101,7 +101,7 @@ def _resolve(reward, tokenizer) -> RewardFunction:
             ) from error
     if isinstance(reward, torch.nn.Module) and hasattr(
         reward, "config"
-    ):  # a compiled one is no PreTrainedModel
+    ):  # a compiled model is no PreTrainedModel
         return ClassifierReward(
             reward, tokenizer or AutoTokenizer.from_pretrained(reward.config.name_or_path)
         )
@@ -111,13 +111,16 @@ def _resolve(reward, tokenizer) -> RewardFunction:
 
 
 class RewardSet:
-    """M rewards under their names.
+    """M rewards with their names.
 
-    reward_funcs: one or a list of: a function (sync or async) called with keywords only (`prompts`, `completions`,
-    `completion_ids`, every dataset column, `trainer_state`, `log_extra`, `log_metric`) that returns one number or None per
-    row (a list, an array or a tensor, also of shape (rows, 1); NaN counts as None); a sequence classifier; or the name or path
-    of one. Each function has its own copy of the lists it is given. A mapping gives the names itself; otherwise a function's
-    `__name__` and a model's own name are taken. workers: threads for functions that are not async (module docstring).
+    reward_funcs: one reward, a list of rewards, or a mapping from names to rewards. A reward is a function, a sequence
+        classifier, or the name or path of a sequence classifier. Without a mapping, a function's `__name__` and a model's own
+        name are used.
+    workers: the number of threads for functions that are not async (module docstring).
+
+    A function, sync or async, is called with keywords only: `prompts`, `completions`, `completion_ids`, every dataset column,
+    `trainer_state`, `log_extra`, `log_metric`. It returns a number or None for each row, as a list, an array or a tensor, also
+    of shape (rows, 1). NaN counts as None. Each function gets its own copy of the lists.
     """
 
     def __init__(self, reward_funcs, processing_classes=None, workers: int = 0):
@@ -155,7 +158,7 @@ class RewardSet:
         return len(self.functions)
 
     def to(self, device: torch.device) -> RewardSet:
-        """Classifiers to where the completions are made."""
+        """Move classifiers to the device of the completions."""
         for function in self.functions:
             if isinstance(function, ClassifierReward):
                 function.model.to(device)
@@ -169,7 +172,7 @@ class RewardSet:
         columns: Mapping[str, list],
         **context,
     ) -> PendingRewards:
-        """Set every function to work. columns: each of length rows. context: passed on."""
+        """Start every function. columns: lists of length rows. context: further keywords, passed on unchanged."""
         arguments = {  # in TRL's order
             "prompts": prompts,
             "completions": completions,
@@ -179,7 +182,7 @@ class RewardSet:
         }
         calls = [_Call(name, f, self._loop) for name, f in zip(self.names, self.functions)]
         here = []
-        for call in calls:  # what waits first, so that it waits for as long as possible
+        for call in calls:  # calls that run elsewhere start first, so that they overlap with the rest
             own = {name: _copied(value) for name, value in arguments.items()}
             if _is_async(call.function):
                 call.run(own)
@@ -202,21 +205,21 @@ class RewardSet:
         columns: Mapping[str, list],
         **context,
     ) -> torch.Tensor:
-        """`start(...).result()`."""
+        """The rewards themselves: `start(...).result()`."""
         return self.start(prompts, completions, completion_ids, columns, **context).result()
 
 
 class PendingRewards:
-    """The calls of one batch of completions, on their way."""
+    """The running reward calls for one batch of completions."""
 
     def __init__(self, calls: list[_Call], rows: int, warned: set[str]):
         self._calls, self._rows, self._warned = calls, rows, warned
 
     def result(self) -> torch.Tensor:
-        """Wait for them: (rows, M) float32, NaN where a function gave None.
+        """Wait for all calls and return their rewards, (rows, M) float32, with NaN for None.
 
-        Raises ValueError naming the function where it returns something else than a finite number or None per row, or logs
-        another number of values; RuntimeError naming it where it fails, with its own error as the cause.
+        Raises ValueError naming a function that returns anything but a finite number or None per row, or that logs another
+        number of values. Raises RuntimeError naming a function that fails, with the function's error as the cause.
         """
         rewards = torch.stack([self._column(call, call.value()) for call in self._calls], -1)
         unrewarded = rewards.isnan().all(-1).nonzero().flatten().tolist()
@@ -269,7 +272,7 @@ class PendingRewards:
 
     @staticmethod
     def _per_row(returned: Any) -> list | None:
-        """What was returned as a list; None where it is no list of any kind. Trailing dimensions of 1 are dropped."""
+        """A function's return value as a list without trailing dimensions of 1, or None if it is not list-like."""
         if hasattr(returned, "tolist") and hasattr(returned, "ndim"):
             if returned.ndim == 0:
                 return None
@@ -278,16 +281,16 @@ class PendingRewards:
             return None
         return list(returned)
 
-    # What follows is whole once `result` has returned, and in the order of the functions, whichever ended first.
+    # The properties below are complete after `result` has returned. They follow the order of the functions.
 
     @property
     def columns(self) -> dict[str, list]:
-        """What the functions gave to `log_extra`."""
+        """The values that functions passed to `log_extra`, by column."""
         return {name: values for call in self._calls for name, values in call.columns.items()}
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means of what they gave to `log_metric`."""
+        """The mean of the values that functions passed to `log_metric`, by name."""
         values: dict[str, list[float]] = {}
         for call in self._calls:
             for name, value in call.metrics:
@@ -296,12 +299,12 @@ class PendingRewards:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each function, from its start to its end."""
+        """Seconds from start to end of each function."""
         return {call.name: call.ended - call.started for call in self._calls}
 
     @property
     def busy(self) -> float:
-        """Seconds in which at least one function was running."""
+        """Seconds during which at least one function was running."""
         total, until = 0.0, float("-inf")
         for start, end in sorted((call.started, call.ended) for call in self._calls):
             total, until = total + max(0.0, end - max(start, until)), max(until, end)
@@ -309,7 +312,7 @@ class PendingRewards:
 
 
 class _Call:
-    """One function with one batch of completions: runs wherever it is run, and keeps what came of it."""
+    """One function called with one batch of completions. It can run on any thread, and stores its result or error."""
 
     def __init__(self, name: str, function: RewardFunction, loop: EventLoop):
         self.name, self.function, self._loop = name, function, loop
@@ -320,7 +323,7 @@ class _Call:
         self._done: Future = Future()
 
     def run(self, arguments: dict) -> None:
-        """Anything but an Exception (an interrupt) is kept, too, and raised here as well."""
+        """Call the function and store its result or error. An error that is no Exception (an interrupt) is also raised here."""
         self.started = time.perf_counter()
         try:
             value = self.function(
@@ -359,7 +362,7 @@ class _Call:
         return self._done.done() and self._done.exception() is not None
 
     def value(self) -> Any:
-        """Wait for what the function returns, or raise what it raised."""
+        """Wait for the function's return value. Raises RuntimeError if the function failed."""
         try:
             return self._done.result()
         except _FAILURES as error:
@@ -370,7 +373,7 @@ class _Call:
 
 
 def _number(value: Any) -> float | None:
-    """A number, also as an array or a tensor of one; None for anything else."""
+    """A number, or an array or tensor with one element, as a float. None for any other value."""
     if isinstance(value, str | bytes):
         return None
     try:
@@ -380,7 +383,7 @@ def _number(value: Any) -> float | None:
 
 
 def _dimensions(shape: Sequence[int]) -> int:
-    """How many dimensions are left without trailing ones of size 1; the first is always there."""
+    """The number of dimensions without trailing ones of size 1, at least 1."""
     count = len(shape)
     while count > 1 and shape[count - 1] == 1:
         count -= 1
@@ -388,16 +391,16 @@ def _dimensions(shape: Sequence[int]) -> int:
 
 
 def _copied(value: Any) -> Any:
-    """Lists and dicts anew, all the way down, so that a function that edits them edits its own; everything else as it is."""
+    """A deep copy of lists and dicts, so that a function can edit its arguments. Other objects are shared."""
     if type(value) is list:
-        if value and type(value[0]) in (int, float, str):  # of one kind: nothing below to copy
+        if value and type(value[0]) in (int, float, str):  # elements of one plain kind need no copy
             return value[:]
         return [_copied(v) for v in value]
     return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def _wrapped(function: RewardFunction) -> RewardFunction:
-    """What a functools.partial calls in the end."""
+    """The function inside a functools.partial, however deeply nested."""
     while isinstance(function, functools.partial):
         function = function.func
     return function
@@ -414,7 +417,7 @@ def _is_async(function: RewardFunction) -> bool:
 
 
 def _in_context_of_caller(call: _Call, arguments: dict) -> Callable[[], None]:
-    """The call with the caller's context variables and CUDA device, which belong to a thread."""
+    """The call in the caller's context variables and CUDA device, which both belong to a thread."""
     context = contextvars.copy_context()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 

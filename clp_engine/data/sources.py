@@ -1,4 +1,4 @@
-"""Prompts and reward functions by name: a file, or a function of a module."""
+"""Prompts and reward functions from the names a user gives: a file, or a function of a module."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from clp_engine.core.errors import ConfigError
 
 
 def load_reward(spec: str) -> Callable | str:
-    """The function of 'module:function' or 'file.py:function' (looked for in the current folder, too); a name
-    or path without a colon is a sequence classifier and is returned as it is."""
+    """The function named by 'module:function' or 'file.py:function', also looked for in the current folder.
+
+    A spec without a colon is the name or path of a sequence classifier and is returned unchanged. Raises ConfigError if the
+    module cannot be imported or has no such function.
+    """
     module_name, colon, function = spec.rpartition(":")
     if not colon:
         return spec
@@ -32,7 +35,7 @@ def load_reward(spec: str) -> Callable | str:
 def _import(name: str):
     if not name.endswith(".py"):
         if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))  # a console script does not look there by itself
+            sys.path.insert(0, str(Path.cwd()))  # Python does not search there for a console script
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
     module = importlib.util.module_from_spec(spec)
@@ -41,12 +44,14 @@ def _import(name: str):
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, or one prompt per line of any other text file. Raises ConfigError naming the
-    line."""
+    """Rows of a JSON-lines file, or of any other text file with one prompt per line.
+
+    Raises ConfigError naming the line that cannot be read.
+    """
     try:
-        # A line ends where a file has it end: splitlines() would also cut texts at U+2028, U+0085 and form feeds.
+        # Lines end at newlines only: splitlines() would also cut texts at U+2028, U+0085 and form feeds.
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that nothing can be at
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an impossible path
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not numbered:

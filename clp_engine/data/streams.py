@@ -1,14 +1,14 @@
 """Datasets that are read row after row: `datasets.IterableDataset`, other iterables, generators.
 
-    position   0 ... n_0 - 1 | n_0 ... n_0 + n_1 - 1 | ...          epoch e is the e-th time that the source is iterated over
+    position   0 ... n_0 - 1 | n_0 ... n_0 + n_1 - 1 | ...          epoch e is the e-th iteration over the source
 
-Nothing is read before it is needed, and no more than one row is kept. A source whose `iter()` starts anew (it is not its own
-iterator) must give the same rows whenever the same epoch is read: then a position can be found again, by iterating from the
-start of its epoch, and a resumed run goes on at the right row, to the bit. For that a checkpoint holds the positions at which
-epochs started. An iterator or generator can be read once only: training ends where it ends, and cannot be resumed.
+A row is read only when it is needed, and only the last row is kept. A source whose `iter()` starts anew (the source is not its
+own iterator) must give the same rows whenever the same epoch is read. A position is then found again by iterating from the
+start of its epoch, and a resumed run continues at the right row, to the bit. A checkpoint holds the start positions of the
+epochs for that. An iterator or generator can be read once only: training ends where it ends, and cannot be resumed.
 
-A source with `shuffle(seed=)` and `set_epoch()`, as a `datasets.IterableDataset`, is shuffled in its own buffer if asked for,
-differently in each epoch (what TRL does with it). Others are read in their own order.
+A source with `shuffle(seed=)` and `set_epoch()`, such as a `datasets.IterableDataset`, is shuffled on request, in the source's
+own buffer and differently in each epoch, as in TRL. Any other source is read in its own order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class EndOfData(Exception):
-    """A source that can be read once has no further row. rows: how many it had."""
+    """A source that can be read once has no further row. rows: the number of rows it had."""
 
     def __init__(self, rows: int):
         super().__init__(f"the data ended after {rows} rows")
@@ -34,8 +34,10 @@ class EndOfData(Exception):
 
 
 class PromptStream(Prompts):
-    """Rows of an iterable (module docstring). shuffle_seed: None leaves the order to the source. skip_bad_rows: rows that
-    cannot be used are passed over; they have no position."""
+    """The rows of an iterable as a stream of epochs (module docstring).
+
+    shuffle_seed: None leaves the order to the source. skip_bad_rows: unusable rows are passed over and have no position.
+    """
 
     def __init__(
         self,
@@ -53,17 +55,20 @@ class PromptStream(Prompts):
         self._shuffled = (
             source.shuffle(seed=shuffle_seed) if shuffles and shuffle_seed is not None else source
         )
-        self._starts = [0]  # the position at which each epoch begins that has begun
-        self._epoch, self._next = 0, 0  # of the row that the iterator gives next
+        self._starts = [0]  # the start position of each epoch that has begun
+        self._epoch, self._next = 0, 0  # epoch and position of the iterator's next row
         self._iterator: Iterator | None = None
-        self._last: tuple[int, Any] | None = None  # the row read last, which may be asked for again
+        self._last: tuple[int, Any] | None = None  # position and content of the row read last
         self._evaluated = False
 
     def indices(self, start: int, count: int, seed: int, shuffle: bool) -> range:
         return range(start, start + count)
 
     def in_order(self, size: int) -> Iterator[tuple[int, PromptBatch]]:
-        """Raises ConfigError for the second pass over a source that can be read once, and for one without rows."""
+        """All rows once, unshuffled, in batches of `size`: pairs of the first row's number and the batch.
+
+        Raises ConfigError for a second pass over a source that can be read once, and for a source without rows.
+        """
         if self.read_once and self._evaluated:
             raise ConfigError(
                 f"the evaluation set is a {type(self.source).__name__}, which can be read once, and has been; "
@@ -78,7 +83,10 @@ class PromptStream(Prompts):
             raise ConfigError("the evaluation set gave no rows")
 
     def epoch(self, position: float, share: float) -> float:
-        """Within an epoch by the length of the one before; in the first, whose length nobody knows, `share`."""
+        """The number of epochs before `position`. The fraction assumes the length of the epoch before.
+
+        The first epoch has an unknown length, so `share` is returned in it.
+        """
         number = self._known_epoch(position)
         start = self._starts[number]
         if number + 1 < len(self._starts):
@@ -91,7 +99,7 @@ class PromptStream(Prompts):
 
     def epoch_number(self, position: int) -> int:
         if position >= self._next:
-            self._row(position)  # it may be the first of an epoch, which only reading tells
+            self._row(position)  # only reading shows whether an epoch begins at this row
         return self._known_epoch(position)
 
     def _known_epoch(self, position: float) -> int:
@@ -107,7 +115,7 @@ class PromptStream(Prompts):
         return self._last[1]
 
     def _seek(self, position: int) -> None:
-        """To the start of the epoch that the position lies in, as far as is known."""
+        """Go back to the start of the latest known epoch that contains the position."""
         if self.read_once:
             raise ConfigError(
                 f"row {position} of a {type(self.source).__name__} is asked for again, which can be read once; give a list, or "
@@ -117,7 +125,7 @@ class PromptStream(Prompts):
         self._next, self._iterator, self._last = self._starts[self._epoch], None, None
 
     def _read(self) -> None:
-        """The next row becomes the last one, over the end of an epoch. Raises EndOfData."""
+        """Read the next row into `_last`, starting a new epoch if the current one has ended. Raises EndOfData."""
         if self._iterator is None:
             if hasattr(self._shuffled, "set_epoch"):
                 self._shuffled.set_epoch(self._epoch)
@@ -159,7 +167,7 @@ class PromptStream(Prompts):
         return {"rows_read": self._next, "epoch_starts": list(self._starts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ConfigError for a source that can be read once."""
+        """Continue from a state of `state_dict`. Raises ConfigError for a source that can be read once."""
         if self.read_once and state.get("rows_read"):
             raise ConfigError(
                 f"train_dataset is a {type(self.source).__name__}, of which {state['rows_read']} rows were read before the "
@@ -177,7 +185,10 @@ def prompts_of(
     skip_bad_rows: bool = False,
     check: Callable[[list[int], str], None] | None = None,
 ) -> Prompts:
-    """Rows by index where there are, otherwise a stream; check: see `data.Prompts`. Raises ConfigError for what has no rows."""
+    """The rows as a `PromptDataset` if they have indices, otherwise as a `PromptStream`. check: see `Prompts`.
+
+    Raises ConfigError for an object without rows.
+    """
     if has_rows(rows):
         return PromptDataset(rows, tokenizer, max_prompt_length, skip_bad_rows, check)
     if isinstance(rows, Mapping):

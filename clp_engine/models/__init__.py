@@ -1,1 +1,1 @@
-"""A base model whose parameters carry deltas, blended per row."""
+"""Base models whose parameters carry deltas, blended per row."""

@@ -1,4 +1,4 @@
-"""The model a policy starts from: where it is, and loading it."""
+"""The base model that a policy starts from: its location, and loading it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from clp_engine.models.text_path import is_composite
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two policies' base models are equal, parameter by parameter."""
+    """Whether the base models of two policies are equal, parameter by parameter."""
     frozen = [[p for p in model.parameters() if not p.requires_grad] for model in (one, other)]
     return len(frozen[0]) == len(frozen[1]) and all(torch.equal(a, b.to(a.device)) for a, b in zip(*frozen))
 
 
 def model_location(name_or_path: str | Path) -> str | Path:
-    """Where the model of this name is: a shipped one by its task's name, everything else as it is."""
+    """The location of a model: the shipped model for a task's name, any other name unchanged."""
     if str(name_or_path) == "docsum" and not Path(name_or_path).exists():
         from clp_engine.tasks import docsum
 
@@ -38,15 +38,17 @@ def model_location(name_or_path: str | Path) -> str | Path:
 
 
 def auto_class(config: PretrainedConfig) -> type:
-    """The transformers class that makes the language model of a configuration; models of text and images that transformers
-    does not count as causal language models have one of their own."""
+    """The transformers class for the language model of a configuration.
+
+    Some models of text and images have a class of their own, because transformers does not count them as causal.
+    """
     if getattr(config, "is_encoder_decoder", False):
         return AutoModelForSeq2SeqLM
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known or not is_composite(config) else AutoModelForImageTextToText
 
 
-# Packages whose layers keep weights in few bits, some of them under the name of nn.Linear.
+# Packages whose layers store weights in few bits, in part under the name nn.Linear.
 _QUANTISERS = (
     "aqlm",
     "auto_gptq",
@@ -66,8 +68,7 @@ _QUANTISERS = (
 
 
 def refuse_quantised(model: nn.Module | PretrainedConfig) -> None:
-    """Raise ConfigError for a model, or the configuration of one, whose weights are quantised: kernels and exports read them
-    as they are."""
+    """Raises ConfigError for a model, or its configuration, with quantised weights: kernels and exports read plain weights."""
     config = getattr(model, "config", model)
     settings = getattr(config, "quantization_config", None)
     found = None
@@ -93,7 +94,7 @@ def refuse_quantised(model: nn.Module | PretrainedConfig) -> None:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Raises ConfigError for a device that this machine, or this torch, does not have."""
+    """The device. Raises ConfigError if this machine, or this build of torch, does not have it."""
     try:
         found = torch.device(device)
         torch.empty(1, device=found).cpu()
@@ -109,8 +110,10 @@ def usable_device(device: str | torch.device) -> torch.device:
 def load_base(
     name_or_path, tokenizer, dtype, device, attention: str | None = None
 ) -> tuple[PreTrainedModel, object, str]:
-    """(model, tokenizer, name to save). attention: transformers' attn_implementation, None for its choice. Raises ConfigError
-    for what cannot be loaded, or is quantised."""
+    """(model, tokenizer, name to save). attention: transformers' attn_implementation; None leaves the choice to transformers.
+
+    Raises ConfigError for a model that cannot be loaded or is quantised.
+    """
     if isinstance(name_or_path, PreTrainedModel):
         model = name_or_path
         if holds_adapters(model):
@@ -149,7 +152,7 @@ def load_base(
 
 
 def holds_adapters(model: Any) -> bool:
-    """Whether a model was given with PEFT's adapters in it."""
+    """Whether the given model holds PEFT adapters."""
     if "peft" not in sys.modules or not isinstance(model, nn.Module):
         return False
     from peft import PeftModel

@@ -1,4 +1,4 @@
-"""The coefficients in force: which blend of the deltas each row of a batch runs under."""
+"""The blend in force: the coefficients of the deltas for each row of a batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import nn
 
 @dataclass
 class Blend(threading.local):
-    """The blend in force, shared by every conditioned layer of one policy; each thread has its own. A copy starts with none.
+    """The blend in force, shared by all conditioned layers of one policy. Each thread has its own. A copy starts without one.
 
-    coefficients: (rows, D), a coefficient for each of D deltas; None means the base model, at no extra cost. A row of them per
-    sequence of the batch, or, where the batch is one row of packed tokens, index (N,): which row each token has.
-    factors: low-rank factors (A, B) of some layers that were converted to the activations' dtype beforehand: decoding would
-    convert them for every token.
+    coefficients: (rows, D), one coefficient per delta. None means the base model, at no extra cost.
+    index: (N,), the row of `coefficients` for each token, if the batch is one row of packed tokens. Otherwise None, with one
+        row of `coefficients` per sequence of the batch.
+    factors: low-rank factors (A, B) of some layers in the activations' dtype. Decoding converts them once, instead of for
+        every token.
     """
 
     coefficients: torch.Tensor | None = None
@@ -40,10 +41,12 @@ class Blend(threading.local):
         index: torch.Tensor | None = None,
         factors: Mapping[ConditionedLayer, tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> Iterator[None]:
-        """Inside, `coefficients` are in force. What was derived from the same tensors the last time is still there: decoding
-        comes back with them for every token."""
+        """Put `coefficients` in force inside the block.
+
+        Values derived from the same tensors in the last block are kept, because decoding enters a block for every token.
+        """
         before = self.coefficients, self.index, self.factors, self._gates, self._groups
-        # A compiled graph would be bound to the tensors that are remembered.
+        # A compiled graph would be tied to the stored tensors.
         remembers = not torch.compiler.is_compiling()
         same = (
             remembers and self._last is not None and self._last[0] is coefficients and self._last[1] is index
@@ -59,16 +62,18 @@ class Blend(threading.local):
             self.coefficients, self.index, self.factors, self._gates, self._groups = before
 
     def gate(self, ranks: tuple[int, ...], scalings: tuple[float, ...]) -> torch.Tensor:
-        """(rows, R), computed once per blend for all layers of the same ranks."""
+        """The gate (rows, R), computed once per blend for all layers of the same ranks."""
         key = (ranks, scalings)
         if key not in self._gates:
             self._gates[key] = expand_gate(self.coefficients, ranks, scalings)
         return self._gates[key]
 
     def groups(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(blends, index): the different rows of `coefficients` (G, D), and which of them each sequence, or packed token, has;
-        index is None where there is one for all. A compiled graph takes all rows as different: how many there are may not
-        depend on their numbers."""
+        """(blends, index): the distinct rows of `coefficients` (G, D), and the number of the one that each sequence, or packed
+        token, has. index is None if G is 1.
+
+        A compiled graph treats all rows as distinct, because its shapes must not depend on values.
+        """
         if torch.compiler.is_compiling() and self.index is None:
             rows = self.coefficients.shape[0]
             index = None if rows == 1 else torch.arange(rows, device=self.coefficients.device)
@@ -81,18 +86,22 @@ class Blend(threading.local):
         return self._groups
 
     def index_for(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The row of `coefficients` that each row of x (..., H) has, or None where it is that of the first dimension.
-        Raises RuntimeError where x has rows that cannot be told apart."""
+        """The row of `coefficients` for each row of x (..., H), or None if the first dimension of x gives it.
+
+        Raises RuntimeError if the rows of x cannot be matched with the rows of `coefficients`.
+        """
         if self.index is not None:
             return self.spread(self.index, x)
         rows = self.coefficients.shape[0]
-        if rows in (1, x.shape[0]) or x.dim() > 2 and x.shape[0] == 1:  # the same for all, or broadcast
+        if rows in (1, x.shape[0]) or x.dim() > 2 and x.shape[0] == 1:  # one blend, or x is broadcast
             return None
         return self.spread(torch.arange(rows, device=x.device), x)
 
     def spread(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`index` of packed tokens, or of sequences for the first dimension of x, where the model may have flattened
-        (sequences, positions) to one: rows of one sequence then lie together."""
+        """`index`, one entry per packed token or per sequence, extended to one entry per row of x.
+
+        The model may have flattened (sequences, positions) to one dimension. The rows of one sequence are then adjacent.
+        """
         tokens = x.shape[:-1].numel()
         rows = tokens if self.index is not None else x.shape[0]
         if len(index) == rows:
@@ -105,7 +114,7 @@ class Blend(threading.local):
         return index.repeat_interleave(rows // len(index))
 
     def of_rows(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """values (rows of `coefficients`, L) for each row of x (..., H), to be broadcast over it: (..., L)."""
+        """values (rows of `coefficients`, L) for each row of x (..., H), broadcastable to (..., L)."""
         if self.index is not None and x.dim() == 4:
             shape = [1, 1, 1, values.shape[-1]]
             shape[self._token_dimension(x)] = -1
@@ -116,8 +125,11 @@ class Blend(threading.local):
         return values[index].view(*x.shape[:-1], -1)
 
     def _token_dimension(self, x: torch.Tensor) -> int:
-        """Where the packed tokens of x lie, whose heads are normalised one by one: (1, N, heads, H) as Qwen 3 has them, or
-        (1, heads, N, H) as Gemma 3. With as many heads as tokens, strides tell: heads were a token's last dimension."""
+        """The dimension of x that holds the packed tokens, for a norm applied to each head.
+
+        x is (1, N, heads, H) in Qwen 3 and (1, heads, N, H) in Gemma 3. If there are as many heads as tokens, the strides
+        decide: the token dimension has the larger stride.
+        """
         found = [d for d in (1, 2) if x.shape[d] == len(self.index)]
         if x.shape[0] != 1 or not found:
             raise RuntimeError(
@@ -128,16 +140,18 @@ class Blend(threading.local):
     def per_row(
         self, deltas: torch.Tensor, y: torch.Tensor, laid_out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """sum_i c_i deltas_i for each row of y (..., H), deltas (D, H), to be broadcast over it. laid_out: of y's shape, and in
-        memory as the model made it, where y need not be."""
+        """sum_i c_i deltas_i for each row of y (..., H), with deltas (D, H), broadcastable to y.
+
+        laid_out: a tensor of y's shape with the model's own memory layout, if y may have another layout.
+        """
         rows = y if laid_out is None else laid_out
         return self.of_rows((self.coefficients.to(deltas.dtype) @ deltas).to(y.dtype), rows)
 
 
 class ConditionedLayer(nn.Module):
-    """A frozen layer whose parameters are blended per row; its own parameters are the deltas.
+    """A frozen layer whose parameters are blended per row. Its own parameters are the deltas.
 
-    base: the layer itself, which serves alone where there is no blend.
+    base: the frozen layer, which is used alone if no blend is in force.
     """
 
     def __init__(self, base: nn.Module, blend: Blend):
@@ -145,11 +159,11 @@ class ConditionedLayer(nn.Module):
         self.base, self._blend = base, blend
 
     def deltas_by_name(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters."""
+        """The trainable parameters, by name."""
         return {n: p for n, p in self.named_parameters(recurse=False) if p.requires_grad}
 
     def over(self, base: nn.Module, blend: Blend) -> ConditionedLayer:
-        """The same deltas, shared, on another copy of the layer, under a blend of its own."""
+        """A layer that shares these deltas, around another copy of the base layer and with a blend of its own."""
         other = copy.copy(self)
         for registry in ("_parameters", "_buffers", "_modules"):
             other.__dict__[registry] = dict(self.__dict__[registry])
@@ -163,13 +177,12 @@ class ConditionedLayer(nn.Module):
         return 1 if part == "lora_b" else 0
 
     def targets(self) -> list[tuple[str, torch.Tensor]]:
-        """(name of a parameter of `base`, its deltas (D, ...) in that parameter's layout); none where the deltas have another
-        form."""
+        """(name of a parameter of `base`, its deltas (D, ...) in that parameter's layout). Empty for low-rank deltas."""
         return []
 
 
 def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put each module where its name says."""
+    """Put each module at its dotted name in the model."""
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)

@@ -1,9 +1,9 @@
-"""A base model whose layers carry deltas, blended per row: what decoders, scoring and packing take.
+"""A base model whose layers carry deltas, blended per row. Decoders, scoring and packing work with this model.
 
     theta(c) = theta_ref + sum_d c_d Delta_d
 
-What Delta_d is, and on which layers, `forms` says. Rows of one batch may have different coefficients c; a row of zeros is the
-base model, and so is every row where no blend is in force. Nothing here knows what an objective is.
+`forms` defines Delta_d and the layers that carry it. Rows of one batch may have different coefficients c. A row of zeros is the
+base model, and so is every row if no blend is in force. This module does not know about objectives.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from clp_engine.models.targets import attach, is_tied
 
 
 class ConditionedModel(nn.Module):
-    """A frozen language model, wrapped in place, with D deltas. It is always in evaluation mode: with dropout the log-probs of
-    rollout and training would be those of different networks.
+    """A frozen language model with D deltas, wrapped in place.
 
-    targets: names of the layers with low-rank factors; ranks, scalings: one of each delta; seed: of the factors' start.
-    model: transformers' module. backbone: how its hidden states are computed. layers: those with deltas, by name. blend: the
-    coefficients in force, of each thread its own. room: how many tokens it reads.
+    The model is always in evaluation mode: with dropout, rollout and training would take log-probs from different networks.
+
+    targets: names of the layers with low-rank factors. ranks, scalings: one per delta. seed: seed of the initial factors.
+    model: the transformers module. backbone: computes its hidden states. layers: the layers with deltas, by name.
+    blend: the coefficients in force, separate for each thread. room: the limits of the model's input.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ConditionedModel(nn.Module):
         self.backbone = make_backbone(model)
         self.room = Room.of(model)
         self.layers = attach(model, conditioning, targets, ranks, scalings, seed, self.blend)
-        self.backbone.head = find_head(model)  # it may have been wrapped
+        self.backbone.head = find_head(model)  # attaching may have wrapped the output projection
 
     @property
     def config(self):
@@ -66,13 +67,15 @@ class ConditionedModel(nn.Module):
         return self.model.device
 
     def train(self, mode: bool = True) -> ConditionedModel:
-        """Keeps the model in evaluation mode (no dropout); the adapters have no mode of their own."""
+        """Keeps the model in evaluation mode, without dropout. Adapters behave alike in both modes."""
         self.training = mode
         return self
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The deltas, trainable parameters by '<layer>.<part>': lora_a, lora_b, delta or delta_bias; one that several layers
-        share under the first one's name."""
+        """The deltas: trainable parameters by '<layer>.<part>', with part lora_a, lora_b, delta or delta_bias.
+
+        A parameter that several layers share appears once, under the first layer's name.
+        """
         parameters: dict[str, nn.Parameter] = {}
         seen: set[int] = set()
         for name, layer in self.layers.items():
@@ -83,7 +86,7 @@ class ConditionedModel(nn.Module):
         return parameters
 
     def load_adapters(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set every adapter parameter; raises ConfigError where names or shapes differ from this policy's."""
+        """Set every adapter parameter. Raises ConfigError if names or shapes differ from this policy's."""
         own = self.adapter_parameters()
         if own.keys() != tensors.keys():
             odd = sorted(own.keys() ^ tensors.keys())
@@ -98,35 +101,40 @@ class ConditionedModel(nn.Module):
 
     @property
     def moves_hidden(self) -> bool:
-        """Whether hidden states depend on the blend: not where the output projection alone is conditioned."""
+        """Whether hidden states depend on the blend. False if only the output projection is conditioned."""
         head = self.backbone.head.module
         return self.conditioning.prompt or any(layer is not head for layer in self.layers.values())
 
     @property
     def conditions_output(self) -> bool:
-        """Whether the output projection has low-rank factors, so that a statistic of a token needs its row's blend."""
+        """Whether the output projection has low-rank factors, so that token statistics need the row's blend."""
         return isinstance(self.backbone.head.module, ConditionedLinear)
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether the completions of a prompt share its computation; else transformers' generate writes each from its start."""
+        """Whether completions share their prompt's computation. Otherwise transformers' generate computes each on its own."""
         return self.backbone.shares_prompts
 
     @property
     def joins_reference(self) -> bool:
-        """Whether scoring without gradients computes policy and reference in one pass. On a CPU the base model alone is cheaper
-        for the reference's rows than a blend of zeros, and there are no launches to save."""
+        """Whether scoring without gradients computes policy and reference in one pass.
+
+        False on a CPU: the base model alone is cheaper for the reference's rows than a blend of zeros, and one pass saves no
+        kernel launches.
+        """
         return self.backbone.packing_fault is None and self.device.type != "cpu"
 
     @property
     def memory(self) -> Memory:
-        """What stays allocated while this policy is trained."""
+        """The memory that stays allocated while this policy is trained."""
         base = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
         return Memory(base, sum(p.numel() for p in self.adapter_parameters().values()))
 
     def checkpoint_layers(self) -> None:
-        """Trade time for memory in training: see `CausalBackbone.checkpoint_layers`. Raises ConfigError for a model that does
-        not take packed tokens."""
+        """Trade time for memory in training, see `CausalBackbone.checkpoint_layers`.
+
+        Raises ConfigError for a model that does not take packed tokens.
+        """
         if not isinstance(self.backbone, CausalBackbone):
             raise ConfigError(f"gradient_checkpointing: {self.backbone.packing_fault}")
 
@@ -148,7 +156,7 @@ class ConditionedModel(nn.Module):
     ) -> TokenStats:
         """`linear_logprob` through this model's output projection; hidden (rows, H), targets (rows,).
 
-        blend: (rows, D), needed only where the output projection itself is conditioned; None for the base model's.
+        blend: (rows, D), needed only if the output projection itself is conditioned. None means the base model.
         """
         head = self.backbone.head
         lora = None
@@ -172,11 +180,11 @@ class ConditionedModel(nn.Module):
 
     @property
     def splits_tied_head(self) -> bool:
-        """Whether the output projection is changed apart from the input embedding that it shares its weight with."""
+        """Whether the output projection has deltas but the input embedding, which shares its weight, has none."""
         return "logit" in self.conditioning.carriers and is_tied(self.model)
 
     def plain_copy(self, shared: bool = False) -> PreTrainedModel:
-        """A copy of the base model, without deltas; shared: its modules are new, its weights the same."""
+        """A copy of the base model without deltas. shared: new modules with the same weight tensors."""
         layers = {
             name: module
             for name, module in self.model.named_modules(remove_duplicate=False)
@@ -190,7 +198,7 @@ class ConditionedModel(nn.Module):
             place(self.model, layers)
         for (
             module
-        ) in copied.modules():  # a forward of `checkpoint_layers` would run the layer it was made for
+        ) in copied.modules():  # a forward of `checkpoint_layers` would otherwise run the original layer
             if hasattr(module.__dict__.get("forward"), "changes_no_numbers"):
                 del module.forward
         return copied

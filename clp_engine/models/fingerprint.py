@@ -1,9 +1,9 @@
-"""Which base model a policy's deltas belong to: of every base tensor its shape, dtype, sum and norm, saved beside the deltas.
+"""A fingerprint of the base model: shape, dtype, sum and norm of every base tensor, saved beside a policy's deltas.
 
-A name says little: the model of that name may have been merged with an adapter, fine-tuned or given another vocabulary since.
-Two tensors pass for the same where their sums differ by no more than rounding explains: that of the summation, where the dtype
-is the same, and that of every element, u |w| / sqrt(3) at most in the mean square (u: the coarser dtype's unit roundoff), where
-the model was loaded in another one.
+A name does not identify a model: its weights may have been merged with an adapter or fine-tuned since, or given another
+vocabulary. Two tensors count as equal if their sums and norms differ by no more than rounding explains. For equal dtypes this
+is the rounding of the summation. For a model loaded in another dtype it is also the rounding of every element, at most
+u |w| / sqrt(3) in the root mean square, with u the unit roundoff of the coarser dtype.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KEPT: WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Tensor]]] = WeakKeyDi
 
 
 class Tensor(NamedTuple):
-    """What is kept of a tensor; dtype without "torch."."""
+    """The fingerprint of one tensor. dtype: without "torch."."""
 
     shape: list[int]
     dtype: str
@@ -37,8 +37,10 @@ class Tensor(NamedTuple):
 
 
 def of(model: nn.Module) -> dict[str, Tensor]:
-    """By the name that each parameter has in the base model, whether the layers are conditioned or not; computed once, in one
-    read of the weights for each of the two numbers, and again where they were changed."""
+    """The fingerprint of each base parameter, by its name in the base model, with or without conditioned layers.
+
+    It is computed once, with one read of the weights for each of the two numbers, and again after the weights change.
+    """
     layers = [module for module in model.modules() if isinstance(module, ConditionedLayer)]
     deltas = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
     base = {n.replace(".base.", "."): p for n, p in model.named_parameters() if id(p) not in deltas}
@@ -60,8 +62,10 @@ def write(folder: Path, model: nn.Module) -> None:
 
 
 def check(folder: str | Path, model: PreTrainedModel) -> None:
-    """Raises ConfigError where what lies in `folder` was saved over another base model than this. Folders of earlier versions,
-    which do not say over which, pass."""
+    """Raises ConfigError if the policy in `folder` was saved over another base model than `model`.
+
+    A folder of an earlier version, without a fingerprint, passes.
+    """
     path = Path(folder) / FILE
     if not path.is_file():
         return
@@ -83,7 +87,7 @@ def check(folder: str | Path, model: PreTrainedModel) -> None:
 
 
 def _difference(saved: Tensor | None, here: Tensor | None) -> str:
-    """What tells the two apart, in words; empty where nothing does."""
+    """The difference between two tensors' fingerprints, in words. Empty if they agree."""
     if saved is None or here is None:
         return "not there then" if saved is None else "not there now"
     if saved.shape != here.shape:
@@ -94,7 +98,7 @@ def _difference(saved: Tensor | None, here: Tensor | None) -> str:
         if not isinstance(then, torch.dtype) or not then.is_floating_point:
             return f"dtype {saved.dtype} then, {here.dtype} now"
         coarser = max(torch.finfo(getattr(torch, name)).eps for name in (saved.dtype, here.dtype))
-        error += 6 * coarser / 2 / math.sqrt(3)  # six standard deviations
+        error += 6 * coarser / 2 / math.sqrt(3)  # six standard deviations of the elements' rounding
     both_nan = math.isnan(saved.sum) and math.isnan(here.sum)
     allowed = error * here.norm
     for what, then, now in (("sum", saved.sum, here.sum), ("norm", saved.norm, here.norm)):

@@ -1,14 +1,14 @@
-"""What `conditioning=` means: which parameters carry deltas, how many, and whether the prompt says the weighting.
+"""The values of `conditioning=`: which parameters carry deltas, how many, and whether the prompt states the weighting.
 
-    none        one delta, the same for every weighting: an ordinary fine-tuned model
-    lora        on linear layers, a delta of rank r per objective: s_i B_i A_i
+    none        one delta for every weighting: an ordinary fine-tuned model
+    lora        linear layers have a delta of rank r per objective: s_i B_i A_i
     full        every weight has a delta per objective
-    attention   the attention projections have one
-    logit       the output projection has one, of rank r (whole from a rank of the hidden size on)
-    prompt      one delta for every weighting, which is written into the prompt
+    attention   the attention projections have a whole delta per objective
+    logit       the output projection has a delta of rank r per objective (a whole one for a rank of the hidden size or more)
+    prompt      one delta for every weighting, and the weighting is written into the prompt
 
-and combinations, such as "attention+prompt" or "lora+logit". (Wang et al., "Conditional Language Policy", 2024, call the
-forms that blend parameters full-CLP, attn-CLP and logit-CLP.)
+Forms can be combined, as in "attention+prompt" or "lora+logit". Wang et al. ("Conditional Language Policy", 2024) call the
+forms that blend parameters full-CLP, attn-CLP and logit-CLP.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from clp_engine.core.errors import ConfigError
 
-# Where deltas live, in the order in which they take layers: what "full" or "attention" has, "lora" leaves alone.
+# The carriers in the order in which they claim layers: "lora" leaves out the layers of "full" and "attention".
 CARRIERS = ("full", "attention", "logit", "lora")
 CONDITIONING = ("none", *CARRIERS, "prompt")
 
@@ -26,8 +26,9 @@ CONDITIONING = ("none", *CARRIERS, "prompt")
 class Conditioning:
     """A parsed `conditioning=`.
 
-    carriers: which parameters have deltas, of CARRIERS. blended: one delta per objective, blended by the weighting; otherwise
-    there is one in all. prompt: the weighting is written into the prompt.
+    carriers: the kinds of parameters that have deltas, out of CARRIERS.
+    blended: there is one delta per objective, blended by the weighting. Otherwise there is a single delta.
+    prompt: the weighting is written into the prompt.
     """
 
     carriers: tuple[str, ...]
@@ -36,7 +37,7 @@ class Conditioning:
 
     @classmethod
     def parse(cls, conditioning: str, carrier: str = "lora") -> Conditioning:
-        """carrier: what is trained where `conditioning` is "none" or "prompt". Raises ConfigError for what cannot be."""
+        """carrier: the trained parameters if `conditioning` is "none" or "prompt". Raises ConfigError for an invalid form."""
         parts = conditioning.split("+")
         unknown = [part for part in parts if part not in CONDITIONING]
         if unknown or len(set(parts)) != len(parts):

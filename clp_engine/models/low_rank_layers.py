@@ -1,8 +1,8 @@
-"""Layers that are blended per row: what they share, and LoRA conditioning.
+"""Linear layers that are blended per row: their common base class, and LoRA conditioning.
 
     y = x W^T + b + ((x A^T) * gate) B^T,      gate = blend coefficients, each repeated r_i times and scaled by s_i
 
-`A` stacks all objectives' factors to (R, K), `B` puts them side by side to (N, R); see `clp_kernels.multi_lora_linear`.
+A (R, K) stacks the factors of all objectives, and B (N, R) has them side by side; see `clp_kernels.multi_lora_linear`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clp_engine.models.blend import Blend, ConditionedLayer
 
 
 class ConditionedProjection(ConditionedLayer):
-    """A frozen linear layer, nn.Linear or GPT-2's Conv1D, seen in one layout."""
+    """A frozen linear layer, nn.Linear or GPT-2's Conv1D, with its weight in one layout for both."""
 
     def __init__(self, base: nn.Linear | Conv1D, blend: Blend):
         super().__init__(base, blend)
@@ -30,7 +30,7 @@ class ConditionedProjection(ConditionedLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """(N, K), whatever the layout of the layer underneath."""
+        """(N, K), in whichever layout the base layer stores it."""
         return self.base.weight.t() if self.transposed else self.base.weight
 
     @property
@@ -41,12 +41,12 @@ class ConditionedProjection(ConditionedLayer):
 class ConditionedLinear(ConditionedProjection):
     """A frozen linear layer (nn.Linear or GPT-2's Conv1D) with D blended low-rank adapters.
 
-    lora_a (R, K) and lora_b (N, R), float32, R = sum of `ranks`. Adapter i starts as PEFT starts one: A Kaiming-uniform,
-    B zero, so the policy starts at the reference for every blend.
+    lora_a (R, K) and lora_b (N, R) are float32, with R the sum of `ranks`. Each adapter has PEFT's initial values: A is
+    Kaiming-uniform and B zero, so that the policy starts at the reference for every blend.
 
-    whole: the matrix without factors: ranks are K, A is the identity and not trained, B (N, D * K) the deltas themselves. For
-    output projections, whose kernels take factors. delta: that B, where another layer has the same weight (the embedding that
-    the projection is tied to).
+    whole: a delta without factors, for output projections, whose kernels take factors. Each rank is then K, A is the identity
+        and not trained, and B (N, D * K) holds the deltas themselves.
+    delta: that B, if another layer shares the weight (the embedding that the projection is tied to).
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ConditionedLinear(ConditionedProjection):
     def reset_parameters(self, generator: torch.Generator) -> None:
         if self.whole:
             return
-        # U(-1/sqrt(K), 1/sqrt(K)) is kaiming_uniform_(a=sqrt(5)); drawn on the CPU so that a seed means one thing everywhere.
+        # U(-1/sqrt(K), 1/sqrt(K)) equals kaiming_uniform_(a=sqrt(5)). Drawing on the CPU makes a seed mean the same everywhere.
         bound = 1 / math.sqrt(self.in_features)
         drawn = torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():

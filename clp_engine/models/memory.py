@@ -1,4 +1,4 @@
-"""What a form of conditioning costs in memory, from shapes alone: before anything is loaded, let alone trained."""
+"""The memory that a form of conditioning needs, computed from shapes alone, before anything is loaded or trained."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """What stays allocated while a policy is trained, in bytes; activations and caches come on top.
+    """Bytes that stay allocated while a policy is trained. Activations and caches come on top.
 
-    base: the frozen model's parameters. deltas: theirs, float32; trained: how many numbers that is. gradients: as many.
-    optimizer: AdamW's two moments.
+    base: the frozen model's parameters. deltas: the deltas in float32. trained: the number of trained parameters.
+    gradients: as many bytes as the deltas. optimizer: AdamW's two moments.
     """
 
     base: int
@@ -59,7 +59,7 @@ class Memory:
 
 
 def skeleton(name_or_path: str | Path) -> PreTrainedModel:
-    """The model of this name without its weights: shapes and dtype alone. Raises ConfigError where it has no config."""
+    """The model of this name without its weights, with shapes and dtype alone. Raises ConfigError if it has no config."""
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         with torch.device("meta"):
@@ -81,9 +81,10 @@ def estimate(
     target_modules: Sequence[str] | None = None,
     base_itemsize: int | None = None,
 ) -> Memory:
-    """For a plain model (not a policy's), its weights loaded or not; arguments as for ConditionedPolicy.from_pretrained.
+    """The memory for training a policy over a plain model. Its weights may be unloaded.
 
-    base_itemsize: bytes of a base parameter where it will be loaded in another dtype.
+    The arguments are as for ConditionedPolicy.from_pretrained.
+    base_itemsize: bytes of a base parameter, if the model will be loaded in another dtype.
     """
     parsed = Conditioning.parse(conditioning, carrier)
     deltas = objectives if parsed.blended else 1
@@ -107,7 +108,7 @@ def estimate(
 
 
 def by_conditioning(model: PreTrainedModel, objectives: int, **options) -> dict[str, Memory]:
-    """`estimate` for every form that blends parameters."""
+    """`estimate` for every form that blends parameters, by form."""
     return {name: estimate(model, name, objectives, **options) for name in CARRIERS}
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a model carry deltas, and putting them there."""
+"""The layers of a model that carry deltas, and replacing them by conditioned layers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def lora_targets(
     conditioning: Conditioning,
     target_modules: str | Sequence[str] | Callable[[PreTrainedModel], list[str]] | None,
 ) -> list[str]:
-    """Names of the layers that get low-rank factors; see `find_targets`, or a function of the model that
-    chooses them. The output projection is among them with the carrier "logit"."""
+    """Names of the layers that get low-rank factors. With the carrier "logit" the output projection is among them.
+
+    target_modules: see `find_targets`, or a function that takes the model and returns the names.
+    """
     if target_modules is not None and "lora" not in conditioning.carriers:
         raise ConfigError(
             f"target_modules={target_modules!r} is for 'lora', which is not among {', '.join(conditioning.carriers)}"
@@ -51,13 +53,13 @@ def head_name(model: PreTrainedModel) -> str:
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output projection has the input embedding's weight."""
+    """Whether the output projection shares the input embedding's weight."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and embedding is not None and head.weight is embedding.weight
 
 
 def _refuse_routed(model: nn.Module, names: Sequence[str]) -> None:
-    """Rows that a router has sorted cannot be told apart any more."""
+    """Raises ConfigError for layers inside routed experts: the rows that a router has sorted have lost their blend."""
     for name in names:
         if (routed := _parent_called(model, name, "expert")) is not None:
             raise ConfigError(
@@ -67,10 +69,10 @@ def _refuse_routed(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the output projection a weight of its own, the same numbers, and say so in the configuration.
+    """Give the output projection a copy of the shared weight, and record in the configuration that it is not tied.
 
-    The embeddings of an encoder and a decoder get theirs, too: in some families (BART) the same setting ties them, and a
-    saved model would lack what is no longer tied when it is loaded.
+    The embeddings of an encoder and a decoder get copies, too. In some families (BART) the same setting ties them, and a saved
+    model would be loaded without the embeddings that are no longer tied.
     """
     shared, config = model.get_output_embeddings().weight, model.config.get_text_config()
     holders = [module for module in model.modules() if getattr(module, "weight", None) is shared]
@@ -81,20 +83,22 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def _parent_called(model: nn.Module, name: str, word: str) -> str | None:
-    """The class of the outermost module around a layer whose class name holds `word`, if there is one."""
+    """The class of the outermost module around a layer whose class name contains `word`, or None."""
     parts = name.split(".")
     classes = (type(model.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts)))
     return next((c for c in classes if word in c.lower()), None)
 
 
 def _in_attention(model: nn.Module, name: str) -> bool:
-    """Whether a layer belongs to a module that calls itself attention."""
+    """Whether a layer lies inside a module whose class name contains "attention"."""
     return _parent_called(model, name, "attention") is not None
 
 
 def is_whole(module: nn.Module, head: nn.Module | None, ranks: Sequence[int]) -> bool:
-    """Whether a layer with low-rank factors of these ranks gets whole matrices instead: an output projection whose hidden size
-    they reach."""
+    """Whether a layer with low-rank factors of these ranks gets whole matrices instead.
+
+    That is so for an output projection, if every rank is at least the hidden size.
+    """
     return module is head and all(rank >= module.weight.shape[-1] for rank in ranks)
 
 
@@ -112,8 +116,10 @@ def attention_layers(model: nn.Module) -> list[str]:
 
 
 def unconditioned(model: nn.Module) -> list[str]:
-    """Names of parameters that "full" leaves as they are: T5's relative position biases, which all rows of a batch share, and
-    what text passes by."""
+    """Names of the parameters that "full" leaves without deltas.
+
+    They are T5's relative position biases, which all rows of a batch share, and the parts of the model that text does not pass.
+    """
     beside = beside_text(model)
     return [
         f"{name}.{own}" if name else own
@@ -132,13 +138,13 @@ def attach(
     seed: int,
     blend: Blend,
 ) -> dict[str, ConditionedLayer]:
-    """Put a conditioned layer in the place of each that carries deltas; returns them by the name of the layer they wrap.
+    """Replace each layer that carries deltas by a conditioned layer. Returns the new layers by the name of the old ones.
 
     ranks, scalings: one per delta. Raises ConfigError for a layer that cannot be conditioned.
     """
     head = model.get_output_embeddings()
     generator = torch.Generator().manual_seed(seed)
-    deltas: dict[int, nn.Parameter] = {}  # of weights that several layers may share, by the weight
+    deltas: dict[int, nn.Parameter] = {}  # by id of a weight that several layers may share
 
     def whole_matrix(module: nn.Module, kind: type, *arguments) -> ConditionedLayer:
         layer = kind(module, blend, *arguments, delta=deltas.get(id(module.weight)))
@@ -173,7 +179,7 @@ def attach(
     everything, beside = "full" in conditioning.carriers, beside_text(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in wrapped:
-            place(model, {name: wrapped[id(module)]})  # one layer in two places stays one layer
+            place(model, {name: wrapped[id(module)]})  # a layer used in two places stays a single layer
             continue
         if name in lora:
             layer = ConditionedLinear(module, blend, ranks, scalings, is_whole(module, head, ranks))
@@ -193,9 +199,11 @@ def attach(
 def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> list[str]:
     """Names of the layers to condition.
 
-    None or "all-linear": every nn.Linear / Conv1D but the output projection. Otherwise names, matched as PEFT matches
-    them: a module whose path is the name or ends in ".name". Of a model of text and images these are layers of its language
-    model: text passes the others by. Raises ConfigError for a name that matches nothing, or those others alone.
+    target_modules: None or "all-linear" chooses every nn.Linear / Conv1D except the output projection. Otherwise names,
+        matched as in PEFT: a module whose path is the name or ends in ".name".
+
+    In a model of text and images only layers of its language model are chosen, because text does not pass the others. Raises
+    ConfigError for a name that matches nothing, or only layers that text does not pass.
     """
     head, beside = model.get_output_embeddings(), beside_text(model)
     every = {name: module for name, module in model.named_modules() if is_projection(module)}
@@ -222,7 +230,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
 
 
 def check_targets(model: nn.Module, names: Sequence[str]) -> None:
-    """Raises ConfigError where one of the layers is an output projection that cannot be changed by itself."""
+    """Raises ConfigError if one of the layers is an output projection that shares its weight with the input embedding."""
     head = model.get_output_embeddings()
     if head is None or head.weight is not model.get_input_embeddings().weight:
         return
@@ -234,7 +242,7 @@ def check_targets(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether a layer is nn.Linear or Conv1D and computes what these compute (Llama 4's router, an nn.Linear, does not)."""
+    """Whether a layer is an nn.Linear or Conv1D with the standard forward (unlike Llama 4's router, an nn.Linear)."""
     return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (
         nn.Linear.forward,
         Conv1D.forward,
@@ -242,7 +250,7 @@ def is_projection(module: nn.Module) -> bool:
 
 
 def refuse_beside_text(model: nn.Module, what: str) -> NoReturn:
-    """Raises ConfigError: `what` names layers that no token passes."""
+    """Raises ConfigError for `what`, which names layers that text does not pass."""
     raise ConfigError(
         f"{what} names layers of {type(model).__name__} that text passes by (a tower or projector of images), and only text "
         "is trained on here; leave it out"

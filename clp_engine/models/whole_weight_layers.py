@@ -1,10 +1,10 @@
-"""Full-weight conditioning: layers each of whose parameters has a delta per objective, blended per row.
+"""Full-weight conditioning: layers in which every parameter has a delta per objective, blended per row.
 
     W_row = W + sum_i c_i Delta_i
 
-A linear layer goes through `clp_kernels.interpolated_linear`, which computes it either from weights blended once for all rows
-of a blend or from blended products, whichever is cheaper, and scatters the gradient back as `c_i * dW`. Embeddings and norms
-are linear in their parameters, so that theirs are blended per row as they are. Deltas are float32 and start at zero: the policy
+A linear layer calls `clp_kernels.interpolated_linear`. That function either blends the weight once for all rows of a blend, or
+blends products, whichever is cheaper. Its backward pass gives each delta the gradient `c_i * dW`. Embeddings and norms are
+linear in their parameters, so their deltas are blended per row directly. Deltas are float32 and start at zero: the policy
 starts as the reference for every blend.
 """
 
@@ -25,7 +25,7 @@ def _zeros(like: torch.Tensor, *shape: int) -> nn.Parameter:
 
 
 class InterpolatedLinear(ConditionedProjection):
-    """nn.Linear or Conv1D with deltas `delta` (D, N, K) and, where it has a bias, `delta_bias` (D, N)."""
+    """nn.Linear or Conv1D with deltas `delta` (D, N, K) and, if it has a bias, `delta_bias` (D, N)."""
 
     def __init__(self, base: nn.Linear | Conv1D, blend: Blend, deltas: int):
         super().__init__(base, blend)
@@ -56,9 +56,9 @@ class InterpolatedLinear(ConditionedProjection):
 
 
 class InterpolatedEmbedding(ConditionedLayer):
-    """An embedding, of tokens or learned positions, with deltas `delta` (V, D * H): one read fetches all of a token's.
+    """An embedding of tokens or learned positions, with deltas `delta` (V, D * H). One read fetches all deltas of a token.
 
-    delta: given where another layer has the same weight (a tied output projection, an encoder's and a decoder's embedding).
+    delta: the deltas of another layer with the same weight (a tied output projection, an encoder's and a decoder's embedding).
     """
 
     def __init__(self, base: nn.Embedding, blend: Blend, deltas: int, delta: nn.Parameter | None = None):
@@ -75,7 +75,7 @@ class InterpolatedEmbedding(ConditionedLayer):
         embedded = self.base(*args, **kwargs)
         if self._blend.coefficients is None:
             return embedded
-        # Subclasses scale what they look up, or offset the position: the same is done to the deltas.
+        # Subclasses scale the embedding or offset the position. Their own forward does the same to the deltas.
         changes = functional_call(self.base, {"weight": self.delta}, args, kwargs)
         if embedded.dim() == 2:  # positions (T, H), looked up once for all rows
             embedded, changes = embedded.unsqueeze(0), changes.unsqueeze(0)
@@ -93,7 +93,7 @@ class InterpolatedEmbedding(ConditionedLayer):
 class InterpolatedAffine(ConditionedLayer):
     """A norm, y = n(x) * (c + g) + b with parameters g and b (H,), deltas `delta` and `delta_bias` (D, H).
 
-    c is 0, or 1 in models that store a gain as its difference from one (Gemma). `fits` says whether a layer is of this form.
+    c is 0, or 1 in models that store a gain as its difference from one (Gemma). `fits` tells whether a layer has this form.
     """
 
     def __init__(self, base: nn.Module, blend: Blend, deltas: int):
@@ -133,7 +133,7 @@ class InterpolatedAffine(ConditionedLayer):
 
 @torch.no_grad()
 def _gain_offset(base: nn.Module) -> float | None:
-    """c of `y = n(x) * (c + g) + b`, found by trying; None where the layer is not of that form."""
+    """c of `y = n(x) * (c + g) + b`, found by evaluating the layer. None if the layer does not have this form."""
     weight, bias = base.weight, getattr(base, "bias", None)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[0], generator=generator).to(weight)

@@ -1,1 +1,1 @@
-"""What users hold: a conditioned policy, and what is made of one."""
+"""The conditioned policy, and models and files made from it."""

@@ -3,16 +3,16 @@
     model = policy.attach()                                     # or attach(another loaded copy of the base model)
     model.generate(**inputs, weights={"coverage": 0.7, "brevity": 0.3}, num_beams=4)
     model(ids, weights=torch.tensor([[1.0, 0.0], [0.2, 0.8]]))  # one per row
-    model.set_blend({"brevity": 1.0}, kl=0.1)                   # what calls leave out; uniform until then
+    model.set_blend({"brevity": 1.0}, kl=0.1)                   # the default of later calls; uniform at first
     model.detach()
 
-`model` stays an instance of its class (which is replaced by a subclass of the same name), so that pipelines, Trainer and
-torch.compile treat it as they always do. Its layers hold the policy's deltas themselves, not copies: what is trained in one is
-seen in the other. Where `generate` makes several rows of a prompt (beams, num_return_sequences), each has its prompt's blend.
+`model` stays an instance of its class (a subclass of the same name replaces the class), so that pipelines, Trainer and
+torch.compile treat it as usual. Its layers share the policy's deltas: training either one changes both. If `generate` makes
+several rows of a prompt (beams, num_return_sequences), each row has its prompt's blend.
 
-Under gradient checkpointing a layer that runs again in the backward pass runs under the blend it had. Under torch.compile a
-tensor of weights is an input of the graph, whose numbers are not checked there; a mapping or a list is read before the graph
-begins, which costs a graph break ahead of the layers.
+Under gradient checkpointing, a layer that is recomputed in the backward pass runs under the blend of its forward pass. Under
+torch.compile, a tensor of weights is an input of the graph, and its values are not checked. A mapping or a list is read before
+the graph begins, which costs a graph break ahead of the layers.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ from clp_engine.models.blend import Blend, ConditionedLayer, place
 if TYPE_CHECKING:
     from clp_engine.policy.steerable import SteerableModel
 
-# Arguments whose first dimension is the rows of a batch, the decoder's first: an encoder's may be those of its prompts.
+# Arguments whose first dimension is the batch. The decoder's come first: an encoder's rows may be prompts instead.
 _BATCHED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "inputs")
 
 
 @dataclass
 class Steering:
-    """What an attached model is steered with.
+    """The state of an attached model.
 
-    default: blend (1, D) where a call says nothing, made of `said`, the weights and kl that were set, either None where it was
-    not. generating: that of the prompts of a `generate` on its way, (1 or prompts, D); base: the layers that were there
-    before, by name.
+    default: the blend (1, D) of calls that give neither weights nor kl. said: the weights and kl that `default` was made of,
+        each None if it was not set.
+    generating: the blend (1 or prompts, D) during a `generate`, otherwise None.
+    base: the model's own layers, by name, which `detach` puts back.
     """
 
     policy: SteerableModel
@@ -59,7 +60,7 @@ class Steering:
     _spread: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def coefficients(self, weights, kl, rows: int) -> torch.Tensor:
-        """The blend (1 or rows, D) of a batch of `rows`."""
+        """The blend (1 or rows, D) for a batch of `rows`."""
         if weights is not None or kl is not None:
             weights, kl = (own if given is None else given for own, given in zip(self.said, (weights, kl)))
             if torch.compiler.is_compiling() and isinstance(weights, torch.Tensor):
@@ -72,7 +73,7 @@ class Steering:
             raise ConfigError(
                 f"the model received {rows} rows for {prompts.shape[0]} weightings; expected as many, or a multiple"
             )
-        # The same tensor for every token, so that what the layers derive from it is kept.
+        # The same tensor object for every token, so that the layers reuse what they derived from it.
         found = None if torch.compiler.is_compiling() else self._spread
         if found is None or found[0] is not prompts or len(found[1]) != rows:
             found = prompts, prompts.repeat_interleave(rows // prompts.shape[0], 0)
@@ -81,7 +82,7 @@ class Steering:
         return found[1]
 
     def _unchecked(self, weights: torch.Tensor, kl) -> torch.Tensor:
-        """As `read_blend`, in tensor operations alone."""
+        """`read_blend` in tensor operations alone, without checks of values, for torch.compile."""
         spec, weights = self.policy.spec, weights.float().reshape(-1, weights.shape[-1])
         if weights.shape[-1] != len(spec.objectives):
             raise ConfigError(
@@ -99,10 +100,10 @@ class Steering:
 
     @contextlib.contextmanager
     def prompts(self, coefficients: torch.Tensor) -> Iterator[None]:
-        """Inside, `coefficients` are those of the prompts that are being continued."""
+        """Use `coefficients` as the blend of the prompts that `generate` continues inside the block."""
         before, self.generating = self.generating, coefficients
         try:
-            with self.blend.use(coefficients):  # encoders are called by themselves
+            with self.blend.use(coefficients):  # generate calls an encoder directly
                 yield
         finally:
             self.generating, self._spread = before, None
@@ -110,12 +111,12 @@ class Steering:
 
 @torch.compiler.disable
 def read_blend(policy: SteerableModel, weights, kl, rows: int) -> torch.Tensor:
-    """The blend (rows, D) of what a user writes, see `policy.conditions`."""
+    """The blend (rows, D) for a user's weights and KL coefficient, see `policy.conditions`."""
     return policy.coefficients(policy.conditions(weights, kl, rows))
 
 
 def attach(policy: SteerableModel, model: PreTrainedModel) -> PreTrainedModel:
-    """Put the policy's layers into `model`, a copy of its base model, and make it steerable; returns `model`."""
+    """Put the policy's layers into `model`, a copy of its base model, and make it steerable. Returns `model`."""
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"attach: expected a loaded transformers model, got {type(model).__name__}")
     if model is policy.model:
@@ -139,7 +140,7 @@ def attach(policy: SteerableModel, model: PreTrainedModel) -> PreTrainedModel:
     place(model, layers)
     model.__class__ = _steerable_class(type(model))
     model._steering = Steering(policy, blend, base, read_blend(policy, None, None, 1))
-    for module in model.modules():  # checkpointing that was switched on before
+    for module in model.modules():  # gradient checkpointing may have been switched on before
         if (run := module.__dict__.get("_gradient_checkpointing_func")) is not None:
             module._gradient_checkpointing_func = _under_its_blend(blend, run)
     return model
@@ -169,18 +170,20 @@ def _check_layer(name: str, layer: ConditionedLayer, base: nn.Module | None) -> 
 
 
 class Steerable:
-    """What attached models have beside their own class; made by `ConditionedPolicy.attach`."""
+    """The additions of an attached model to its own class. `ConditionedPolicy.attach` makes such models."""
 
     _steering: Steering
 
     def set_blend(self, weights=None, kl=None) -> None:
-        """The weighting and KL coefficient of calls that do not give theirs: one for all rows, as for `policy.conditions`; None
-        is uniform, and the policy's default KL coefficient."""
+        """Set the weighting and KL coefficient of calls that do not give theirs, one for all rows.
+
+        Values are as for `policy.conditions`. None means uniform weights, and the policy's default KL coefficient.
+        """
         steering = self._steering
         steering.default, steering.said = read_blend(steering.policy, weights, kl, 1), (weights, kl)
 
     def detach(self) -> PreTrainedModel:
-        """Undo `attach`: the model is what it was, without deltas; returns it."""
+        """Undo `attach`. Returns the model in its former state, without deltas."""
         place(self, self._steering.base)
         for module in self.modules():
             run = module.__dict__.get("_gradient_checkpointing_func")
@@ -191,7 +194,7 @@ class Steerable:
         return self
 
     def generate(self, *args, weights=None, kl=None, **kwargs):
-        """transformers' generate, each prompt under its own (weights, kl): one for all, or one per prompt."""
+        """transformers' generate with (weights, kl), one for all prompts or one per prompt."""
         steering = self._steering
         with steering.prompts(steering.coefficients(weights, kl, _count_rows(args, kwargs))):
             return super().generate(*args, **kwargs)
@@ -209,7 +212,8 @@ class Steerable:
 
 @functools.cache
 def _steerable_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of `kind` with its name; its forward has the signature that transformers looks up, and weights and kl."""
+    """A subclass of `kind` of the same name. Its forward has the signature of `kind`, which transformers reads, plus weights
+    and kl."""
 
     def forward(self, *args, weights=None, kl=None, **kwargs):
         steering = self._steering
@@ -227,7 +231,7 @@ def _steerable_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _count_rows(args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """Rows of the batch that a call brings; 1 where it brings none (generate then begins with the start token)."""
+    """The number of rows in a call's batch. 1 without any (generate then begins with the start token)."""
     named = [kwargs[name] for name in _BATCHED if kwargs.get(name) is not None]
     for value in [*named, *args[:1]]:
         if isinstance(value, torch.Tensor):
@@ -236,7 +240,7 @@ def _count_rows(args: tuple, kwargs: Mapping[str, Any]) -> int:
 
 
 def _under_its_blend(blend: Blend, run: Callable) -> Callable:
-    """`run`, which checkpoints a function, with the blend that is in force now in force again when it is computed again."""
+    """The checkpointing function `run`, with the present blend put in force again for the recomputation."""
 
     def checkpointed(function: Callable, *args, **kwargs):
         coefficients, index = blend.coefficients, blend.index

@@ -2,18 +2,19 @@
 
     z(w) = z_ref + sum_i c_i (z_i - z_ref),      c = scale * w      (with kl_conditioning: scale * c(alpha) * w)
 
-`z_i` are the logits of specialist i, `z_ref` those of the base model. It is the zero-shot counterpart of logit conditioning:
-nothing is trained for a weighting, and every completion is decoded once under each specialist it weighs. With `sum_i w_i = 1`
-it is `log pi ~ scale * sum_i w_i log pi_i + (1 - scale) * log pi_ref`, and `scale` is the realignment coefficient lambda of
-DeRa (Liu et al., 2024): below 1 towards the reference, above 1 beyond the specialists. If every specialist is the optimum of
-its reward, `pi_i ~ pi_ref exp(R_i / beta)`, then `prod_i pi_i^w_i` is the optimum of `w.R` (multi-objective decoding, Shi et
-al., 2024), once it is normalised over whole completions; here it is normalised at every token, which is the same for
-completions of one token and an approximation for longer ones.
+`z_i` are the logits of specialist i, and `z_ref` those of the base model. This is the zero-shot counterpart of logit
+conditioning: nothing is trained for a weighting, and every completion is decoded once under each specialist with a weight.
 
-The output projection is linear and its coefficients, the reference's `1 - sum_i c_i` among them, sum to one, so that mixing
-logits is mixing last hidden states, `W (sum_i c_i h_i) + b`: statistics, exact KL included, come from the same
-`linear_logprob` as any policy's. Where the model caps its logits the mixture is of the logits before the cap. The hidden
-states are mixed in float32 (or better) and rounded once to the model's dtype.
+With `sum_i w_i = 1` the mixture is `log pi ~ scale * sum_i w_i log pi_i + (1 - scale) * log pi_ref`. `scale` is the realignment
+coefficient lambda of DeRa (Liu et al., 2024): a value below 1 moves towards the reference, a value above 1 beyond the
+specialists. If every specialist is the optimum of its reward, `pi_i ~ pi_ref exp(R_i / beta)`, then `prod_i pi_i^w_i`,
+normalised over whole completions, is the optimum of `w.R` (multi-objective decoding, Shi et al., 2024). Here it is normalised
+at every token, which is the same for completions of one token and an approximation for longer ones.
+
+The output projection is linear, and its coefficients, with the reference's `1 - sum_i c_i`, sum to one. Mixing logits therefore
+equals mixing last hidden states, `W (sum_i c_i h_i) + b`, and `linear_logprob` gives the statistics, exact KL included, as for
+any policy. If the model caps its logits, the mixture is of the logits before the cap. Hidden states are mixed in float32 (or
+better) and rounded once to the model's dtype.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from clp_engine.rollouts.engines.base import Stepwise
 from clp_engine.rollouts.scoring import hidden_states
 from clp_engine.rollouts.types import Profile, Rollout, RolloutEngine, RolloutRequest
 
-_NEGLIGIBLE = 1e-6  # float32 weights that sum to one do so up to this
+_NEGLIGIBLE = 1e-6  # float32 weights that should sum to one do so within this error
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Rows of a mixture, taken apart: each row is a sum over its parts, one for each member with a coefficient.
+    """Rows of a mixture split into parts: one part for each member (specialist or reference) with a coefficient.
 
-    owner: (N,), the row each part belongs to; blend: (N, M), one-hot, zero for the reference.
-    slots, share: (rows, K), the parts of each row and their coefficients, K the most that a row has; a row with fewer has its
-    first part again with a coefficient of zero.
+    owner: (N,), the row of each part. blend: (N, M), one-hot for a specialist, zero for the reference.
+    slots, share: (rows, K), the parts of each row and their coefficients, with K the most parts of a row. A row with fewer
+        parts repeats its first part with a coefficient of zero.
     """
 
     owner: torch.Tensor
@@ -53,14 +54,14 @@ class _Parts:
 
     @classmethod
     def of(cls, coefficients: torch.Tensor) -> _Parts:
-        """coefficients: (rows, M) of the specialists; the reference has what they lack to one."""
+        """coefficients: (rows, M) of the specialists. The reference gets the difference of their sum from one."""
         rest = 1 - coefficients.sum(-1, keepdim=True)
         rest = torch.where(rest.abs() < _NEGLIGIBLE, 0.0, rest)
         share = torch.cat([coefficients, rest], 1)
         present = share != 0
         owner, member = present.nonzero().unbind(-1)
         blend = torch.eye(share.shape[1], device=share.device)[member, :-1]
-        # Present members first, in their order; their parts are numbered row by row.
+        # Members with a coefficient come first, in their order. Parts are numbered row by row.
         width = int(present.sum(-1).max())
         order = (~present).long().argsort(dim=-1, stable=True)[:, :width]
         counts = present.sum(-1, keepdim=True)
@@ -69,7 +70,7 @@ class _Parts:
         return cls(owner, blend, slots, share.gather(1, order))
 
     def repeat(self, times: int) -> _Parts:
-        """Each row `times` times in a row, where each part's rows lie together."""
+        """Repeat each row `times` times in succession. A part's copies are adjacent."""
         copies = torch.arange(times, device=self.slots.device)
         slots = (self.slots.unsqueeze(1) * times + copies.view(1, -1, 1)).flatten(0, 1)
         owner = (self.owner.unsqueeze(-1) * times + copies).flatten()
@@ -78,7 +79,7 @@ class _Parts:
         )
 
     def keep(self, rows: torch.Tensor) -> tuple[_Parts, torch.Tensor]:
-        """(the parts of these rows, which of the present parts they are)."""
+        """(the parts of these rows, their indices among the present parts)."""
         slots = self.slots[rows]
         needed = torch.zeros(len(self.owner), dtype=torch.bool, device=rows.device)
         needed[slots.flatten()] = True
@@ -88,19 +89,21 @@ class _Parts:
         return _Parts(position[self.owner[kept]], self.blend[kept], number[slots], self.share[rows]), kept
 
     def mix(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, ...) from the parts' (N, ...), rounded once, to hidden's dtype."""
+        """Mix the parts' states (N, ...) into (rows, ...), rounded once to hidden's dtype."""
         share = self.share.view(*self.share.shape, *(1,) * (hidden.dim() - 1))
         members = hidden[self.slots].to(torch.promote_types(hidden.dtype, share.dtype))
         return (members * share).sum(1).to(hidden.dtype)
 
 
 class LogitMixture:
-    """Specialists mixed at decode time, which `rollout`, `score`, `evaluate` and `generate` take in place of a policy.
+    """Specialists mixed at decode time. `rollout`, `score`, `evaluate` and `generate` take it in place of a policy.
 
-    policy: its corners (one objective's weight 1, the others' 0) are the specialists; left as it is.
-    scale: lambda, see the module. Weightings lie on the simplex, as a policy's; `Conditions` made by hand may hold any finite
-        numbers (negative ones guide away from a specialist). Rows of weight zero are the base model.
-    Raises ConfigError for a policy whose output projection is conditioned, or a scale that is not finite.
+    policy: its corners (one objective's weight 1, the others' 0) are the specialists. It is not changed.
+    scale: lambda, see the module docstring.
+
+    Weightings lie on the simplex, as a policy's. `Conditions` made by hand may hold any finite numbers (a negative one moves
+    away from a specialist). Rows of weight zero are the base model. Raises ConfigError for a policy whose output projection is
+    conditioned, and for a scale that is not finite.
     """
 
     def __init__(self, policy: ConditionedPolicy, *, scale: float = 1.0):
@@ -141,12 +144,12 @@ class LogitMixture:
     # -- computing ----------------------------------------------------------------------------------------------------
 
     def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
-        """`c` (rows, M) on the model's device, or None where every row is the reference."""
+        """`c` (rows, M) on the model's device, or None if every row is the reference."""
         blend = self.policy.coefficients(conditions)
         return None if blend is None else blend * self.scale
 
     def shown_prompts(self, prompt_ids, conditions: Conditions, prompts=None) -> None:
-        """None: specialists read the prompt as it is."""
+        """None, since specialists read the prompt itself."""
 
     def completion_hidden(
         self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
@@ -182,7 +185,7 @@ class LogitMixture:
         outputs: Sequence[str] = ("logprob",),
         differentiable: Sequence[str] | None = None,
     ) -> TokenStats:
-        """As `ConditionedPolicy.token_stats`, of mixed hidden states."""
+        """As `ConditionedPolicy.token_stats`, for mixed hidden states."""
         return self.policy.token_stats(
             hidden,
             targets,
@@ -198,9 +201,9 @@ class LogitMixture:
 
 
 class MixtureDecoder:
-    """Logits of mixtures, see `base.StepDecoder`: each row runs as its parts, each part under one specialist or the base."""
+    """Logits of mixtures, see `base.StepDecoder`. A row runs as its parts, each under one specialist or the base model."""
 
-    drop_share = 0.25  # the cache is copied
+    drop_share = 0.25  # dropping rows copies the cache
     write = None
 
     def __init__(self, request: RolloutRequest):

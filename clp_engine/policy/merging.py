@@ -1,4 +1,4 @@
-"""A blend as an ordinary transformers model."""
+"""Merging a blend into an ordinary transformers model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clp_engine.policy.steerable import SteerableModel
 
 @torch.no_grad()
 def merged(policy: SteerableModel, coefficients: torch.Tensor) -> PreTrainedModel:
-    """A copy of the base model whose weights are theta_ref + sum_i c_i Delta_i, for coefficients c (D,)."""
+    """A copy of the base model with the weights theta_ref + sum_i c_i Delta_i, for coefficients c (D,)."""
     model = policy.plain_copy()
     if policy.splits_tied_head:
         untie(model)

@@ -2,9 +2,9 @@
 
     theta(w, alpha) = theta_ref + c(alpha) * sum_i w_i * Delta_i
 
-(Conditioned Language Policy, parameter-space conditioning.) What Delta_i is, `models.forms` says: low-rank factors s_i B_i A_i
-on linear layers, whole weights, those of attention, or of the output projection. Rows of one batch may have different
-(w, alpha); a row whose blend is zero is the reference model.
+This is parameter-space conditioning (Conditioned Language Policy). `models.forms` defines Delta_i: low-rank factors s_i B_i A_i
+on linear layers, or deltas of all weights, of attention, or of the output projection. Rows of one batch may have different
+(w, alpha). A row whose blend is zero is the reference model.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
 class ConditionedPolicy(SteerableModel):
     """A causal or encoder-decoder language model with one delta per objective, blended per row.
 
-    Build with `from_pretrained` or `load`. The base model is frozen and always in evaluation mode: dropout would make the
-    log-probs of rollout and training those of different networks.
+    Build one with `from_pretrained` or `load`. The base model is frozen and always in evaluation mode: with dropout, rollout
+    and training would take log-probs from different networks.
     """
 
     @classmethod
@@ -73,23 +73,24 @@ class ConditionedPolicy(SteerableModel):
     ) -> ConditionedPolicy:
         """A policy that starts as `name_or_path` for every weighting.
 
-        name_or_path: a model name, directory, "docsum" (the model shipped with the engine), or a loaded transformers causal
-            or encoder-decoder language model whose projections are nn.Linear or GPT-2's Conv1D; it is wrapped in place.
-            Of a PeftModel, each objective begins at the adapter of its name, or all of them at a single one; the adapters are
+        name_or_path: a model name, a directory, "docsum" (the model shipped with the engine), or a loaded transformers causal
+            or encoder-decoder language model whose projections are nn.Linear or GPT-2's Conv1D, which is wrapped in place.
+            For a PeftModel, each objective begins at the adapter of its name, or all of them at a single one. The adapters are
             taken out of the model (see `from_adapters` for other names). The reference is the base model without them.
         objectives: their names, in the order of weight vectors.
         conditioning: "lora", "full", "attention", "logit", "prompt", "none", or several joined by "+"; see `models.forms`.
-        carrier: which parameters are trained where conditioning is "prompt" or "none".
-        rank, lora_alpha: of "lora" and "logit", one for all or one per objective; the update is scaled by lora_alpha / rank
-            (rank: 16, lora_alpha: 2 * rank; of a PeftModel its own). An output projection with a rank of the hidden size or
-            more is trained whole, unscaled.
-        target_modules: of "lora", as in PEFT, or a function of the model that gives names; None is every linear layer but the
-            output projection.
-        prompt_template: of "prompt", text with {weights} and, where the KL coefficient varies, {kl}; see `prompt_conditioning`.
+        carrier: the trained parameters if conditioning is "prompt" or "none".
+        rank, lora_alpha: for "lora" and "logit", one for all or one per objective. The update is scaled by lora_alpha / rank.
+            Defaults: rank 16, lora_alpha 2 * rank; for a PeftModel its own. An output projection with a rank of the hidden size
+            or more is trained whole, unscaled.
+        target_modules: for "lora", as in PEFT, or a function that takes the model and returns names. None chooses every linear
+            layer but the output projection.
+        prompt_template: for "prompt", a text with {weights} and, if the KL coefficient varies, {kl}; see `prompt_conditioning`.
         kl_conditioning, min_kl: see `conditions.blend_coefficients`. kl_is_beta, default_kl: see `PolicySpec`.
-        dtype: float32 on a CPU and the checkpoint's own elsewhere, if None. attention: transformers' attn_implementation, where
-            the model is loaded here. seed: of the adapters' start.
-        Raises ConfigError for an unknown conditioning, layer name, or a model that cannot be conditioned.
+        dtype: None means float32 on a CPU and the checkpoint's own elsewhere. attention: transformers' attn_implementation, for
+            a model loaded here. seed: seed of the adapters' initial values.
+
+        Raises ConfigError for an unknown conditioning or layer name, or a model that cannot be conditioned.
         """
         if holds_adapters(name_or_path):
             if lora_alpha is not None:
@@ -156,7 +157,7 @@ class ConditionedPolicy(SteerableModel):
             carrier,
             prompt_template,
         )
-        head = model.get_output_embeddings()  # a rank beyond the hidden size makes it whole
+        head = model.get_output_embeddings()  # a rank of the hidden size or more trains it whole
         layers = [layer for name in spec.target_modules if (layer := model.get_submodule(name)) is not head]
         check_size(
             f"rank={max(ranks):,} for {len(deltas)} deltas",
@@ -172,18 +173,21 @@ class ConditionedPolicy(SteerableModel):
         adapters: Mapping[str, str | Path | Adapter | None] | str | Path,
         **options,
     ) -> ConditionedPolicy:
-        """A policy whose objectives begin at PEFT's LoRA adapters: a Rewarded Soup of them as it is, or the start of a run.
+        """A policy whose objectives begin at PEFT's LoRA adapters: their Rewarded Soup, or the start of a training run.
 
-        base: as `name_or_path` of `from_pretrained`. adapters: by objective, in the order of weight vectors, a directory (or
-            repository of the hub) with adapter_config.json and adapter_model.safetensors, or None for an objective that begins
-            at the base model; or the one directory that `save_adapters` wrote, whose settings are then the defaults of
-            `options`. Ranks, alphas (rsLoRA, patterns) and layers may differ: where an objective's adapter has a lower rank
-            than elsewhere, or no delta, it gets further directions that start at zero, see `warm_start`.
-        options: as those of `from_pretrained`, but for lora_alpha. conditioning: by default "lora", with "logit" where an
-            adapter is on the output projection; rank: at least the adapter's, by default that, and 16 for None;
-            target_modules: layers to have deltas beside those of the adapters.
+        base: as `name_or_path` of `from_pretrained`.
+        adapters: by objective, in the order of weight vectors. Each is a directory (or repository of the hub) with
+            adapter_config.json and adapter_model.safetensors, or None for an objective that begins at the base model.
+            Alternatively the one directory that `save_adapters` wrote, whose settings are then the defaults of `options`.
+        options: those of `from_pretrained` without lora_alpha. conditioning is "lora" by default, with "logit" if an adapter is
+            on the output projection. rank is at least the adapter's, by default equal to it, and 16 for None.
+            target_modules names layers that get deltas beside the adapters' own.
+
+        Ranks, alphas (rsLoRA, patterns) and layers of the adapters may differ. If an objective's adapter has a lower rank in
+        some layer than elsewhere, or no delta, the objective gets further directions that start at zero, see `warm_start`.
+
         Raises ConfigError for an adapter that is no plain LoRA (DoRA, modules_to_save, biases, embeddings, ...) or was trained
-        on another model; warns of dropout, which is left out, and of an adapter that names another base model.
+        on another model. Warns of dropout, which is left out, and of an adapter that names another base model.
         """
         return warm_start.build(cls.from_pretrained, base, adapters, **options)
 
@@ -191,21 +195,24 @@ class ConditionedPolicy(SteerableModel):
     def from_specialists(
         cls, specialists: Sequence[ConditionedPolicy], objectives: Sequence[str] | None = None
     ) -> ConditionedPolicy:
-        """Rewarded Soups (Rame et al., 2023): the deltas of models fine-tuned one by one become the deltas of one policy,
+        """Rewarded Soups (Rame et al., 2023): one policy with the deltas of models that were fine-tuned one by one,
         theta(w) = theta_ref + sum_i w_i Delta_i.
 
-        specialists: policies with conditioning "none", one per objective, of one base model and carrier; their
-            adapters are copied.
-        objectives: names of the new policy's objectives; by default those of the specialists, if there are as many.
-        Raises ConfigError where the specialists do not fit together.
+        specialists: policies with conditioning "none", one per objective, with the same base model and carrier. Their adapters
+            are copied.
+        objectives: names of the new policy's objectives. By default those of the specialists, if there are as many.
+
+        Raises ConfigError if the specialists do not fit together.
         """
         return soup(cls, specialists, objectives)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the adapters and what is needed to build the policy again from its base model. Other files in the directory
-        stay; raises ConfigError for the base model's own folder."""
+        """Write the adapters and the settings from which the policy is built again over its base model.
+
+        Other files in the directory stay. Raises ConfigError for the base model's own folder.
+        """
         for source in self.read_from:
             if source not in self.loaded_from and source.resolve() == Path(directory).resolve():
                 raise ConfigError(
@@ -215,7 +222,7 @@ class ConditionedPolicy(SteerableModel):
             self.write_files(temporary)
 
     def write_files(self, directory: Path) -> None:
-        """Write what `save_pretrained` writes into a directory that is there, file after file."""
+        """Write the files of `save_pretrained` one by one into an existing directory."""
         spec = json.dumps(asdict(self.spec), indent=2) + "\n"
         (directory / _SPEC_FILE).write_text(spec, encoding="utf-8")
         save_file(
@@ -235,8 +242,10 @@ class ConditionedPolicy(SteerableModel):
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
     ) -> ConditionedPolicy:
-        """The policy that `save_pretrained` wrote; base_model: where the base is now, if it has moved. Raises ConfigError where
-        that is another model than the policy was saved over, see `fingerprint`."""
+        """The policy that `save_pretrained` wrote. base_model: the base model's present location, if it has moved.
+
+        Raises ConfigError if the base model differs from the one the policy was saved over, see `fingerprint`.
+        """
         directory = Path(directory)
         finish(directory)
         if not (directory / _SPEC_FILE).is_file():
@@ -255,7 +264,7 @@ class ConditionedPolicy(SteerableModel):
         )
         tensors = read_tensors(directory / _ADAPTER_FILE)
         model, tokenizer, _ = load_base(base_model or spec.base_model, tokenizer, dtype, device)
-        fingerprint.check(directory, model)  # before anything is done to the model
+        fingerprint.check(directory, model)  # before the model is changed
         policy = cls(model, spec, tokenizer)
         try:
             policy.load_adapters(tensors)
@@ -265,44 +274,50 @@ class ConditionedPolicy(SteerableModel):
         return policy
 
     def export_adapter(self, path: str | Path, weights=None, kl=None, *, rank: int | None = None) -> float:
-        """Write one blend as an ordinary PEFT LoRA adapter, for peft, transformers and vLLM; returns the error.
+        """Write one blend as an ordinary PEFT LoRA adapter for peft, transformers and vLLM. Returns its error.
 
-        Low-rank factors are written exactly (A stacked, B scaled by the blend; rank R = sum of the ranks whose coefficient is
-        not 0): error 0. rank: cut each layer's blended delta to its largest `rank` singular values; the error is
-        |written - delta| / |delta| over all layers (Frobenius), 0 where `rank` is R or more. Whole weights of linear layers
-        need it; a warning says where R is more than vLLM takes. blend.json says which blend it is and what prompt conditioning
-        writes into the prompt. Other files in the folder stay. An adapter on an output projection that shares its weight with
-        the input embedding must not be merged by peft, which would change both: a warning says so; `merge` keeps them apart.
-        Raises ConfigError where a delta has no adapter form (embeddings, norms: `merge` has all), and for a path that is, holds
-        or lies in a folder of `read_from`.
+        rank: None writes low-rank factors exactly (A stacked, B scaled by the blend, rank R = sum of the ranks whose
+            coefficient is not 0), with error 0. A number cuts each layer's blended delta to its largest `rank` singular values.
+            Whole weights of linear layers need a number.
+
+        The error is |written - delta| / |delta| over all layers (Frobenius), 0 if `rank` is at least R. A warning says if R is
+        more than vLLM takes. blend.json records the blend and the text that prompt conditioning writes into the prompt. Other
+        files in the folder stay. An adapter on an output projection that shares its weight with the input embedding must not be
+        merged by peft, which would change both: a warning says so, and `merge` separates the two.
+
+        Raises ConfigError if a delta has no adapter form (embeddings, norms: `merge` supports all), and for a path that equals,
+        contains or lies inside a folder of `read_from`.
         """
         return writing.export(self, path, weights, kl, rank)
 
     def save_adapters(self, directory: str | Path, *, rank: int | None = None) -> dict[str, float]:
-        """Write each objective's delta as a PEFT LoRA adapter, <directory>/<objective>/, and how they are blended,
-        <directory>/clp_blend.json; returns the error of each, as `export_adapter`. Other files in the directory stay.
+        """Write each objective's delta as a PEFT LoRA adapter, <directory>/<objective>/, and <directory>/clp_blend.json, which
+        says how they are blended. Returns the error of each, as `export_adapter`. Other files in the directory stay.
 
-        Rank and lora_alpha are the objective's own, so that an adapter can be trained on. peft loads each, its
-        add_weighted_adapter(combination_type="cat") with the weights c(kl) w_i is the blend, exactly, and `from_adapters` makes
-        the policy again. Where there is one delta for all objectives, its folder is "adapter". rank: as of `export_adapter`.
+        Rank and lora_alpha are the objective's own, so that an adapter's training can continue. peft loads each adapter.
+        Its add_weighted_adapter(combination_type="cat") with the weights c(kl) w_i gives exactly the blend, and `from_adapters`
+        builds the policy again. A policy with one delta for all objectives has one folder, "adapter".
+
+        rank: as for `export_adapter`.
         """
         return writing.export_each(self, directory, rank)
 
     def merge(self, weights=None, kl=None) -> PreTrainedModel:
-        """An ordinary transformers model whose weights are the blend at (weights, kl); this policy is left as it was.
+        """An ordinary transformers model with the weights of the blend at (weights, kl). This policy is not changed.
 
-        Where only the output projection is conditioned and shares its weight with the input embedding, the merged model has
-        the two apart (tie_word_embeddings=False). With prompt conditioning its prompts need `prompt_text(weights, kl)`.
+        If only the output projection is conditioned and shares its weight with the input embedding, the merged model has
+        separate weights (tie_word_embeddings=False). With prompt conditioning its prompts need `prompt_text(weights, kl)`.
         """
         return merged(self, self.coefficients(self.conditions(weights, kl))[0])
 
     def attach(self, model: PreTrainedModel | None = None) -> PreTrainedModel:
-        """A transformers model whose forward and generate take `weights=` and `kl=`, for all rows or one per row; see
-        `attached`.
+        """A transformers model whose forward and generate take `weights=` and `kl=`, for all rows or one per row.
 
-        model: another loaded copy of the base model, which is changed in place (its detach() undoes that); None makes one that
-        shares the base model's weights. The deltas are shared either way, and this policy is left as it was. Raises ConfigError
-        for a model of other layers or shapes, or a quantised one.
+        model: another loaded copy of the base model, which is changed in place (its detach() undoes that). None makes a model
+            that shares the base model's weights.
+
+        The deltas are shared in both cases, and this policy is not changed; see `attached`. Raises ConfigError for a model with
+        other layers or shapes, or a quantised one.
         """
         if self.conditioning.prompt:
             warnings.warn(

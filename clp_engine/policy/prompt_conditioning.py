@@ -1,8 +1,8 @@
-"""Prompt conditioning: the weighting written into the prompt.
+"""Prompt conditioning: the weighting is written into the prompt.
 
-A plain prompt gets the text in front (after its first special token, if it starts with one), as tokens of their own. A chat
-gets it at the beginning of its last user message, before the chat template is applied: templates trim messages and write around
-them, so that no place in the rendered chat is sure. A prompt that is cut from the left keeps it.
+A plain prompt gets the text in front (after its first special token, if it starts with one), as separate tokens. A chat gets it
+at the start of its last user message, before the chat template is applied: templates trim messages and add text around them, so
+that no position in the rendered chat is certain. A prompt that is cut from the left keeps the text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MARK = "\x00"
 
 
 def check_template(template: str) -> None:
-    """Raises ConfigError for a template that does not name the weights, or names anything unknown."""
+    """Raises ConfigError for a template without {weights}, or with an unknown name."""
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
@@ -36,17 +36,18 @@ def check_template(template: str) -> None:
 
 
 def weighting_text(template: str, objectives: Sequence[str], weights: Sequence[float], kl: float) -> str:
-    """The template with "name 0.70, name 0.30" for {weights} and the KL coefficient, three digits of it, for {kl}."""
+    """The template with "name 0.70, name 0.30" for {weights} and the KL coefficient, to three digits, for {kl}."""
     listed = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(objectives, weights))
     return template.format(weights=listed, kl=f"{kl:.3g}")
 
 
 def with_weighting(prompt: Any, token_ids: Sequence[int], text: str, tokenizer) -> list[int]:
-    """The tokens of a prompt with `text` in it.
+    """The tokens of a prompt with `text` written into it.
 
-    prompt: what token_ids were made from, a text or chat messages; None if that is not known. token_ids: of the prompt, or what
-    is left of them where they were cut from the left: as many tokens are cut here, and none of the text. Raises ConfigError for
-    a chat template that does not show what a user message begins with.
+    prompt: the text or chat messages that token_ids were made from; None if unknown.
+    token_ids: the prompt's tokens, possibly cut from the left. As many tokens are cut from the result, but none of the text.
+
+    Raises ConfigError for a chat template that does not show the start of a user message.
     """
     messages = None if prompt is None or isinstance(prompt, str) else messages_as_read(prompt, tokenizer)
     users = [i for i, message in enumerate(messages or ()) if message.get("role") == "user"]
@@ -63,7 +64,7 @@ def with_weighting(prompt: Any, token_ids: Sequence[int], text: str, tokenizer) 
 
     rendered, shown = rendered_with(text), text.strip()
     before, mark, _ = rendered_with(_MARK + text).partition(_MARK)
-    earlier = before.count(shown)  # the chat may have said the same before
+    earlier = before.count(shown)  # the chat may contain the same text earlier
     parts = rendered.split(shown, earlier + 1)
     if not mark or len(parts) != earlier + 2:
         raise ConfigError(
@@ -89,7 +90,7 @@ def _beginning_with(text: str, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokens_up_to(place: int, rendered: str, tokenizer, whole: bool = False) -> int:
-    """How many tokens of the rendered chat lie before a place in it; whole: with the one that the place lies in."""
+    """The number of tokens of the rendered chat before a place. whole: count the token that contains the place, too."""
     if not tokenizer.is_fast:
         return len(tokenizer(rendered[:place], add_special_tokens=False)["input_ids"])
     spans = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

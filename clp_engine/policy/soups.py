@@ -1,4 +1,4 @@
-"""Rewarded Soups: the deltas of models that were fine-tuned one by one, as one policy (Rame et al., 2023)."""
+"""Rewarded Soups: one policy with the deltas of models that were fine-tuned one by one (Rame et al., 2023)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clp_engine.policy.steerable import SteerableModel
 def soup(
     kind: type[SteerableModel], specialists: Sequence[SteerableModel], objectives: Sequence[str] | None
 ) -> SteerableModel:
-    """See `ConditionedPolicy.from_specialists`; kind: the class of what is made."""
+    """See `ConditionedPolicy.from_specialists`. kind: the class of the new policy."""
     if not specialists:
         raise ConfigError("no specialists were given; expected one per objective")
     first = specialists[0]

@@ -1,4 +1,4 @@
-"""What makes a policy of a base model."""
+"""The settings that turn a base model into a policy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from clp_engine.core.files import read_json
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What makes a policy of a base model: saved beside the adapters, enough to build it again.
+    """The settings that turn a base model into a policy. They are saved beside the adapters, and suffice to build it again.
 
-    base_model: name or path as given; objectives: names in order; ranks, lora_alphas: one per delta;
-    target_modules: exact names of the layers with low-rank factors; conditioning, carrier: see `models.forms`;
-    min_kl: the smallest KL coefficient of training, for kl_conditioning "odds";
-    kl_is_beta: whether `kl` means beta (objective w.R - beta KL) instead of alpha ((1 - alpha) w.R - alpha KL);
-    default_kl: the KL coefficient a row has where none is asked for.
-    prompt_template: what prompt conditioning writes into the prompt, see `prompt_conditioning`; None where it does not.
+    base_model: name or path as given. objectives: names in order. ranks, lora_alphas: one per delta.
+    target_modules: exact names of the layers with low-rank factors. conditioning, carrier: see `models.forms`.
+    min_kl: the smallest KL coefficient of training, for kl_conditioning "odds".
+    kl_is_beta: whether `kl` means beta (objective w.R - beta KL) instead of alpha ((1 - alpha) w.R - alpha KL).
+    default_kl: the KL coefficient of a row without one.
+    prompt_template: the text that prompt conditioning writes into the prompt, see `prompt_conditioning`. None without it.
     """
 
     base_model: str
@@ -60,7 +60,7 @@ def read_spec(path: Path) -> PolicySpec:
 
 
 def per_delta(value, deltas: Sequence[str], name: str) -> tuple:
-    """One value for each delta; `deltas` are the objectives they belong to, or one name where there is a single one."""
+    """One value for each delta. deltas: the names of the objectives, or one name if there is a single delta."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * len(deltas)
     if len(values) != len(deltas):
         raise ConfigError(

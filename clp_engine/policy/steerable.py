@@ -1,8 +1,8 @@
-"""A conditioned model that is asked in an objective's words: weights and a KL coefficient become the coefficients of a blend.
+"""A conditioned model that is steered in terms of objectives: weights and a KL coefficient become the coefficients of a blend.
 
     c = c(alpha) * w,      theta(w, alpha) = theta_ref + sum_i c_i Delta_i
 
-What rollouts, scoring and generation need of a policy is here; where it comes from and where it is saved, `policy` says.
+This module has the part of a policy that rollouts, scoring and generation need. `policy` builds and saves policies.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from clp_engine.rollouts.types import Profile, Rollout
 
 
 class SteerableModel(ConditionedModel):
-    """A model with one delta per objective, steered per row; see `ConditionedPolicy`, whose lower half it is."""
+    """A model with one delta per objective, steered per row. It is the base class of `ConditionedPolicy`."""
 
     def __init__(self, model: PreTrainedModel, spec: PolicySpec, tokenizer=None, seed: int = 0):
         conditioning = Conditioning.parse(spec.conditioning, spec.carrier)
-        if tokenizer is not None:  # before anything is done to the model
+        if tokenizer is not None:  # checked before the model is changed
             Room.of(model).check_tokenizer(tokenizer)
         super().__init__(model, conditioning, spec.target_modules, spec.ranks, spec.scalings, seed)
         self.spec, self._tokenizer = spec, tokenizer
-        self.loaded_from: list[Path] = []  # folders of adapters
+        self.loaded_from: list[Path] = []  # folders of the adapters that the policy was loaded from
 
-    engine = None  # what draws from it, see `rollouts.types.RolloutEngine`; None: the fastest that serves
+    engine = None  # the engine that draws, see `rollouts.types.RolloutEngine`; None: the fastest that serves the model
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------------------------------
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -56,13 +56,13 @@ class SteerableModel(ConditionedModel):
 
     @property
     def read_from(self) -> list[Path]:
-        """Folders that this policy was loaded from, and that of its base model, which it needs whenever it is loaded again."""
+        """The folders that this policy was loaded from, and its base model's, which are needed to load it again."""
         bases = {self.spec.base_model, self.model.config.name_or_path or ""}
         return [*self.loaded_from, *(Path(base) for base in sorted(bases) if base and Path(base).is_dir())]
 
     @property
     def tokenizer(self):
-        """Setting it raises ConfigError where its special tokens have no embedding, see `positions.Room.check_tokenizer`."""
+        """The tokenizer. Setting it raises ConfigError if a special token has no embedding, see `Room.check_tokenizer`."""
         return self._tokenizer
 
     @tokenizer.setter
@@ -77,7 +77,7 @@ class SteerableModel(ConditionedModel):
 
     @property
     def profile(self) -> Profile:
-        """What a caller must know before it asks for completions."""
+        """The properties that a caller needs before it asks for completions."""
         spec = self.spec
         return Profile(
             spec.objectives,
@@ -92,7 +92,7 @@ class SteerableModel(ConditionedModel):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """End tokens of the generation config and the tokenizer; generation stops at any of them."""
+        """End tokens of the generation config and the tokenizer. Generation stops at any of them."""
         ids = []
         for source in (self.model.generation_config, self.model.config, self.tokenizer):
             value = getattr(source, "eos_token_id", None)
@@ -109,10 +109,13 @@ class SteerableModel(ConditionedModel):
     # -- conditions ---------------------------------------------------------------------------------------------------
 
     def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
-        """Per-row conditions from what a user writes.
+        """Per-row conditions from a user's weights and KL coefficients.
 
         weights: a mapping by name, a sequence of M numbers, a list of either with one per row, a (rows, M) tensor, or None
-        (uniform). kl: a number, one per row, or None (`spec.default_kl`). Raises ConfigError naming what is wrong.
+            (uniform).
+        kl: a number, one per row, or None (`spec.default_kl`).
+
+        Raises ConfigError naming the invalid value.
         """
         per_row = (
             isinstance(weights, torch.Tensor)
@@ -141,7 +144,7 @@ class SteerableModel(ConditionedModel):
         return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
 
     def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
-        """The blend (rows, D) on the model's device, a coefficient per delta, or None where every row is the reference."""
+        """The blend (rows, D) on the model's device, one coefficient per delta, or None if every row is the reference."""
         if conditions is None or not bool(conditions.weights.any()):
             return None
         if not self.conditioning.blended:
@@ -155,11 +158,11 @@ class SteerableModel(ConditionedModel):
         return blend.to(self.device)
 
     def prompt_text(self, weights=None, kl=None) -> str:
-        """What prompt conditioning writes into a prompt at one weighting; empty for other policies."""
+        """The text that prompt conditioning writes into a prompt at one weighting. Empty for other policies."""
         return self._prompt_texts(self.conditions(weights, kl))[0]
 
     def _prompt_texts(self, conditions: Conditions) -> list[str]:
-        """What is written for each row; nothing where the blend is zero: the row is the reference then, prompt and all."""
+        """The text for each row's prompt. Empty for a blend of zero: such a row is the reference and reads the plain prompt."""
         blend = self.coefficients(conditions) if self.conditioning.prompt else None
         if blend is None:
             return [""] * len(conditions)
@@ -175,8 +178,11 @@ class SteerableModel(ConditionedModel):
     def shown_prompts(
         self, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, prompts: Sequence | None = None
     ) -> list[list[int]] | None:
-        """What the policy reads for each prompt under its condition, or None where that is the prompt itself (no prompt
-        conditioning). prompts: what prompt_ids were made from, for chat messages; reference rows see the plain prompt."""
+        """The tokens that the policy reads for each prompt under its condition. None without prompt conditioning.
+
+        prompts: the texts or chats that prompt_ids were made from, needed for chat messages. Reference rows read the plain
+            prompt.
+        """
         if not self.conditioning.prompt:
             return None
         if self.tokenizer is None:
@@ -191,7 +197,7 @@ class SteerableModel(ConditionedModel):
 
     @contextlib.contextmanager
     def blended(self, conditions: Conditions | None) -> Iterator[None]:
-        """Inside, row i of every batch runs under conditions[i]; None is the base model."""
+        """Run row i of every batch under conditions[i] inside the block. None means the base model."""
         with self.blend.use(self.coefficients(conditions)):
             yield
 
@@ -206,8 +212,10 @@ class SteerableModel(ConditionedModel):
         conditions: Conditions | None = None,
         **kwargs,
     ):
-        """The transformers model's forward, row i under its own (w, kl): give `conditions`, or `weights` and `kl` as for
-        `conditions()`; an encoder-decoder takes `decoder_input_ids=` beside input_ids."""
+        """The transformers model's forward, with row i under its own (w, kl).
+
+        Give `conditions`, or `weights` and `kl` as for `conditions()`. An encoder-decoder takes `decoder_input_ids=` as well.
+        """
         conditions = conditions or self.conditions(weights, kl, input_ids.shape[0])
         if not torch.compiler.is_compiling():
             self.room.check_ids([int(input_ids.min()), int(input_ids.max())], "input_ids", self.tokenizer)
@@ -234,9 +242,9 @@ class SteerableModel(ConditionedModel):
         outputs: Sequence[str] = ("logprob",),
         differentiable: Sequence[str] | None = None,
     ) -> TokenStats:
-        """`linear_logprob` through this model's output projection; hidden (rows, H), targets (rows,).
+        """`linear_logprob` through this model's output projection, for hidden (rows, H) and targets (rows,).
 
-        conditions: one per row, needed only where the output projection itself is conditioned.
+        conditions: one per row, needed only if the output projection itself is conditioned.
         """
         return self.stats_under(
             self.coefficients(conditions) if self.conditions_output else None,
@@ -249,11 +257,14 @@ class SteerableModel(ConditionedModel):
         )
 
     def generate(self, prompts: str | Sequence, weights=None, kl=None, **options) -> list:
-        """Completions of prompts, each under its own weighting; options as of `texts.generate`: max_new_tokens, temperature,
-        top_k, top_p, min_p, stop_strings, num_return_sequences, max_rows, seed.
+        """Completions of prompts, each under its own weighting.
 
-        prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
-        `conditions`). Returns one string per prompt, or one list of `num_return_sequences` strings per prompt where more than
-        one was asked for. Any thread may call this; calls run one after another.
+        prompts: a text or a chat (a list of messages), or a list of either.
+        weights, kl: one for all prompts or one per prompt (see `conditions`).
+        options: those of `texts.generate`: max_new_tokens, temperature, top_k, top_p, min_p, stop_strings,
+            num_return_sequences, max_rows, seed.
+
+        Returns one string per prompt or, for num_return_sequences > 1, one list of strings per prompt. Any thread may call
+        this. Calls run one after another.
         """
         return texts.generate(self, prompts, weights, kl, **options)

@@ -1,1 +1,1 @@
-"""Tokens and their statistics: completions are drawn, and scored under policy and reference."""
+"""Drawing completions, and scoring them under policy and reference."""

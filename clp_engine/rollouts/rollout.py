@@ -1,8 +1,8 @@
-"""Sampling completions: one prompt prefill per group, keys and values in buffers allocated once, finished rows dropped.
+"""Sampling completions: one prefill per group, keys and values in buffers allocated once, finished rows dropped.
 
-Rows of one batch may have different conditions; a row whose weights are all zero is the base model. The log-prob of each
-token is kept as it was sampled, and row i of prompt p draws from a seed of its own, so that what a row says does not
-depend on what else is in the batch, or on when it joined.
+Rows of one batch may have different conditions. A row whose weights are all zero is the base model. The log-prob of each token
+is kept from sampling. Row i of prompt p draws from a seed of its own, so that a row's tokens do not depend on the other rows of
+the batch, or on when the row joined.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clp_engine.rollouts.types import (
     pad_left,
 )
 
-# Buffers of decoding belong to a model: threads that draw from the same one take turns.
+# The decoding buffers belong to a model, so threads that draw from the same model take turns.
 _TURNS: weakref.WeakKeyDictionary[ConditionedModel, threading.RLock] = weakref.WeakKeyDictionary()
 
 
@@ -48,18 +48,17 @@ def rollout(
 ) -> Rollout:
     """Draw `num_generations` completions of each of P prompts from a policy or a mixture, each prompt under its own condition.
 
-    conditions: P rows. row_seeds: (P * num_generations,) int64, one stream of random numbers per completion; by default
-    derived from `seed` and the completion's index. Equal row seeds give common random numbers. prompts: what prompt_ids were
-    made from, where prompt conditioning has to find its place in chat messages. max_rows: completions that are decoded at
-    once (at least a group); prompts wait and take the places of completions that have ended, so that a long one holds up
-    nobody. None is all at once.
+    conditions: P rows.
+    row_seeds: (P * num_generations,) int64, one stream of random numbers per completion. By default they are derived from
+        `seed` and the completion's index. Equal row seeds give common random numbers.
+    prompts: the texts or chats that prompt_ids were made from. Prompt conditioning needs them for chat messages.
+    max_rows: the most completions decoded at once (at least a group). Further prompts wait, and take the places of completions
+        that have ended, so that one long completion delays no other. None decodes all at once.
+    begun: the existing tokens of the one completion of each prompt (num_generations=1). They are read as a part of the prompt,
+        and the completion continues after them, with the random numbers of its later positions. Only new tokens are returned.
+    engine: the engine that draws. By default the source's own, or the fastest that serves its model (`engines.choice`).
 
-    begun: of the one completion of each prompt (num_generations=1), the tokens that are there already. It goes on after them,
-    read as a part of the prompt, with the random numbers of the positions that follow; only what follows is returned.
-
-    engine: what draws, by default the source's own, or the fastest that serves its model (`engines.choice`).
-
-    Any thread may call this; calls for one model run one after another.
+    Any thread may call this. Calls for one model run one after another.
     """
     sampling, model, profile = sampling or SamplingParams(), source.conditioned, source.profile
     if len(conditions) != len(prompt_ids):

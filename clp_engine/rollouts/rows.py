@@ -1,7 +1,7 @@
-"""The rows of a rollout: what each has said so far, how its next token is drawn, and when it ends.
+"""The rows of a rollout: the tokens of each so far, drawing the next token, and the row's end.
 
-A decode step of a small model takes 1 ms, and each tensor operation 10 us. Drawing therefore uses few of them: random numbers
-are derived for all tokens at once, and drawn tokens are put in their places at the end.
+A decode step of a small model takes 1 ms, and each tensor operation 10 us. Drawing therefore uses few of them: the seeds of all
+tokens are derived at once, and drawn tokens are written to their places at the end.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from clp_engine.rollouts.types import RolloutRequest
 
 
 class Rows:
-    """Completions of B rows, at most `sampling.max_new_tokens` = T tokens each; rows join, draw together, and leave.
+    """Completions of B rows, at most `sampling.max_new_tokens` = T tokens each. Rows join, draw together, and leave.
 
-    running, done: (n,), the rows that draw, and which of them have finished: by an end token or a stop string, which are part
-        of the completion, or by their length.
-    Token t of a row is drawn from derive(row_seed, t), whatever else is drawn beside it. Tokens that rows said before (`begun`)
-    are counted in t and read for stop strings, and are not part of the completion.
+    running: (n,), the rows that draw. done: (n,), which of them have finished, by an end token or a stop string (both are part
+        of the completion) or by their length.
+
+    Token t of a row is drawn with the seed derive(row_seed, t), independently of all other rows. The tokens that a row had
+    before (`begun`) count in t and may be part of a stop string. They are not part of the completion.
     """
 
     def __init__(self, request: RolloutRequest):
@@ -35,7 +36,7 @@ class Rows:
         offset = torch.tensor([len(tokens) for tokens in begun], device=device).unsqueeze(1)
         steps = torch.arange(self.limit, device=device)
         seeds = derive(row_seeds.unsqueeze(1), offset + steps).flatten()
-        # Token t of row b belongs at b * T + t; what a row draws after its end goes to one place more, which nobody reads.
+        # Token t of row b is stored at b * T + t. Tokens drawn after a row's end go to one extra place, which is never read.
         self._nowhere = len(seeds)
         self._seeds = torch.cat([seeds, seeds.new_zeros(1)])
         self.running = torch.empty(0, dtype=torch.long, device=device)
@@ -64,7 +65,7 @@ class Rows:
             ) from error
 
     def join(self, rows: torch.Tensor) -> None:
-        """These rows begin, behind those that run."""
+        """Start these rows, behind the running ones."""
         first = rows * self.limit
         self.running = torch.cat([self.running, rows])
         self.done = torch.cat([self.done, self.done.new_zeros(len(rows))])
@@ -72,13 +73,13 @@ class Rows:
         self._last = torch.cat([self._last, first + self.limit - 1])
 
     def keep(self, index: torch.Tensor) -> None:
-        """Only these of the running rows, in this order, go on."""
+        """Continue only with the running rows at these indices, in this order."""
         self.running, self.done, self._place, self._last = (
             t.index_select(0, index) for t in (self.running, self.done, self._place, self._last)
         )
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """Draw the next token of each running row from logits (n, V) -> tokens (n,); what finished rows get means nothing."""
+        """Draw the next token of each running row from logits (n, V). Returns tokens (n,); ignore those of finished rows."""
         sampling, place = self._sampling, self._place
         tokens, logprob = sample_tokens(
             logits,
@@ -98,11 +99,11 @@ class Rows:
 
     @property
     def reads_text(self) -> bool:
-        """Whether rows end by what they say: after every token somebody has to look."""
+        """Whether the text of a row can end it, so that every token must be checked for stop strings."""
         return self._stop_strings is not None
 
     def draws(self) -> Draws:
-        """What a decoder needs to draw by itself for the running rows, which it writes into; `drawn_by` follows."""
+        """The buffers for a decoder that draws by itself for the running rows. Call `drawn_by` afterwards."""
         self._write()
         options = {
             name: getattr(self._sampling, name)
@@ -122,23 +123,23 @@ class Rows:
         )
 
     def drawn_by(self, draws: Draws, left: torch.Tensor) -> None:
-        """A decoder has drawn; only `left` (indices) of the running rows go on."""
+        """Continue after a decoder's own drawing with the running rows at the indices `left`."""
         self.keep(left)
         self._place, self._last = draws.place, draws.last
 
     def _ends_in_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(n,) bool: the text of the running rows with these tokens ends in a stop string."""
+        """(n,) bool: the text of each running row, extended by these tokens, ends in a stop string."""
         self._write()
         self._tokens.index_copy_(0, self._place, tokens)
         rows, window = self.running, self._before.shape[1]
         whole = torch.cat([self._before[rows], self._tokens[:-1].view(-1, self.limit)[rows]], 1)
         said = (self._place - rows * self.limit + 1).clamp_max(self.limit)
-        # The criteria read the end of each row; before its first token there is padding, which spells no text.
+        # The criteria read the end of each row. Padding precedes a row's first token and decodes to no text.
         places = said.unsqueeze(1) + torch.arange(window, device=rows.device)
         return self._stop_strings(whole.gather(1, places), None)
 
     def _write(self) -> None:
-        """Put what was drawn in its place."""
+        """Write drawn tokens to their places."""
         if not self._drawn:
             return
         place, tokens, logprob, ended = (torch.cat(parts) for parts in zip(*self._drawn))
@@ -149,8 +150,10 @@ class Rows:
         self._valid.index_fill_(0, place, True)
 
     def completions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens, mask, logprobs, terminated): (B, T') int64, bool, float32 and (B,) bool, T' the longest completion's length,
-        padded on the right; terminated: by an end token or a stop string."""
+        """(tokens, mask, logprobs, terminated): (B, T') int64, bool, float32, and (B,) bool. Right-padded.
+
+        T' is the length of the longest completion. terminated: the row ended by an end token or a stop string.
+        """
         self._write()
         tokens, mask, logprobs, ended = (
             t[:-1].view(self._rows, self.limit)

@@ -17,7 +17,7 @@ _NEEDS_REFERENCE = {"ref_logprob", "kl", "reverse_kl"}
 
 
 def pack_rollout(batch: Rollout, mask: torch.Tensor | None = None, plain: bool = False) -> Packed:
-    """`pack` for a rollout; mask: by default all completion tokens; plain: prompts as the reference reads them."""
+    """`pack` for a rollout. mask: all completion tokens by default. plain: pack the prompts that the reference reads."""
     prompts = batch.prompt_ids, batch.counts[0]
     if plain and batch.plain_ids is not None:
         prompts = batch.plain_ids, batch.plain_mask.sum(-1).cpu()
@@ -34,9 +34,11 @@ def hidden_states(
 ) -> torch.Tensor:
     """(N, H): the hidden state that predicts each completion token of `mask`, in the order of mask.nonzero().
 
-    coefficients: the blend (P, D) of each prompt, or None for the base model. mask: (B, T) bool, tokens from the first one of a
-    row on; by default all. Every prompt is computed once for its group where the model can, packed where it takes packed
-    tokens. Differentiable in the adapters.
+    coefficients: the blend (P, D) of each prompt, or None for the base model.
+    mask: (B, T) bool, a prefix of each row's tokens; by default all of them.
+
+    Each prompt is computed once for its group if the model allows that, and in packed form if the model takes packed tokens.
+    Differentiable in the adapters.
     """
     backbone = model.backbone
     plain = coefficients is None
@@ -69,8 +71,10 @@ def joint_hidden_states(
     coefficients: torch.Tensor | None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden, ref_hidden), each (N, H) as `hidden_states` has it, of policy and reference in one pass through the model:
-    the reference is the rows whose blend is zero. For a model that takes packed tokens."""
+    """(hidden, ref_hidden) of policy and reference, each (N, H) as from `hidden_states`, in one pass through the model.
+
+    The reference runs as rows with a blend of zero. For a model that takes packed tokens.
+    """
     own, reference = pack_rollout(batch, mask), pack_rollout(batch, mask, plain=True)
     both = join(own, reference)
     blend = None
@@ -93,12 +97,13 @@ def completion_stats(
     mask: torch.Tensor | None = None,
     ref_hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, TokenStats]:
-    """(hidden, stats) of the N completion tokens of `mask`, in the order of mask.nonzero(); by default all of `batch`.
+    """(hidden, stats) of the N completion tokens of `mask`, in the order of mask.nonzero(). By default all of `batch`.
 
-    hidden: (N, H), with gradients where they are enabled; each statistic (N,) float32, with gradients if `differentiable` names
-    it (None: all that have one). The reference runs without gradients, and only where `outputs` need it.
-    hidden_grad: hidden is to have a gradient of its own, even where no parameter behind it asks for one.
-    ref_hidden: (N, H), the reference's hidden states, where they are there already (`reference_states`).
+    hidden is (N, H), with gradients if they are enabled. Each statistic is (N,) float32.
+    outputs: the statistics to compute. The reference runs without gradients, and only if `outputs` needs it.
+    differentiable: names of the statistics that have gradients; None means all that can have them.
+    hidden_grad: hidden gets a gradient of its own, even if no parameter behind it requires one.
+    ref_hidden: (N, H), the reference's hidden states, if they are known (`reference_states`).
     """
     needs_reference = bool(_NEEDS_REFERENCE & set(outputs))
     grad = torch.is_grad_enabled()
@@ -111,7 +116,7 @@ def completion_stats(
             with torch.no_grad():
                 ref_hidden = source.completion_hidden(batch, None, mask)
         if not source.moves_hidden:
-            # The policy's hidden states are the reference's.
+            # The policy has the reference's hidden states.
             hidden = ref_hidden.clone().requires_grad_(hidden_grad and grad)
         else:
             hidden = source.completion_hidden(batch, conditions, mask)
@@ -131,8 +136,10 @@ def completion_stats(
 
 
 def parts(batch: Rollout, max_rows: int, max_tokens: int | None) -> Iterator[tuple[int, int]]:
-    """Prompts [start, stop) of each micro-batch: whole groups of at most `max_rows` completions, or, where it is given, of at
-    most `max_tokens` tokens."""
+    """Prompts [start, stop) of each micro-batch. A part holds whole groups.
+
+    A part has at most `max_rows` completions or, if it is given, at most `max_tokens` tokens.
+    """
     if max_tokens is not None:
         yield from within_budget(batch, max_tokens)
         return
@@ -141,8 +148,10 @@ def parts(batch: Rollout, max_rows: int, max_tokens: int | None) -> Iterator[tup
 
 
 def within_budget(batch: Rollout, max_tokens: int) -> Iterator[tuple[int, int]]:
-    """Prompts [start, stop) with their completions, cut so that each part has at most `max_tokens` tokens, prompts counted
-    once; a group that has more is a part of its own."""
+    """Prompts [start, stop) of parts with at most `max_tokens` tokens each. A prompt's tokens count once for its group.
+
+    A larger group is a part of its own.
+    """
     tokens = (batch.counts[0] + batch.counts[1].view(-1, batch.group).sum(-1)).tolist()
     start = total = 0
     for i, count in enumerate(tokens):
@@ -155,7 +164,7 @@ def within_budget(batch: Rollout, max_tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def unpacked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(N,) values of the tokens in mask (B, T) as (B, T), zero elsewhere; differentiable."""
+    """The (N,) values of the tokens in mask (B, T) as a (B, T) tensor, zero elsewhere. Differentiable."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
@@ -169,9 +178,9 @@ def score(
     temperature: float = 1.0,
     max_tokens: int = 16384,
 ) -> TokenStats:
-    """Statistics of every completion token, each (B, T) float32 and zero outside batch.completion_mask, without gradients.
+    """Statistics of every completion token, each (B, T) float32, zero outside batch.completion_mask. Without gradients.
 
-    conditions: one row per prompt, None for the base model. max_tokens: prompts are taken together up to this many tokens.
+    conditions: one row per prompt, None for the base model. max_tokens: the most tokens of prompts computed together.
     """
     parts = [
         completion_stats(

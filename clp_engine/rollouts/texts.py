@@ -1,4 +1,4 @@
-"""Texts in, texts out: prompts are encoded, completions drawn and decoded."""
+"""Completions of texts as texts: encode prompts, draw completions, decode them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ def generate(
 ) -> list:
     """Completions of prompts, each under its own weighting, from a policy or a mixture.
 
-    prompts: a text or a chat (a list of messages), or a list of either; weights, kl: one for all or one per prompt (see
-    `conditions`). stop_strings: texts that end a completion; max_rows: completions decoded at once, see `rollout`. Returns
-    one string per prompt, or one list of `num_return_sequences` strings per prompt where more than one was asked for. Any
-    thread may call this; calls run one after another.
+    prompts: a text or a chat (a list of messages), or a list of either.
+    weights, kl: one for all prompts or one per prompt (see `conditions`).
+    stop_strings: texts that end a completion.
+    max_rows: the most completions decoded at once, see `rollout`.
+
+    Returns one string per prompt or, for num_return_sequences > 1, one list of strings per prompt. Any thread may call this.
+    Calls run one after another.
     """
     profile = source.profile
     if profile.tokenizer is None:

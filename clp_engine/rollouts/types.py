@@ -1,4 +1,4 @@
-"""What a rollout is asked for, what it is drawn from, and what it returns."""
+"""The request, the source and the result of a rollout."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ OWN_ENGINE = "clp_engine"
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn. temperature 0 is greedy; top_k, top_p, min_p cut the distribution the token is drawn from.
+    """How completions are drawn. temperature 0 is greedy. top_k, top_p and min_p truncate the distribution of a token.
 
-    stop_strings: texts that end a completion, as end tokens do; the token that completes one is part of the completion.
+    stop_strings: texts that end a completion, as end tokens do. The token that completes one is part of the completion.
     """
 
     max_new_tokens: int = 64
@@ -36,23 +36,24 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         ranges.check_fields(ranges.SAMPLING, self)
-        for name, values in ranges.SAMPLING.items():  # plain numbers, for reports: numpy's are no JSON
+        for name, values in ranges.SAMPLING.items():  # plain numbers, as JSON cannot hold numpy's
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, values.kind(value))
         texts = self.stop_strings
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
             raise ConfigError(f"stop_strings={shown(texts)}: expected a list of texts, none of them empty")
-        object.__setattr__(self, "stop_strings", tuple(texts))  # a key of caches
+        object.__setattr__(self, "stop_strings", tuple(texts))  # hashable, for use as a key of caches
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions of P prompts, `group` of each, B = P * group; completion b belongs to prompt b // group.
+    """Completions of P prompts, `group` of each, B = P * group. Completion b belongs to prompt b // group.
 
-    prompt_ids, prompt_mask: (P, S), left-padded; completion_ids: (B, T) int64, right-padded, the end token included;
-    completion_mask: (B, T) bool; logprobs: (B, T) float32, as sampled, at the sampling temperature; terminated: (B,) bool.
-    plain_ids, plain_mask: (P, S'), the prompts as the reference reads them, where the policy reads something else (prompt
-    conditioning), or None. engine: whose log-probs these are; the engine's own (OWN_ENGINE) are the policy's to rounding.
+    prompt_ids, prompt_mask: (P, S), left-padded.
+    completion_ids: (B, T) int64, right-padded, with the end token. completion_mask: (B, T) bool.
+    logprobs: (B, T) float32, from sampling, at the sampling temperature. terminated: (B,) bool.
+    plain_ids, plain_mask: (P, S'), the prompts for the reference if the policy reads others (prompt conditioning), or None.
+    engine: the engine that the log-probs come from; those of OWN_ENGINE are the policy's to rounding.
     """
 
     prompt_ids: torch.Tensor
@@ -75,13 +76,13 @@ class Rollout:
 
     @cached_property
     def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of each prompt (P,) and of each completion (B,), on the host; read from the device once, for all parts."""
+        """Tokens of each prompt (P,) and of each completion (B,), on the host. Read from the device once for all parts."""
         counts = torch.cat([self.prompt_mask.sum(-1), self.completion_mask.sum(-1)]).cpu()
         return counts[: len(self.prompt_ids)], counts[len(self.prompt_ids) :]
 
     @cached_property
     def tokens(self) -> int:
-        """Completion tokens in all."""
+        """The total number of completion tokens."""
         return int(self.counts[1].sum())
 
     @cached_property
@@ -92,18 +93,21 @@ class Rollout:
 
     @cached_property
     def places(self) -> torch.Tensor:
-        """(N,): where these tokens lie in (B, T), flattened: what a mask says, without asking the device how many there are."""
+        """(N,): the index of each completion token in (B, T), flattened.
+
+        It is computed on the host, without waiting for the device to count the tokens of a mask.
+        """
         lengths = self.counts[1]
         steps = torch.arange(len(self.rows)) - (lengths.cumsum(0) - lengths)[self.rows]
         return (self.rows * self.completion_mask.shape[1] + steps).to(self.completion_mask.device)
 
     @cached_property
     def packed(self) -> Packed:
-        """Every token in one row, which policy and reference read alike."""
+        """All tokens packed in one row. Policy and reference must read the same prompts."""
         return pack(self.prompt_ids, self.counts[0], self.completion_ids, self.counts[1])
 
     def prompts(self, start: int, stop: int) -> Rollout:
-        """The part of prompts [start, stop), trimmed to its longest prompt and completion; itself, if that is all of it."""
+        """The part with prompts [start, stop), trimmed to its longest prompt and completion. `self` for all prompts."""
         rows = slice(start * self.group, stop * self.group)
         prompt_lengths, lengths = self.counts[0][start:stop], self.counts[1][rows]
         skip, keep = self.prompt_ids.shape[1] - int(prompt_lengths.max()), max(int(lengths.max()), 1)
@@ -128,14 +132,14 @@ class Rollout:
         return part
 
     def token_lists(self) -> list[list[int]]:
-        """The tokens of each completion without padding, the end token included."""
+        """The tokens of each completion without padding, with the end token."""
         return [ids[:n] for ids, n in zip(self.completion_ids.tolist(), self.counts[1].tolist())]
 
 
 def pad_left(
     sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), both (P, longest)."""
+    """Left-padded (ids, mask), both (P, longest)."""
     for i, s in enumerate(sequences):
         if len(s) == 0:
             raise ConfigError(f"prompt {i} has no tokens; every prompt needs at least one")
@@ -150,11 +154,11 @@ def pad_left(
 
 @dataclass(frozen=True)
 class Profile:
-    """What a caller must know before it asks for completions.
+    """The properties of a source that a caller needs before it asks for completions.
 
-    objectives: their names, in the order of weight vectors. kl_is_beta: whether the KL coefficient is beta. default_kl: its
-    value where none is asked for. base_model: its name. tokenizer: or None. stop_token_ids: generation stops at any of them.
-    room: how many tokens are read.
+    objectives: their names, in the order of weight vectors. kl_is_beta: whether the KL coefficient is beta.
+    default_kl: the KL coefficient used by default. base_model: the base model's name. tokenizer: a tokenizer or None.
+    stop_token_ids: any of these tokens ends a completion. room: the limits of the model's input.
     """
 
     objectives: tuple[str, ...]
@@ -168,11 +172,12 @@ class Profile:
 
 
 class Samplable(Protocol):
-    """What completions are drawn from and scored under: a policy, or a mixture of specialists.
+    """A source of completions and scores: a policy, or a mixture of specialists.
 
-    conditioned: the model that computes; threads that draw from one model take turns. engine: what draws, or None for the
-    fastest that serves (`engines.choice`). moves_hidden: whether hidden states depend on the condition. joins_reference:
-    whether scoring without gradients computes the reference's rows in the same pass.
+    conditioned: the model that computes. Threads that draw from one model take turns.
+    engine: the engine that draws, or None for the fastest that serves the model (`engines.choice`).
+    moves_hidden: whether hidden states depend on the condition.
+    joins_reference: whether scoring without gradients computes the reference's rows in the same pass.
     """
 
     engine: RolloutEngine | None
@@ -187,35 +192,41 @@ class Samplable(Protocol):
     def joins_reference(self) -> bool: ...
 
     def conditions(self, weights: Any = None, kl: Any = None, rows: int = 1) -> Conditions:
-        """Per-row conditions from what a user writes. Raises ConfigError."""
+        """Per-row conditions from a user's weights and KL coefficient. Raises ConfigError for invalid ones."""
 
     def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
-        """(rows, D) on the model's device, or None where every row is the reference."""
+        """The blend (rows, D) on the model's device, or None if every row is the reference."""
 
     def shown_prompts(
         self, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, prompts: Sequence | None = None
     ) -> list[list[int]] | None:
-        """What is read for each prompt under its condition; None where that is the prompt itself."""
+        """The tokens that the model reads for each prompt under its condition. None if they are the prompt's own."""
 
     def completion_hidden(
         self, batch: Rollout, conditions: Conditions | None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(N, H): the hidden state that predicts each completion token of `mask`; conditions: a row per prompt, None for the
-        reference."""
+        """(N, H): the hidden state that predicts each completion token of `mask`.
+
+        conditions: one row per prompt, or None for the reference.
+        """
 
     def token_stats(self, hidden: torch.Tensor, targets: torch.Tensor, **options: Any) -> TokenStats:
-        """`linear_logprob` of these hidden states (rows, H); options: ref_hidden, conditions (a row each), temperature,
-        outputs, differentiable."""
+        """`linear_logprob` of these hidden states (rows, H).
+
+        options: ref_hidden, conditions (one row per hidden state), temperature, outputs, differentiable.
+        """
 
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """Completions that an engine is to draw: `group` of each of P prompts.
+    """A request to an engine for completions: `group` of each of P prompts, B = P * group in all.
 
-    source: what they are drawn from, each prompt under its row of conditions. prompt_ids, prompt_mask: (P, S), left-padded, as
-    the source reads them; plain: (ids, mask) as the reference reads them, or None where that is the same. row_seeds: (B,)
-    int64, a stream of random numbers for each of the B = P * group completions. begun: tokens that a completion has already,
-    which prompt_ids end with, or None. at_once: prompts whose completions are drawn together, at most.
+    source: the policy or mixture to draw from, each prompt under its row of conditions.
+    prompt_ids, prompt_mask: (P, S), left-padded, as the source reads them.
+    plain: (ids, mask) as the reference reads them, or None if they are the same.
+    row_seeds: (B,) int64, one stream of random numbers per completion.
+    begun: the existing tokens of each completion, with which prompt_ids end, or None.
+    at_once: the most prompts whose completions are drawn together.
     """
 
     source: Samplable
@@ -231,7 +242,7 @@ class RolloutRequest:
 
     @cached_property
     def blend(self) -> torch.Tensor | None:
-        """(P, D), or None where every prompt's completions are the reference's."""
+        """The blend (P, D), or None if all completions are the reference's."""
         return self.source.coefficients(self.conditions)
 
     def rollout(
@@ -242,12 +253,12 @@ class RolloutRequest:
         terminated: torch.Tensor,
         engine: str = OWN_ENGINE,
     ) -> Rollout:
-        """What was drawn, as `Rollout` has it."""
+        """The drawn completions as a `Rollout`."""
         prompts, (plain_ids, plain_mask) = (self.prompt_ids, self.prompt_mask), self.plain or (None, None)
         return Rollout(*prompts, tokens, mask, logprobs, terminated, plain_ids, plain_mask, engine)
 
 
 class RolloutEngine(Protocol):
-    """Draws the completions of a request. `RolloutRequest.rollout` makes the Rollout of what was drawn."""
+    """An engine that draws the completions of a request. `RolloutRequest.rollout` turns its results into a Rollout."""
 
     def run(self, request: RolloutRequest) -> Rollout: ...

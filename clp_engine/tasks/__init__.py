@@ -1,1 +1,1 @@
-"""Embedded problems: data, rewards and a model to start from, or an optimum that is known."""
+"""Embedded problems: a start model with data and rewards, or a tabular task with a known optimum."""

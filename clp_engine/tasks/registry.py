@@ -1,4 +1,4 @@
-"""Embedded tasks: a model, a dataset and the rewards that pull it in several directions.
+"""Embedded tasks: a model, a dataset, and conflicting rewards.
 
 task = get_task("docsum");  task.load_dataset("train", limit=512, seed=0);  task.objectives["coverage"](...)
 """
@@ -15,16 +15,16 @@ RewardFunction = Callable[..., list[float]]
 
 @dataclass(frozen=True)
 class Task:
-    """What a run on an embedded task needs.
+    """The parts of an embedded task.
 
-    objectives              every reward function of the task by name, TRL's convention, values in [0, 1]
-    default_objectives      the names a run uses unless told otherwise
-    checkpoint_path         transformers directory of the model to start from
+    objectives              the task's reward functions by name, in TRL's convention, with values in [0, 1]
+    default_objectives      the objectives a run uses by default
+    checkpoint_path         transformers directory of the start model
     load_dataset            (split, limit=None, seed=0, ...) -> rows with a "prompt" and the rewards' columns
-    rl_split                split whose prompts RL trains on: one the checkpoint was not fitted to, so that rewards are
-                            those of text it has not seen; "test" is for evaluation
+    rl_split                split with the prompts for RL. The checkpoint was not fitted to it, so that RL sees rewards of
+                            text new to the model. The split "test" is kept for evaluation
     max_prompt_length       tokens of the longest prompt
-    max_completion_length   tokens at which a completion is cut
+    max_completion_length   tokens after which a completion is cut
     """
 
     name: str
@@ -37,7 +37,7 @@ class Task:
     max_completion_length: int
 
     def select(self, names: list[str] | tuple[str, ...] | None = None) -> dict[str, RewardFunction]:
-        """The objectives of these names, in this order (default: `default_objectives`)."""
+        """The objectives of these names, in this order (default: `default_objectives`). Raises ValueError for other names."""
         chosen = tuple(names) if names is not None else self.default_objectives
         unknown = [n for n in chosen if n not in self.objectives]
         if unknown:
@@ -56,7 +56,7 @@ def _docsum() -> Task:
         default_objectives=("coverage", "brevity"),
         checkpoint_path=docsum.checkpoint_path(),
         load_dataset=docsum.load_dataset,
-        # The checkpoint was chosen, not fitted, on these; of the train split it remembers many summaries.
+        # The checkpoint was selected on this split, not fitted to it. It has memorised many summaries of the train split.
         rl_split="validation",
         max_prompt_length=docsum.MAX_PROMPT_TOKENS,
         max_completion_length=docsum.MAX_COMPLETION_TOKENS,
@@ -71,7 +71,7 @@ def task_names() -> tuple[str, ...]:
 
 
 def get_task(name: str) -> Task:
-    """The task of this name; ValueError names those there are."""
+    """The task of this name. Raises ValueError, listing the names, for any other."""
     if name not in _TASKS:
         raise ValueError(f"unknown task {name!r}: there is {', '.join(_TASKS)}")
     return _TASKS[name]()

@@ -1,12 +1,12 @@
-"""A run as the command line sees it, and its folder.
+"""A training run from the command line, and its folder.
 
-RUN/run.json        what is trained, on what, for which rewards and with which settings (`run_spec`), and how long it took
+RUN/run.json        the model, data, rewards and settings (`run_spec`), and the duration of training
 RUN/policy/         the trained policy
-RUN/checkpoint-N/   where training can go on
+RUN/checkpoint-N/   a state from which training can continue
 RUN/log.jsonl       metrics of training
 RUN/report.json, report.md, pareto.png    written by evaluation
 RUN/variance.json   written by `clp-engine variance`
-RUN/clp_manifest.json   whose these files are, see `run_folder`
+RUN/clp_manifest.json   the run's identity and files, see `run_folder`
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class Interrupted(Exception):
-    """Training was stopped by the user; the message says where the last checkpoint is and how to go on."""
+    """The user stopped training. The message says where the last checkpoint is and how to continue."""
 
 
 # --- folders -----------------------------------------------------------------------------------------------
 
 
 def policy_directory(run: str | Path) -> Path:
-    """The policy of a run folder, a checkpoint, or a policy folder itself."""
+    """The policy directory of a run folder, a checkpoint, or a policy folder."""
     run = Path(run)
     finish(run / "policy")
     for candidate in (run / "policy", run):
@@ -64,8 +64,7 @@ def is_finished(directory: str | Path) -> bool:
 def train(
     spec: RunSpec, config: CLPConfig, *, resume: str | bool | None, again: str, limit: int | None = None
 ) -> CLPTrainer:
-    """Train and leave the policy in config.output_dir. again: the command that resumes, for Interrupted to
-    say."""
+    """Train, and leave the policy in config.output_dir. again: the command that resumes, for the message of Interrupted."""
     from transformers import TrainerCallback
 
     from clp_engine.core.transformers_releases import quiet_transformers
@@ -74,7 +73,7 @@ def train(
     quiet_transformers()
 
     class Description(TrainerCallback):
-        """Writes run.json when training begins, and not before: a run that is refused must not have changed it."""
+        """Writes run.json when training begins. A run that is refused earlier must not change the file."""
 
         def on_train_begin(self, args, state, control, **_):
             describe()
@@ -95,6 +94,6 @@ def train(
         found = checkpoints(config.output_dir)
         where = f"the last checkpoint is {found[-1]}; go on with: {again}" if found else "no checkpoint yet"
         raise Interrupted(f"interrupted; {where}") from None
-    if not resume:  # a resumed run knows the time of its last part only
+    if not resume:  # a resumed run knows only the duration of its last part
         describe(train_seconds=round(result.metrics["train_runtime"], 1))
     return trainer

@@ -1,4 +1,4 @@
-"""Kernels for conditioned language policies: per-row blends of LoRA adapters and token statistics. Needs torch alone."""
+"""Kernels for conditioned language policies: per-row blends of LoRA adapters, and token statistics. They need only torch."""
 
 from clp_kernels.averaging import ema_, slerp
 from clp_kernels.backends import Backend, backends, batch_invariant, use_backend
@@ -14,7 +14,7 @@ from clp_kernels.sparsify import sparsify
 from clp_kernels.token_stats import HeadLoRA, TokenStats
 from clp_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
-__version__ = "0.1.0"  # of clp-kernels, and of the clp-engine that carries the same files
+__version__ = "0.1.0"  # the version of clp-kernels, and of the clp-engine that contains the same files
 __all__ = [
     "Backend",
     "HeadLoRA",

@@ -1,4 +1,4 @@
-"""What the ops check alike, and how they describe what does not fit."""
+"""Checks of arguments that the ops have in common, and descriptions of arguments that do not fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 def refuse_wrapped(op: str, **arguments: Tensor | Sequence | object | None) -> None:
     """Raise for a call whose tensors are stand-ins: inside a torch.func transform, or with DTensors among the arguments.
 
-    Raises NotImplementedError (transforms), TypeError (DTensor). Nested sequences are looked into, other objects passed over.
-    Under torch.compile nothing is looked at: the tensors are stand-ins by intention.
+    Raises NotImplementedError (transforms), TypeError (DTensor). Nested lists and tuples are searched, other objects ignored.
+    Under torch.compile nothing is checked, because tensors are always stand-ins there.
     """
     if torch.compiler.is_compiling():
         return
@@ -24,7 +24,7 @@ def refuse_wrapped(op: str, **arguments: Tensor | Sequence | object | None) -> N
         )
     distributed = sys.modules.get(
         "torch.distributed.tensor"
-    )  # where nobody has imported it there is no DTensor
+    )  # without an import of this module there can be no DTensor
     if distributed is None:
         return
     for name, argument in arguments.items():
@@ -44,7 +44,7 @@ def _tensors_in(argument: object) -> list[Tensor]:
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Under autocast. float64 stays, as everywhere there."""
+    """`tensor` in the autocast dtype. float64 stays, as in torch's own autocast."""
     eligible = tensor is not None and tensor.dtype.is_floating_point and tensor.dtype is not torch.float64
     return tensor.to(dtype) if eligible else tensor
 
@@ -58,12 +58,12 @@ def count_rows(shape: Sequence[int]) -> int:
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """(..., K) as (rows, K); K may be 0."""
+    """(..., K) as (rows, K). K may be 0."""
     return tensor.reshape(count_rows(tensor.shape), tensor.shape[-1])
 
 
 def gate_fits(shape: torch.Size, groups: int, gate_index: Tensor | None) -> bool:
-    """Whether x of this shape can take its rows' coefficients from `groups` rows of a gate."""
+    """Whether the rows of an x of this shape can take their coefficients from `groups` rows of a gate."""
     if gate_index is not None:
         return (gate_index.shape == shape[:-1] or tuple(gate_index.shape) == (count_rows(shape),)) and (
             gate_index.dtype in (torch.int64, torch.int32)
@@ -72,8 +72,11 @@ def gate_fits(shape: torch.Size, groups: int, gate_index: Tensor | None) -> bool
 
 
 def not_a_view(y: Tensor) -> Tensor:
-    """y itself, or under its shape where a back-end returned a view of what it has just made: autograd forbids changing such an
-    output of a function in place (`y += residual`), though nobody else has its memory."""
+    """y itself, or the same memory as a tensor that autograd does not treat as a view.
+
+    A back-end may return a view of a tensor that it has just made and that no other code uses. Autograd would forbid changing
+    such an output in place (`y += residual`).
+    """
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
@@ -82,7 +85,7 @@ def describe(tensor: Tensor) -> str:
 
 
 def explain_gate(op: str, name: str, x: Tensor, gate: Tensor, gate_index: Tensor | None) -> None:
-    """Raise the error that says why gate_fits() is false; `name` is what the op calls its gate."""
+    """Raise the error that says why gate_fits() is false. name: the op's name for its gate."""
     rows = count_rows(x.shape)
     if gate_index is None:
         raise ValueError(

@@ -3,7 +3,7 @@
     slerp    base + sin((1 - t) O) / sin O * a + sin(t O) / sin O * b, with O the angle between a and b
     ema_     average <- decay * average + (1 - decay) * params
 
-slerp is an `interpolate` whose weights are made of inner products, and has its gradients; ema_ is a blend in place.
+slerp is an `interpolate` with weights made of inner products, and has its gradients. ema_ is a blend in place.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from clp_kernels.interpolation import checked_stacks, interpolate, run_blend, ru
 from clp_kernels.registration import register
 from clp_kernels.tensor_lists import asks_for_gradient, refuse_twice
 
-# Where 1 - abs(cos) is less, slerp is linear. The angle is then under 1e-3 (or that close to pi), and the two differ by less
-# than its square over 6, a rounding of float32.
+# If 1 - abs(cos) is less than this, slerp is linear. The angle is then below 1e-3 (or that close to pi), and the two results
+# differ by less than the angle's square over 6, which is a rounding of float32.
 PARALLEL = 5e-7
 
 
@@ -34,20 +34,20 @@ def slerp(
 ) -> Tensor | list[Tensor]:
     """base + sin((1 - t) O) / sin O * a + sin(t O) / sin O * b, with O the angle between a and b: cos O = <a, b> / |a| |b|.
 
-    a, b     two deltas, or two lists of P deltas; the angle is that of each tensor, flattened, as in WARP (Ramé et al. 2024,
-             where base is the weights that the deltas are taken from)
-    t        a number, or a tensor: () or, for a list, (P,); 0 is a, 1 is b, outside [0, 1] extrapolates
-    base, out and what is returned are as in `interpolate`: out may be a, b or base
+    a, b     two deltas, or two lists of P deltas. Each tensor, flattened, has its own angle, as in WARP (Ramé et al. 2024,
+             where base holds the weights that the deltas are taken from)
+    t        a number, or a tensor: () or, for a list, (P,). 0 gives a, 1 gives b, and values outside [0, 1] extrapolate
+    base, out and the result are as in `interpolate`: out may be a, b or base
 
-    Linear, (1 - t) a + t b, where 1 - abs(cos O) < 5e-7 (nearly parallel, where the two agree to float32; nearly opposite,
-    where the arc is not defined) or either is zero (|a|, |b| under about 1e-19 count as zero). Inner products are summed
-    in float64 (on a GPU in float32 within pieces of 16384 elements), and nothing waits for the device: a fixed number of
-    launches, whatever the number of tensors. Differentiable.
+    The result is linear, (1 - t) a + t b, in two cases: 1 - abs(cos O) < 5e-7 (nearly parallel, where the two agree to float32;
+    or nearly opposite, where the arc is not defined), or a or b is zero (|a|, |b| under about 1e-19 count as zero). Inner
+    products are summed in float64 (on a GPU in float32 within pieces of 16384 elements). The host does not wait for the device,
+    and the number of launches does not depend on the number of tensors. Differentiable.
 
-    More than two deltas are merged by iteration, as WARP does: the running slerp of the first k with the next at
-    t = 1 / (k + 1); the result depends on their order.
+    More than two deltas are merged by iteration, as in WARP: the running slerp of the first k with the next at
+    t = 1 / (k + 1). The result depends on their order.
 
-    Raises as interpolate does; ValueError where the lists differ in length.
+    Raises as interpolate does, and ValueError if the lists differ in length.
     """
     refuse_wrapped("slerp", a=a, b=b, t=t, base=base, out=out)
     single = isinstance(a, Tensor)
@@ -74,12 +74,12 @@ def slerp(
 
 
 def _slerp_weights(dots: Tensor, t: Tensor) -> Tensor:
-    """(P, 2, 2) inner products of a and b, t (P,) -> (P, 2), float64."""
+    """Weights (P, 2), float64, from the inner products of a and b (P, 2, 2) and t (P,)."""
     squares = dots[:, 0, 0] * dots[:, 1, 1]
     zero = ~(squares > 0)
     cos = dots[:, 0, 1] / squares.masked_fill(zero, 1.0).sqrt()
     linear = zero | ~(1 - cos.abs() >= PARALLEL)
-    angle = cos.masked_fill(linear, 0.0).acos()  # what is not used must not give NaN gradients either
+    angle = cos.masked_fill(linear, 0.0).acos()  # entries that are not used must not give NaN gradients
     sin = angle.sin()
     weights = torch.stack([((1 - t) * angle).sin() / sin, (t * angle).sin() / sin], 1)
     return torch.where(linear[:, None], torch.stack([1 - t, t], 1), weights)
@@ -99,13 +99,13 @@ def ema_(
 ) -> Tensor | list[Tensor]:
     """average <- decay * average + (1 - decay) * params, in place, for a tensor or, in one launch, for a list of them.
 
-    average  the tensors to change; their dtypes may differ from those of params, and should be float32 where decay is near
-             1: a bfloat16 average stands still once a step changes it by less than 1 part in 512
-    params   as many, of the same shapes; they may ask for gradients, none flow here
+    average  the tensors to change. Their dtypes may differ from those of params, and should be float32 if decay is near
+             1: a bfloat16 average no longer moves once a step changes it by less than 1 part in 512
+    params   as many tensors, of the same shapes. They may require gradients, but get none from this call
     decay    in [0, 1]
     returns  average
 
-    Raises ValueError (shapes, lengths, devices, decay, a tensor given twice: keep tied weights once) and TypeError (dtypes).
+    Raises ValueError (shapes, lengths, devices, decay, a tensor given twice: give tied weights once) and TypeError (dtypes).
     """
     refuse_wrapped("ema_", average=average, params=params)
     if not 0 <= decay <= 1:

@@ -1,8 +1,8 @@
-"""Which back-end serves a call: the reference (plain torch), the C++ CPU kernels, Triton, or CUDA C++.
+"""The choice of the back-end for a call: the reference (plain torch), the C++ CPU kernels, Triton, or CUDA C++.
 
-The choice is made per call from device, dtype and shape. `CLP_KERNELS_BACKEND` (environment) or
-`use_backend(...)` force one; a forced back-end that cannot serve a call raises and says what would, and never
-hands the call on. `batch_invariant()` asks the back-ends for results that do not depend on the number of rows.
+The choice is made per call from device, dtype and shape. `CLP_KERNELS_BACKEND` (environment) or `use_backend(...)` force one. A
+forced back-end that cannot serve a call raises, says which could, and never falls back to another. `batch_invariant()` asks the
+back-ends for results that do not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 
 @dataclass(frozen=True)
 class Backend:
-    """One back-end and whether it can be used in this process; `reason` says why not, and what to do."""
+    """One back-end, and whether it can be used in this process. reason: why it cannot, and what to do."""
 
     name: str
     available: bool
@@ -30,13 +30,13 @@ class Backend:
 
 
 class Implementation(Protocol):
-    """A back-end's module for one op: `unsupported(**call)` says why it cannot serve a call, if so."""
+    """A back-end's module for one op. `unsupported(**call)` returns the reason if it cannot serve a call."""
 
     def unsupported(self, **call) -> str | None: ...
 
 
 def interpreting() -> bool:
-    """True where Triton kernels run in its interpreter, which takes CPU tensors (TRITON_INTERPRET=1)."""
+    """True if Triton kernels run in its interpreter, which takes CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -89,7 +89,7 @@ def _cuda() -> Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """Every back-end by name, with whether it is usable here and why it is not."""
+    """Every back-end by name. Each says whether it can be used here, and why not."""
     return {
         "reference": Backend("reference", True, "plain torch, any device and dtype"),
         "cpu": _native(),
@@ -106,15 +106,15 @@ def _checked(name: str | None, source: str) -> str | None:
     return name
 
 
-# Process-wide, not per thread: autograd runs backward passes on threads of its own.
+# Process-wide instead of per thread, because autograd runs backward passes on its own threads.
 _forced: list[str | None] = []
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force one back-end ("reference", "cpu", "triton", "cuda"; "auto" or None lifts an outer force) in the block.
+    """Force one back-end inside the block: "reference", "cpu", "triton" or "cuda". "auto" or None lifts an outer force.
 
-    Raises ValueError for an unknown name; RuntimeError where the back-end is not available in this process.
+    Raises ValueError for an unknown name, and RuntimeError if the back-end is not available in this process.
     """
     name = _checked(name, "use_backend")
     if name is not None and not (status := backends()[name]).available:
@@ -127,30 +127,30 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The back-end in force by `use_backend` or CLP_KERNELS_BACKEND, or None."""
+    """The back-end forced by `use_backend` or CLP_KERNELS_BACKEND, or None."""
     if _forced:
         return _forced[-1]
-    # Asking first is three times as fast as a get() that finds nothing.
+    # A membership test is three times as fast as a get() of a missing name.
     if "CLP_KERNELS_BACKEND" not in os.environ:
         return None
     return _checked(os.environ["CLP_KERNELS_BACKEND"], "CLP_KERNELS_BACKEND")
 
 
-# Process-wide as _forced is, and for the same reason.
+# Process-wide, for the same reason as _forced.
 _invariant: list[bool] = []
 
 
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """In the block, the same row gives the same bits whatever else is in its batch; False lifts an outer True.
+    """Inside the block, a row gives the same bits whatever else is in its batch. False lifts an outer True.
 
-    Order of summation within a row is then a matter of the layer's shape and the dtype, never of the number of rows:
-    kernels keep to one tile where they would choose by rows, and no product is left to a BLAS, which chooses by rows
-    itself. Few rows pay for it (tiles made for many), many rows hardly do. What sums over the rows (gradients of
-    weights, adapters and shared gates) depends on all of them by its nature, and is merely the same every time.
+    The order of summation within a row then depends on the layer's shape and the dtype, never on the number of rows. Kernels
+    that would choose a tile by rows use a fixed one, and no product is left to a BLAS, which would choose by rows itself. Calls
+    with few rows pay for it (their tiles are made for many), and calls with many rows hardly do. Sums over the rows (gradients
+    of weights, adapters and shared gates) depend on all rows by definition. They are only reproducible.
 
-    The switch is read when a kernel is launched: a backward pass that is to be invariant runs in the block, too.
-    A back-end says in its module's docstring what it does about the switch.
+    The switch is read when a kernel is launched: for an invariant backward pass, run it inside the block, too.
+    The docstring of each back-end's module says how it follows the switch.
     """
     _invariant.append(bool(enabled))
     try:
@@ -168,10 +168,10 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def plain_eager(*tensors: torch.Tensor) -> bool:
-    """True where an op may call its implementation itself: nobody is tracing, and every tensor has memory.
+    """True if an op may call its implementation directly: no tracing is active, and every tensor has memory.
 
-    torch's dispatcher hands a call to whoever watches (torch.compile, FakeTensorMode, functorch, tensor
-    subclasses) and takes 4 to 30 microseconds to do so, more than a decode-size kernel.
+    torch's dispatcher passes a call to whatever intercepts it (torch.compile, FakeTensorMode, functorch, tensor subclasses). It
+    takes 4 to 30 microseconds for that, more than a decode-size kernel.
     """
     watched = (
         torch.compiler.is_compiling()
@@ -184,10 +184,11 @@ def plain_eager(*tensors: torch.Tensor) -> bool:
 def select(op: str, table: Mapping[str, str], device: torch.device, **call) -> Implementation:
     """The implementation module that serves this call.
 
-    table: back-end name -> module name; imported on first use, so that a missing Triton costs nothing.
-    call: whatever the op's implementations look at in `unsupported(device=..., **call)`; hashable, and few
-    different values (a dtype, not a shape), as the choice is made once for each.
-    Raises RuntimeError where the forced back-end cannot serve the call.
+    table: back-end name -> module name. A module is imported on first use, so that a missing Triton costs nothing.
+    call: the arguments of the op's `unsupported(device=..., **call)`. They must be hashable and have few different values (a
+        dtype, not a shape), as the choice is made once for each combination.
+
+    Raises RuntimeError if the forced back-end cannot serve the call.
     """
     forced = forced_backend()
     key = (op, device.type, forced, *call.values())

@@ -1,4 +1,4 @@
-"""What a decode step of a Llama-like decoder has between its matrix products, one function for each launch.
+"""The operations of a Llama-like decode step between its matrix products, one function for each launch.
 
     embed           x = s embedding[token];  n = norm(x)
     add_norm        x += s norm_2(y);  n = norm_1(x)
@@ -6,9 +6,9 @@
     attend          softmax(cap(s q [K_prompt ; K_own]^T)) [V_prompt ; V_own]    K_prompt is read by all rows of its group
     gated           f(gate) * up
 
-Triton serves them where it is there (on the CPU its interpreter, TRITON_INTERPRET=1), else plain torch. They write into
-buffers that the caller keeps, have no gradients, and are no operators of torch.library: a step that calls them is captured in
-a CUDA graph. Precision and launches: `clp_kernels.triton_kernels.decode_step`.
+Triton serves them if it is available (on the CPU as its interpreter, TRITON_INTERPRET=1), otherwise plain torch. The functions
+write into the caller's buffers, have no gradients, and are no operators of torch.library, so that a CUDA graph can capture a
+step that calls them. `clp_kernels.triton_kernels.decode_step` has the precision and the launches.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def _served(tensor: Tensor) -> Implementation:
 def embed(
     tokens: Tensor, embedding: Tensor, scale: float, gain: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x, n), both (rows, H): the embeddings of tokens (rows,), scaled; normed, or the same where there is no gain."""
+    """(x, n), both (rows, H): the scaled embeddings of tokens (rows,), and their norm. Without a gain n is x."""
     return _served(embedding).embed(tokens, embedding, scale, gain, eps)
 
 
 def add_norm(
     x: Tensor, y: Tensor, gain_y: Tensor | None, gain_n: Tensor | None, scale: float, eps: float
 ) -> Tensor:
-    """x += scale * norm(y), in place, and returns norm(x), or x where there is no gain for it."""
+    """x += scale * norm(y), in place. Returns norm(x), or x if the norm has no gain."""
     return _served(x).add_norm(x, y, gain_y, gain_n, scale, eps)
 
 
@@ -49,7 +49,7 @@ def rope_and_store(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prompt_lengths: Tensor,
     cos: Tensor, sin: Tensor, gains: tuple[Tensor, Tensor] | None, group: int, eps: float,
 ) -> None:  # fmt: skip
-    """q (rows, Hq, D) is turned in place; k, v (rows, Hkv, D) go to keys, values (rows, Hkv, room, D) at lengths (rows,).
+    """Rotate q (rows, Hq, D) in place, and store k, v (rows, Hkv, D) in keys, values (rows, Hkv, room, D) at lengths (rows,).
 
     cos, sin (positions, rotary); gains of the norms of queries and keys, each (D,), or None.
     Row r belongs to prompt r // group.
@@ -61,9 +61,13 @@ def attend(
     q: Tensor, prompts: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], lengths: Tensor, prompt_lengths: Tensor,
     group: int, scale: float, softcap: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """(rows, Hq, D) of q (rows, Hq, D): prompts' keys and values (prompts, Hkv, width, D), of which prompt_lengths are there;
-    rows' own (rows, Hkv, room, D), of which lengths + 1. Row r belongs to prompt r // group. window: how many keys a query
-    sees, itself included, None for all."""
+    """Attention (rows, Hq, D) of q (rows, Hq, D) over the prompt's keys and values and the row's own.
+
+    The prompts' tensors are (prompts, Hkv, width, D), with prompt_lengths positions filled. The rows' own tensors are
+    (rows, Hkv, room, D), with lengths + 1 positions filled. Row r belongs to prompt r // group.
+
+    window: the number of keys that a query sees, itself included; None for all.
+    """
     return _served(q).attend(q, prompts, own, lengths, prompt_lengths, group, scale, softcap, window)
 
 

@@ -1,5 +1,7 @@
-"""Decoding with a whole Llama-like decoder on the CPU: one call for each token of a whole batch (`Decoding.step`), or for as
-many tokens as it takes until rows have ended, which it draws itself (`Decoding.write`).
+"""Decoding with a whole Llama-like decoder on the CPU.
+
+`Decoding.step` computes one token of a whole batch in one call. `Decoding.write` also draws the tokens, and runs until rows
+have ended.
 
     x = s_e embedding[token]
     for each layer:
@@ -8,18 +10,19 @@ many tokens as it takes until rows have ended, which it draws itself (`Decoding.
         x += s_r norm_4(W_down (f(W_gate n) * W_up n)),  n = norm_3(x)
     logits = cap(s_l (W_head norm(x) + b))                          cap(z) = c tanh(z / c)
 
-    norm(x) = x / sqrt(mean x^2 + eps) * gain;  every W x is  W x + b + B (gate * (A x))  where the layer has low-rank factors
+    norm(x) = x / sqrt(mean x^2 + eps) * gain;  every W x is  W x + b + B (gate * (A x))  if the layer has low-rank factors
 
-Norms, biases, caps and scales that are None are left out. All float32; weights, biases and keys may come as bfloat16, which are
-the same numbers. A row's logits are the same bits whatever other rows are in the batch, and on any number of threads.
+Norms, biases, caps and scales that are None are left out. All computation is in float32. Weights, biases and keys may be given
+as bfloat16, whose numbers float32 represents exactly. A row's logits have the same bits whatever other rows are in the batch,
+and on any number of threads.
 
-Weights are packed once into the panels that the micro-kernels read, and kept beside the model's own: 4 bytes a parameter; with
-AMX tiles, which take a float32 number as three bfloat16 parts (csrc/cpu/matmul.hpp says why that is float32), 6, or 2 where a
-matrix holds nothing but bfloat16 numbers, as those of most checkpoints do. Factors change with every optimiser step and are
-packed for each rollout. Prompts' keys and values are there once, whatever the number of rows.
+Weights are packed once into the panels that the micro-kernels read, and kept beside the model's own. The copy takes 4 bytes a
+parameter. With AMX tiles it takes 6 bytes, because a float32 number becomes three bfloat16 parts (csrc/cpu/matmul.hpp explains
+why that is float32), or 2 bytes for a matrix of bfloat16 numbers, as in most checkpoints. Low-rank factors change with every
+optimiser step and are packed for each rollout. Prompts' keys and values are stored once, whatever the number of rows.
 
 A step of `rows` rows over N parameters of matrices and C cached elements takes at least
-max(2 rows N / rate, (packed bytes of N + 4 C) / bandwidth); each low-rank layer adds rank (n + k) to N.
+max(2 rows N / rate, (packed bytes of N + 4 C) / bandwidth). Each low-rank layer adds rank (n + k) to N.
 """
 
 from __future__ import annotations
@@ -35,10 +38,10 @@ from torch import Tensor
 from clp_kernels.sampling import checked_number
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-# Which linear layers read the same input, in the order of the native layer.
+# Linear layers that read the same input, in the order of the native layer.
 _INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 _ALIGN, _PARTS, _LARGE_PAGE = 16, 3, 1 << 21
-_STORED = (torch.float32, torch.bfloat16)  # what weights and keys may come as
+_STORED = (torch.float32, torch.bfloat16)  # dtypes in which weights and keys may be given
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class LowRank:
-    """a (R, k), b (n, R), gate (prompts, R): what a rollout adds to a linear layer."""
+    """a (R, k), b (n, R), gate (prompts, R): the low-rank factors that a rollout adds to a linear layer."""
 
     a: Tensor
     b: Tensor
@@ -60,8 +63,13 @@ class LowRank:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Gains (hidden,) of the norms in front of attention and MLP and behind them, and of queries and keys, (head_dim,) or over
-    all heads; window: how many keys a query sees, itself included, None for all; rope: which of the tables."""
+    """The norms and linear layers of one decoder layer.
+
+    Gains are (hidden,) for the norms in front of attention and MLP and behind them. The gains for queries and keys are
+    (head_dim,), or as long as all heads together.
+
+    window: the number of keys that a query sees, itself included; None for all. rope: the index of the layer's rope table.
+    """
 
     q: Linear
     k: Linear
@@ -82,7 +90,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """A decoder: embedding (V, hidden), layers, norm (hidden,), head (V, hidden); scales and softcaps as in the formula."""
+    """A decoder: embedding (V, hidden), layers, norm (hidden,), head (V, hidden). Scales and softcaps are as in the formula."""
 
     embedding: Tensor
     layers: Sequence[DecoderLayer]
@@ -101,7 +109,7 @@ class DecoderWeights:
     logit_softcap: float | None = None
 
     def linears(self) -> dict[tuple[int, str], Linear]:
-        """By (layer, name); the head is (-1, "head")."""
+        """The linear layers by (layer, name). The head is (-1, "head")."""
         named = {
             (i, name): getattr(layer, name)
             for i, layer in enumerate(self.layers)
@@ -130,13 +138,15 @@ def _rounded(n: int) -> int:
 
 
 def _buffer(count: int) -> Tensor:
-    """(count,) uint8 at an address that is a multiple of 64; in large pages where there are some, since weights are read from
-    one end to the other and processors do not fetch ahead over the end of a page."""
+    """(count,) uint8 at an address that is a multiple of 64, in large pages if the system has them.
+
+    Weights are read from one end to the other, and processors do not prefetch across the end of a page.
+    """
     if count < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         buffer, align = torch.empty(count + 64, dtype=torch.uint8), 64
     else:
         pages = mmap.mmap(-1, count + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # the operating system may have no large pages
             pages.madvise(mmap.MADV_HUGEPAGE)
         buffer, align = torch.frombuffer(pages, dtype=torch.uint8), _LARGE_PAGE
     start = -buffer.data_ptr() % align
@@ -154,13 +164,13 @@ def _packed(native, weight: Tensor, parts: int = _PARTS) -> Tensor:
 
 
 def _parts(native, weight: Tensor) -> int:
-    """How many bfloat16 parts hold the weight exactly, where it is packed as such: 1, or all."""
+    """The number of bfloat16 parts that hold the weight exactly: 1 if possible and supported, otherwise all parts."""
     exact = native.packs_parts() and torch.equal(weight, weight.bfloat16().to(weight.dtype))
     return 1 if exact else _PARTS
 
 
 def _padded(x: Tensor | None) -> Tensor | None:
-    """In float32, with zeros up to a multiple of 16."""
+    """x in float32, padded with zeros to a multiple of 16."""
     if x is None:
         return None
     out = torch.zeros(_rounded(x.shape[0]))
@@ -173,10 +183,10 @@ def _address(x: Tensor | None) -> int:
 
 
 class PackedDecoder:
-    """`weights` in the layout of the kernels, for any number of rollouts; valid as long as the weights are not changed.
+    """`weights` in the layout of the kernels, for any number of rollouts. Valid until the weights change.
 
-    Raises TypeError for a dtype or device that the kernels do not take, ValueError for shapes that do not fit one another, and
-    RuntimeError where the native extension is missing.
+    Raises TypeError for a dtype or device that the kernels do not take, ValueError for shapes that do not fit each other, and
+    RuntimeError if the native extension is missing.
     """
 
     def __init__(self, weights: DecoderWeights):
@@ -189,7 +199,7 @@ class PackedDecoder:
         self.weights, self._native, self.isa = weights, _native, _native.isa()
         self._check()
         with torch.no_grad():
-            # A matrix that serves twice (tied projections of several layers) is packed once.
+            # A matrix that is used twice (tied projections of several layers) is packed once.
             by_storage: dict[tuple, tuple[Tensor, int]] = {}
             self.packed: dict[tuple[int, str], tuple[Tensor, int]] = {}
             for key, linear in weights.linears().items():
@@ -262,7 +272,7 @@ class PackedDecoder:
 
 @dataclass
 class _Rows:
-    """Per row of the batch, int64: its prompt, its slot in the buffers, and how many tokens of its own are there."""
+    """Three int64 values per row of the batch: its prompt, its slot in the buffers, and the number of its own tokens."""
 
     prompt: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     slot: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -277,13 +287,13 @@ class _Rows:
 
 @dataclass
 class Draws:
-    """What `Decoding.write` draws, and where it writes it.
+    """The buffers and options of `Decoding.write`.
 
-    place, last (n,) int64, one for each row of the batch: where its next token goes, and where its last may.
-    seeds, tokens (S,) int64, logprobs (S,) float32, valid, ended (S,) bool, by place: the seed that a token is drawn with
-        (`sample_tokens`), the token, its log-prob, that it is there, and that it ended its row.
-    stop_ids (k,) int64: tokens that end a row. temperature, top_k, top_p, min_p: as of `sample_tokens`.
-    All contiguous, on the CPU.
+    place, last (n,) int64, one for each row of the batch: the place of the row's next token, and of its last possible token.
+    seeds, tokens (S,) int64, logprobs (S,) float32, valid, ended (S,) bool, by place: the seed for drawing a token
+        (`sample_tokens`), the token, its log-prob, whether it was drawn, and whether it ended its row.
+    stop_ids (k,) int64: tokens that end a row. temperature, top_k, top_p, min_p: as for `sample_tokens`.
+    All tensors are contiguous and on the CPU.
     """
 
     place: Tensor
@@ -301,12 +311,12 @@ class Draws:
 
 
 class Decoding:
-    """The rows of a rollout: `add` prompts and rows, `step` through their tokens, `keep` those that go on.
+    """The rows of a rollout: `add` prompts and rows, `step` through their tokens, `keep` the rows that continue.
 
-    room: most tokens a row may add. slots: most rows at a time. rope: a table (cos, sin) for each kind of layer, (positions,
-    rotary) float32, for prompts and what follows them. low_rank: by (layer, name), the head being (-1, "head"); a layer that
-    has none serves alone.
-    Rows of one prompt read its keys and values together where they lie side by side.
+    room: the most tokens a row may add. slots: the most rows at a time.
+    rope: a table (cos, sin) for each kind of layer, (positions, rotary) float32, for prompts and the tokens after them.
+    low_rank: low-rank factors by (layer, name), with (-1, "head") for the head. A layer without factors is used alone.
+    Adjacent rows of one prompt read the prompt's keys and values together.
     """
 
     def __init__(
@@ -326,7 +336,7 @@ class Decoding:
         self._room = _rounded(room)
         self._rope = [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in rope]
         layers, heads, width = len(w.layers), w.kv_heads, w.head_dim
-        # Keys that are not there yet are multiplied, too, and masked after: what is in the buffer must be finite.
+        # Attention multiplies empty positions as well and masks them afterwards, so buffers must be finite.
         self._keys = torch.zeros(slots, layers, heads, width, self._room)
         self._values = torch.zeros(slots, layers, heads, self._room, _rounded(width))
         self._free = list(range(slots))
@@ -338,7 +348,7 @@ class Decoding:
         self._pack_low_rank(low_rank or {})
         self._native_decoder = self._native.Decoder(self._description())
 
-    # -- what the native decoder is told -------------------------------------------------------------------------------
+    # -- the description for the native decoder ------------------------------------------------------------------------
 
     def _pack_low_rank(self, low_rank: Mapping[tuple[int, str], LowRank]) -> None:
         linears = self._packed.weights.linears()
@@ -425,7 +435,7 @@ class Decoding:
         return len(self._rows.slot)
 
     def add_prompt(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> int:
-        """A prompt's number: keys and values of each layer (kv_heads, length, head_dim), rotated as the rows' will be."""
+        """Add a prompt and return its number. keys, values: (kv_heads, length, head_dim) per layer, with keys rotated."""
         w = self._packed.weights
         heads, length, width = keys[0].shape
         padded = _rounded(length)
@@ -443,8 +453,10 @@ class Decoding:
         return len(self._prompts) - 1
 
     def add(self, prompts: Tensor) -> None:
-        """A row for each number of a prompt, behind those that are there. Raises ValueError where there is no slot for one, or
-        the rope table ends before the row does."""
+        """Add a row for each prompt number, behind the present rows.
+
+        Raises ValueError if there are too few free slots, or if the rope table is shorter than a row may become.
+        """
         prompts = prompts.to(torch.long)
         if len(prompts) > len(self._free):
             raise ValueError(f"Decoding: {len(prompts)} rows for {len(self._free)} free slots")
@@ -464,13 +476,13 @@ class Decoding:
         self._rows = self._rows.join(_Rows(prompts, own, torch.zeros(len(prompts), dtype=torch.long)))
 
     def keep(self, rows: Tensor) -> None:
-        """Only these of the present rows (indices) go on, in this order; nothing is copied. The others' slots are free."""
+        """Continue only with the present rows at these indices, in this order. Nothing is copied; other slots become free."""
         kept = self._rows.select(rows)
         self._free += sorted(set(self._rows.slot.tolist()) - set(kept.slot.tolist()))
         self._rows = kept
 
     def step(self, tokens: Tensor) -> Tensor:
-        """(rows, V) float32, the logits after tokens (rows,), int64. The next step writes to the same memory."""
+        """The logits (rows, V) float32 after tokens (rows,) int64. The next step writes to the same memory."""
         rows = self._rows
         count = len(rows.slot)
         if tuple(tokens.shape) != (count,) or tokens.dtype is not torch.long:
@@ -498,12 +510,13 @@ class Decoding:
         return self._logits[:count, : self._packed.weights.embedding.shape[0]]
 
     def write(self, logits: Tensor, draws: Draws, leave: int = 0) -> tuple[Tensor, Tensor]:
-        """Draw and step, again and again, without Python between two tokens, until `leave` rows have ended (0: until all have).
+        """Draw and step repeatedly, without Python between two tokens, until `leave` rows have ended (0: until all have).
 
-        logits (n, V) float32, from which each row's next token is drawn. Returns which rows are left, indices (n',) into those
-        that were there, and their logits (n', V), which lie in this object's memory; `draws.place` and `draws.last` are cut to
-        them. The tokens are those that `sample_tokens` and `step` would give, bit by bit.
-        Raises ValueError where no logit of a row is finite; an interrupt is raised between two tokens.
+        logits: (n, V) float32, for drawing each row's next token.
+        Returns the indices (n',) of the rows left among the former rows, and their logits (n', V), in this object's memory.
+        `draws.place` and `draws.last` are reduced to the rows left. The tokens have the same bits as from `sample_tokens` and
+        `step`.
+        Raises ValueError if no logit of a row is finite. An interrupt is raised between two tokens.
         """
         count, vocab = len(self), self._packed.weights.embedding.shape[0]
         _refuse("logits", logits, (count, vocab))

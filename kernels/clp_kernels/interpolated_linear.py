@@ -2,14 +2,14 @@
 
     y_row = x_row (base + sum_i blend[g, i] stack_i)^T + bias,  g the row's row of `blend`
 
-Two ways to compute it, which a back-end chooses between with the cost model of row_groups.py:
+A back-end chooses between two ways to compute it, with the cost model of row_groups.py:
 
-    blended weights     the rows of one blend share one matrix product with the weight blended for them: as many FLOPs as the
-                        frozen layer, and for each blend a weight written and read again. For many rows per blend.
-    blended products    y = sum_i blend_i * (x stack_i^T): M times the FLOPs, and the stack is read once, however many
-                        blends there are. For few rows per blend, decoding with a blend for each sequence above all.
+    blended weights     the rows of one blend share one matrix product with the weight blended for them. It takes as many FLOPs
+                        as the frozen layer, and one write and read of a weight for each blend. For many rows per blend.
+    blended products    y = sum_i blend_i * (x stack_i^T). It takes M times the FLOPs, and reads the stack once for any number
+                        of blends. For few rows per blend, above all for decoding with a blend for each sequence.
 
-Nothing but the inputs is kept for the backward pass: blended weights are made again, as they would take G times the layer.
+Only the inputs are kept for the backward pass. Blended weights are made again, since keeping them would take G times the layer.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ def interpolated_linear(
     x           (..., K); the product of its leading dimensions is `rows`
     stack       (M, N, K): the weights, or the changes to `base`, of M models
     blend       (G, M), in x's dtype or float32; any coefficients
-    base        (N, K) or None: a frozen weight with coefficient 1, which gets no gradient. It could be one more of the stack,
-                at the price of a copy next to the deltas (they are parameters, it is not) and of a gradient nobody wants
+    base        (N, K) or None: a frozen weight with coefficient 1, without a gradient. As one more entry of the stack it would
+                have to be copied next to the deltas, and would get an unwanted gradient
     bias        (N,) or None
-    gate_index  the blend row of each row of x, int64 or int32, (rows,) or x's leading shape; or None where G is 1, `rows`,
-                or x's first dimension (a blend row then serves all positions of its sequence): as in multi_lora_linear
+    gate_index  the blend row of each row of x, int64 or int32, (rows,) or x's leading shape. None if G is 1, `rows`,
+                or x's first dimension (a blend row then serves all positions of its sequence), as in multi_lora_linear
     returns     (..., N), contiguous, in x's dtype
 
-    Gradients reach x, stack, blend (summed over the rows that a blend row served) and bias; there are no second derivatives.
-    Products are in x's dtype. A weight blended for its rows is summed in float32 and rounded to x's dtype once; blended
-    products are summed in float32. Under autocast every floating-point argument but the blend is cast to the autocast dtype.
+    Gradients reach x, stack, blend (summed over the rows that a blend row served) and bias. There are no second derivatives.
+    Products are in x's dtype. A blended weight is summed in float32 and rounded to x's dtype once. Blended products are summed
+    in float32. Under autocast every floating-point argument but the blend is cast to the autocast dtype.
     With a gate_index on a GPU, blended weights need the number of rows of each blend on the host, which waits for the
-    device; without one, or with blended products, nothing waits.
+    device. Without a gate_index, or with blended products, the host does not wait.
 
-    Raises ValueError (shapes, devices), TypeError (dtypes), IndexError (a gate_index out of range, on a CPU). On a GPU such a
-    row becomes NaN.
+    Raises ValueError (shapes, devices), TypeError (dtypes), IndexError (a gate_index out of range, on a CPU). On a GPU a row
+    with such a gate_index becomes NaN.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

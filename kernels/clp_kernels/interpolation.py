@@ -3,11 +3,11 @@
     interpolate             base + sum_i w_i stack_i
     merge_sign_consensus    base + sum_i w_i stack_i over the i that agree with the sign of the whole sum
 
-Both are limited by memory, as are slerp and ema_ (averaging.py) and sparsify (sparsify.py): the floor of a blend of M tensors
-is one read of each and one write, (M + 1) x size. A list of tensors (all parameters of a model) is one call over a table of
-addresses, whose pieces are shared out evenly whatever the tensors' sizes; G blends at once read the stack once.
+Both are limited by memory bandwidth, as are slerp and ema_ (averaging.py) and sparsify (sparsify.py). The floor of a blend of M
+tensors is one read of each and one write, (M + 1) x size. A list of tensors (all parameters of a model) is one call over a
+table of addresses, which is split evenly whatever the tensors' sizes. A call for G blends reads the stack once.
 
-Two operators carry the gradients, and each one's derivative is made of the two, so that there are derivatives of any order:
+Two operators carry the gradients. The derivative of each is made of the two, so that derivatives of any order exist:
 
     Y_g = sum_i w_gi S_i       dS_i = sum_g w_gi dY_g (a blend)         dw_gi = <dY_g, S_i> (inner products)
     c_lr = <L_l, R_r>          dL_l = sum_r dc_lr R_r                   dR_r = sum_l dc_lr L_l
@@ -50,23 +50,23 @@ def interpolate(
 
     One tensor:
     stack    (M, ...), or M tensors of one shape and dtype
-    weights  (M,), a tensor or numbers; or (G, M) for G blends, between which the stack is read once
+    weights  (M,), a tensor or numbers; or (G, M) for G blends, for all of which the stack is read once
     base     (...), coefficient 1, or None
     returns  (...), or (G, ...) for weights (G, M); in base's dtype, or the stack's
 
     A list of P tensors, whose shapes and dtypes may differ (each combination of dtypes is a launch):
     stack    P stacks, each as above: [[deltas of parameter 1], [deltas of parameter 2], ...]
-    weights  (M,) for all; (P, M), coefficients of its own for each (per layer); (P, G, M) or (1, G, M) for G blends
+    weights  (M,) for all; (P, M) for separate coefficients per tensor (per layer); (P, G, M) or (1, G, M) for G blends
     base     P tensors, or None
     returns  P tensors
 
-    Any weights: negative ones and those above 1 extrapolate. Sums are in float32 (float64 for float64), rounded once.
-    out (as what is returned, P tensors for a list) takes the result and is returned; it may be base, or with one blend also
-    one of the stack, and must not overlap them otherwise. It is for use without gradients.
-    Gradients reach stack, weights and base, of any order.
+    Weights may have any values: negative ones and those above 1 extrapolate. Sums are in float32 (float64 for float64) and are
+    rounded once. out (in the form of the result, P tensors for a list) takes the result and is returned. It may be base, or
+    with one blend also one of the stack, and must not overlap them otherwise. out cannot be used with gradients.
+    Gradients of any order reach stack, weights and base.
 
-    Raises ValueError (shapes, lengths, devices, an out that is given twice), TypeError (dtypes), RuntimeError (out where a
-    gradient is asked for).
+    Raises ValueError (shapes, lengths, devices, an out that is given twice), TypeError (dtypes), and RuntimeError (out together
+    with a gradient).
     """
     call = _blend_call("interpolate", stack, weights, base, out)
     if call.eager and not call.needs_grad:
@@ -88,13 +88,13 @@ def merge_sign_consensus(
 ) -> Tensor | list[Tensor]:
     """base + sum over A of v_i / sum over A of abs(w_i), v_i = w_i * stack_i, A = {i: sign(v_i) = sign(sum_j v_j)}.
 
-    For every element by itself: the sign with the larger total is elected, and those that disagree are left out (TIES-Merging,
-    Yadav et al. 2023; there w_i = 1, after `sparsify(..., method="magnitude")`). 0 where the sum is 0.
+    Each element is treated separately: the sign with the larger total is elected, and the terms of the other sign are left out
+    (TIES-Merging, Yadav et al. 2023, with w_i = 1 and after `sparsify(..., method="magnitude")`). A sum of 0 gives 0.
 
-    normalize  divide by the abs(w_i) that took part, which makes it a mean; False leaves the sum
-    stack, weights, base, out and what is returned are as in `interpolate`, in all its forms. Not differentiable.
+    normalize  divide by the abs(w_i) of the terms that took part, which gives a mean; False leaves the sum
+    stack, weights, base, out and the result are as in `interpolate`, in all its forms. Not differentiable.
 
-    Raises as interpolate does, and RuntimeError where a gradient is asked for.
+    Raises as interpolate does, and RuntimeError if a gradient is asked for.
     """
     call = _blend_call("merge_sign_consensus", stack, weights, base, out)
     if call.needs_grad:
@@ -114,7 +114,7 @@ def merge_sign_consensus(
 
 @dataclass(frozen=True)
 class _Stacks:
-    """items[p] is the parts of the p-th stack, all with as many; shapes[p] its shape without the models."""
+    """items[p] has the parts of the p-th stack, equally many for each p. shapes[p] is its shape without the models."""
 
     items: list[list[Tensor]]
     shapes: list[torch.Size]
@@ -140,7 +140,7 @@ class _BlendCall:
     needs_grad: bool
 
     def outputs(self) -> list[Tensor]:
-        """What the back-end writes to: out where that is contiguous."""
+        """The tensors that the back-end writes to: out itself if it is contiguous."""
         if self.outs is None:
             device = self.weights.device
             return [torch.empty(s, dtype=d, device=device) for s, d in zip(self.shapes, self.dtypes)]
@@ -160,7 +160,7 @@ class _BlendCall:
 
 
 def checked_stacks(op: str, stack) -> _Stacks:
-    """The stack in parts, checked."""
+    """The checked stack, split into parts."""
     single = isinstance(stack, Tensor) or (len(stack) > 0 and isinstance(stack[0], Tensor))
     items = []
     for p, item in enumerate([stack] if single else stack):
@@ -268,7 +268,7 @@ def _blend_call(op, stack, weights, base, out) -> _BlendCall:
 
 
 def _weights(op: str, weights, stacks: _Stacks, wide: torch.dtype, device) -> tuple[Tensor, bool]:
-    """(items or 1, G, M) in `wide`; and whether G is not a dimension of the results."""
+    """The weights (items or 1, G, M) in `wide`, and whether the results lack the dimension G."""
     if isinstance(weights, Tensor):
         if not weights.dtype.is_floating_point:
             raise TypeError(
@@ -363,16 +363,17 @@ def _blended_parts(
     parts: int,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of parts, of `dtypes`, `parts` an item, of which `needs` says which are wanted, as blends of `sources`.
+    """The gradients of the parts of each item as blends of `sources`, in `dtypes`. `needs` says which are wanted.
 
-    weights  (items or 1, M, sources per item), M the models that the parts of an item hold
+    parts    the number of parts per item
+    weights  (items or 1, M, sources per item), with M the models that the parts of an item hold
     """
     if not any(needs):
         return [None] * len(dtypes)
     if parts == 1:
         results = torch.ops.clp_kernels.interpolate(sources, source_parts, weights, [])
         return [result.to(dtype) for result, dtype in zip(results, dtypes)]
-    # One model a part: only those that some item wants.
+    # With one model per part, only the parts that some item wants are computed.
     wanted = [i for i in range(parts) if any(needs[i::parts])]
     chosen = weights if len(wanted) == parts else weights[:, wanted]
     results = torch.ops.clp_kernels.interpolate(sources, source_parts, chosen, [])
@@ -387,7 +388,7 @@ def _blended_parts(
 def _interpolate_setup(ctx, inputs, output):
     stack, parts, weights, base = inputs
     ctx.parts, ctx.dtypes = parts, [part.dtype for part in stack]
-    # The stack is what the weights' gradient is made of, and nothing else is.
+    # Only the weights' gradient needs the stack.
     ctx.save_for_backward(weights, *(stack if weights.requires_grad else ()))
 
 

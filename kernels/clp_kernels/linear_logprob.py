@@ -1,10 +1,10 @@
-"""linear_logprob: statistics of softmax(hidden W^T) per token, without ever holding the logits.
+"""linear_logprob: statistics of softmax(hidden W^T) per token, without storing the logits.
 
     u = (hidden W^T + bias [+ ((hidden a^T) * gate) b^T]) * logit_scale
-    z = (softcap * tanh(u / softcap)) / temperature            u / temperature where there is no softcap
+    z = (softcap * tanh(u / softcap)) / temperature            u / temperature without a softcap
 
-and the statistics of z that `clp_kernels.token_stats` lists. The reference's z' is the same with ref_hidden, ref_weight and
-ref_bias, and no LoRA. Policy and reference share every tile of the weight where they have one in common.
+`clp_kernels.token_stats` lists the statistics of z. The reference's z' is the same with ref_hidden, ref_weight and ref_bias,
+and without LoRA. If policy and reference have the same weight, both use each tile of it that is read.
 """
 
 from __future__ import annotations
@@ -80,32 +80,32 @@ def linear_logprob(
     hidden       (..., H); the leading dimensions are the rows
     weight       (V, H), in hidden's dtype;  bias (V,) or None
     targets      hidden's leading shape, int64; may be None unless logprob or ref_logprob is asked for
-    temperature  a number, at least 2^-126, or a tensor that broadcasts to the rows; of the policy and the reference alike; a
-                 constant
+    temperature  a number, at least 2^-126, or a tensor that broadcasts to the rows; it applies to the policy and the reference
+                 and is a constant
     ref_hidden   (..., H') rows of the reference; ref_weight (V, H') and ref_bias (V,) default to weight and
                  to bias, each on its own
     lora         a `HeadLoRA` that conditions the output projection, of the policy only
     outputs      names; kl is KL(policy || reference), reverse_kl KL(reference || policy), both exact over the vocabulary
     differentiable
-                 names of the outputs that gradients are wanted of; the others come back detached, and no work is done for
-                 gradients of theirs. None: all that have one
-    keep_bytes   how much memory may be kept between forward and backward, which saves the backward pass products: either the
-                 logits of as many rows as fit (4 bytes each, twice that for kl or reverse_kl), the others being computed
-                 again, or the derivative of each differentiable output in hidden (4 H bytes per row and output). 0 keeps
+                 names of the outputs that need gradients; the others are detached, and no work is done for their gradients.
+                 None: all that have one
+    keep_bytes   the memory that may be kept between forward and backward to save products of the backward pass. Kept are
+                 either the logits of as many rows as fit (4 bytes each, twice that for kl or reverse_kl), while the others are
+                 recomputed, or the derivative of each differentiable output in hidden (4 H bytes per row and output). 0 keeps
                  nothing; None leaves it to the back-end. `token_stats.what_to_keep` counts the products and chooses
-    returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for what was not asked for
+    returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for outputs not asked for
 
-    Each output but ref_logprob and top1 is differentiable in hidden, and in weight, bias and the fields of lora where they
-    ask for it (no product is spent on a frozen head), each output with its own incoming gradient. The reference is a
-    constant: no gradient reaches ref_hidden, ref_weight, ref_bias, and none reaches a shared weight through the reference.
+    Each output but ref_logprob and top1 is differentiable in hidden, and in weight, bias and the fields of lora if they
+    require gradients (no product is spent on a frozen head), each output with its own incoming gradient. The reference is a
+    constant: no gradient reaches ref_hidden, ref_weight, ref_bias, or a shared weight through the reference.
     Rows whose target is ignore_index are 0 in every output, top1 included, and pass no gradient.
 
-    Products accumulate in float32 and no logit is rounded before the statistics, z - z' least of all: KL and its gradient
-    are right near the reference, in bfloat16 too. A logit of -inf (through bias) is a masked token. Under autocast hidden,
-    weight, bias and their ref_ counterparts are cast to the autocast dtype, as torch.nn.functional.linear does.
+    Products accumulate in float32, and neither logits nor the difference z - z' are rounded before the statistics. KL and its
+    gradient are therefore accurate near the reference, in bfloat16 too. A logit of -inf (through bias) is a masked token. Under
+    autocast hidden, weight, bias and their ref_ counterparts are cast to the autocast dtype, as in torch.nn.functional.linear.
 
-    Raises ValueError (shapes, devices, names, a negative keep_bytes), TypeError (dtypes); IndexError for a target outside the
-    vocabulary on a CPU (on a GPU, where finding out would stall the stream, its log-prob is NaN).
+    Raises ValueError (shapes, devices, names, a negative keep_bytes), TypeError (dtypes), and IndexError for a target outside
+    the vocabulary on a CPU. On a GPU a check of targets would stall the stream: the log-prob of such a row is NaN.
     """
     op = "linear_logprob"
     names, lead, head, rows = checked_call(
@@ -172,7 +172,7 @@ def checked_call(
     outputs: Sequence[str],
     ignore_index: int,
 ) -> tuple[tuple[str, ...], torch.Size, Head, Rows]:
-    """A call's arguments checked, cast as autocast asks, rows flattened -> outputs, the rows' shape, head, rows."""
+    """Check a call's arguments, cast them for autocast, and flatten the rows. Returns outputs, the rows' shape, head, rows."""
     refuse_wrapped(
         op, hidden=hidden, weight=weight, targets=targets, bias=bias, temperature=temperature, ref_hidden=ref_hidden,
         ref_weight=ref_weight, ref_bias=ref_bias, lora=lora)  # fmt: skip
@@ -212,7 +212,7 @@ def checked_call(
 def kept_for_backward(
     module: str, head: Head, differentiable: Sequence[str], keep_bytes: int | None, *, shard: bool = False
 ) -> Keep:
-    """`what_to_keep` for the gradients that this call's arguments ask for; nothing where they ask for none."""
+    """`what_to_keep` for the gradients that this call's arguments require. Nothing if they require none."""
     if keep_bytes is not None and keep_bytes < 0:
         raise ValueError(f"linear_logprob: keep_bytes is {keep_bytes}; expected 0 or more, or None")
     inputs = (head.hidden, head.weight, head.bias, *(head.lora or (None, None, None)))
@@ -252,7 +252,7 @@ def _check_head(
 
 
 def _check_lora(op: str, lora: HeadLoRA, lead: Sequence[int], hidden: Tensor, weight: Tensor) -> HeadLoRA:
-    """lora with its gate spread to (T, R)."""
+    """lora with its gate expanded to (T, R)."""
     a, b, gate = lora
     rank = a.shape[0]
     if a.dim() != 2 or a.shape[1] != hidden.shape[1] or tuple(b.shape) != (weight.shape[0], rank):

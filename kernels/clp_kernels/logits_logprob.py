@@ -1,8 +1,8 @@
-"""logits_logprob: the statistics of `linear_logprob` for stacks that hold the logits already.
+"""logits_logprob: the statistics of `linear_logprob` for callers that already hold the logits.
 
-    u = logits * logit_scale;  z = (softcap * tanh(u / softcap)) / temperature      u / temperature where there is no softcap
+    u = logits * logit_scale;  z = (softcap * tanh(u / softcap)) / temperature      u / temperature without a softcap
 
-The logits are read once forward and once backward, where they are; beyond them and their gradient, O(rows) numbers.
+The logits are read in place, once forward and once backward. Beyond them and their gradient the op needs O(rows) numbers.
 """
 
 from __future__ import annotations
@@ -58,20 +58,21 @@ def logits_logprob(
 
     logits       (..., V); the leading dimensions are the rows; -inf masks a token
     targets      logits' leading shape, int64; may be None unless logprob or ref_logprob is asked for
-    temperature  a number, at least 2^-126, or a tensor that broadcasts to the rows; of the policy and the reference alike; a
-                 constant
+    temperature  a number, at least 2^-126, or a tensor that broadcasts to the rows; it applies to the policy and the reference
+                 and is a constant
     ref_logits   logits' shape and dtype, a constant: no gradient reaches it
     outputs      names; kl is KL(policy || reference), reverse_kl KL(reference || policy), both exact over the vocabulary
     differentiable
-                 names of the outputs that gradients are wanted of; the others come back detached. None: all that have one
-    returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for what was not asked for
+                 names of the outputs that need gradients; the others are detached. None: all that have one
+    returns      `TokenStats`: float32 (float64 for float64 inputs), in the rows' shape; None for outputs not asked for
 
-    Each output but ref_logprob and top1 is differentiable in logits, each with its own incoming gradient; the gradient is
+    Each output but ref_logprob and top1 is differentiable in logits, each with its own incoming gradient. The gradient is
     in logits' dtype. Rows whose target is ignore_index are 0 in every output, top1 included, and pass no gradient.
-    Logits stored in bfloat16 have lost 2^-9 of themselves, and a KL near the reference with it: `linear_logprob` has not.
+    Logits stored in bfloat16 have a relative error of 2^-9, which a KL near the reference inherits. `linear_logprob` does not
+    have this error.
 
-    Raises ValueError (shapes, devices, names), TypeError (dtypes); IndexError for a target outside the vocabulary on a CPU
-    (on a GPU, where finding out would stall the stream, its log-prob is NaN).
+    Raises ValueError (shapes, devices, names), TypeError (dtypes), and IndexError for a target outside the vocabulary on a CPU.
+    On a GPU a check of targets would stall the stream: the log-prob of such a row is NaN.
     """
     op = "logits_logprob"
     refuse_wrapped(op, logits=logits, targets=targets, temperature=temperature, ref_logits=ref_logits)

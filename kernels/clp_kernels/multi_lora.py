@@ -2,20 +2,20 @@
 
     y = x W^T + bias + ((x A^T) * gate) B^T
 
-A is all adapters' A_i stacked to (R, K), B all B_i side by side (N, R), and a gate row holds the blend's
-coefficients, each repeated r_i times and times the adapter's scaling. Every row of x uses every adapter, so
-rows with different blends share one batch with no gather, sort or segment. A row whose gate is zero is the
-frozen layer, to the last bit.
+A (R, K) stacks the A_i of all adapters, and B (N, R) has all B_i side by side. A gate row holds the blend's coefficients, each
+repeated r_i times and multiplied by the adapter's scaling. Every row of x uses every adapter, so that rows with different
+blends share one batch without a gather, sort or segment. A row whose gate is zero gives the frozen layer's output, to the last
+bit.
 
-The (rows, R) product h = x A^T is kept for the backward pass rather than recomputed: it is R / K of what x
-itself takes (5% at K = 1024, R = 48) and would cost one more read of x.
+The product h = x A^T (rows, R) is kept for the backward pass instead of recomputed: its size is R / K of x's (5 % at K = 1024,
+R = 48), and recomputing it would cost one more read of x.
 
-Where no gradient is asked for and all rows share one gate row, `merged_weight` and a plain product are the alternative:
-merging costs 2 N R K FLOPs and a read and a write of the weight, and saves 2 R (K + N) FLOPs a row. `merge_pays` compares
-the two where the device was not measured (`triton_kernels/tuned.py`). On a GPU it takes thousands of rows a call (17,000 at
-K = N = 4096, R = 48, if the device does 184 FLOPs in the time of a byte), so that calls of training and decoding stay
-factored, and a long prefill under one blend is merged. On a CPU nothing is merged by itself: whoever serves one blend for
-long merges once, with `merged_weight`, and keeps it.
+If no gradient is asked for and all rows share one gate row, `merged_weight` and a plain product are an alternative. Merging
+costs 2 N R K FLOPs and a read and a write of the weight, and saves 2 R (K + N) FLOPs a row. `merge_pays` compares the two if
+the device was not measured (`triton_kernels/tuned.py`). On a GPU merging pays only for thousands of rows a call (17,000 at
+K = N = 4096, R = 48, for a device that does 184 FLOPs in the time of a byte). Calls of training and decoding therefore stay
+factored, and a long prefill under one blend is merged. On a CPU nothing is merged automatically: a caller that serves one blend
+for long can merge once with `merged_weight` and keep the result.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TABLE = {
     "triton": "clp_kernels.triton_kernels.multi_lora",
     "cuda": "clp_kernels.cuda.multi_lora",
 }
-_DECODE_ROWS = 256  # at most, for the kernel that decodes (csrc/cuda/multi_lora_decode.hpp)
+_DECODE_ROWS = 256  # the most rows for the decoding kernel (csrc/cuda/multi_lora_decode.hpp)
 
 
 def multi_lora_linear(
@@ -64,17 +64,17 @@ def multi_lora_linear(
     weight      (N, K);  bias (N,) or None
     lora_a      (R, K), lora_b (N, R): the adapters, stacked; R = 0 is the plain linear layer
     gate        (G, R), in x's dtype or float32 (see `expand_gate`)
-    gate_index  the gate row of each row of x, int64 or int32, (rows,) or x's leading shape; or None where G
-                is 1, `rows`, or x's first dimension (a gate row then serves all positions of its sequence)
+    gate_index  the gate row of each row of x, int64 or int32, (rows,) or x's leading shape. None if G is 1, `rows`, or
+                x's first dimension (a gate row then serves all positions of its sequence)
     returns     (..., N), contiguous, in x's dtype
 
     Gradients reach x, lora_a, lora_b and gate (summed over the rows that a gate row served), and weight and
-    bias where they ask for it; there are no second derivatives. Products are in x's dtype with float32
-    accumulation; the gate is applied in float32. Under autocast every floating-point argument but the gate is
-    cast to the autocast dtype, as torch.nn.functional.linear does. No dropout: apply it to x, outside.
+    bias if they require them. There are no second derivatives. Products are in x's dtype with float32
+    accumulation, and the gate is applied in float32. Under autocast every floating-point argument but the gate is
+    cast to the autocast dtype, as in torch.nn.functional.linear. Dropout must be applied to x before the call.
 
     Raises ValueError (shapes, devices), TypeError (dtypes), IndexError (a gate_index out of range, on a CPU).
-    On a GPU, where finding out would stall the stream, such a row becomes NaN.
+    On a GPU a check of gate_index would stall the stream: such a row becomes NaN.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -128,17 +128,16 @@ def multi_lora_linear(
 
 
 def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate_row: Tensor) -> Tensor:
-    """W + (B * g) A: the weight of the frozen layer that multi_lora_linear is under one gate row g.
+    """W + (B * g) A: the single weight to which multi_lora_linear is equivalent under one gate row g.
 
     weight (N, K), lora_a (R, K), lora_b (N, R), in any floating-point dtypes; gate_row (R,)
     returns (N, K), contiguous, in weight's dtype; no gradient reaches the arguments
 
-    The sum is formed in float32 (float64 for a float64 weight) and rounded once; in float32 merged and factored layers
-    differ by rounding alone, and a gate of zeros gives W to the last bit. In bfloat16 that one rounding is of W's size,
-    not of the change's: it loses entries of the change below 1/512 of W's, the same for every row of x. Measured error
-    of y against float64 (root-mean-square, K = 512, R = 48, changes of 0.02 to 1 times W): 0.93 to 1.01 times that of
-    the CPU back-end, which rounds y twice; a kernel that rounds y once has 1.4 times less. Temporary memory: 8 million
-    elements in float32.
+    The sum is formed in float32 (float64 for a float64 weight) and rounded once. In float32, merged and factored layers
+    differ by rounding alone, and a gate of zeros gives W to the last bit. In bfloat16 the rounding is relative to W and not
+    to the change: entries of the change below 1/512 of W's are lost, for every row of x alike. Measured error of y against
+    float64 (root-mean-square, K = 512, R = 48, changes of 0.02 to 1 times W): 0.93 to 1.01 times that of the CPU back-end,
+    which rounds y twice. A kernel that rounds y once has 1.4 times less. Temporary memory: 8 million elements in float32.
     """
     refuse_wrapped("merged_weight", weight=weight, lora_a=lora_a, lora_b=lora_b, gate_row=gate_row)
     out_features, in_features = weight.shape
@@ -156,20 +155,20 @@ def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate_row: Tens
 def merge_pays(rows: int, out_features: int, in_features: int, rank: int, intensity: float) -> bool:
     """Whether merging first is faster for `rows` rows under one gate row.
 
-    intensity: FLOPs that the device does in the time it moves a byte. With two bytes an element,
-        merged saves 2 rows R (K + N) FLOPs and costs 2 N R K FLOPs and 4 N K bytes.
+    intensity: FLOPs that the device does in the time it moves a byte. With two bytes an element, a merged call saves
+        2 rows R (K + N) FLOPs, and costs 2 N R K FLOPs and 4 N K bytes.
     """
     saved = 2 * rows * rank * (in_features + out_features)
     return saved > 2 * out_features * in_features * (rank + 2 * intensity)
 
 
 _INTENSITY = (
-    184.0  # of an H200 in bfloat16, measured; a device with less would merge sooner, and loses little by not
+    184.0  # measured for an H200 in bfloat16; a device with less would merge sooner, and loses little so
 )
 
 
 def _merges(x: Tensor, weight_shape: torch.Size, rank: int) -> bool:
-    """Float32 stays factored: its intensity depends on torch's switches, and its callers want the rounding they know."""
+    """Float32 stays factored: its intensity depends on torch's switches, and its callers expect the usual rounding."""
     if not x.is_cuda or x.dtype.itemsize != 2 or is_batch_invariant():
         return False
     rows = count_rows(x.shape)
@@ -182,11 +181,10 @@ def expand_gate(blend: Tensor, ranks: Sequence[int], scalings: Sequence[float]) 
 
     blend     (G, M), floating point: the coefficient of each of M adapters
     ranks     M ranks, 0 or more; they may differ
-    scalings  M factors (lora_alpha / rank, say)
+    scalings  M factors (lora_alpha / rank, for example)
     returns   (G, sum of ranks), in blend's dtype; differentiable in blend
 
-    Raises ValueError where the lengths disagree with M or a rank is negative; TypeError where blend is not
-    floating point.
+    Raises ValueError if the lengths differ from M or a rank is negative, and TypeError if blend is not floating point.
     """
     if blend.dim() != 2:
         raise ValueError(
@@ -213,9 +211,9 @@ def expand_gate(blend: Tensor, ranks: Sequence[int], scalings: Sequence[float]) 
 
 
 def _decodes(shape: torch.Size, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
-    """Whether a call without gradients is one of decoding: few rows, and operands whose rows are dense.
+    """Whether a call without gradients is a decoding call: few rows, and operands whose rows are dense.
 
-    Not in batch-invariant mode, where more rows would go to another kernel.
+    Never in batch-invariant mode, in which more rows would select another kernel.
     """
     dense = weight.stride(1) == lora_a.stride(1) == lora_b.stride(1) == 1
     return dense and count_rows(shape) <= _DECODE_ROWS and not is_batch_invariant()
@@ -224,7 +222,7 @@ def _decodes(shape: torch.Size, weight: Tensor, lora_a: Tensor, lora_b: Tensor) 
 def _explain(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, gate_index: Tensor | None
 ) -> None:
-    """Raise the error that says which argument does not fit and what would."""
+    """Raise the error that says which argument does not fit and what was expected."""
     op = "multi_lora_linear"
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("gate", gate)):
         if tensor.dim() != 2:

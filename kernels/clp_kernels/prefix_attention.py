@@ -1,14 +1,14 @@
-"""prefix_attention: causal attention over packed sequences of which several continue one: completions and their prompt.
+"""prefix_attention: causal attention over packed sequences. Several sequences may continue one: completions, their prompt.
 
     z_ij = scale * q_i . k_j                    [ -> softcap * tanh(z_ij / softcap) ]
     out_i = sum_j softmax_j(z_ij) v_j           over the tokens j of i's sequence up to i itself, and all of its parent's
 
-What attention usually gets is a group of completions of one prompt, padded, each with a copy of the prompt's keys and values.
-Here a prompt's tokens are in the row once: they attend once, and their keys and values are read, and get their gradient, once
-for all completions. With Hq heads of size D and e bytes an element, the least work is 4 D Hq FLOPs for each pair (i, j) forward
-and 8 D Hq backward (10 D Hq where z is made again), and 2 e N D (Hq + Hkv) bytes forward, twice that backward.
+Attention usually gets a padded group of completions of one prompt, each with a copy of the prompt's keys and values. Here the
+row contains a prompt's tokens once. They attend once, and their keys and values are read, and get their gradient, once for all
+completions. With Hq heads of size D and e bytes an element, the least work is 4 D Hq FLOPs for each pair (i, j) forward and
+8 D Hq backward (10 D Hq if z is recomputed), and 2 e N D (Hq + Hkv) bytes forward and twice that backward.
 
-The log of the sum of exponentials, (N, Hq), is all that is kept for the backward pass beside inputs and output. On CUDA devices
+Beside inputs and output, only the log of the sum of exponentials, (N, Hq), is kept for the backward pass. On CUDA devices
 torch's flex_attention serves, which has an autograd of its own: `triton_kernels/prefix_attention.py`.
 """
 
@@ -42,20 +42,19 @@ def prefix_attention(
 ) -> Tensor:
     """out_i = sum_j softmax_j(scale q_i . k_j) v_j, j over i's own sequence up to i and the whole of its parent.
 
-    q        (N, Hq, D), in any strides (a transposed (1, Hq, N, D) view costs nothing where D is dense)
+    q        (N, Hq, D), in any strides (a transposed (1, Hq, N, D) view costs nothing if D is dense)
     k, v     (N, Hkv, D), Hq a multiple of Hkv: query head h attends to head h // (Hq / Hkv)
-    layout   which tokens are one sequence, and which continues which
-    scale    D ** -0.5 where it is None
-    softcap  scores become softcap * tanh(score / softcap); None leaves them
-    window   only keys whose position is above the query's minus window; positions count through the parent, so that a
-             completion's first token has the position len(parent). None: all
+    layout   the sequence of each token, and the sequence that each sequence continues
+    scale    None means D ** -0.5
+    softcap  scores become softcap * tanh(score / softcap); None leaves them unchanged
+    window   a query sees only keys at positions above its own minus window. Positions continue from the parent: a completion's
+             first token has the position len(parent). None: all
     returns  (N, Hq, D), contiguous, in q's dtype
 
-    Gradients reach q, k and v; there are no second derivatives. Scores, softmax and sums are in float32 (float64 for float64).
+    Gradients reach q, k and v. There are no second derivatives. Scores, softmax and sums are in float32 (float64 for float64).
     Under autocast q, k and v are cast to the autocast dtype.
 
-    On a CPU a sequence with what continues it gives the same bits whatever else is in the row, and whatever the number of
-    threads.
+    On a CPU a sequence and its continuations have the same bits whatever else is in the row, and for any number of threads.
 
     Raises ValueError (shapes, devices, options), TypeError (dtypes).
     """
@@ -151,7 +150,7 @@ def _autograd_backward(ctx, d_out, _):
     return *(next(grads) if need else None for need in needs), *(None,) * 5
 
 
-# starts and parents are on the host, whatever device the rest is on.
+# starts and parents are on the host, on whatever device the other tensors are.
 register(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor parents, float scale, float? softcap, "
     "SymInt? window) -> (Tensor, Tensor)",

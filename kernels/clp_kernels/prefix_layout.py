@@ -13,21 +13,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PrefixLayout:
-    """N tokens in one row without padding, as S sequences, of which some continue another: completions, their prompt.
+    """N tokens in one row without padding, as S sequences. A sequence may continue another, as completions continue a prompt.
 
-    starts   (S + 1,) int64: sequence s is tokens starts[s] to starts[s + 1]; from 0 to N, and never decreasing (a sequence may
+    starts   (S + 1,) int64: sequence s is tokens starts[s] to starts[s + 1]. From 0 to N, and never decreasing (a sequence may
              be empty)
-    parents  (S,) int64: the sequence that s continues, or -1. It comes before s and has no parent itself. Several may
-             continue one: that is what the layout is for. Sequences that continue one need not lie next to each other.
+    parents  (S,) int64: the sequence that s continues, or -1. A parent comes before s and has no parent itself. Several
+             sequences may continue one, and need not be adjacent
 
-    Both are taken as lists, tuples or tensors, and kept on the host, whatever device the tokens are on: nothing that reads a
-    layout waits for a device. Raises ValueError (values), TypeError (dtypes). Meant to be made once and used by all layers.
+    Both are given as lists, tuples or tensors, and are kept on the host, on whatever device the tokens are: reading a layout
+    never waits for a device. Raises ValueError (values), TypeError (dtypes). All layers should share one layout.
     """
 
     starts: Tensor
     parents: Tensor
     tokens: int = field(init=False)  # N
-    device_cache: dict = field(default_factory=dict, init=False, repr=False)  # what back-ends derive from it
+    device_cache: dict = field(default_factory=dict, init=False, repr=False)  # derived by back-ends
 
     def __post_init__(self):
         starts, parents = _integers("starts", self.starts), _integers("parents", self.parents)
@@ -61,7 +61,7 @@ class PrefixLayout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], parents: Sequence[int]) -> PrefixLayout:
-        """The layout of sequences of these lengths, one behind the other."""
+        """The layout of consecutive sequences of these lengths."""
         return cls(list(accumulate(lengths, initial=0)), parents)
 
     @property
@@ -81,7 +81,7 @@ class PrefixLayout:
 
     @cached_property
     def _positions(self) -> Tensor:
-        # A parent of -1 takes the 0 at the end.
+        # A parent of -1 selects the 0 at the end.
         before = torch.cat([self.lengths, self.lengths.new_zeros(1)])[self.parents]
         return torch.arange(self.tokens, device="cpu") + (before - self.starts[:-1])[self.sequences]
 

@@ -1,11 +1,11 @@
-"""What every op registers with torch.library, in the namespace clp_kernels: schema, implementation, fake, autograd.
+"""Registration of an op with torch.library, in the namespace clp_kernels: schema, implementation, fake, autograd.
 
     register(schema, implementation, fake)                      an operator
     differentiable(name, backward, setup_context)               its gradients
-    differentiable(name, backward, setup_context, instead=...)  the same, without second derivatives: asking for one raises
+    differentiable(name, backward, setup_context, instead=...)  its gradients, without second derivatives: asking for one raises
 
-An operator has one implementation for every device, which chooses the back-end by itself (`backends.select`). The fake makes
-outputs of the right form, for torch.compile.
+An operator has one implementation for all devices, which chooses the back-end itself (`backends.select`). The fake returns
+outputs of the right shapes and dtypes, for torch.compile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LIBRARY = torch.library.Library("clp_kernels", "FRAGMENT")
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
-    """schema: "name(Tensor x, ...) -> ...", as torch.library has it; implementation and fake take its arguments in order."""
+    """schema: "name(Tensor x, ...) -> ...", as in torch.library. implementation and fake take its arguments in order."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -28,9 +28,10 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
 def differentiable(
     name: str, backward: Callable, setup_context: Callable, *, instead: str | None = None
 ) -> None:
-    """backward(ctx, *gradients of outputs), setup_context(ctx, inputs, output): as torch.library.register_autograd has them.
+    """Register gradients. backward(ctx, *gradients of outputs) and setup_context(ctx, inputs, output) are as for
+    torch.library.register_autograd.
 
-    instead  what has second derivatives; None where `backward` is made of differentiable operators
+    instead  names an alternative that has second derivatives; None if `backward` is made of differentiable operators
     """
     qualified = f"clp_kernels::{name}"
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
@@ -43,7 +44,7 @@ def differentiable(
 
 
 def no_second_derivative(op: str, instead: str | None = None) -> NotImplementedError:
-    """The error to raise where a gradient of a gradient is asked for."""
+    """The error for a call that asks for a gradient of a gradient."""
     remedy = f", or {instead}" if instead else ""
     return NotImplementedError(
         f"{op}: second derivatives are not implemented; use create_graph=False{remedy}"

@@ -3,12 +3,11 @@
     W_g = base + sum_i blend[g, i] S_i        y_g = x_g W_g^T + bias        dx_g = dy_g W_g
     D_g = dy_g^T x_g                          dS_i = sum_g blend[g, i] D_g  d_blend[g, i] = <D_g, S_i>
 
-All but the products is what interpolation.py's back-ends do: blends of the stack, blends of the D_g, inner products. The
-blends go in batches, so that what is written and read again (W_g, D_g) stays within a bound, and the stack is read once for
-a whole batch.
+Everything but the products uses interpolation.py's back-ends: blends of the stack, blends of the D_g, inner products. The
+blends are processed in batches, which bounds the memory for W_g and D_g and reads the stack once per batch.
 
-The cost model, in FLOPs for each element of one weight, where a byte takes as long as `balance` FLOPs (the matrix-product
-rate over the memory bandwidth) and M counts the base:
+The cost model counts FLOPs for each element of one weight. A byte takes as long as `balance` FLOPs (the matrix-product rate
+over the memory bandwidth), and M includes the base:
 
     blended weights     2 rows + balance * itemsize * (M * batches + 2 groups)
     blended products    2 rows M + balance * itemsize * M
@@ -27,7 +26,7 @@ from clp_kernels.tensor_lists import Blends, Pairs, on_device
 
 
 class Interpolation(Protocol):
-    """A back-end's module of interpolation.py's ops."""
+    """A back-end's module with the ops of interpolation.py."""
 
     def blend(self, call: Blends) -> None: ...
 
@@ -36,23 +35,23 @@ class Interpolation(Protocol):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the choice and the batches depend on: FLOPs per byte, and the most bytes of blended weights at once."""
+    """The machine's numbers for the choice and the batches: FLOPs per byte, and the most bytes of blended weights at once."""
 
     balance: float
     scratch: int
 
     def batch(self, stack: Tensor) -> int:
-        """How many weights fit."""
+        """The number of blended weights that fit."""
         return max(1, self.scratch // max(1, stack[0].numel() * stack.element_size()))
 
 
 @dataclass(frozen=True)
 class RowGroups:
-    """The rows of each blend, side by side.
+    """The rows of x grouped by blend.
 
-    order   the rows in that order, or None: they are so already
-    firsts  group k is rows firsts[k] to firsts[k + 1] of the order; there is a row in each
-    blends  the row of `blend` that each takes
+    order   the rows in the order of the groups, or None if they are in that order already
+    firsts  group k is rows firsts[k] to firsts[k + 1] of the order; no group is empty
+    blends  the row of `blend` for each group
     """
 
     order: Tensor | None
@@ -66,7 +65,7 @@ class RowGroups:
         return tensor if self.order is None else torch.empty_like(tensor).index_copy_(0, self.order, tensor)
 
     def batches(self, most: int):
-        """Runs of up to `most` groups: (their indices, how many rows each has, where that is one number)."""
+        """Batches of up to `most` groups: (the groups' indices, the number of rows of each if it is the same for all)."""
         for start in range(0, len(self.blends), most):
             chosen = range(start, min(start + most, len(self.blends)))
             counts = {self.firsts[k + 1] - self.firsts[k] for k in chosen}
@@ -89,7 +88,7 @@ def row_groups(groups: int, rows: int, gate_index: Tensor | None) -> RowGroups:
 
 
 def blends_weights(machine: Machine, rows: int, groups: int, stack: Tensor, base: Tensor | None) -> bool:
-    """Whether the cost model is for blended weights; never in batch-invariant mode, as it looks at the number of rows."""
+    """Whether the cost model prefers blended weights. Never in batch-invariant mode, as the model depends on rows."""
     if is_batch_invariant():
         return False
     models = stack.shape[0] + (base is not None)
@@ -99,7 +98,7 @@ def blends_weights(machine: Machine, rows: int, groups: int, stack: Tensor, base
 
 
 def _coefficients(blend: Tensor, groups: RowGroups, chosen: range) -> Tensor:
-    """(1, groups, M) float32; NaN for an index out of range, which a GPU does not look for."""
+    """(1, groups, M) float32. NaN for an index out of range, which is not checked on a GPU."""
     rows = [groups.blends[k] for k in chosen]
     inside = [0 <= row < blend.shape[0] for row in rows]
     index = on_device([row if fine else 0 for row, fine in zip(rows, inside)], torch.int64, blend.device)
@@ -119,7 +118,7 @@ def forward(
     machine: Machine,
     ops: Interpolation,
 ) -> Tensor:
-    """y (rows, N) for x (rows, K)."""
+    """The output y (rows, N) for x (rows, K)."""
     rows, (_, out_features, in_features) = x.shape[0], stack.shape
     x = groups.gathered(x)
     y = x.new_empty(rows, out_features)
@@ -169,7 +168,7 @@ def backward(
     dy, x = groups.gathered(dy), groups.gathered(x) if need_stack or need_blend else None
     dx = dy.new_empty(rows, in_features) if need_x else None
     most = min(machine.batch(stack), max(len(groups.blends), 1))
-    # One batch: written at once. Several: added up in float32.
+    # A single batch is written directly. Several batches are added up in float32.
     several = len(groups.blends) > most
     d_stack = None
     if need_stack:

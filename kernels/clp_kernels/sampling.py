@@ -4,17 +4,16 @@
     token = first v, in index order, at which  sum_{j <= v, j kept} p_j  >  u * sum_{j kept} p_j
     logprob = log p_token
 
-u is one uniform per row. The log-prob is that of the untruncated distribution at the temperature, whatever
-top_k, top_p and min_p left out: it is what a training pass computes from the same logits, and importance
-ratios are formed with.
+u is one uniform number per row. The log-prob is that of the untruncated distribution at the temperature, with or without top_k,
+top_p and min_p. A training pass computes the same log-prob from the same logits, so that importance ratios are right.
 
-What is kept is decided by a threshold on the logit, hence does not depend on the order of equal logits:
+The kept tokens are those with a logit above a threshold, so that they do not depend on the order of equal logits:
     top_k  logits no smaller than the k-th largest (ties at the k-th are all kept)
-    top_p  the fewest of the largest logits whose mass, of what top_k kept, reaches p (and all their ties)
+    top_p  the fewest largest logits, after top_k, whose share of the mass that top_k kept reaches p (and all their ties)
     min_p  p_v >= min_p * max p
 
-The C++ and Triton back-ends draw the same token as the reference for the same u, except where u falls within
-rounding (about 1e-6 of the row's mass) of the border between two tokens.
+For the same u, the C++ and Triton back-ends draw the same token as the reference, unless u lies within rounding (about 1e-6 of
+the row's mass) of the border between two tokens.
 """
 
 from __future__ import annotations
@@ -52,17 +51,17 @@ def sample_tokens(
     top_k        an int or (rows,); None, 0 or V keeps all
     top_p        in (0, 1], a float or (rows,); None or 1 keeps all
     min_p        in [0, 1], a float or (rows,); None or 0 keeps all
-    generator    gives one uniform per row: the same state, the same tokens
-    seeds        (rows,) int64, instead of a generator: a row's token then depends on its logits and its seed
-                 alone, whatever else is in the batch. Each draw wants its own; consecutive ones will do
+    generator    gives one uniform number per row: the same state gives the same tokens
+    seeds        (rows,) int64, instead of a generator. A row's token then depends only on its logits and its seed, whatever
+                 else is in the batch. Each draw needs a seed of its own; consecutive integers are good seeds
     out          (tokens, logprob) to write into, contiguous
     returns      tokens (rows,) int64, logprob (rows,) float32
 
     Not differentiable. Under torch.compile use seeds or the default generator.
 
-    Raises ValueError (shapes, values given as numbers, both generator and seeds; on a CPU also a row whose
-    largest logit is not finite) and TypeError (dtypes). On a GPU, where finding out would stall the stream,
-    such a row's token is -1 and its log-prob NaN. Values of per-row options are not looked at.
+    Raises ValueError (shapes, values given as numbers, both generator and seeds; on a CPU also a row whose largest logit is not
+    finite) and TypeError (dtypes). On a GPU a check for such a row would stall the stream: its token is -1 and its log-prob
+    NaN. Values of per-row options are not checked.
     """
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"sample_tokens: logits is {tuple(logits.shape)}; expected (rows, V) with V > 0")
@@ -111,7 +110,7 @@ def sample_tokens(
     return tokens, logprob
 
 
-_MOST, _LEAST = torch.finfo(torch.float32).max, 2.0**-149  # of float32's positive numbers
+_MOST, _LEAST = torch.finfo(torch.float32).max, 2.0**-149  # the largest and the least positive float32
 _NUMBERS = {
     "temperature": (lambda t: 0 <= t <= _MOST, "0 (greedy) or more"),
     "top_k": (lambda k: k >= 0 and k == int(k), "a whole number, 0 or more"),
@@ -121,8 +120,8 @@ _NUMBERS = {
 
 
 def checked_number(op: str, name: str, value: float) -> float:
-    """An option given as a number, as every back-end takes it: one that a float32 holds, positive if it is, or for top_k an
-    int64. Raises ValueError."""
+    """An option given as a number, in the form that every back-end takes: an int64 for top_k, otherwise a number that a float32
+    holds, still positive if it was. Raises ValueError."""
     allowed, expected = _NUMBERS[name]
     try:
         fine = allowed(value)

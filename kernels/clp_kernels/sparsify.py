@@ -31,24 +31,24 @@ def sparsify(
     seed: int | None = None,
     out: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | list[Tensor]:
-    """delta with only a share `density` of its elements kept and the others 0; for a tensor or a list of P tensors.
+    """delta with a share `density` of its elements kept and the others 0, for a tensor or a list of P tensors.
 
     density  in (0, 1]
     method   "random": each element is kept with probability density (DARE, Yu et al. 2024)
-             "magnitude": the ceil(density * elements) largest abs(delta) of each tensor are kept, and all that equal the
+             "magnitude": the ceil(density * elements) largest abs(delta) of each tensor are kept, with all ties of the
              smallest of them (TIES' trim)
-    rescale  divide what is kept by density. None: for random, whose expectation is then delta, and not for magnitude
+    rescale  divide the kept elements by density. None: yes for random, which makes delta the expectation, no for magnitude
     seed     for random, any integer of 64 bits. The mask is a function of (seed, place in the list, index in the flattened
-             tensor) alone: element j of tensor p, counted from 0, is kept where u(s_p, j) < density, u(s, j) being the 53 upper
-             bits of output j of SplitMix64 started at s, as a fraction of 1; s_p = mix(mix(seed) + p), and mix(x) is output 0
-             of SplitMix64 started at x. Hence it is the same with every back-end, device and dtype
+             tensor) alone: element j of tensor p, counted from 0, is kept if u(s_p, j) < density. u(s, j) is the 53 upper
+             bits of output j of SplitMix64 started at s, as a fraction of 1. s_p = mix(mix(seed) + p), and mix(x) is output 0
+             of SplitMix64 started at x. The mask is therefore the same with every back-end, device and dtype
     out      takes the result and is returned; it may be delta
     returns  as delta, in its dtype
 
-    Not differentiable. For magnitude the tensors' thresholds are found one after the other, on a GPU by torch's kthvalue;
-    the rest is one launch.
+    Not differentiable. For magnitude the tensors' thresholds are found one after the other, on a GPU by torch's kthvalue.
+    All other work is one launch.
 
-    Raises ValueError (density, method, a seed missing or not used, shapes, devices), TypeError (dtypes), RuntimeError where a
+    Raises ValueError (density, method, a seed missing or not used, shapes, devices), TypeError (dtypes), and RuntimeError if a
     gradient is asked for.
     """
     refuse_wrapped("sparsify", delta=delta, out=out)

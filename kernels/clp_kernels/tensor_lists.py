@@ -1,8 +1,8 @@
-"""What the ops over lists of tensors (interpolation.py, averaging.py, sparsify.py) share: checks of their arguments, what they
-hand to their back-ends, and the tables these make of it.
+"""The common parts of the ops over lists of tensors (interpolation.py, averaging.py, sparsify.py): checks of arguments, the
+arguments of back-ends, and the back-ends' tables.
 
-A list's tensors are called items. An item's stack is given in parts: tensors with a leading dimension of models, which
-follow one another: one part of (M, ...), or M parts of (1, ...). A back-end reads them as M tensors of the item's shape.
+A list's tensors are called items. An item's stack is given in parts, which are tensors with a leading dimension of models: one
+part of (M, ...), or M parts of (1, ...). A back-end reads them as M tensors of the item's shape.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Blends:
     """outs[p][g] = base_scale * bases[p] + merge over i of weights[rows[p], g, i] * stacks[p][i], for each item p.
 
     stacks      parts of one dtype
-    weights     (any, G, M), float32, or float64 where an item is
+    weights     (any, G, M), float32, or float64 if an item is
     bases       in the dtype of outs, or None
-    outs        (G, ...) or, where G is 1, (...); contiguous, one dtype; with G = 1 an item's base or one of its stack
-    merge       of MERGES; consensus as interpolation.merge_sign_consensus has it
+    outs        (G, ...) or, if G is 1, (...); contiguous, one dtype; with G = 1 it may be an item's base or one of its stack
+    merge       one of MERGES; the two consensus forms are those of interpolation.merge_sign_consensus
     """
 
     stacks: Sequence[Sequence[Tensor]]
@@ -45,7 +45,7 @@ class Blends:
 
 @dataclass(frozen=True)
 class Pairs:
-    """[p, l, r] = sum over elements of left[p][l] * right[p][r]; each side parts of one dtype."""
+    """[p, l, r] = sum over elements of left[p][l] * right[p][r]. Each side has parts of one dtype."""
 
     left: Sequence[Sequence[Tensor]]
     right: Sequence[Sequence[Tensor]]
@@ -56,11 +56,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Sparse:
-    """outs[p] = scale * tensors[p] where it is kept, else 0; contiguous, one dtype.
+    """outs[p] = scale * tensors[p] for kept elements, 0 for others. Contiguous tensors of one dtype.
 
-    states      for a random mask, item p's state of the hash: element j stays where hash(states[p], j) < kept, with hash
-                the upper 53 bits of the j-th output of SplitMix64 started at the state; otherwise None
-    thresholds  (items,) float32 (float64 where an item is), without states: an element stays unless abs(x) < threshold
+    states      for a random mask, item p's state of the hash: element j is kept if hash(states[p], j) < kept, with hash
+                the upper 53 bits of the j-th output of SplitMix64 started at the state. Otherwise None
+    thresholds  (items,) float32 (float64 if an item is), without states: an element is kept unless abs(x) < threshold
     """
 
     tensors: Sequence[Tensor]
@@ -72,8 +72,8 @@ class Sparse:
 
 
 def on_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.tensor(values), nested lists of numbers, without the host waiting for the device, and so that a CUDA graph that is
-    being captured keeps them."""
+    """torch.tensor(values) for nested lists of numbers. The host does not wait for the device, and a CUDA graph that is being
+    captured keeps the values."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     host = torch.tensor(values, dtype=dtype, device="cpu")
@@ -90,7 +90,7 @@ def models_of(parts: Sequence[Tensor]) -> int:
 
 
 def dense(parts: Sequence[Tensor], alive: list[Tensor]) -> list[int]:
-    """The address of each model of the parts, in dense memory; what was copied for that is put into `alive`."""
+    """The address of each model of the parts in dense memory. Copies made for that are appended to `alive`."""
     found = []
     for part in parts:
         if not part.is_contiguous():
@@ -110,7 +110,7 @@ def by_item(flat: Sequence[Tensor], parts: int) -> list[list[Tensor]]:
 
 
 def by_kind(kinds: Sequence[tuple]) -> dict[tuple, list[int]]:
-    """The items of each combination of dtypes: a launch takes one."""
+    """The indices of the items for each combination of dtypes, which is one launch."""
     found: dict[tuple, list[int]] = {}
     for p, kind in enumerate(kinds):
         found.setdefault(kind, []).append(p)
@@ -140,7 +140,7 @@ def refuse_twice(op: str, tensors: Sequence[Tensor], name: str) -> None:
 
 
 def put_back(outs: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
-    """What was written for `outs`, in them; autograd is told that they changed."""
+    """Copy `results` into `outs` where they are other tensors, and tell autograd that `outs` changed."""
     for out, result in zip(outs, results):
         if out is result:
             torch.autograd.graph.increment_version(out)

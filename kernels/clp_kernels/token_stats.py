@@ -1,14 +1,13 @@
-"""What linear_logprob and logits_logprob share: their result, and the algebra from running sums to statistics and back.
+"""The result of linear_logprob and logits_logprob, and the algebra between running sums, statistics and gradients.
 
 With z the policy's logits and z' the reference's (after bias, scale, softcap and temperature), p = softmax(z), q = softmax(z'):
 
     logprob = z[target] - lse(z)      entropy = -sum p log p      kl = sum p (log p - log q)
     ref_logprob = z'[target] - lse(z')      reverse_kl = sum q (log q - log p)      lse = log sum e^z      top1 = argmax z
 
-A back-end reduces each row to `Sums`. Those of two pieces of the vocabulary merge associatively: with m = max(m1, m2) and
+A back-end reduces each row to `Sums`. The sums of two pieces of the vocabulary merge associatively: with m = max(m1, m2) and
 k_i = e^(m_i - m), s = sum k_i s_i, a = sum k_i (a_i + (m_i - m) s_i), d = sum k_i d_i, t = sum t_i (`merge`).
-`statistics` turns sums into outputs, and `coefficients` gathers the
-outputs' incoming gradients into five numbers per row:
+`statistics` turns sums into outputs, and `coefficients` turns the outputs' incoming gradients into five numbers per row:
 
     dz_v = p_v (c0 + c1 (z_v - m_p) + c2 (z_v - z'_v)) + c3 q_v + ct [v is the target]
 """
@@ -33,11 +32,11 @@ NEED_REFERENCE = ("ref_logprob", "kl", "reverse_kl")
 
 
 class TokenStats(NamedTuple):
-    """One number per token for each output that was asked for, in the shape of the rows; None for the others.
+    """One number per token for each output that was asked for, in the shape of the rows. None for the others.
 
-    float32 (float64 where the inputs are), top1 int64. Everything is 0 where the target is ignore_index. Logits that are not
-    finite are taken as torch takes them: top1 is the first NaN where there is one, lse NaN there and inf where a logit is
-    +inf, and the others are NaN in both.
+    float32 (float64 if the inputs are), top1 int64. All outputs are 0 if the target is ignore_index. Logits that are not finite
+    are treated as in torch: top1 is the first NaN if there is one; lse is NaN if a logit is NaN, and inf if one is +inf; the
+    other outputs are NaN in both cases.
     """
 
     logprob: Tensor | None = None
@@ -50,11 +49,11 @@ class TokenStats(NamedTuple):
 
 
 class HeadLoRA(NamedTuple):
-    """Low-rank change of the output projection, blended per row: logits += ((hidden a^T) * gate) b^T.
+    """A low-rank change of the output projection, blended per row: logits += ((hidden a^T) * gate) b^T.
 
-    a (R, H) and b (V, R), all adapters' factors stacked; gate (rows, R), or anything that broadcasts to hidden's leading
-    dimensions and R. Each floating point, float32 or hidden's dtype; products accumulate in
-    float32, on a GPU with a and b rounded to hidden's dtype.
+    a (R, H) and b (V, R) stack all adapters' factors. gate is (rows, R), or broadcasts to hidden's leading dimensions and R.
+    Each is floating point, in float32 or hidden's dtype. Products accumulate in float32, on a GPU with a and b rounded to
+    hidden's dtype.
     """
 
     a: Tensor
@@ -64,7 +63,7 @@ class HeadLoRA(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """A linear_logprob call, rows flattened: hidden (T, H), weight (V, H), biases (V,), the row options as logits' below."""
+    """A linear_logprob call with flattened rows: hidden (T, H), weight (V, H), biases (V,), and row options as for `Rows`."""
 
     hidden: Tensor
     weight: Tensor
@@ -77,23 +76,23 @@ class Head:
 
 @dataclass(frozen=True)
 class Rows:
-    """What every row has: targets (T,) int64 or None, inv_temperature (T,), and how its logits become z."""
+    """The options of rows: targets (T,) int64 or None, inv_temperature (T,), and the map from logits to z."""
 
     targets: Tensor | None
     inv_temperature: Tensor
     softcap: float | None
     logit_scale: float
     ignore_index: int
-    shard: bool = False  # the columns are a shard of the vocabulary, and a target of -1 lies in another one
+    shard: bool = False  # the columns are a shard of the vocabulary; a target of -1 lies in another shard
 
 
 @dataclass(frozen=True)
 class Keep:
-    """What a fused forward leaves for the backward pass, beside `saved`: logits, directions, or nothing.
+    """The data that a fused forward keeps for the backward pass beside `saved`: logits, directions, or nothing.
 
-    rows, copies  the raw logits of the first `rows` rows, `copies` heads' (2: the reference's too)
-    directions    names of outputs whose derivative in hidden is kept, a vector (H + R,) per row each, for the whole call: all
-                  that backward has left to do is to multiply it by the incoming gradient
+    rows, copies  the raw logits of the first `rows` rows, of `copies` heads (2: the reference's too)
+    directions    names of outputs whose derivative in hidden is kept, one vector (H + R,) per row each, for the whole call.
+                  The backward pass only multiplies it by the incoming gradient
     """
 
     rows: int = 0
@@ -101,20 +100,20 @@ class Keep:
     directions: tuple[str, ...] = ()
 
     def shape(self, head: Head) -> tuple[int, int, int]:
-        """Of the tensor that holds it, float32."""
+        """The shape of the float32 tensor that holds the data."""
         if not self.directions:
             return self.copies, self.rows, head.weight.shape[0]
         return len(self.directions), head.hidden.shape[0], direction_width(head)
 
 
 def direction_width(head: Head) -> int:
-    """H, and R for what passes through the LoRA factors."""
+    """The width of a direction: H, plus R for the LoRA factors."""
     return head.hidden.shape[1] + (0 if head.lora is None else head.lora.a.shape[0])
 
 
 @dataclass
 class HeadGradients:
-    """Gradients of a linear_logprob call; None where not asked for. The caller casts them to the arguments' dtypes."""
+    """Gradients of a linear_logprob call. None if not asked for. The caller casts them to the arguments' dtypes."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -125,11 +124,11 @@ class HeadGradients:
 
 
 class Sums(NamedTuple):
-    """A row's running sums, each (rows,); the reference's are None where there is none.
+    """A row's running sums, each (rows,). The reference's are None without a reference.
 
     m = max z   s = sum e^(z-m)   a = sum e^(z_p-m_p) (z_p-m_p)   d_p = sum e^(z_p-m_p) (z_p-z_q)
     d_q = sum e^(z_q-m_q) (z_q-z_p)   t = z at the target
-    An infinite m stands for 0 in the exponents: s is inf where m is +inf, and NaN where a z is NaN.
+    In the exponents 0 replaces an infinite m: s is inf if m is +inf, and NaN if a z is NaN.
     """
 
     m_p: Tensor
@@ -143,12 +142,12 @@ class Sums(NamedTuple):
     t_q: Tensor
 
 
-_LEAST_TEMPERATURE = 2.0**-126  # float32 holds its inverse
+_LEAST_TEMPERATURE = 2.0**-126  # the least number whose inverse a float32 holds
 KEEP_BYTES = (
     64 << 20
-)  # of what the CPU back-end keeps between forward and backward without being asked, where all fits
-# Width (H) from which keeping a logit is faster than computing it again: 8 bytes of traffic against 2 H operations, at 10 GB/s
-# and 0.3 TFLOP/s on two CPU cores, 4.3 TB/s and 790 TFLOP/s on an H200.
+)  # bytes that the CPU back-end keeps between forward and backward by default, if all fits
+# The width (H) from which keeping a logit is faster than computing it again: 8 bytes of traffic against 2 H operations, at
+# 10 GB/s and 0.3 TFLOP/s on two CPU cores, and 4.3 TB/s and 790 TFLOP/s on an H200.
 _WORTH_KEEPING = {"cpu": 128, "triton_kernels": 768}
 DIRECTED = ("logprob", "kl", "lse")  # the outputs whose derivative in hidden may be kept (`what_to_keep`)
 SAVED = (
@@ -157,13 +156,13 @@ SAVED = (
 
 
 def merge(pieces: Sums) -> Sums:
-    """Sums of the pieces of a vocabulary, every field (pieces, rows), into those of the whole, added in the order given.
+    """The sums of a whole vocabulary from those of its pieces, every field (pieces, rows), added in the given order.
 
-    A piece that is empty or masked throughout has m = -inf and counts for nothing. Differentiable, with the maxima constant.
+    An empty or fully masked piece has m = -inf and does not contribute. Differentiable, with the maxima as constants.
     """
 
     def finite(m: Tensor) -> Tensor:
-        return m.masked_fill(m.isinf(), 0)  # a stand-in: the difference of two infinities would be NaN
+        return m.masked_fill(m.isinf(), 0)  # 0 replaces infinities, whose difference would be NaN
 
     def added(*fields: Tensor) -> tuple[Tensor, ...]:
         return functools.reduce(torch.add, torch.stack(fields, 1).unbind()).unbind()
@@ -181,8 +180,10 @@ def merge(pieces: Sums) -> Sums:
 
 
 def merge_top1(m_p: Tensor, s_p: Tensor, top1: Tensor) -> Tensor:
-    """The lowest of the columns top1 (pieces, rows) in whose piece the row's largest z is, NaN being larger than all others;
-    m_p, s_p (pieces, rows)."""
+    """The column of each row's largest z, from the pieces' top1, m_p and s_p, each (pieces, rows).
+
+    A NaN counts as larger than all numbers. The lowest column wins a tie.
+    """
     nan = s_p.isnan()
     m_p = m_p.masked_fill(nan, torch.inf)
     others = (m_p < m_p.amax(0)) | (nan.any(0) & ~nan)
@@ -196,9 +197,9 @@ def statistics(
     ignored: Tensor | None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], Tensor]:
-    """-> the outputs in the order of OUTPUTS (empty where not asked), and the (SAVED, rows) tensor of the backward pass."""
+    """The outputs in the order of OUTPUTS (empty if not asked for), and the (SAVED, rows) tensor for the backward pass."""
     lse = sums.m_p + sums.s_p.log()
-    # Nothing but lse is defined where a z is +inf.
+    # If a z is +inf, only lse is defined.
     sums = sums._replace(
         s_p=sums.s_p.masked_fill(sums.s_p == torch.inf, torch.nan),
         s_q=None if sums.s_q is None else sums.s_q.masked_fill(sums.s_q == torch.inf, torch.nan),
@@ -210,7 +211,7 @@ def statistics(
         log_s_q = sums.s_q.log()
         log_ratio = (sums.m_p - sums.m_q) + (
             log_s_p - log_s_q
-        )  # lse_p - lse_q, small where the two are close
+        )  # lse_p - lse_q, which is small if the two are close
     formulas = {
         "logprob": lambda: (sums.t_p - sums.m_p) - log_s_p,
         "entropy": lambda: log_s_p - mean_a,
@@ -259,14 +260,14 @@ def coefficients(grads: dict[str, Tensor | None], saved: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def backend_module(op: str, table: tuple[tuple[str, str], ...], device: str, dtype: torch.dtype) -> str:
-    """Name of the module that serves the call; torch.compile takes the choice made while it traces."""
+    """Name of the module that serves the call. torch.compile keeps the choice made during tracing."""
     return select(op, dict(table), torch.device(device), dtype=dtype).__name__
 
 
 def check_outputs(
     op: str, outputs: Sequence[str], targets: Tensor | None, reference: Tensor | None, name: str
 ) -> tuple[str, ...]:
-    """`outputs` in the order of OUTPUTS. Raises ValueError for an unknown one or one whose input is missing."""
+    """`outputs` in the order of OUTPUTS. Raises ValueError for an unknown output, or one whose input is missing."""
     if isinstance(outputs, str):
         raise ValueError(
             f"{op}: outputs is the string {outputs!r}; expected a sequence of names, such as ({outputs!r},)"
@@ -286,7 +287,7 @@ def check_outputs(
 def check_differentiable(
     op: str, differentiable: Sequence[str] | None, names: Sequence[str]
 ) -> tuple[str, ...]:
-    """Which of the outputs `names` pass gradients, in the order of OUTPUTS. Raises ValueError for a name that cannot."""
+    """The outputs in `names` that pass gradients, in the order of OUTPUTS. Raises ValueError for a name that cannot."""
     able = tuple(name for name in names if name in DIFFERENTIABLE)
     if differentiable is None:
         return able
@@ -312,7 +313,7 @@ def check_rows(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> tuple[Tensor | None, Tensor]:
-    """-> targets (T,) or None, and 1 / temperature (T,) float32, both contiguous. Raises ValueError, TypeError."""
+    """targets (T,) or None, and 1 / temperature (T,) float32, both contiguous. Raises ValueError, TypeError."""
     rows = math.prod(lead)
     if targets is not None:
         if tuple(targets.shape) != tuple(lead):
@@ -344,11 +345,12 @@ def check_rows(
 def kept_rows(
     module: str, rows: int, vocabulary: int, width: int, copies: int, keep_bytes: int | None
 ) -> int:
-    """How many rows, the first ones, have their float32 logits kept between forward and backward.
+    """The number of rows, from the first one on, whose float32 logits are kept between forward and backward.
 
-    A kept logit saves the backward pass its product (`copies` is 2 where it needs the reference's too) and costs 4 bytes,
-    written once and read once. As many rows as fit in keep_bytes, where the width makes it worth the traffic. Without a
-    bound, all or none: all where they fit in KEEP_BYTES on a CPU; none on a GPU, where memory is what callers want to save.
+    A kept logit saves the backward pass its product (`copies` is 2 if the product needs the reference's logit too). It costs
+    4 bytes, written once and read once. As many rows as fit in keep_bytes are kept if the width makes it worth the traffic.
+    Without keep_bytes, a CPU keeps all rows if they fit in KEEP_BYTES, and otherwise none. A GPU then keeps none, because its
+    callers want to save memory.
     """
     backend = module.split(".")[1]
     row_bytes = max(vocabulary, 1) * 4 * copies
@@ -366,26 +368,26 @@ def what_to_keep(
     *,
     shard: bool = False,
 ) -> Keep:
-    """What a call whose differentiable outputs are `names` keeps for the gradients in `needs` (fields of HeadGradients).
+    """The data that a call whose differentiable outputs are `names` keeps for the gradients in `needs` (of HeadGradients).
 
-    Counted are the products of T V H multiplications that are still to come once the logits are there, as they cost what they
-    cost in any case:
+    The count is of products of T V H multiplications after the logits are computed, since computing them costs the same in all
+    cases:
 
-        kept logits   1   d(loss)/d(logits) times W; and a kept logit's traffic, that of a product _WORTH_KEEPING wide
-        recomputed    2   the policy's logits again, and that product; 3 with kl or reverse_kl, which take the reference's too
-        directions    1   sum e^(z - m) W beside the running sums of the forward pass, rescaled as the maximum moves (as
-                          flash attention does); 2 with kl, for sum e (z - z') W
+        kept logits   1   d(loss)/d(logits) times W. A kept logit's traffic counts as a product of width _WORTH_KEEPING
+        recomputed    2   the policy's logits again, and that product; 3 with kl or reverse_kl, which need the reference's too
+        directions    1   sum e^(z - m) W beside the running sums of the forward pass, rescaled as the maximum moves (as in
+                          flash attention); 2 with kl, for sum e (z - z') W
 
-    logprob alone thus takes 2 products in all without a reference and 3 with one; with kl as well, 4 (5 recomputed). The fewest
-    win; with logprob and kl and room for both heads' logits, that is directions up to H = 256. entropy has no
-    direction: its sum e (z - m) W would be one product more, and 2 are what recomputing takes. Nor has reverse_kl: near the
-    reference the difference of sum p W and sum q W would lose what sum (p - q) W keeps.
+    logprob alone thus takes 2 products in all without a reference and 3 with one. With kl as well it takes 4 (5 if recomputed).
+    The fewest products win: with logprob and kl and room for both heads' logits, directions win up to H = 256. entropy has no
+    direction: its sum e (z - m) W would be one product more, which makes 2, as many as recomputing takes. reverse_kl has none:
+    near the reference, the difference of sum p W and sum q W would lose the precision that sum (p - q) W keeps.
 
-    Directions are for a frozen head (a gradient of weight, bias or lora_b is a sum over rows, which needs the incoming
-    gradients first); on a CPU (a GPU's tile of logits has no room for sums as wide as H); not for a shard of a vocabulary (its
-    maximum is not the whole one's); and, where products take 16-bit operands, for a single term: the difference of two
-    rounded sums would lose what a difference that is rounded once keeps. They count towards keep_bytes; without a bound they
-    may take KEEP_BYTES or a tenth of the logits, whichever is more.
+    Directions have four conditions. The head is frozen: a gradient of weight, bias or lora_b is a sum over rows, which needs
+    the incoming gradients first. The device is a CPU: a GPU's tile of logits has no room for sums as wide as H. The vocabulary
+    is not sharded: a shard's maximum is not that of the whole. With products of 16-bit operands there is only a single term:
+    the difference of two rounded sums would lose the precision of a difference that is rounded once. Directions count towards
+    keep_bytes. Without it they may take KEEP_BYTES or a tenth of the logits, whichever is more.
     """
     count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     with_reference = "kl" in names or "reverse_kl" in names
@@ -410,7 +412,7 @@ def what_to_keep(
 
 
 def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:
-    """What a forward op returns, as to shape and dtype: OUTPUTS, then `saved`."""
+    """Empty tensors of the shapes and dtypes that a forward op returns: OUTPUTS, then `saved`."""
     names = asked.split(",")
     outputs = [
         like.new_empty(rows if name in names else 0, dtype=torch.int64 if name == "top1" else torch.float32)
@@ -420,7 +422,7 @@ def empty_outputs(asked: str, like: Tensor, rows: int) -> list[Tensor]:
 
 
 def constant_outputs(differentiable: str, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs that no gradient passes through."""
+    """The outputs that pass no gradient."""
     names = differentiable.split(",")
     return [t for name, t in zip(OUTPUTS, outputs) if name not in names]
 
@@ -431,6 +433,6 @@ def as_token_stats(
     lead: Sequence[int],
     differentiable: Sequence[str] = OUTPUTS,
 ) -> TokenStats:
-    """The outputs `names`, in the rows' shape; detached where they are not `differentiable`."""
+    """The outputs `names`, in the rows' shape, detached unless they are `differentiable`."""
     asked = {name: value.reshape(lead) for name, value in zip(OUTPUTS, outputs) if name in names}
     return TokenStats(**{n: v if n in differentiable else v.detach() for n, v in asked.items()})

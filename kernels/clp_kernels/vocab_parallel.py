@@ -1,20 +1,21 @@
-"""vocab_parallel_linear_logprob: linear_logprob where every rank of a group holds some columns of the vocabulary.
+"""vocab_parallel_linear_logprob: linear_logprob for a vocabulary whose columns are divided among the ranks of a group.
 
-Each rank reduces its shard to `token_stats.Sums`, one all-gather brings the sums of all ranks to every rank, and `merge`,
-which also puts together the vocabulary splits of one GPU, adds them in the order of the ranks:
+Each rank reduces its shard to `token_stats.Sums`. One all-gather brings the sums of all ranks to every rank, and `merge`, which
+also merges the vocabulary splits of one GPU, adds them in the order of the ranks:
 
     m = max_r m_r    k_r = e^(m_r - m)    s = sum k_r s_r    a = sum k_r (a_r + (m_r - m) s_r)    d = sum k_r d_r    t = sum t_r
 
-Every rank merges the same numbers with the same operations, so every rank holds the same bits. Backward, a rank's columns
-need nothing from the others but the merged m, 1/s and means: dz is local, and so are d_weight, d_bias and d_b. What
-multiplies all columns is summed over the ranks: d_hidden = sum_r dz_r W_r, and likewise d_a and d_gate of the LoRA.
+Every rank merges the same numbers with the same operations, so that all ranks hold the same bits. In the backward pass a rank's
+columns need only the merged m, 1/s and means from the other ranks: dz is local, and so are d_weight, d_bias and d_b. The
+gradients of factors that multiply all columns are summed over the ranks: d_hidden = sum_r dz_r W_r, and likewise d_a and d_gate
+of the LoRA.
 
-In the reference back-end the gradients are torch's own: the rank's sums keep their graph inside the merge, the other ranks'
-are constants. The fused back-ends compute theirs from the merged sums.
+In the reference back-end the gradients are torch's own: the rank's sums keep their graph inside the merge, and the other ranks'
+sums are constants. The fused back-ends compute their gradients from the merged sums.
 
-A target that lies in another shard is -1 there and matches no column. An empty shard has m = -inf and zeros.
-Not done: overlapping the all-reduce of d_hidden with the product of d_weight, as the back-ends compute both in one walk over
-the vocabulary.
+A target that lies in another shard is -1 and matches no column. An empty shard has m = -inf and zeros.
+Not done: overlapping the all-reduce of d_hidden with the product of d_weight, because the back-ends compute both in one pass
+over the vocabulary.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ from clp_kernels.token_stats import (
 )
 
 _OP = "vocab_parallel_linear_logprob"
-_ELSEWHERE, _IGNORED = -1, -100  # what a shard's targets are where they are no column of it
+_ELSEWHERE, _IGNORED = -1, -100  # a shard's targets for a column of another shard, and for an ignored row
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SHARED = ("hidden", "lora_a", "gate")  # held by every rank alike: their gradients are summed over the ranks
+_SHARED = ("hidden", "lora_a", "gate")  # equal on all ranks; their gradients are summed over the ranks
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments on this rank, checked: head is the rank's shard, rows have the targets of the whole vocabulary."""
+    """The checked arguments on this rank. head is the rank's shard; rows have the targets of the whole vocabulary."""
 
     names: tuple[str, ...]
     differentiable: tuple[str, ...]
@@ -69,7 +70,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Ranks:
-    """The group, this rank's place in it, and its columns: start to start + V_r of `vocabulary`."""
+    """The group, this rank's number, and its columns: start to start + V_r of `vocabulary`."""
 
     group: dist.ProcessGroup | None
     rank: int
@@ -101,46 +102,47 @@ def vocab_parallel_linear_logprob(
     ignore_index: int = -100,
     keep_bytes: int | None = None,
 ) -> TokenStats:
-    """`linear_logprob` of a vocabulary whose columns lie on the ranks of a torch.distributed group (tensor parallelism).
+    """`linear_logprob` for a vocabulary whose columns lie on the ranks of a torch.distributed group (tensor parallelism).
 
     hidden, targets, ref_hidden, temperature, lora.a, lora.gate
-                      whole, and alike on every rank; targets are ids of the whole vocabulary, and so is top1
+                      whole, and equal on all ranks; targets and top1 are ids of the whole vocabulary
     weight            (V_r, H), this rank's tokens vocab_start to vocab_start + V_r. Shards may differ in size and be empty.
     bias, ref_weight, ref_bias, lora.b
                       the same tokens' part of each
     group             None: the default group. All its ranks make the call, with the same options and outputs.
     vocab_start       None: the shards follow each other in the order of the ranks
-    vocab_size        V, the sum of all V_r; None: found out
+    vocab_size        V, the sum of all V_r; None: found by an exchange
     differentiable    as in `linear_logprob`, the same on every rank
-    keep_bytes        as in `linear_logprob`, of the logits of this rank's shard; ranks may differ in it
+    keep_bytes        as in `linear_logprob`, for the logits of this rank's shard; it may differ between ranks
     reduce_gradients  True: d_hidden, d_lora.a and d_lora.gate are summed over the ranks. False: each rank gets its own term of
-                      the sums, for a caller who adds them up himself (a reduce-scatter under sequence parallelism)
-    returns           on every rank, to the bit, the `TokenStats` of the whole vocabulary; all else as in `linear_logprob`
+                      the sums, for a caller that adds them up (a reduce-scatter under sequence parallelism)
+    returns           on every rank, to the bit, the `TokenStats` of the whole vocabulary, otherwise as in `linear_logprob`
 
-    Gradients. Every rank computes the same loss from the outputs and runs backward, which contains a collective. Then hidden,
-    lora.a and lora.gate get on every rank the gradient that one process with the whole vocabulary would compute, once and not
-    times the number of ranks: the call contains Megatron's copy-to-parallel region, so hidden must not pass through another
-    one before. d_weight, d_bias and d_lora.b are those of the rank's own tokens: complete, nothing to be summed.
+    Gradients. Every rank computes the same loss from the outputs and runs backward, which contains a collective. On every rank,
+    hidden, lora.a and lora.gate then get the gradient that one process with the whole vocabulary would compute, and not a
+    multiple of it by the number of ranks. The call contains Megatron's copy-to-parallel region, so hidden must not pass through
+    another one before. d_weight, d_bias and d_lora.b are complete for the rank's own tokens, and need no sum over ranks.
 
-    Communication, T rows on k ranks. Forward, one all-gather of at most 10 numbers per row and rank, 40 bytes with Triton (80
-    with the CPU's and the reference's float64): the running sums that the outputs need, and top1. logprob takes 3 of
-    them, entropy, kl, reverse_kl and ref_logprob add 1, 3, 3 and 3 (two of which they share), top1 adds 1. Backward, one
-    all-reduce of d_hidden in float32 (4 T H bytes), rounded once to hidden's dtype after it, and with trained LoRA factors one
-    of their 4 R (H + T) bytes.
+    Communication, for T rows on k ranks. The forward pass has one all-gather of at most 10 numbers per row and rank, 40 bytes
+    with Triton (80 with the float64 of the CPU and the reference): the running sums that the outputs need, and top1. logprob
+    takes 3 numbers. entropy, kl, reverse_kl and ref_logprob add 1, 3, 3 and 3 (two of which they share), and top1 adds 1. The
+    backward pass has one all-reduce of d_hidden in float32 (4 T H bytes), rounded once to hidden's dtype after it. Trained LoRA
+    factors add one all-reduce of 4 R (H + T) bytes.
 
-    Before the forward the ranks exchange 14 integers each, sizes, dtypes and options, to find the offsets and to refuse
-    together what does not fit. On a GPU that waits for the stream; it is left out where both vocab_start and vocab_size are
-    given, on all ranks. The offsets are not remembered from call to call: of two heads with one size on this rank and two on
+    Before the forward pass the ranks exchange 14 integers each (sizes, dtypes and options), to find the offsets and to refuse
+    invalid arguments together. On a GPU that waits for the stream. The exchange is left out if both vocab_start and vocab_size
+    are given, on all ranks. The offsets are not cached between calls: if two heads had one size on this rank and two on
     another, this rank would skip the second exchange, and the other would wait in it.
 
-    Memory beside the inputs and gradients: what linear_logprob takes for V_r tokens, and a few times the gathered sums, those
+    Memory beside the inputs and gradients: that of linear_logprob for V_r tokens, and a few times the gathered sums, at most
     10 numbers per row and rank.
 
-    Under torch.compile the call is a graph break and runs as it is; fullgraph=True refuses it.
+    Under torch.compile the call is a graph break and runs uncompiled; fullgraph=True refuses it.
 
-    Raises what linear_logprob raises; ValueError where ranks disagree or the shards do not tile the vocabulary; RuntimeError
-    where torch.distributed is not initialised, or another rank refuses its arguments. With the exchange, all ranks raise or
-    none does. Without it a rank whose arguments alone are wrong raises alone, and the others wait for the group's timeout.
+    Raises as linear_logprob does. Also raises ValueError if ranks disagree or the shards do not tile the vocabulary, and
+    RuntimeError if torch.distributed is not initialised, or another rank refuses its arguments. With the exchange, all ranks
+    raise or none does. Without it a rank that alone has invalid arguments raises alone, and the others wait for the group's
+    timeout.
     """
     ranks = _ranks(group)
     call = refusal = None
@@ -148,7 +150,7 @@ def vocab_parallel_linear_logprob(
         call = _check(
             hidden, weight, targets, bias, temperature, softcap, logit_scale, ref_hidden, ref_weight, ref_bias, lora,
             outputs, ignore_index, differentiable=differentiable)  # fmt: skip
-    except Exception as error:  # raised below, after the other ranks have been told
+    except Exception as error:  # raised below, after the other ranks know of it
         refusal = error
     if vocab_start is None or vocab_size is None:
         given = (vocab_start, vocab_size)
@@ -163,7 +165,7 @@ def vocab_parallel_linear_logprob(
     ranks = replace(ranks, start=vocab_start, vocabulary=vocab_size)
     if hidden.device.type == "cpu":
         _check_targets(call.rows, vocab_size)
-    with torch.autocast(hidden.device.type, enabled=False):  # what it asks for has been cast already
+    with torch.autocast(hidden.device.type, enabled=False):  # the arguments have been cast already
         if call.module == reference.__name__:
             values = _plain(call, ranks, reduce_gradients)
         else:
@@ -187,7 +189,7 @@ def _ranks(group: dist.ProcessGroup | None) -> _Ranks:
 
 
 def _check(hidden: Tensor, *arguments, differentiable: Sequence[str] | None) -> _Call:
-    """What this rank can find wrong by itself, before the ranks wait for each other."""
+    """Check the arguments of this rank alone, before the ranks wait for each other."""
     names, lead, head, rows = checked_call(_OP, hidden, *arguments)
     inverse = rows.inv_temperature
     if hidden.device.type == "cpu" and not ((inverse > 0) & inverse.isfinite()).all():
@@ -216,7 +218,7 @@ def _outside(rows: Rows, vocabulary: int) -> Tensor:
     return ((rows.targets < 0) | (rows.targets >= vocabulary)) & (rows.targets != rows.ignore_index)
 
 
-# What the ranks must agree on, as an integer, and how an error shows it.
+# The values that the ranks must agree on, each as an integer, and its form in an error message.
 _AGREED = {
     "the number of rows": str,
     "hidden's width": str,
@@ -246,7 +248,7 @@ def _exchange(
     given: tuple[int | None, int | None],
     reduce_gradients: bool,
 ) -> tuple[int, int]:
-    """-> vocab_start and vocab_size. All ranks come here, those that refuse their arguments too, and all raise or none."""
+    """Return vocab_start and vocab_size. All ranks call this, also those with invalid arguments, and all raise or none does."""
     mine = [1, 0, 0, 0, -1, *[0] * len(_AGREED)]
     if refusal is None:
         head, rows = call.head, call.rows
@@ -296,7 +298,7 @@ def _exchange(
         expected = "at least one token" if given[1] is None else f"vocab_size={given[1]} in all"
         raise ValueError(f"{_OP}: the shards hold {columns} tokens; expected {expected}")
     wrong = [r for r in range(ranks.count) if lowest[r] < 0 or highest[r] >= vocabulary]
-    if wrong and ranks.rank not in wrong:  # its own are refused by the caller
+    if wrong and ranks.rank not in wrong:  # the caller raises this rank's own error
         raise IndexError(
             f"{_OP}: the targets of rank {wrong[0]} run from {lowest[wrong[0]]} to {highest[wrong[0]]}; expected 0 to "
             f"{vocabulary - 1}, and the same targets on every rank"
@@ -305,7 +307,7 @@ def _exchange(
 
 
 def _shard_rows(call: _Call, ranks: _Ranks) -> Rows:
-    """rows as the shard sees them: targets counted from its first column."""
+    """The rows with targets counted from the shard's first column."""
     rows, targets = call.rows, call.rows.targets
     if targets is not None:
         place = targets - ranks.start
@@ -326,7 +328,7 @@ def _fields(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _gather(sums: Sums | None, top1: Tensor | None, call: _Call, ranks: _Ranks) -> tuple[Sums, Tensor]:
-    """The sums of the whole vocabulary and its top1, from those of this rank's shard; None where the shard is empty."""
+    """The sums and top1 of the whole vocabulary, from those of this rank's shard, which are None if the shard is empty."""
     count, names = call.head.hidden.shape[0], call.names
     dtype, bits = (torch.float32, torch.int32) if ".triton" in call.module else (torch.float64, torch.int64)
     fields = _fields(names)
@@ -338,7 +340,7 @@ def _gather(sums: Sums | None, top1: Tensor | None, call: _Call, ranks: _Ranks) 
         elif field.startswith("m_"):
             mine[place] = -torch.inf
     if asks_top1:
-        # The integer's own bits, as float32 counts to 2^24 only.
+        # The integer's bits are reinterpreted, since float32 represents integers exactly only up to 2^24.
         columns = mine[-1].view(bits)
         columns.copy_(top1 + ranks.start) if top1 is not None else columns.fill_(torch.iinfo(bits).max)
     every = mine.new_empty(ranks.count, *mine.shape)
@@ -357,7 +359,7 @@ def _gather(sums: Sums | None, top1: Tensor | None, call: _Call, ranks: _Ranks) 
 
 
 def _statistics(sums: Sums, top1: Tensor, call: _Call, ranks: _Ranks) -> tuple[list[Tensor], Tensor]:
-    """-> the outputs in the order of OUTPUTS, saved; NaN for a target outside the vocabulary, which a GPU does not refuse."""
+    """The outputs in the order of OUTPUTS, and `saved`. NaN for a target outside the vocabulary, which a GPU accepts."""
     rows = call.rows
     ignored = None
     if rows.targets is not None:
@@ -370,7 +372,7 @@ def _statistics(sums: Sums, top1: Tensor, call: _Call, ranks: _Ranks) -> tuple[l
 
 
 def _sum_over_ranks(ranks: _Ranks, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of the tensors over the group, in one all-reduce, in float32 (float64 where they are)."""
+    """The sums of the tensors over the group, in one all-reduce, in float32 (float64 if they are)."""
     if not tensors or not sum(t.numel() for t in tensors):
         return list(tensors)
     wide = [(t if t.dtype is torch.float64 else t.float()).reshape(-1) for t in tensors]
@@ -385,7 +387,7 @@ def _refuse_second_derivatives() -> None:
 
 
 class _SumGradients(torch.autograd.Function):
-    """The identity; its gradient is summed over the ranks. What multiplies all columns passes through it."""
+    """The identity, with a gradient summed over the ranks. Factors that multiply all columns pass through it."""
 
     @staticmethod
     def forward(ctx, ranks: _Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -418,7 +420,7 @@ def _plain(call: _Call, ranks: _Ranks, reduce_gradients: bool) -> list[Tensor]:
 
 
 class _Fused(torch.autograd.Function):
-    """A fused back-end's kernels around the collectives."""
+    """The kernels of a fused back-end, with the collectives."""
 
     @staticmethod
     def forward(ctx, call: _Call, ranks: _Ranks, reduce_gradients: bool, keep: Keep, *tensors):
@@ -444,7 +446,7 @@ class _Fused(torch.autograd.Function):
             saved,
             kept,
         )
-        # Without the tensors: held here they would outlive what save_for_backward frees.
+        # The context holds no tensors here, which would outlive the release by save_for_backward.
         ctx.call = replace(call, head=None, rows=replace(rows, targets=None, inv_temperature=None))
         ctx.ranks, ctx.reduce_gradients = ranks, reduce_gradients
         return tuple(values)
@@ -474,7 +476,7 @@ class _Fused(torch.autograd.Function):
             wide = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
             result = HeadGradients(**{name: torch.zeros_like(arguments[name], **wide) for name in needs})
         if ctx.reduce_gradients:
-            # d_hidden by itself: put beside the small ones it would be copied.
+            # d_hidden is reduced separately: joining it with the small tensors would copy it.
             for together in (("hidden",), ("lora_a", "gate")):
                 shared = [name for name in together if name in needs]
                 sums = _sum_over_ranks(ctx.ranks, [getattr(result, name) for name in shared])

@@ -1,1 +1,1 @@
-"""How hidden states are computed: a model's own layers, packed or padded, with prompts shared where they can be."""
+"""Computing hidden states with a model's own layers, packed or padded. Completions share their prompt where possible."""

@@ -1,18 +1,18 @@
-"""The parts of a language model the engine drives itself: attention masks, caches, the stack of layers, output projection.
+"""The parts of a language model that the engine drives itself: attention masks, caches, the layer stack, output projection.
 
-A prompt runs once and what it leaves behind, a context, serves the whole group of its completions, in rollout, scoring and
-training alike, with gradients where they are asked for:
+A prompt runs once. Its result, a context, serves the whole group of its completions, in rollout, scoring and training. It
+carries gradients if they are enabled:
 
     hidden, context = backbone.prefill(prompt_ids, prompt_mask)     # predicts the first token of the completion
     context.repeat(group)                                           # each prompt's rows for its whole group
     hidden = backbone.extend(context, completion_ids)               # predicts the token after each
 
-Where nothing has to be kept for later tokens, prompts and completions run in one pass as one row of packed tokens, if the model
-takes it (`packing_fault` is None):
+If no state is needed for later tokens and the model takes packed tokens (`packing_fault` is None), prompts and completions run
+in one pass as one row of packed tokens:
 
-    hidden = backbone.packed(packed)                                # `packing.Packed` -> the state of each token
+    hidden = backbone.packed(packed)                                # `packing.Packed` -> hidden state of each token
 
-`choice.make_backbone` takes the backbone that fits.
+`choice.make_backbone` chooses the backbone for a model.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from transformers import PreTrainedModel
 from clp_engine.core.errors import ConfigError
 from clp_engine.models.backbones.packing import Packed
 
-# Families that scale the last hidden state exactly where the projection is tied, if their config does not say more.
+# Families that scale the last hidden state exactly if the projection is tied, unless their config says otherwise.
 _SCALED_WHERE_TIED = ("t5", "longt5", "umt5", "switch_transformers")
 
 
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap * tanh(logit_scale * (hidden W^T + b) / softcap); softcap None leaves out the tanh.
+    """logits = softcap * tanh(logit_scale * (hidden W^T + b) / softcap). With softcap None there is no tanh.
 
-    offset: (V,), what the model adds to its logits beside the bias of the projection (BART's final_logits_bias), or None.
+    offset: (V,), a vector that the model adds to its logits beside the projection's bias (BART's final_logits_bias), or None.
     """
 
     module: nn.Module
@@ -45,7 +45,7 @@ class Head:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """`b` (V,): the projection's own bias and the offset."""
+        """`b` (V,): the sum of the projection's own bias and the offset."""
         own = self.module.bias
         if self.offset is None or own is None:
             return own if self.offset is None else self.offset
@@ -86,30 +86,33 @@ def find_head(model: PreTrainedModel) -> Head:
 
 
 class Context(ABC):
-    """What rows have read so far, as far as the tokens that follow need it; `Backbone.extend` adds to it in place."""
+    """The state of rows after the tokens they have read, as later tokens need it. `Backbone.extend` appends to it in place."""
 
     @abstractmethod
     def repeat(self, times: int, room: int | None = None) -> None:
-        """Each row `times` times in a row. Differentiable, or, given `room`, in buffers that take that many further tokens
-        without being allocated again."""
+        """Repeat each row `times` times in succession.
+
+        room: None makes the result differentiable. A number copies the rows to buffers that take so many further tokens without
+            a new allocation.
+        """
 
     @abstractmethod
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows (indices), in this order."""
+        """Keep the rows with these indices, in this order."""
 
     def join(self, other: Context, room: int) -> None:
-        """Take the other's rows behind one's own, all with room for `room` further tokens; both made by repeat(room=...)."""
+        """Append the other context's rows, with room for `room` further tokens. Both must come from repeat(room=...)."""
         raise NotImplementedError
 
 
 class Backbone(ABC):
-    """A transformers language model, split at the last hidden state."""
+    """A transformers language model, split after the last hidden state."""
 
-    # Why the model does not take packed tokens, or None where it does.
+    # The reason why the model does not take packed tokens, or None if it takes them.
     packing_fault: str | None = "it has an encoder, whose tokens all attend to each other"
     # Whether a prompt's context can serve all of its completions.
     shares_prompts = True
-    # Whether contexts of other lengths can join one that rows are on their way in.
+    # Whether rows can join a context when they have read another number of tokens.
     contexts_join = False
 
     def __init__(self, model: PreTrainedModel):
@@ -117,28 +120,33 @@ class Backbone(ABC):
         self.head = find_head(model)
 
     def packed(self, batch: Packed) -> torch.Tensor:
-        """Hidden states (N, H) of packed tokens, each of which predicts the token after it."""
+        """Hidden states (N, H) of packed tokens. Each predicts the token after it."""
         raise NotImplementedError
 
     @abstractmethod
     def prefill(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, Context]:
-        """(hidden (P, 1, H) that predicts the first token after each prompt, context). prompt_ids, prompt_mask (P, S),
-        left-padded."""
+        """Run left-padded prompts (P, S) with their mask. Returns (hidden (P, 1, H), context).
+
+        hidden predicts the first token after each prompt.
+        """
 
     @abstractmethod
     def extend(self, context: Context, ids: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (rows, T, H) of the new tokens ids (rows, T), each of which predicts the token after it.
+        """Hidden states (rows, T, H) of the new tokens ids (rows, T). Each predicts the token after it.
 
-        valid: (rows, T) bool, False for padding, which may only follow a row's tokens; None where there is none.
+        valid: (rows, T) bool, False for padding, which may only follow a row's tokens. None means that there is no padding.
         """
 
     @abstractmethod
     def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, T, V) of completions (rows, T) after unpadded prompts, by one pass of the model itself."""
+        """Logits (rows, T, V) of completions (rows, T) after unpadded prompts, from one pass of the model itself."""
 
     def check_head(self) -> None:
-        """Raise ConfigError where our split does not reproduce the model's own logits, to what its dtype can tell: one pass
-        and a pass in two parts round differently, and so do a scaled hidden state and a scaled logit."""
+        """Raises ConfigError if the split at the hidden state does not reproduce the model's own logits.
+
+        The tolerance allows for the model's dtype: one pass and a pass in two parts round differently, and so do a scaled
+        hidden state and a scaled logit.
+        """
         kind, ids = type(self.model).__name__, self._probe()
         prompt, completion = ids[:, :3], ids[:, 3:]
         with torch.no_grad():
@@ -155,7 +163,7 @@ class Backbone(ABC):
         self._compare(ours, expected)
 
     def _probe(self) -> torch.Tensor:
-        """(1, 6), tokens to try the model with."""
+        """(1, 6) tokens for trying the model."""
         vocabulary = self.model.config.get_text_config().vocab_size
         return torch.arange(1, 7, device=self.model.device).unsqueeze(0) % vocabulary
 
@@ -168,7 +176,7 @@ class Backbone(ABC):
             )
 
     def additive_mask(self, allowed: torch.Tensor) -> torch.Tensor:
-        """0 where attention is allowed and the least number elsewhere, in the model's dtype."""
+        """An additive mask in the model's dtype: 0 where attention is allowed, the dtype's least number elsewhere."""
         dtype = self.model.dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
             ~allowed, torch.finfo(dtype).min
@@ -176,7 +184,7 @@ class Backbone(ABC):
 
 
 def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference between logits, 0 where it is what rounding makes."""
+    """The largest difference between logits, or 0 if rounding explains it."""
     found = (ours.float() - expected.float()).abs().max().item()
     tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
     return 0.0 if found <= tolerance * max(1.0, expected.abs().max().item()) else found

@@ -1,4 +1,4 @@
-"""Decoders of a causal language model, driven by their own stack of layers; see `base`."""
+"""Decoders of causal language models, driven through their own stack of layers; see `base`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from clp_engine.models.backbones.kv_cache import join_with_room, repeat_rows, re
 from clp_engine.models.backbones.packing import Packed
 from clp_engine.models.text_path import text_stack
 
-# Held by a pass through a decoder: which attention it runs stands in the model's config, which threads share.
+# Held during a pass through a decoder: the model's config selects the attention function, and threads share the config.
 _ATTENTION = threading.RLock()
 
 
 class _Recomputing(AbstractContextManager):
-    """Contexts that can be entered any number of times: a graph that is kept is computed again at every pass."""
+    """Contexts that can be entered any number of times, since a retained graph is recomputed in every backward pass."""
 
     def __init__(self, make: Callable[[], Iterable[AbstractContextManager]]):
         self._make = make
@@ -44,14 +44,15 @@ class _Recomputing(AbstractContextManager):
 
 
 class CausalContext(Context):
-    """Keys and values of prompts and what follows them.
+    """Keys and values of prompts and of the tokens after them.
 
-    cache: every layer keeps everything. valid: (rows, >= length) bool, which positions are not padding; `length` of them are
-    filled. positions: (rows, 1), of the next token: padding does not count as a position. padded: whether any is padding.
+    cache: keeps every position of every layer.
+    valid: (rows, >= length) bool, False for padding. The first `length` positions are filled.
+    positions: (rows, 1), position of the next token. Padding is not counted. padded: whether there is any padding.
     """
 
     def __init__(self, rows: int, padded: bool, device: torch.device):
-        # Without the config no layer cuts its sliding window: the masks do.
+        # Without a config the cache keeps whole layers. The masks apply the sliding windows.
         self.cache = DynamicCache()
         self.valid = torch.empty(rows, 0, dtype=torch.bool, device=device)
         self.length = 0
@@ -73,7 +74,7 @@ class CausalContext(Context):
         self.valid, self.positions = self.valid[rows], self.positions[rows]
 
     def join(self, other: CausalContext, room: int) -> None:
-        # Rows end at one position: the shorter ones begin later, behind padding that the longer ones do not have.
+        # All rows end at one position. Shorter rows begin later, behind padding, and common leading padding is dropped.
         skip = int(self.valid[:, : self.length].any(0).long().argmax())
         length = max(self.length - skip, other.length)
         join_with_room(self.cache, other.cache, skip, length, room)
@@ -88,7 +89,7 @@ class CausalContext(Context):
         self.valid = torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], count)], 1)
 
     def admit(self, count: int, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in `count` new tokens -> (which positions are valid (rows, length), positions of the new ones)."""
+        """Admit `count` new tokens. Returns (valid positions (rows, length) bool, positions of the new tokens)."""
         start, self.length = self.length, self.length + count
         if self.length > self.valid.shape[1]:
             self._make_room(self.length - self.valid.shape[1])
@@ -104,7 +105,7 @@ class CausalContext(Context):
 
 
 class CausalBackbone(Backbone):
-    """A decoder alone: prompt and completion are one sequence. Of a model of text and images, its language model's."""
+    """A decoder without encoder: prompt and completion are one sequence. For text and images, the language model's decoder."""
 
     contexts_join = True
 
@@ -158,7 +159,7 @@ class CausalBackbone(Backbone):
 
     @contextlib.contextmanager
     def attention(self, name: str) -> Iterator[None]:
-        """Inside, the decoder's attention is the function registered with transformers under this name."""
+        """Use the attention function registered with transformers under `name` inside the block."""
         config = self.decoder.config
         with _ATTENTION:
             before = config._attn_implementation_internal
@@ -170,16 +171,17 @@ class CausalBackbone(Backbone):
 
     @contextlib.contextmanager
     def _attending(self, layout: PrefixLayout) -> Iterator[None]:
-        """Inside, it is that of packed tokens."""
+        """Use the attention over packed tokens, with this layout, inside the block."""
         with self.attention(packing.NAME), packing.attending(layout):
             yield
 
     def checkpoint_layers(self, in_force: Callable[[], Callable[[], AbstractContextManager]]) -> None:
-        """From now on packed passes keep the inputs of layers alone and compute the rest again in the backward pass, each layer
-        when its turn comes.
+        """Make packed passes keep only the inputs of layers, and recompute each layer in the backward pass.
 
-        in_force: called where a layer runs, under whatever blend; what it returns makes contexts in which the same is in force.
         transformers' own switch would turn dropout on.
+
+        in_force: called when a layer runs, under any blend. It returns a function that makes contexts with the same blend in
+            force.
         """
         if self.packing_fault is not None:
             raise ConfigError(
@@ -215,8 +217,8 @@ class CausalBackbone(Backbone):
             layer.forward = checkpointed(layer.forward)
 
     def check_packing(self) -> None:
-        """Set `packing_fault`: nothing is known of a model's attention until packed tokens give the logits of plain ones."""
-        # Two prompts, one with two completions: what is computed of one must not depend on another.
+        """Set `packing_fault` to a reason unless packed tokens have the logits of plain tokens."""
+        # Two prompts with two completions each: the result for one must not depend on another.
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = torch.arange(1, 19, device=self.model.device) * 7 % vocabulary
         prompts, completions = ids[:6].view(2, 3), ids[6:].view(4, 3)
@@ -241,8 +243,10 @@ class CausalBackbone(Backbone):
         return logits[:, prompt_ids.shape[1] - 1 : -1]
 
     def _mask(self, keys_valid: torch.Tensor, queries: int, padded: bool) -> torch.Tensor | dict | None:
-        """Additive attention mask for the last `queries` of the positions in keys_valid (B, S) bool; None where plain
-        causal attention over all keys says the same."""
+        """Additive attention mask for the last `queries` positions of keys_valid (B, S) bool.
+
+        None if plain causal attention over all keys is equivalent.
+        """
         rows, length = keys_valid.shape
         over_window = self._window is not None and length > self._window
         if (queries == 1 or queries == length) and not over_window and not padded:

@@ -1,4 +1,4 @@
-"""Which backbone a model gets, tried before it is used."""
+"""The choice of a backbone for a model, with a trial before its use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clp_engine.models.backbones.whole_sequences import WholeSequenceBackbone
 
 
 def make_backbone(model: PreTrainedModel) -> Backbone:
-    """The backbone for a causal or an encoder-decoder language model, tried out. Raises ConfigError for others."""
+    """The backbone for a causal or encoder-decoder language model, tried on a few tokens. Raises ConfigError for others."""
     keep_softcap(model)
     if getattr(model.config, "is_encoder_decoder", False):
         backbone = EncoderDecoderBackbone(model)

@@ -1,8 +1,8 @@
-"""Encoder-decoder models (T5, BART, ...) behind the interface of `causal`.
+"""Encoder-decoder models (T5, BART, ...) with the interface of `base`.
 
-The prompt runs through the encoder and its keys and values for the decoder's attention are computed once; the decoder's
-start token is the one position that predicts a completion's first token. No token is forced: a `forced_bos_token_id` of the
-generation config has no meaning to a policy, whose every token is drawn.
+The prompt runs through the encoder once, and its keys and values for the decoder's attention are computed once. The decoder's
+start token predicts the completion's first token. No token is forced: `forced_bos_token_id` of the generation config is
+ignored, since a policy draws every token.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from clp_engine.core.transformers_releases import cache_argument
 from clp_engine.models.backbones.base import Backbone, Context
 from clp_engine.models.backbones.kv_cache import repeat_rows, repeat_with_room
 
-# Their attention takes (positions, rows, H): a layer there could not tell which row has which blend.
+# Their attention takes (positions, rows, H), so that a layer could not match rows with blends.
 _POSITIONS_FIRST = ("led", "fsmt")
 
 
 class EncoderDecoderContext(Context):
-    """Keys and values of the decoder's own tokens, and those of the prompt.
+    """Keys and values of the decoder's own tokens, and of the prompt.
 
-    prompt_mask: additive (rows, 1, 1, S), or None where no prompt is padded. states: the encoder's output (rows, S, H) until
-    its keys and values are there; then a stand-in of its shape, full of NaN: decoders ask only whether they are given one.
+    prompt_mask: additive (rows, 1, 1, S), or None if no prompt is padded.
+    states: the encoder's output (rows, S, H) until its keys and values exist. After that, a tensor of NaN with the same shape:
+        decoders only test whether they get one.
     """
 
     def __init__(self, states: torch.Tensor, prompt_mask: torch.Tensor | None):
@@ -52,7 +53,7 @@ class EncoderDecoderContext(Context):
 
 
 class EncoderDecoderBackbone(Backbone):
-    """An encoder that reads the prompt and a decoder that writes the completion."""
+    """An encoder for the prompt and a decoder for the completion."""
 
     def __init__(self, model: PreTrainedModel):
         if model.config.model_type in _POSITIONS_FIRST:
@@ -74,7 +75,7 @@ class EncoderDecoderBackbone(Backbone):
     ) -> tuple[torch.Tensor, EncoderDecoderContext]:
         mask = None
         if not bool(prompt_mask.all()):
-            # Encoders with absolute positions (BART) count from the left: padding goes to the right.
+            # Encoders with absolute positions (BART) count from the left, so padding must be on the right.
             order = (~prompt_mask).long().argsort(dim=-1, stable=True)
             prompt_ids, prompt_mask = prompt_ids.gather(1, order), prompt_mask.gather(1, order)
             mask = self.additive_mask(prompt_mask[:, None, None, :])
@@ -88,7 +89,7 @@ class EncoderDecoderBackbone(Backbone):
     def extend(
         self, context: EncoderDecoderContext, ids: torch.Tensor, valid: torch.Tensor | None = None
     ) -> torch.Tensor:
-        # Every row starts at the same position, and nothing looks ahead: padding behind a completion disturbs nobody.
+        # All rows start at the same position, and attention is causal: padding behind a completion affects no other token.
         length = context.own.get_seq_length() + ids.shape[1]
         key = torch.arange(length, device=ids.device)
         causal = key <= key[length - ids.shape[1] :].unsqueeze(-1)
@@ -109,7 +110,7 @@ class EncoderDecoderBackbone(Backbone):
 
 
 def _start_token_id(model: PreTrainedModel) -> int:
-    """The token a decoder starts with, found as transformers' generate finds it."""
+    """The token that a decoder starts with, found as in transformers' generate."""
     for name in ("decoder_start_token_id", "bos_token_id"):
         for source in (model.generation_config, model.config):
             value = getattr(source, name, None)

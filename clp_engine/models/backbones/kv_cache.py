@@ -1,6 +1,6 @@
-"""Keys and values of attention layers: repeated for a group, with room for a rollout, rows taken out. For transformers' caches.
+"""Operations on transformers' caches of keys and values: repeat rows for a group, reserve room for a rollout, select rows.
 
-A cache is `DynamicCache` of layers with `keys` and `values` (rows, heads, length, width).
+A cache is a `DynamicCache` of layers with `keys` and `values` (rows, heads, length, width).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RolloutLayer(DynamicLayer):
-    """Keys and values in a buffer allocated once for the whole rollout; attention reads only the filled part."""
+    """Keys and values in buffers allocated once for a whole rollout. Attention reads only the filled part."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, repeats: int, capacity: int):
         super().__init__()
@@ -32,10 +32,10 @@ class RolloutLayer(DynamicLayer):
         return self.keys, self.values
 
     def join(self, other: RolloutLayer, skip: int, length: int, room: int) -> None:
-        """Take the other's rows behind one's own, whose first `skip` positions go; all of them end at position `length`."""
+        """Append the other layer's rows, and drop the first `skip` positions of the own rows. All rows end at `length`."""
         parts = [(self.keys[:, :, skip:], self.values[:, :, skip:]), (other.keys, other.values)]
         rows, (_, heads, _, width) = sum(len(k) for k, _ in parts), self.keys.shape
-        # Zeros where nothing is: masked positions are multiplied by a weight of zero, and NaN would not go away.
+        # Empty positions hold zeros: a masked position is multiplied by a weight of zero, which would not remove a NaN.
         buffers = [self.keys.new_zeros(rows, heads, length + room, width) for _ in range(2)]
         start = 0
         for part in parts:
@@ -60,7 +60,7 @@ def _grown(states: torch.Tensor, repeats: int, capacity: int) -> torch.Tensor:
 
 
 def repeat_rows(cache: DynamicCache, times: int) -> None:
-    """Each row `times` times in a row; differentiable, so what was computed once gets the gradients of all that use it."""
+    """Repeat each row `times` times in succession. Differentiable: a shared row gets the gradients of all its copies."""
     if times > 1:
         for layer in cache.layers:
             layer.keys = layer.keys.repeat_interleave(times, 0)
@@ -68,13 +68,13 @@ def repeat_rows(cache: DynamicCache, times: int) -> None:
 
 
 def join_with_room(cache: DynamicCache, other: DynamicCache, skip: int, length: int, room: int) -> None:
-    """The rows of both, which `repeat_with_room` made, in buffers with `room` positions after the first `length`."""
+    """Join the rows of two caches from `repeat_with_room` in buffers with `room` positions after the first `length`."""
     for layer, more in zip(cache.layers, other.layers, strict=True):
         layer.join(more, skip, length, room)
 
 
 def repeat_with_room(cache: DynamicCache, times: int, room: int) -> None:
-    """Each row `times` times in a row, in buffers that have room for `room` further positions; not differentiable."""
+    """Repeat each row `times` times in succession, in buffers with room for `room` further positions. Not differentiable."""
     cache.layers = [
         RolloutLayer(layer.keys, layer.values, times, layer.keys.shape[-2] + room) for layer in cache.layers
     ]

@@ -1,13 +1,13 @@
-"""Groups of completions as one row of tokens: every token once, no padding.
+"""Groups of completions packed into one row of tokens, with every token once and without padding.
 
     [ prompt 1 | completion 1.1 | completion 1.2 | ... | prompt 2 | completion 2.1 | ... ]
 
-A completion attends to its prompt and to itself (`clp_kernels.prefix_attention`), so that a prompt is computed once for its
-whole group, forward and backward, in one pass through the model together with everything else. Positions start again with
-each prompt and go on from it in each of its completions. The last token of a completion predicts nothing and is left out.
+A completion attends to its prompt and to itself (`clp_kernels.prefix_attention`). A prompt is therefore computed once for its
+whole group, forward and backward, in one pass through the model together with all other tokens. Positions restart at each
+prompt, and each completion continues its prompt's positions. The last token of a completion predicts nothing and is left out.
 
-transformers' models take the attention function by name from a registry; `shared_prefix` is registered there as NAME, and
-reads what it attends over from the layout in force (`attending`).
+transformers' models look up their attention function by name in a registry. `shared_prefix` is registered there as NAME. It
+attends over the layout in force (`attending`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _layout: ContextVar[PrefixLayout | None] = ContextVar("layout", default=None)
 
 @dataclass(frozen=True)
 class Packed:
-    """N tokens of P prompts and their completions, and where the M completion tokens are predicted.
+    """N tokens of P prompts and their completions, and the predictors of M completion tokens.
 
-    ids, positions: (N,) int64. layout: which tokens attend to which. prompts: (N,) int64, the prompt that each token belongs
-    to, 0 to P - 1. predictors: (M,) int64, the token whose hidden state predicts each completion token, row by row.
+    ids, positions: (N,) int64. layout: which tokens attend to which.
+    prompts: (N,) int64, the prompt of each token, 0 to P - 1.
+    predictors: (M,) int64, the token whose hidden state predicts each completion token, completion after completion.
     """
 
     ids: torch.Tensor
@@ -46,15 +47,15 @@ def pack(
     completion_ids: torch.Tensor,
     predicted: torch.Tensor,
 ) -> Packed:
-    """Pack completions (B, T) of prompts (P, S), B / P each; prompts are left-padded, completions right-padded.
+    """Pack completions (B, T) of prompts (P, S), B / P each. Prompts are left-padded, completions right-padded.
 
-    prompt_lengths: (P,), and predicted: (B,), how many tokens of each completion, from its first one on, are to be predicted;
-    both on the host, where everything is counted. A completion with none is left out.
+    prompt_lengths: (P,), on the host. predicted: (B,), on the host, the number of tokens of each completion, from its first
+        one on, that are to be predicted. A completion with none is left out.
     """
     device = prompt_ids.device
     (prompts, width), (rows, room) = prompt_ids.shape, completion_ids.shape
     group = rows // prompts
-    # Sequences in the order of the pack: (P, 1 + group), flattened.
+    # Lengths of the sequences in the order of the pack: (P, 1 + group), flattened.
     lengths = torch.cat(
         [prompt_lengths.unsqueeze(1), (predicted - 1).clamp_min(0).view(prompts, group)], 1
     ).flatten()
@@ -63,7 +64,7 @@ def pack(
     is_prompt = torch.arange(len(lengths)) == parents
     layout = PrefixLayout(starts, torch.where(is_prompt, -1, parents))
 
-    # Where each sequence begins in [prompt_ids, completion_ids], both flattened.
+    # The start of each sequence in [prompt_ids, completion_ids], both flattened.
     source = torch.cat(
         [
             (torch.arange(1, prompts + 1) * width - prompt_lengths).unsqueeze(1),
@@ -76,7 +77,7 @@ def pack(
     within = torch.arange(total) - starts[sequence]
     positions = within + torch.where(is_prompt, 0, lengths[parents])[sequence]
 
-    # Token 0 of a completion is predicted by the last one of its prompt, token t by token t - 1.
+    # The last token of its prompt predicts token 0 of a completion. Token t - 1 predicts token t.
     row = torch.repeat_interleave(torch.arange(rows), predicted)
     step = torch.arange(len(row)) - (predicted.cumsum(0) - predicted)[row]
     own = row // group * (1 + group) + 1 + row % group
@@ -88,7 +89,7 @@ def pack(
 
 
 def join(first: Packed, second: Packed) -> Packed:
-    """Both in one row; the prompts of `second` are numbered after those of `first`."""
+    """Both packs in one row. The prompts of `second` are numbered after those of `first`."""
     tokens, sequences = len(first.ids), len(first.layout.parents)
     behind = second.layout.parents
     return Packed(
@@ -105,7 +106,7 @@ def join(first: Packed, second: Packed) -> Packed:
 
 @contextlib.contextmanager
 def attending(layout: PrefixLayout | None) -> Iterator[None]:
-    """Inside, `shared_prefix` attends over this layout."""
+    """Make `shared_prefix` attend over this layout inside the block."""
     token = _layout.set(layout)
     try:
         yield
@@ -129,8 +130,10 @@ def shared_prefix(
     softcap: float | None = None,
     **unknown,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over the layout in force: query (1, Hq, N, D), key and value (1, Hkv, N, D) ->
-    ((1, N, Hq, D), None). Raises ValueError for what it cannot do: dropout, masks, sinks, biases, attention that is not causal.
+    """transformers' attention interface over the layout in force.
+
+    query (1, Hq, N, D), key and value (1, Hkv, N, D) -> ((1, N, Hq, D), None). Raises ValueError for dropout, masks, sinks,
+    biases, and attention that is not causal.
     """
     odd = [name for name in ("s_aux", "sinks", "position_bias", "head_mask") if unknown.get(name) is not None]
     odd += ["attention_mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)

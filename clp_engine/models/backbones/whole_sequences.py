@@ -1,8 +1,8 @@
-"""Causal models that go their own way: attention, masks or caches of another kind (ALiBi, state spaces, hybrids, ...).
+"""Causal models with attention, masks or caches that the engine cannot drive in parts (ALiBi, state spaces, hybrids, ...).
 
-Nothing is shared between the completions of a prompt: each is scored as one whole sequence, and rolled out by transformers'
-own `generate`, which knows the model's cache. Tokens are drawn as `rollout` draws them, from the same seeds, so that results
-are those of the fast path, at the price of every prompt once per completion.
+The completions of a prompt share nothing. Each is scored as one whole sequence, and transformers' own `generate`, which knows
+the model's cache, writes each completion. Tokens are drawn from the same seeds as on the fast path, so that the results agree.
+The price is that every prompt is computed once per completion.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Draw = Callable[[torch.Tensor], tuple[torch.Tensor, bool]]
 
 
 class WholeSequenceBackbone(Backbone):
-    """reason: why the model cannot be driven in parts, for messages."""
+    """A causal model whose sequences run whole. reason: why the model cannot be driven in parts, for messages."""
 
     shares_prompts = False
 
@@ -50,7 +50,7 @@ class WholeSequenceBackbone(Backbone):
     ) -> torch.Tensor:
         """(B, T, H): the hidden state that predicts each token of completions (B, T) after left-padded prompts (B, S)."""
         ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, valid], 1)
-        # All padding behind the tokens, where nothing of a causal model sees it, whatever it makes of masks.
+        # All padding goes behind the tokens, where a causal model does not see it, however the model treats masks.
         order = (~mask).long().argsort(dim=-1, stable=True)
         longest = int(mask.sum(-1).max())
         ids, mask = ids.gather(1, order)[:, :longest], mask.gather(1, order)[:, :longest]
@@ -60,7 +60,7 @@ class WholeSequenceBackbone(Backbone):
         return hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def generate(self, prompt_ids: torch.Tensor, rows: int, steps: int, draw: Draw) -> None:
-        """`rows` completions of one prompt (1, S) without padding, at most `steps` tokens each, every token by `draw`."""
+        """Write `rows` completions of one unpadded prompt (1, S), at most `steps` tokens each. `draw` draws every token."""
         drawn = _Drawn(draw)
         with _without_own_settings(self.model):
             self.model.generate(
@@ -84,8 +84,10 @@ class WholeSequenceBackbone(Backbone):
         self._check_causal(ids, expected)
 
     def _check_causal(self, ids: torch.Tensor, expected: torch.Tensor) -> None:
-        """Raises ConfigError where another last token changes the logits `expected` of the tokens before it (a prefix language
-        model such as PaliGemma): a completion's tokens would be scored by those that follow them."""
+        """Raises ConfigError if another last token changes the logits `expected` of earlier tokens.
+
+        A prefix language model (PaliGemma) is of that kind: later tokens would affect the scores of a completion's tokens.
+        """
         other = ids.clone()
         other[:, -1] = ids[:, 0]
         with torch.no_grad():
@@ -108,7 +110,7 @@ class WholeSequenceBackbone(Backbone):
 
 
 class _Drawn(LogitsProcessor):
-    """Leaves of the logits only the token that `draw` draws, for a greedy generate to take."""
+    """Masks all logits but that of the token drawn by `draw`, which a greedy generate then takes."""
 
     def __init__(self, draw: Draw):
         self._draw, self._all_ended = draw, False
@@ -123,7 +125,7 @@ class _Drawn(LogitsProcessor):
 
 @contextlib.contextmanager
 def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, no setting of the model's own generation config adds itself to those given."""
+    """Disable the settings of the model's own generation config inside the block."""
     before, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

@@ -1,1 +1,1 @@
-"""PEFT's adapters, read and written."""
+"""Reading and writing PEFT's adapters."""

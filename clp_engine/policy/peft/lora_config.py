@@ -1,14 +1,14 @@
-"""peft's LoraConfig as a description of the adapters to train: what of it takes effect, and what is refused.
+"""peft's LoraConfig as a description of the adapters to train: the fields that take effect, and those that are refused.
 
     r, lora_alpha, use_rslora       rank and scaling: lora_alpha / r, or lora_alpha / sqrt(r)
     target_modules, exclude_modules, layers_to_transform, layers_pattern
                                     the layers, chosen by peft's own rules: names, a regular expression, "all-linear", or None
                                     for peft's choice for the model's type
-    task_type                       must be that of the model
-    rank_pattern, alpha_pattern     as long as they change no chosen layer: an adapter has one rank and one scaling here
+    task_type                       must be the model's
+    rank_pattern, alpha_pattern     allowed if they change no chosen layer: an adapter has one rank and one scaling here
 
-Whatever else a LoraConfig has must be as peft has it by default, fields of later versions included: nothing is passed over.
-Each objective gets an adapter of its own of this form, which starts as peft starts one (init_lora_weights=True).
+Every other field of a LoraConfig, fields of later versions included, must have peft's default: nothing is ignored silently.
+Each objective gets an adapter of its own of this form, with peft's initial values (init_lora_weights=True).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _HONOURED = {
     "alpha_pattern",
     "task_type",
 }
-# What says nothing about the adapters: where the config came from, and what peft mends by itself (it sets fan_in_fan_out to
-# what the layer needs). The group size belongs to use_qalora, which is refused.
+# Fields without effect on the adapters: the origin of the config, and fields that peft corrects by itself (it sets
+# fan_in_fan_out to the value that the layer needs). The group size belongs to use_qalora, which is refused.
 _WITHOUT_MEANING = {
     "peft_type",
     "peft_version",
@@ -73,7 +73,7 @@ _REASONS = {
 def described(config: LoraConfig) -> dict[str, Any]:
     """`rank`, `lora_alpha` and `target_modules` for `ConditionedPolicy.from_pretrained`.
 
-    Raises ConfigError for a field that could not take effect exactly, with what to do instead.
+    Raises ConfigError for a field that could not take effect exactly. The message says what to do instead.
     """
     _check(config)
     ranges.check({"r": ranges.COUNT, "lora_alpha": ranges.POSITIVE}, r=config.r, lora_alpha=config.lora_alpha)
@@ -103,7 +103,7 @@ def _check(config: LoraConfig) -> None:
 
 
 def _chooser(config: LoraConfig) -> Callable[[PreTrainedModel], list[str]]:
-    """What gives the names of a model's layers that peft would adapt."""
+    """A function that returns the names of the layers of a model that peft would adapt."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     def choose(model: PreTrainedModel) -> list[str]:
@@ -136,7 +136,7 @@ def _chooser(config: LoraConfig) -> Callable[[PreTrainedModel], list[str]]:
 def _on_text_path(
     config: LoraConfig, model: PreTrainedModel, modules: dict[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """Without the layers of a model of text and images that text passes by; says so where they were asked for by name."""
+    """`modules` without the layers that text does not pass. Raises ConfigError or warns if they were asked for by name."""
     beside = beside_text(model)
     left = {name: module for name, module in modules.items() if not beside(name)}
     if not left:
@@ -176,8 +176,10 @@ def _check_task(config: LoraConfig, model: PreTrainedModel) -> None:
 
 
 def _warn_of_idle(rules: LoraConfig, config: LoraConfig, model: PreTrainedModel, chosen: list[str]) -> None:
-    """Warn of each entry that chooses, leaves out or describes no layer: one LoraConfig may serve several models, and it may be
-    misspelt. rules: `config` with the names of its target_modules; chosen: the layers."""
+    """Warn of each entry that chooses, excludes or describes no layer: it may be misspelt, or meant for another model.
+
+    rules: `config` with the names of its target_modules. chosen: the layers.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
 
@@ -217,7 +219,7 @@ def _warn_of_idle(rules: LoraConfig, config: LoraConfig, model: PreTrainedModel,
 
 
 def _check_patterns(config: LoraConfig, names: list[str]) -> None:
-    """Raises ConfigError where a pattern gives a chosen layer another rank or lora_alpha."""
+    """Raises ConfigError if a pattern gives a chosen layer another rank or lora_alpha."""
     from peft.utils.other import get_pattern_key
 
     for field, common in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):

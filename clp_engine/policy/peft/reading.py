@@ -1,9 +1,9 @@
-"""PEFT's LoRA adapters as what they compute: on each layer y = x W^T + s * (x A^T) B^T.
+"""PEFT's LoRA adapters as the function they compute: on each layer y = x W^T + s * (x A^T) B^T.
 
-Read from a directory (adapter_config.json and adapter_model.safetensors), or from a model that holds them (PeftModel, or a
-transformers model after add_adapter or load_adapter). What is not a sum of such products on linear layers is refused, by name:
-DoRA, modules_to_save, biases, embeddings, adapters whose start changed the base model. Layers are those of the tensors, ranks
-those of the tensors, so that every way in which a LoraConfig can name layers is covered; the factors of GPT-2's Conv1D
+An adapter is read from a directory (adapter_config.json and adapter_model.safetensors), or from a model that holds it (a
+PeftModel, or a transformers model after add_adapter or load_adapter). An adapter that is not a sum of such products on linear
+layers is refused, by name: DoRA, modules_to_save, biases, embeddings, adapters whose start changed the base model. Layers and
+ranks come from the tensors, so that every way in which a LoraConfig can name layers is supported. The factors of GPT-2's Conv1D
 (fan_in_fan_out) have the same layout as those of nn.Linear.
 """
 
@@ -42,7 +42,7 @@ patterns = [re.compile(rf"(.*\\.)?({key})$") for key in keys]
 print(json.dumps([next((i for i, p in enumerate(patterns) if p.match(layer)), None) for layer in layers]))
 """
 
-# Fields of a LoraConfig that change no number once an adapter is trained, or that are read here.
+# Fields of a LoraConfig that change no number once an adapter is trained, or that this module reads.
 _FOLLOWED = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha rank_pattern "
     "alpha_pattern use_rslora lora_dropout target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
@@ -59,13 +59,13 @@ _REFUSED = {
     "layer_replication": "it repeats layers, so that its base is another model; write that model out and train on it",
     "alora_invocation_tokens": "it acts from certain tokens on (activated LoRA), and deltas here act on all",
 }
-# Starts that take the first value of B A out of the base model's weights.
+# Initialisations that subtract the initial value of B A from the base model's weights.
 _MOVED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One layer's delta, scaling * b @ a; a (r, K), b (N, r), float32."""
+    """One layer's delta, scaling * b @ a, with a (r, K) and b (N, r) in float32."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -74,9 +74,13 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter. source: what messages call it; base_model: the model that its configuration names, "" for none;
-    layers: by the name of the layer in the transformers model. base_weights: weights of the base model that PEFT wrote with
-    it, as it does for an embedding or output projection that is adapted or was resized."""
+    """A LoRA adapter.
+
+    source: its name in messages. base_model: the model that its configuration names, "" for none.
+    layers: factors by the layer's name in the transformers model.
+    base_weights: weights of the base model that PEFT saved with the adapter, as it does for an embedding or output projection
+        that is adapted or was resized.
+    """
 
     source: str
     base_model: str
@@ -85,18 +89,20 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest of its layers."""
+        """The largest rank of its layers."""
         return max(f.a.shape[0] for f in self.layers.values())
 
     @property
     def scaling(self) -> float:
-        """The one that most layers have, of those whose delta is not zero."""
+        """The most frequent scaling among the layers whose delta is not zero."""
         return Counter(f.scaling for f in self.layers.values() if f.scaling).most_common(1)[0][0]
 
 
 def read_adapter(location: str | Path) -> Adapter:
-    """The adapter in a directory, or of a repository of the model hub. Raises ConfigError for what is missing or cannot be
-    followed."""
+    """The adapter in a directory or a repository of the model hub.
+
+    Raises ConfigError for a missing file, and for an adapter that cannot be represented.
+    """
     source = f"adapter {str(location)!r}"
     path = _file(location, CONFIG_FILE)
     config = read_json(path)
@@ -132,8 +138,10 @@ def read_adapter(location: str | Path) -> Adapter:
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters in a model, by name; their scaling is the one in force. Raises ConfigError as `read_adapter`, and where
-    one is merged into the weights."""
+    """The adapters in a model, by name, with the scaling in force.
+
+    Raises ConfigError as `read_adapter`, and if an adapter is merged into the weights.
+    """
     from peft.tuners.lora import LoraLayer
 
     configs = getattr(model, "peft_config", None)
@@ -169,13 +177,13 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
 
 
 def take_out_adapters(model: nn.Module) -> PreTrainedModel:
-    """The transformers model with its own layers back in place of PEFT's, which `model` shares."""
+    """The transformers model with its own layers in place of PEFT's. `model` shares this change."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = _transformers_model(model)
     wrapped = {name: m for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
     place(base, {name: layer.get_base_layer() for name, layer in wrapped.items()})
-    for left in ("peft_config", "_hf_peft_config_loaded"):  # of a model with add_adapter
+    for left in ("peft_config", "_hf_peft_config_loaded"):  # attributes that add_adapter leaves on a model
         base.__dict__.pop(left, None)
     return base
 
@@ -241,8 +249,11 @@ def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
 def _by_layer(
     path: Path, config: Mapping[str, Any], pattern: str, common: str, layers: Sequence[str]
 ) -> dict[str, Any]:
-    """What rank_pattern or alpha_pattern says of each layer: the value of the first key, an expression, that matches the end of
-    its name at a dot, or the common one."""
+    """The value of rank_pattern or alpha_pattern for each layer.
+
+    It is the value of the first key, a regular expression, that matches the end of the layer's name after a dot, or else the
+    common value.
+    """
     entries = dict(config.get(pattern) or {})
     if all(_NAME.fullmatch(key) for key in entries):
         found = [next((i for i, key in enumerate(entries) if _ends_in(layer, key)), None) for layer in layers]
@@ -253,15 +264,18 @@ def _by_layer(
 
 
 def _ends_in(layer: str, key: str) -> bool:
-    """Whether `(.*\\.)?(key)$` matches, for a key that is a name; a dot in it stands for any character."""
+    """Whether `(.*\\.)?(key)$` matches the layer, for a key that is a name. A dot in the key stands for any character."""
     before, tail = layer[: -len(key)], layer[-len(key) :]
     same = len(tail) == len(key) and all(k in (".", c) for k, c in zip(key, tail))
     return same and (not before or before.endswith("."))
 
 
 def _matched(where: str, keys: Sequence[str], layers: Sequence[str]) -> list[int | None]:
-    """The first of the expressions that matches each layer. An expression may take longer than anyone lives, and nothing stops
-    Python's matching but the end of its process: another one does it, for _PATIENCE seconds."""
+    """The index of the first expression that matches each layer, or None.
+
+    Matching an expression can take practically forever, and Python's matching cannot be interrupted. Another process therefore
+    does it, for at most _PATIENCE seconds.
+    """
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MATCH],

@@ -2,8 +2,8 @@
 
     B A = Q_b (R_b R_a^T) Q_a^T,    B = Q_b R_b,  A^T = Q_a R_a
 
-The singular values of B A (N, K) are those of the (R, R) matrix in the middle: two QR decompositions and an SVD of R rows,
-O((N + K) R^2) instead of O(N K min(N, K)). In float64: what is left out may be much smaller than what is kept.
+The singular values of B A (N, K) are those of the (R, R) matrix in the middle. The cost is two QR decompositions and an SVD of
+R rows, O((N + K) R^2) instead of O(N K min(N, K)). All is in float64: the part cut off may be much smaller than the part kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch
 
 @dataclass(frozen=True)
 class Cut:
-    """b @ a, a (r, K), b (N, r) float32; lost and size: squared Frobenius norms of what was left out and of the whole."""
+    """b @ a, with a (r, K) and b (N, r) in float32.
+
+    lost, size: squared Frobenius norms of the part cut off and of the whole.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -24,7 +27,7 @@ class Cut:
 
 
 def cut_product(a: torch.Tensor, b: torch.Tensor, rank: int | None) -> Cut:
-    """b @ a, a (R, K), b (N, R), by `rank` products at most; as it is where R is no more than that, or with rank None."""
+    """Cut b @ a, with a (R, K) and b (N, R), to at most `rank` products. Unchanged for R <= rank, or with rank None."""
     exact = Cut(a.float(), b.float(), 0.0, 0.0)
     a, b = a.double(), b.double()
     if rank is None or a.shape[0] <= rank:
@@ -36,7 +39,7 @@ def cut_product(a: torch.Tensor, b: torch.Tensor, rank: int | None) -> Cut:
 
 
 def cut_matrix(delta: torch.Tensor, rank: int) -> Cut:
-    """The same of a matrix (N, K) that has no factors."""
+    """Cut a matrix (N, K) without factors to `rank` products."""
     u, s, v = torch.linalg.svd(delta.float(), full_matrices=False)
     return _kept(u, s, v, rank)
 

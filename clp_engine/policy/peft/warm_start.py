@@ -1,9 +1,9 @@
-"""Policies that begin at adapters there already are: one LoRA adapter per objective, of whatever ranks and layers.
+"""Policies that begin at existing adapters: one LoRA adapter per objective, of any ranks and layers.
 
-Objective i has one rank and one scaling s_i on all layers, those of its adapter: the largest rank, the scaling of most layers.
-Where the adapter has another scaling s, B holds (s / s_i) B. Where it has a lower rank, or leaves out a layer that another
-objective has, there are further rows of A, drawn as for a new policy, and columns of B that are zero: the function is the
-adapter's own, and training can use them.
+Objective i has one rank and one scaling s_i on all layers: the largest rank of its adapter's layers, and the scaling of most of
+them. If the adapter has another scaling s in a layer, B holds (s / s_i) B. If the adapter has a lower rank in a layer, or
+leaves out a layer that another objective has, A gets further rows, drawn as for a new policy, and B gets columns of zeros. The
+policy then computes the adapter's own function, and training can use the further rows and columns.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build(
     device=None,
     **options: Any,
 ) -> SteerableModel:
-    """See `ConditionedPolicy.from_adapters`; make: `from_pretrained` of the class of what is made."""
+    """See `ConditionedPolicy.from_adapters`. make: `from_pretrained` of the policy's class."""
     if isinstance(adapters, str | Path):
         directory = Path(adapters)
         adapters, saved = read_blend(directory)
@@ -94,15 +94,17 @@ def build(
     policy.spec = dataclasses.replace(policy.spec, base_model=name)
     _fill(policy.layers, found)
     policy.loaded_from = [Path(source) for source in opened if Path(source).is_dir()]
-    # An adapter's own folder is described by `export_adapter`, the one around several by `save_adapters`.
+    # `export_adapter` writes a fingerprint into an adapter's own folder, `save_adapters` into the folder around several.
     for folder in dict.fromkeys(place for path in policy.loaded_from for place in (path, path.parent)):
         fingerprint.check(folder, policy.model)
     return policy
 
 
 def of_model(model: nn.Module, objectives: Sequence[str]) -> tuple[PreTrainedModel, dict[str, Adapter]]:
-    """(base model, adapter of each objective) of a model that holds adapters: by name, or a single one for all objectives, at
-    which every weighting then begins. The adapters are taken out of the model."""
+    """(base model, adapter of each objective) from a model that holds adapters, which are taken out of it.
+
+    Adapters are matched by name. A single adapter is used for all objectives, so that every weighting begins at it.
+    """
     found = adapters_of(model)
     if len(found) == 1:
         (adapter,) = found.values()
@@ -116,7 +118,7 @@ def of_model(model: nn.Module, objectives: Sequence[str]) -> tuple[PreTrainedMod
 
 
 def read_blend(directory: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-    """(adapters by objective, settings for `build`) of what `save_adapters` wrote."""
+    """(adapters by objective, settings for `build`) from a directory that `save_adapters` wrote."""
     if not (directory / BLEND_FILE).is_file():
         raise ConfigError(
             f"{directory}: no {BLEND_FILE} here; expected a directory written by save_adapters, or a mapping from each "
@@ -134,7 +136,7 @@ def read_blend(directory: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     settings = {name: raw[name] for name in BLEND_SETTINGS}
     if raw["conditioning"] in ("none", "prompt"):
         settings |= {"conditioning": raw["conditioning"]}
-        # What was cut to a rank for PEFT is low-rank from here on.
+        # A whole delta that was cut to a rank for PEFT is low-rank from here on.
         settings |= {"carrier": raw["carrier"] if raw["carrier"] == "logit" else "lora"}
     return {name: directory / path for name, path in raw["adapters"].items()}, settings
 
@@ -142,7 +144,7 @@ def read_blend(directory: Path) -> tuple[dict[str, Path], dict[str, Any]]:
 def _conditioning(
     model: PreTrainedModel, adapters: Sequence[Adapter | None], prompt_template: str | None
 ) -> str:
-    """The form that has a delta wherever one of the adapters has one."""
+    """The conditioning that has a delta in every layer in which one of the adapters has one."""
     named = {name for adapter in adapters if adapter is not None for name in adapter.layers}
     head = head_name(model)
     parts = [*(["lora"] if named - {head} or not named else []), *(["logit"] if head in named else [])]
@@ -170,8 +172,10 @@ def _targets(
     adapters: Sequence[Adapter | None],
     further: str | Sequence[str] | None,
 ) -> list[str] | None:
-    """Names of the layers with low-rank factors, for `from_pretrained`: the adapters' and `further` ones; every linear layer
-    where there is none of either. Raises ConfigError for layers that the model does not have as the adapter has them."""
+    """Names of the layers with low-rank factors, for `from_pretrained`: the adapters' layers and `further` ones.
+
+    None, for every linear layer, if both are empty. Raises ConfigError for a layer that the model lacks or has in another form.
+    """
     if not set(conditioning.carriers) <= {"lora", "logit"}:
         raise ConfigError(
             f"LoRA adapters have low-rank deltas: expected conditioning 'lora', 'logit' or both, got "
@@ -217,8 +221,10 @@ def _check_layer(adapter: Adapter, name: str, factors: Factors, module: nn.Modul
 
 
 def _check_base(adapter: Adapter, model: PreTrainedModel, name: str) -> None:
-    """Say so where an adapter names another base model; the same name in another place is the same model. Raises ConfigError
-    where it has weights of its own for the base model."""
+    """Warn if an adapter names another base model. The same name in another place counts as the same model.
+
+    Raises ConfigError if the adapter has weights of its own for the base model.
+    """
     modules = dict(model.named_modules())
     for layer, theirs in adapter.base_weights.items():
         ours = getattr(modules.get(layer), "weight", None)
@@ -239,7 +245,7 @@ def _check_base(adapter: Adapter, model: PreTrainedModel, name: str) -> None:
 
 @torch.no_grad()
 def _fill(layers: Mapping[str, nn.Module], adapters: Sequence[Adapter | None]) -> None:
-    """Give each objective's delta the adapter's value; what is beyond its rank keeps its start."""
+    """Give each objective's delta the adapter's value. Parts beyond the adapter's rank keep their initial values."""
     start = {name: [0] for name in layers}
     for i, adapter in enumerate(adapters):
         for name, layer in layers.items():
@@ -251,7 +257,7 @@ def _fill(layers: Mapping[str, nn.Module], adapters: Sequence[Adapter | None]) -
 
 
 def _fill_layer(layer: ConditionedLinear, at: int, i: int, factors: Factors) -> None:
-    """Delta i of a layer, whose factors begin at `at`."""
+    """Fill delta i of a layer. at: the index at which its factors begin."""
     a, b = (t.to(layer.lora_b) for t in (factors.a, factors.b))
     if layer.whole:
         layer.lora_b[:, at : at + layer.in_features] = factors.scaling * (b @ a)

@@ -1,9 +1,8 @@
-"""A blend, or each objective's delta, as PEFT LoRA directories: adapter_model.safetensors and adapter_config.json, as peft's
-LoraConfig reads them.
+"""Write a blend, or each objective's delta, as PEFT LoRA directories: adapter_model.safetensors and adapter_config.json.
 
-An adapter has one rank and one scaling on all of its layers, those with fewer products filled up with zeros: vLLM reads r and
-lora_alpha and no patterns. It takes r up to its max_lora_rank, one of VLLM_RANKS (16 unless told otherwise), refuses
-modules_to_save and DoRA, and knows no bias of lora_B.
+An adapter has one rank and one scaling on all of its layers, because vLLM reads r and lora_alpha and no patterns. Layers with
+fewer products are padded with zeros. vLLM takes r up to its max_lora_rank, one of VLLM_RANKS (16 by default). It refuses
+modules_to_save and DoRA, and does not support a bias of lora_B.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from clp_engine.policy.peft.svd_cut import Cut, cut_matrix, cut_product
 from clp_engine.policy.steerable import SteerableModel
 
 BLEND_FILE = "clp_blend.json"
-# Settings of a policy that say how its adapters are blended.
+# Settings of a policy that determine how its adapters are blended.
 BLEND_SETTINGS = ("kl_conditioning", "min_kl", "default_kl", "kl_is_beta", "prompt_template")
 _C_OF_ALPHA = {
     "none": "1",
@@ -40,31 +39,34 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The least max_lora_rank with which vLLM takes an adapter of this rank, None where none is enough."""
+    """The least max_lora_rank with which vLLM takes an adapter of this rank, or None if no value is enough."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def read_rank(path: str | Path) -> int:
-    """Of the adapter in a directory that `save` wrote."""
+    """The rank of the adapter in a directory that `save` wrote."""
     return json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
 
 
 def save(
     path: str | Path, policy: SteerableModel, coefficients: torch.Tensor, rank: int | None = None
 ) -> float:
-    """Write the blend `coefficients` (D,) as one adapter; returns |written - delta| / |delta| over all layers
-    (Frobenius), 0 where it is exact.
+    """Write the blend `coefficients` (D,) as one adapter. Returns |written - delta| / |delta| over all layers (Frobenius).
 
-    `sum_i c_i s_i B_i A_i` is A stacked as it is, without those whose coefficient is 0, and B's columns times c_i s_i;
-    lora_alpha is the rank, so that PEFT's own scaling lora_alpha / r is one. rank: at most so many products a layer, the
-    largest singular values; a whole delta needs it, and its bias is that of lora_B.
+    `sum_i c_i s_i B_i A_i` is written as A, stacked without the adapters of coefficient 0, and B with its columns multiplied by
+    c_i s_i. The error is then 0. lora_alpha equals the rank, so that PEFT's own scaling lora_alpha / r is one.
+
+    rank: the most products per layer. The largest singular values are kept. A whole delta needs a rank; its bias is written as
+        lora_B's bias.
     """
     return _save(path, policy, coefficients, policy.spec.scalings, 1.0, rank)
 
 
 def save_each(directory: Path, policy: SteerableModel, rank: int | None = None) -> dict[str, float]:
-    """Write each delta as an adapter of its own, with the policy's scaling of it, into a folder of `directory` (see
-    `folders`), and BLEND_FILE, which says how they are blended; returns the error of each folder, as `save`."""
+    """Write each delta as an adapter with the policy's scaling, into its own folder of `directory` (see `folders`).
+
+    BLEND_FILE says how the adapters are blended. Returns the error of each folder, as `save`.
+    """
     spec, errors = policy.spec, {}
     for i, name in enumerate(folders(policy)):
         one = torch.zeros(len(spec.ranks))
@@ -108,7 +110,7 @@ def export_each(policy: SteerableModel, directory: str | Path, rank: int | None)
 
 
 def _complete(directory: Path, policy: SteerableModel) -> None:
-    """What is beside the adapters: whose they are, and the tokenizer."""
+    """Write the files beside the adapters: the base model's fingerprint, and the tokenizer."""
     fingerprint.write(directory, policy.model)
     if policy.tokenizer is not None:
         policy.tokenizer.save_pretrained(directory)
@@ -135,7 +137,7 @@ def _describe_blend(path: Path, policy: SteerableModel, weights, kl) -> None:
 
 
 def folders(policy: SteerableModel) -> list[str]:
-    """A folder name for each delta: that of its objective, or "adapter" where there is one delta for all."""
+    """A folder name for each delta: the objective's, or "adapter" if there is a single delta for all objectives."""
     if not policy.conditioning.blended:
         return ["adapter"]
     names: list[str] = []
@@ -155,8 +157,10 @@ def _save(
     scaling: float,
     rank: int | None,
 ) -> float:
-    """The delta of layers with factors, sum_i c_i scalings_i B_i A_i, and of whole ones, sum_i c_i Delta_i / scaling, as an
-    adapter that PEFT scales by `scaling`."""
+    """Write an adapter that PEFT scales by `scaling`.
+
+    Layers with factors have the delta sum_i c_i scalings_i B_i A_i, whole layers sum_i c_i Delta_i / scaling.
+    """
     if rank is not None and rank < 1:
         raise ConfigError(f"rank={rank}: expected at least 1")
     cuts = {
@@ -172,7 +176,7 @@ def _save(
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.cpu().contiguous()
     biases = {name: getattr(layer, "delta_bias", None) for name, layer in policy.layers.items()}
     biased = any(bias is not None for bias in biases.values())
-    if biased:  # PEFT has them for every layer or for none, and scales them, too
+    if biased:  # PEFT has biases for every layer or for none, and scales them, too
         for name, cut in cuts.items():
             bias = cut.b.new_zeros(cut.b.shape[0])
             if biases[name] is not None:

@@ -1,1 +1,1 @@
-"""What a rollout draws from, one engine a file."""
+"""The engines that draw the completions of a rollout, one per file."""

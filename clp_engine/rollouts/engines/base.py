@@ -1,8 +1,8 @@
-"""The engine of this project, `Stepwise`, and the step decoders that it is made of.
+"""`Stepwise`, this project's own engine, and the protocol of the step decoders that it uses.
 
-A RolloutEngine (`types`) takes a request and returns completions, however it makes them. `Stepwise` draws token by token from a
-StepDecoder, which knows the logits of the next token of every row: transformers' modules, the native decoder, or CUDA graphs
-over fixed slots.
+A RolloutEngine (`types`) turns a request into completions in any way. `Stepwise` draws them token by token from a StepDecoder,
+which computes the logits of every row's next token. A step decoder uses transformers' modules, the native decoder, or CUDA
+graphs over fixed slots.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.rollouts.rows import Rows
 from clp_engine.rollouts.types import Rollout, RolloutRequest
 
-# Steps between looks at who has ended, where looking makes the host wait for the device.
+# Steps between two checks for ended rows, if a check makes the host wait for the device.
 _LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
 class DecoderRequest:
-    """What a step decoder is made for.
+    """The arguments for making a step decoder.
 
-    model: whose logits. prompt_ids, prompt_mask: (P, S), left-padded. blend: (P, D), or None for the base model. group: rows
-    per prompt. room: the most tokens of a row. at_once: the most groups of rows together.
+    model: the model whose logits it computes. prompt_ids, prompt_mask: (P, S), left-padded.
+    blend: (P, D), or None for the base model. group: rows per prompt. room: the most tokens of a row.
+    at_once: the most groups of rows decoded together.
     """
 
     model: ConditionedModel
@@ -51,7 +52,7 @@ class DecoderRequest:
         )
 
     def prompts(self, chosen: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, mask) of some prompts, without the padding that all of them have."""
+        """(ids, mask) of the chosen prompts, without the padding that they have in common."""
         ids, mask = self.prompt_ids[chosen], self.prompt_mask[chosen]
         skip = ids.shape[1] - int(mask.sum(-1).max())
         return ids[:, skip:], mask[:, skip:]
@@ -61,11 +62,11 @@ class DecoderRequest:
 
 
 class StepDecoder(Protocol):
-    """The logits that rows draw their tokens from, one token at a time. Prompts join, and rows leave when they have ended.
+    """The logits of every row's next token, one token at a time. Prompts join, and rows leave when they have ended.
 
-    drop_share: of the rows, how many must have ended before leaving them out is worth what it costs; 0 where it costs nothing.
-    write: None, or a function that draws by itself: from logits (n, V), for the rows of `draws`, until all have ended or, if
-        others wait, there is a place for a prompt; returns (indices of the rows that have not ended, their logits).
+    drop_share: the share of rows that must have ended before dropping them pays; 0 if dropping is free.
+    write: None, or a function that draws by itself, from logits (n, V) for the rows of `draws`. It stops when all rows have
+        ended or, if prompts wait, when there is a place for one. It returns (indices of the rows left, their logits).
     """
 
     drop_share: float
@@ -73,21 +74,21 @@ class StepDecoder(Protocol):
 
     @property
     def places(self) -> int:
-        """Prompts that can be added now."""
+        """The number of prompts that can be added now."""
 
     def add(self, prompts: slice) -> torch.Tensor:
-        """Rows for these prompts, a group for each, behind the present rows; (new rows, V), for their first tokens."""
+        """Add a group of rows for each prompt, behind the present rows. Returns the logits (new rows, V) of first tokens."""
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(rows, V), for the token after tokens (rows,)."""
+        """The logits (rows, V) of the token after tokens (rows,)."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Only these of the present rows (indices, ascending) go on."""
+        """Continue only with the present rows at these ascending indices."""
 
 
 @dataclass(frozen=True)
 class Stepwise:
-    """The engine that draws token by token. decoder: makes the step decoder of a request."""
+    """The engine that draws token by token. decoder: makes the step decoder for a request."""
 
     decoder: Callable[[RolloutRequest], StepDecoder]
 
@@ -97,11 +98,11 @@ class Stepwise:
         return request.rollout(*rows.completions())
 
     def _draw(self, decoder: StepDecoder, rows: Rows, prompts: int, group: int) -> None:
-        """Every completion of every prompt, as places come free."""
+        """Draw every completion of every prompt. Waiting prompts join as places become free."""
         device = rows.running.device
         every = 1 if device.type == "cpu" else _LOOK_EVERY
-        logits, waiting = None, 0  # the first prompt that has not joined
-        left = 0  # steps after which whoever is in the batch has ended, whatever it says
+        logits, waiting = None, 0  # waiting: the first prompt that has not joined
+        left = 0  # steps after which all present rows have reached their length limit
         while True:
             if waiting < prompts and (places := decoder.places):
                 stop = min(prompts, waiting + places)
@@ -109,7 +110,7 @@ class Stepwise:
                 logits = first if logits is None else torch.cat([logits, first])
                 rows.join(torch.arange(waiting * group, stop * group, device=device))
                 waiting, left = stop, rows.limit
-            assert logits is not None  # rows have joined
+            assert logits is not None  # at least one row has joined
             if decoder.write is not None and not rows.reads_text:
                 draws = rows.draws()
                 going_on, logits = decoder.write(logits, draws, waiting < prompts)

@@ -1,4 +1,4 @@
-"""Which engine draws, and why not a faster one."""
+"""The choice of the engine that draws, and the reasons against a faster one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clp_engine.rollouts.types import RolloutEngine, RolloutRequest, Samplable
 
 
 def engine_of(source: Samplable) -> RolloutEngine:
-    """The source's own engine, or the fastest that serves its model."""
+    """The source's own engine, or the fastest that serves the source's model."""
     if source.engine is not None:
         return source.engine
     return Stepwise(_decoder) if source.conditioned.shares_prompts else Generate()
@@ -24,7 +24,7 @@ def _decoder(request: RolloutRequest) -> StepDecoder:
 
 
 def step_decoder(request: DecoderRequest) -> StepDecoder:
-    """On a CPU the native decoder, on a GPU graphs over fixed slots, and transformers' modules where these cannot serve."""
+    """The native decoder on a CPU, graphs over fixed slots on a GPU, or transformers' modules if neither serves the model."""
     model = request.model
     if model.device.type == "cuda" and cuda_graphs.serves(model):
         return GraphDecoder(request, cuda_graphs.choose(model))
@@ -33,7 +33,7 @@ def step_decoder(request: DecoderRequest) -> StepDecoder:
 
 
 def detours(model: ConditionedModel) -> list[str]:
-    """What a model cannot take of the fast path, and why: a sentence each."""
+    """The parts of the fast path that a model cannot use, one sentence each with the reason."""
     fault = model.backbone.packing_fault
     if not model.shares_prompts:
         return [

@@ -1,7 +1,7 @@
-"""Decoding by CUDA graphs over fixed slots: on a GPU a step is one launch.
+"""Decoding by CUDA graphs over fixed slots: on a GPU a decode step is one launch.
 
-Graphs and their buffers (`slots`) outlive the rollout, and are captured again where a parameter has moved. Elsewhere, or where
-capture fails (said once), the same step runs as it is.
+Graphs and their buffers (`slots`) outlive the rollout. A graph is captured again after a parameter has moved. On other devices,
+and if capture fails (logged once), the same step runs without a graph.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from clp_engine.rollouts.engines.trials import SWITCH, Unsupported
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP = 3  # steps before capture: libraries choose and allocate in the first ones
-# The slots of a model's last rollout, for its next one; plans made, and models that were told why there is none.
+_WARM_UP = 3  # steps before capture, in which libraries choose algorithms and allocate memory
+# The slots of each model's last rollout, for reuse. The plans of models, including those that are not served.
 _SLOTS: weakref.WeakKeyDictionary[nn.Module, Slots] = weakref.WeakKeyDictionary()
 _PLANS: weakref.WeakKeyDictionary[nn.Module, FusedStep] = weakref.WeakKeyDictionary()
 
 
 def serves(model: ConditionedModel) -> bool:
-    """Whether every step of the model is the same work on the same buffers: low-rank factors, attention that packs."""
+    """Whether every step of the model does the same work on the same buffers: low-rank factors, attention that packs."""
     return (
         isinstance(model.backbone, CausalBackbone)
         and model.backbone.packing_fault is None
@@ -43,8 +43,11 @@ def serves(model: ConditionedModel) -> bool:
 
 
 def plan(model: ConditionedModel) -> FusedStep:
-    """How this model's step is computed. Worked out at the first call and kept while the base weights are the same; hooks and
-    such are looked for every time."""
+    """The plan for computing this model's step.
+
+    The plan is made at the first call and kept while the base weights stay the same. Hooks and other changes to the modules are
+    checked at every call.
+    """
     kept = trials.current(_PLANS, model, tuple(llama_weights.frozen_weights(model)), _make)
     try:
         if kept.reason is None:
@@ -55,8 +58,11 @@ def plan(model: ConditionedModel) -> FusedStep:
 
 
 def choose(model: ConditionedModel) -> FusedStep | None:
-    """The plan of a model whose step is fused, or None. CLP_ENGINE_DECODING=torch: transformers' modules for everything; so do
-    back-ends forced that are not a GPU's."""
+    """The plan of a model whose step is fused, or None.
+
+    None also with CLP_ENGINE_DECODING=torch, which selects transformers' modules, and if a kernel back-end that does not run on
+    a GPU is forced.
+    """
     if os.environ.get(SWITCH, "") == "torch" or forced_backend() in ("reference", "cpu"):
         return None
     made = plan(model)
@@ -73,7 +79,7 @@ def _make(model: ConditionedModel, identity: tuple) -> FusedStep:
 
 
 def _verify(model: ConditionedModel, made: FusedStep) -> None:
-    """Raises Unsupported where the fused step and transformers' modules differ over the same slots."""
+    """Raises Unsupported if the fused step and transformers' modules differ over the same slots."""
     trial = trials.Trial.of(model)
     before = _SLOTS.pop(model, None)
     try:
@@ -89,11 +95,12 @@ def _verify(model: ConditionedModel, made: FusedStep) -> None:
 
 
 class GraphDecoder:
-    """Logits of slots, each row under its blend; see `base.StepDecoder`. fused: the model's plan, None for transformers'
-    modules. A prompt's slot is free when the last of its rows has left.
+    """Logits of slots, each row under its blend; see `base.StepDecoder`. A slot is free after the last of its rows has left.
+
+    fused: the model's plan, None for transformers' modules.
     """
 
-    drop_share = 0.25  # groups move, and another graph may have to be captured
+    drop_share = 0.25  # dropping rows moves groups, and may require the capture of another graph
     write = None
 
     def __init__(self, request: DecoderRequest, fused: FusedStep | None = None):
@@ -101,8 +108,8 @@ class GraphDecoder:
         self._slots = _slots_for(request)
         with torch.no_grad():
             self._slots.convert(self._model.layers)
-        self._taken = [0] * self._slots.count  # rows that still run, by slot
-        # where each running row lies
+        self._taken = [0] * self._slots.count  # running rows in each slot
+        # The place of each running row in the slots' buffers.
         self._rows = torch.empty(0, dtype=torch.long, device=self._model.device)
 
     @property
@@ -119,7 +126,7 @@ class GraphDecoder:
         for slot in free:
             self._taken[slot] = self._group
         where = torch.tensor(free, device=s.device)
-        # Prompts lie from position 0 on in their slots: padding goes behind.
+        # A prompt starts at position 0 of its slot, so its padding moves behind it.
         order = (~mask).long().argsort(dim=-1, stable=True)
         for layer, cached in enumerate(context.cache.layers):
             s.allocate(layer, cached.keys)
@@ -149,7 +156,7 @@ class GraphDecoder:
         self._close_ranks()
 
     def _close_ranks(self) -> None:
-        """Move groups to the first slots where a smaller bucket will then do."""
+        """Move groups to the first slots if a smaller bucket then suffices."""
         s, taken = self._slots, self._taken
         used = [slot for slot, rows in enumerate(taken) if rows]
         target = next((b for b in s.buckets if b >= len(used)), s.count)
@@ -165,7 +172,7 @@ class GraphDecoder:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _run(self, count: int) -> torch.Tensor:
-        """(count * group, V): logits after the tokens in the buffers."""
+        """The logits (count * group, V) after the tokens in the buffers."""
         s = self._slots
         if s.device.type != "cuda" or s.graphs is None:
             return self._forward(count)
@@ -181,7 +188,7 @@ class GraphDecoder:
         return logits
 
     def _capture(self, count: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        # A step puts the same keys and values in the same places however often it runs.
+        # A step writes the same keys and values to the same places however often it runs.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -194,7 +201,7 @@ class GraphDecoder:
         return graph, logits
 
     def compared(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`step`, (logits of the fused step, of transformers' modules)."""
+        """As `step`, with (logits of the fused step, logits of transformers' modules)."""
         s, count = self._slots, self._slots.count
         s.tokens[self._rows, 0] = tokens
         found = self._forward(count), self._forward_of_modules(count)
@@ -204,7 +211,7 @@ class GraphDecoder:
     @contextlib.contextmanager
     def _blended(self, step: Step) -> Iterator[None]:
         s, model = self._slots, self._model
-        # A new tensor, so that nothing derived from other coefficients at the same address is used again.
+        # A new tensor object, so that values derived from other coefficients at the same address are not reused.
         blend = s.coefficients[: step.rows]
         with model.blend.use(blend, factors={model.layers[name]: kept for name, kept in s.factors.items()}):
             yield
@@ -231,7 +238,7 @@ class GraphDecoder:
 
 
 def _slots_for(request: DecoderRequest) -> Slots:
-    """The model's slots of the last rollout where they are large enough, or new ones."""
+    """The slots of the model's last rollout if they are large enough, otherwise new ones."""
     model, at_once, group = request.model, request.at_once, request.group
     addresses = tuple(p.data_ptr() for p in model.parameters())
     slots = _SLOTS.get(model)

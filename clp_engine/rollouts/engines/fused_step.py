@@ -1,12 +1,12 @@
-"""A decode step over slots with few launches: the model's own linear layers, and one kernel for each thing between them.
+"""A decode step over slots with few launches: the model's own linear layers, and one kernel for each operation between them.
 
-transformers' modules, over the same slots, take some fifty launches a layer (counted for Qwen2) for what is here twelve: seven
-products, two norms with the residual before them, rotary embeddings with the cache, attention, the gated activation
-(`clp_kernels.decode_step`), and one more where rows are so few that their keys are cut into pieces. Small
-launches are what a decode step on a GPU is made of, once its products are at the bandwidth of their weights.
+Over the same slots, transformers' modules take about fifty launches a layer (counted for Qwen2). This step takes twelve: seven
+products, two norms with the residual before them, rotary embeddings with the cache, attention, and the gated activation
+(`clp_kernels.decode_step`). One more launch is needed if there are so few rows that their keys are split. Small launches
+dominate a decode step on a GPU once its products run at the bandwidth of their weights.
 
-Which models: those that `llama_weights` reads, of one dtype, where Triton is there. A step is tried before it is used: random
-tokens through it and through transformers' modules must give the same logits (`cuda_graphs.plan`).
+The step serves the models that `llama_weights` reads, with weights of one dtype, if Triton is available. It is tried before its
+use: random tokens through it and through transformers' modules must give the same logits (`cuda_graphs.plan`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from clp_engine.rollouts.engines import llama_weights
 from clp_engine.rollouts.engines.slots import Step
 from clp_engine.rollouts.engines.trials import Unsupported
 
-# Logits of this step and of transformers' modules, as a share of the largest: other orders of sums, other roundings.
+# The largest difference of logits from transformers' modules, relative to the largest logit: sums and roundings differ.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 @dataclass(frozen=True)
 class FusedStep:
-    """How a model's step is computed; `reason` says why it is not, where it is not."""
+    """The plan for computing a model's step, or the `reason` why there is none."""
 
     weights: DecoderWeights | None
     modules: dict[tuple[int, str], nn.Module]
@@ -39,7 +39,7 @@ class FusedStep:
 
 
 def read(model: ConditionedModel, identity: tuple) -> FusedStep:
-    """The step of a model, not tried yet. Raises Unsupported."""
+    """The plan of a model's step, before its trial. Raises Unsupported."""
     triton = backends()["triton"]
     if not triton.available:
         raise Unsupported(triton.reason)
@@ -57,13 +57,13 @@ def read(model: ConditionedModel, identity: tuple) -> FusedStep:
 
 
 def logits(model: ConditionedModel, made: FusedStep, step: Step) -> torch.Tensor:
-    """(rows, V): as transformers' modules compute them over the step's slots, with its blend in force."""
+    """(rows, V) logits, as transformers' modules compute them over the step's slots, with the step's blend in force."""
     w, slots, rows = made.weights, step.slots, step.rows
     group, lengths, before = slots.group, slots.lengths[:rows], slots.prompt_lengths[: step.count]
     tables = slots.rope(model)
 
     def linear(i: int, name: str, x: torch.Tensor) -> torch.Tensor:
-        # The interface of a sequence of one token: what a conditioned layer looks its rows up by.
+        # x takes the shape of sequences of one token, since a conditioned layer looks up its rows by that shape.
         return made.modules[i, name](x.unsqueeze(1)).squeeze(1)
 
     first = w.layers[0]

@@ -1,6 +1,6 @@
-"""The engine of models whose completions share nothing: transformers' generate writes prompt after prompt.
+"""The engine for models whose completions share nothing: transformers' generate writes one prompt after another.
 
-Nothing is padded, whatever the model makes of padding; state-space models and those with recurrent layers go this way.
+No prompt is padded, so that a model's handling of padding does not matter. State-space and recurrent models use this engine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from clp_engine.rollouts.types import Rollout, RolloutRequest
 
 
 class Generate:
-    """See `base.RolloutEngine`."""
+    """Draws by transformers' generate; see `types.RolloutEngine`."""
 
     def run(self, request: RolloutRequest) -> Rollout:
         model, group, blend, rows = request.source.conditioned, request.group, request.blend, Rows(request)

@@ -1,4 +1,4 @@
-"""Reading a model that is put together as Llama is: its weights by their part, for a decoder of our own."""
+"""Reading the weights of a model with Llama's structure, by their role, for this project's own decoders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clp_engine.rollouts.engines.trials import Unsupported
 _CPU = torch.device("cpu")
 
 
-_NORMS = {  # names of a layer's norms, in the order norm_attention, norm_attended, norm_mlp, norm_out
+_NORMS = {  # names of a layer's norms in the order norm_attention, norm_attended, norm_mlp, norm_out
     frozenset({"input_layernorm", "post_attention_layernorm"}): (
         "input_layernorm",
         None,
@@ -66,11 +66,11 @@ def _plain_linear(module: nn.Module, name: str) -> Linear:
 
 @torch.no_grad()
 def _gain(norm: nn.Module) -> tuple[torch.Tensor, float]:
-    """(gain, eps) of a norm x / sqrt(mean x^2 + eps) * gain, found by trying: models store the gain, or what it is above 1."""
+    """(gain, eps) of a norm x / sqrt(mean x^2 + eps) * gain, found by evaluating it: some models store gain - 1."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or eps is None or weight.dim() != 1 or isinstance(norm, ConditionedLayer):
         raise Unsupported(f"{type(norm).__name__} is not a root-mean-square norm with a gain")
-    # In float32, whatever the weights are: nothing is rounded then that would have to be allowed for.
+    # The trial runs in float32 for weights of any dtype, so that no tolerance for rounding is needed.
     generator = torch.Generator(device="cpu").manual_seed(0)
     x = torch.randn(3, weight.shape[0], generator=generator, device="cpu").to(weight.device)
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
@@ -91,7 +91,7 @@ def _activation(function) -> str:
 
 
 def _embedding(decoder: nn.Module) -> tuple[torch.Tensor, float]:
-    """(weight, scale)."""
+    """(weight, scale) of the token embedding."""
     embedding = decoder.embed_tokens
     if not isinstance(embedding, nn.Embedding):
         raise Unsupported(f"its embedding is a {type(embedding).__name__}")
@@ -106,14 +106,14 @@ def _embedding(decoder: nn.Module) -> tuple[torch.Tensor, float]:
     if not torch.allclose(looked_up, stored * scale, rtol=rounding, atol=1e-7):
         raise Unsupported(f"its embedding {type(embedding).__name__} does more than look up and scale")
     if type(embedding) is nn.Embedding and type(decoder).__name__.startswith("Gemma"):
-        scale = weight.shape[1] ** 0.5  # earlier versions of transformers scale it in the decoder
+        scale = weight.shape[1] ** 0.5  # earlier versions of transformers apply the scale in the decoder
     return weight, scale * float(getattr(decoder, "embedding_multiplier", 1.0))
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """Every module, in no order. `nn.Module.modules` takes a millisecond for a small model, and each rollout asks."""
+    """Every module, in no particular order. `nn.Module.modules` takes 1 ms for a small model, and each rollout calls this."""
     found = [model]
-    for module in found:  # grows while it is read
+    for module in found:  # the list grows during the loop
         found += [child for child in module._modules.values() if child is not None]
     return found
 
@@ -121,7 +121,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 def check_modules(
     model: ConditionedModel, dtype: torch.dtype = torch.float32, device: torch.device = _CPU
 ) -> None:
-    """Nothing that would run beside the layers' own computation, and all base weights of one kind. Raises Unsupported."""
+    """Raises Unsupported if anything but the layers' own computation would run, or if base weights differ in kind."""
 
     def name(module: nn.Module, part: str = "") -> str:
         found = next((n for n, m in model.model.named_modules() if m is module), "")
@@ -137,7 +137,7 @@ def check_modules(
         for part, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            # Adapters are float32, whatever the base model is.
+            # Adapters are float32 for a base model of any dtype.
             fits = parameter.dtype is dtype or (parameter.requires_grad and parameter.dtype is torch.float32)
             if not fits or parameter.device.type != device.type:
                 place = "a CPU" if device.type == "cpu" else device
@@ -149,7 +149,7 @@ def check_modules(
 def read(
     model: ConditionedModel, dtype: torch.dtype = torch.float32, device: torch.device = _CPU
 ) -> tuple[DecoderWeights, dict[tuple[int, str], nn.Module]]:
-    """The decoder, and its linear layers by their place in it; of one dtype, on one device. Raises Unsupported."""
+    """(decoder weights, linear layers by their place in it), of one dtype and on one device. Raises Unsupported."""
     backbone, config = model.backbone, model.model.config.get_text_config()
     if not isinstance(backbone, CausalBackbone):
         raise Unsupported(f"{type(model.model).__name__} is an encoder-decoder")
@@ -238,7 +238,7 @@ def read(
 
 
 def _rope_kind(decoder: nn.Module, layer_type: str | None) -> str | None:
-    """What tells one table from another: the kind of layer, where the rotary embedding has one for each."""
+    """The key of a rotary table: the layer type if the rotary embedding has one table per type, otherwise None."""
     return layer_type if isinstance(getattr(decoder.rotary_emb, "rope_type", None), dict) else None
 
 
@@ -247,7 +247,7 @@ def _rope_kinds(decoder: nn.Module, types: list) -> list:
 
 
 def rope_tables(model: ConditionedModel, positions: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(cos, sin), each (positions, rotary), for each kind of layer: the model's own."""
+    """The model's own (cos, sin), each (positions, rotary), for each kind of layer. Raises Unsupported for moving tables."""
     decoder, config = model.backbone.decoder, model.model.config.get_text_config()
     rotary = decoder.rotary_emb
     if moving := moving_rope(rotary):
@@ -255,7 +255,7 @@ def rope_tables(model: ConditionedModel, positions: int) -> list[tuple[torch.Ten
     types = getattr(config, "layer_types", None) or [None]
     ids = torch.arange(positions, device=model.device).unsqueeze(0)
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        ids = ids.expand(3, 1, -1)  # time, height and width: the same for text
+        ids = ids.expand(3, 1, -1)  # time, height and width, which are equal for text
     like = decoder.embed_tokens.weight[:1]
     tables = []
     for kind in _rope_kinds(decoder, types):
@@ -265,13 +265,13 @@ def rope_tables(model: ConditionedModel, positions: int) -> list[tuple[torch.Ten
 
 
 def base_dtype(model: ConditionedModel) -> torch.dtype:
-    """The dtype of the base; float32 where it has no embedding to tell it, so that what differs is named."""
+    """The dtype of the input embedding, or float32 without one. A later check then names the parameter that differs."""
     embedding = getattr(getattr(model.backbone, "decoder", None), "embed_tokens", None)
     return getattr(getattr(embedding, "weight", None), "dtype", torch.float32)
 
 
 def frozen_weights(model: ConditionedModel) -> Iterator[tuple[int, int]]:
-    """What changes when the base weights are others, or were changed in place."""
+    """The address and version of every base weight, which change when a weight is replaced or changed in place."""
     for module in _modules(model.model):
         for p in module._parameters.values():
             if p is not None and not p.requires_grad:

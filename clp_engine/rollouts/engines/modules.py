@@ -1,4 +1,4 @@
-"""Decoding by transformers' modules: what serves every model, and what the others are compared with."""
+"""Decoding by transformers' modules, which serves every model and is the comparison for the other decoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clp_engine.rollouts.engines.base import DecoderRequest
 class ModulesDecoder:
     """Logits by transformers' modules, each row under its blend; see `base.StepDecoder`."""
 
-    drop_share = 0.25  # the cache is copied
+    drop_share = 0.25  # dropping rows copies the cache
     write = None
 
     def __init__(self, request: DecoderRequest):

@@ -1,14 +1,14 @@
-"""Decoding on the CPU without Python that scales with layers: a model's step as `clp_kernels.decoder` computes it.
+"""Decoding on a CPU by `clp_kernels.decoder`, which computes a whole step in one native call.
 
-`plan(model)` says whether a model can be decoded natively, and why it cannot. Llama can, and what has its structure
-(Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): `llama_weights` recognises them by their modules' names.
-Then they are tried: a few random tokens through the native decoder and through transformers must give the same logits.
+`plan(model)` says whether a model can be decoded natively, and why it cannot. Llama and models of its structure can (Mistral,
+Qwen2, Qwen3, Gemma, Gemma 2 and 3, OLMo 2, Granite, ...): `llama_weights` recognises them by their modules' names. Each model
+is tried before its use: a few random tokens through the native decoder and through transformers must give the same logits.
 Transformers' modules decode every other model.
 
-    model                   a base in float32 or bfloat16 on a CPU, computed in float32; low-rank factors or none. Layers with
-                            whole weights that differ by row are left to transformers' modules.
-    prefill                 by transformers; its keys and values are kept once for each prompt.
-    CLP_ENGINE_DECODING     torch: transformers' modules for everything; native: an error where the native path cannot serve.
+    model                   a base in float32 or bfloat16 on a CPU, computed in float32, with low-rank factors or without any.
+                            Transformers' modules decode models with whole weights that differ by row.
+    prefill                 by transformers. A prompt's keys and values are kept once for all its rows.
+    CLP_ENGINE_DECODING     torch: transformers' modules for all models. native: an error if the native decoder cannot serve.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from clp_engine.rollouts.engines.trials import (
     made_or_refused,
 )
 
-# Logits of the native decoder and of transformers, as a share of the largest: float32 products in another order; of a bfloat16
-# model, transformers rounds every result, which the native decoder does not.
+# The largest difference of logits from transformers, relative to the largest logit. Float32 products are summed in another
+# order. For a bfloat16 model, transformers rounds every result and the native decoder does not.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is decoded: natively with `packed` weights and `layers` by their place in it, or not, for `reason`."""
+    """The plan for decoding a model: `packed` weights, and `layers` by their place in it, or the `reason` why there is none."""
 
     packed: PackedDecoder | None
     layers: dict[tuple[int, str], nn.Module]
@@ -58,7 +58,7 @@ class Plan:
     identity: tuple = ()
 
 
-# Plans made, and models that were told why there is none; a model itself stays free of what cannot be copied.
+# Plans of models, including those not served. They are kept outside the model, which must stay copyable.
 _PLANS: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
 
 
@@ -66,19 +66,22 @@ _PLANS: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
 
 
 def _stored(model: ConditionedModel) -> torch.dtype:
-    """`base_dtype` where the native decoder takes it, else float32."""
+    """`base_dtype` if the native decoder takes it, otherwise float32."""
     dtype = base_dtype(model)
     return dtype if dtype in _TOLERANCE else torch.float32
 
 
 def _identity(model: ConditionedModel) -> tuple:
-    """Changes when the base weights do, or other kernels are in force."""
+    """A key that changes with the base weights and with the kernels in use."""
     return _isa(), *frozen_weights(model)
 
 
 def plan(model: ConditionedModel) -> Plan:
-    """How this model is decoded. Worked out, and the weights packed, at the first call, and kept while the base weights are
-    the same; hooks and such are looked for every time."""
+    """The plan for decoding this model.
+
+    The plan is made, and the weights are packed, at the first call. Both are kept while the base weights stay the same. Hooks
+    and other changes to the modules are checked at every call.
+    """
     kept = current(_PLANS, model, _identity(model), _make)
     try:
         if kept.packed is not None:
@@ -104,7 +107,7 @@ def _make(model: ConditionedModel, identity: tuple) -> Plan:
 
 
 def _verify(model: ConditionedModel, made: Plan) -> None:
-    """Raises Unsupported where the native decoder and transformers differ."""
+    """Raises Unsupported if the logits of the native decoder and of transformers differ."""
     trial = Trial.of(model)
     ours = NativeDecoder(trial.request, made)
     theirs = ModulesDecoder(trial.request)
@@ -114,7 +117,7 @@ def _verify(model: ConditionedModel, made: Plan) -> None:
 
 
 def choose(model: ConditionedModel) -> Plan | None:
-    """The plan of a model that is decoded natively, or None; `choice.detours` tells why not."""
+    """The plan of a model that is decoded natively, or None. `choice.detours` gives the reason."""
     switch = os.environ.get(SWITCH, "")
     if switch not in ("", "auto", "torch", "native"):
         raise ConfigError(f"{SWITCH}={switch}: expected torch, native or auto")
@@ -129,7 +132,7 @@ def choose(model: ConditionedModel) -> Plan | None:
 
 
 class NativeDecoder:
-    """Logits by the native decoder; see `base.StepDecoder`. made: the model's plan."""
+    """Logits from the native decoder; see `base.StepDecoder`. made: the model's plan."""
 
     drop_share = 0.0
 
@@ -146,7 +149,7 @@ class NativeDecoder:
         )
 
     def _low_rank(self, made: Plan) -> dict[tuple[int, str], LowRank]:
-        """A gate row for each prompt, in the order in which they will be added."""
+        """Low-rank factors by layer, with one gate row per prompt, in the order in which prompts will be added."""
         if (blend := self._request.blend) is None:
             return {}
         in_force = self._model.blend
@@ -186,6 +189,6 @@ class NativeDecoder:
     def write(
         self, logits: torch.Tensor, draws: Draws, others_wait: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`clp_kernels.decoder.Decoding.write`, until there is a place for a prompt if others wait for one."""
+        """`clp_kernels.decoder.Decoding.write`. If other prompts wait, it stops when there is a place for one."""
         missing = self._request.group - (self._slots - len(self._decoding))
         return self._decoding.write(logits, draws, missing if others_wait else 0)

@@ -1,13 +1,13 @@
-"""Buffers that never move, so that one captured CUDA graph can be replayed for every token.
+"""Fixed buffers, so that one captured CUDA graph can be replayed for every token.
 
-A slot holds a prompt's keys and values once, for all rows of its group, and each row's own. Prompts take free slots and leave
-them; a step runs over the first so many slots, a bucket, whoever is in them:
+A slot holds a prompt's keys and values once for all rows of its group, and the keys and values of each row's own tokens.
+Prompts enter free slots and leave them. A step always runs over the first slots, as many as a bucket has, occupied or not:
 
     scores = [ q K_prompt^T | q K_own^T ],    y = softmax(scores + mask) [ V_prompt ; V_own ]
 
-The rows of a group are one matrix product with their prompt's keys: these are read once per group and token. Buckets are powers
-of two, prompts and completions have room for a multiple of ROUND tokens, so that a few graphs serve a whole run. Factors are
-converted to the model's dtype once for a rollout: what a graph reads of them are copies.
+The rows of a group are one matrix product with their prompt's keys, which are therefore read once per group and token. Buckets
+are powers of two, and the room for prompts and completions is a multiple of ROUND tokens, so that a few graphs serve a whole
+run. Factors are converted to the model's dtype once per rollout, and a graph reads the converted copies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.rollouts.engines.llama_weights import rope_tables
 
 NAME = "clp_slots"
-ROUND = 64  # tokens by which the room for prompts and for completions grows
+ROUND = 64  # tokens; the room for prompts and for completions is a multiple
 in_force: ContextVar[Step | None] = ContextVar("step", default=None)
 
 
@@ -34,11 +34,12 @@ def round_up(tokens: int) -> int:
 
 @dataclass
 class Slots:
-    """Buffers for `count` prompts of at most `width` tokens, `group` rows each with at most `room` tokens of their own.
+    """Buffers for `count` prompts of at most `width` tokens, with `group` rows each and at most `room` own tokens per row.
 
-    keys, values, by layer: of prompts (count, Hkv, width, D), of rows (count * group, Hkv, room, D). prompt_lengths (count,)
-    and lengths (count * group,): what of them is filled. coefficients (count * group, D) of the blend, zero without one.
-    factors, by layer: its low-rank factors in the model's dtype, where they are kept in another.
+    keys, values: by layer, those of prompts (count, Hkv, width, D) and of rows (count * group, Hkv, room, D).
+    prompt_lengths: (count,), filled positions of each prompt. lengths: (count * group,), filled positions of each row.
+    coefficients: (count * group, D), the blend, zero without one.
+    factors: by layer, its low-rank factors in the model's dtype, if they are stored in another.
     """
 
     count: int
@@ -69,7 +70,7 @@ class Slots:
         return sorted({min(1 << i, self.count) for i in range(self.count.bit_length() + 1)})
 
     def rope(self, model: ConditionedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The model's tables of rotary embeddings for all positions there is room for."""
+        """The model's tables of rotary embeddings for every position that fits in a slot."""
         if not self.ropes:
             self.ropes = [
                 (cos.contiguous(), sin.contiguous())
@@ -78,7 +79,7 @@ class Slots:
         return self.ropes
 
     def allocate(self, layer: int, keys: torch.Tensor) -> None:
-        """Room for the keys and values of a layer whose prompts' keys are (P, Hkv, S, D)."""
+        """Allocate the keys and values of a layer. keys: the prompts' keys (P, Hkv, S, D), for their form."""
         if layer in self.prompts:
             return
         _, heads, _, size = keys.shape
@@ -88,7 +89,7 @@ class Slots:
         )
 
     def convert(self, layers: Mapping[str, ConditionedLinear]) -> None:
-        """Take the layers' factors as they are now: once for a rollout, and not in the step, for every token."""
+        """Copy the layers' current factors, converted to the model's dtype. Once per rollout, not in every step."""
         for name, layer in layers.items():
             dtype, own = layer.weight.dtype, (layer.lora_a, layer.lora_b)
             if own[0].dtype is dtype:
@@ -99,7 +100,7 @@ class Slots:
                 kept.copy_(t)
 
     def move(self, source: int, target: int) -> None:
-        """The group in one slot to another."""
+        """Move a group from one slot to another."""
         for buffers in self.prompts.values():
             for buffer in buffers:
                 buffer[target] = buffer[source]
@@ -115,7 +116,7 @@ class Slots:
 
 @dataclass
 class Step:
-    """One token for the first `count` slots; the masks are made once for all layers."""
+    """One token for the rows of the first `count` slots. The masks are made once for all layers."""
 
     slots: Slots
     count: int
@@ -126,18 +127,18 @@ class Step:
         return self.count * self.slots.group
 
     def positions(self) -> torch.Tensor:
-        """(rows, 1), of the tokens being read."""
+        """(rows, 1), the positions of the tokens being read."""
         prompts = self.slots.prompt_lengths[: self.count].repeat_interleave(
             self.slots.group, output_size=self.rows
         )
         return (prompts + self.slots.lengths[: self.rows]).unsqueeze(1)
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """(rows, width + room) bool, what a row's token attends to."""
+        """(rows, width + room) bool, the keys that each row's token attends to."""
         if window not in self._masks:
             s, device = self.slots, self.slots.device
             now = self.positions()
-            lengths = (now - s.lengths[: self.rows].unsqueeze(1)).squeeze(1)  # of the rows' prompts
+            lengths = (now - s.lengths[: self.rows].unsqueeze(1)).squeeze(1)  # lengths of the rows' prompts
             prompt, own = torch.arange(s.width, device=device), torch.arange(s.room, device=device)
             seen = torch.cat([prompt < lengths.unsqueeze(1), own <= s.lengths[: self.rows].unsqueeze(1)], 1)
             if window is not None:
@@ -159,8 +160,11 @@ def slot_attention(
     softcap: float | None = None,
     **_,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface for the step in force: query (rows, Hq, 1, D), key and value (rows, Hkv, 1, D), which
-    are put where the rows' own are -> ((rows, 1, Hq, D), None)."""
+    """transformers' attention interface for the step in force.
+
+    query (rows, Hq, 1, D), key and value (rows, Hkv, 1, D) -> ((rows, 1, Hq, D), None). Key and value are stored in the rows'
+    own buffers.
+    """
     step = in_force.get()
     slots, rows, layer = step.slots, step.rows, module.layer_idx
     (prompt_keys, prompt_values), own = slots.prompts[layer], slots.own[layer]
@@ -170,7 +174,7 @@ def slot_attention(
         buffer[everyone, :, at] = new[:, :, 0]
     heads, size = key.shape[1], query.shape[-1]
     shared = query.shape[1] // heads
-    # (rows, Hkv, g, D): the query heads of a key head beside each other; (count, Hkv, group * g, D): those of a whole group.
+    # by_row (rows, Hkv, g, D): the query heads of a key head. Then (count, Hkv, group * g, D): those of a whole group.
     by_row = query.view(rows, heads, shared, size)
     by_group = by_row.view(step.count, slots.group, heads, shared, size).transpose(1, 2).flatten(2, 3)
     scores = torch.cat(

@@ -1,4 +1,4 @@
-"""Plans of decoding: made once for a model's weights, tried against transformers before they are used, and kept."""
+"""Decoding plans: made once for a model's weights, compared with transformers before their use, and kept."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.rollouts.engines.base import DecoderRequest
 from clp_engine.rollouts.types import pad_left
 
-# torch: transformers' modules for everything; native: an error where the native decoder cannot serve.
+# torch: transformers' modules for all models. native: an error if the native decoder cannot serve a model.
 SWITCH = "CLP_ENGINE_DECODING"
 
 
 class Unsupported(Exception):
-    """Why a model cannot be decoded natively."""
+    """A model cannot be decoded by this project's own decoder. The message says why."""
 
 
 class Planned(Protocol):
-    """identity: of the base weights that it was made for."""
+    """A plan with the identity of the base weights it was made for."""
 
     identity: tuple
 
@@ -36,7 +36,7 @@ def current(
     identity: tuple,
     make: Callable[[ConditionedModel, tuple], P],
 ) -> P:
-    """The model's plan, made anew where its base weights are others than those it was made for."""
+    """The model's plan. It is made anew if the identity of the base weights has changed."""
     kept = plans.get(model)
     if kept is None or kept.identity != identity:
         with torch.no_grad():
@@ -45,7 +45,7 @@ def current(
 
 
 def made_or_refused(model: ConditionedModel, make: Callable[[], P], refused: Callable[[str], P]) -> P:
-    """What `make` makes, or `refused(reason)`: a model that cannot be read is decoded by transformers."""
+    """The result of `make`, or `refused(reason)` if the model cannot be read. Transformers then decodes the model."""
     try:
         return make()
     except Unsupported as error:
@@ -56,7 +56,7 @@ def made_or_refused(model: ConditionedModel, make: Callable[[], P], refused: Cal
 
 @dataclass(frozen=True)
 class Trial:
-    """Random tokens for two ways of decoding a model: prompts of different lengths, different blends.
+    """Random prompts of different lengths with different blends, and random tokens, for comparing two decoders of a model.
 
     tokens: (rows,) for each step.
     """
@@ -84,7 +84,7 @@ class Trial:
 def check_alike(
     model: ConditionedModel, given: torch.Tensor, expected: torch.Tensor, tolerance: float
 ) -> None:
-    """Raises Unsupported where logits differ by more than `tolerance` times the largest, which counts as 1 at least."""
+    """Raises Unsupported if logits differ by more than `tolerance` times the largest logit, taken as at least 1."""
     given, expected = given.float(), expected.float()
     difference = (given - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):

@@ -1,1 +1,1 @@
-"""Problems whose optimum is known in closed form."""
+"""Tabular tasks with an optimum in closed form, and policies to train on them."""

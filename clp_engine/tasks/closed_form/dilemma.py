@@ -1,36 +1,38 @@
-"""A tabular task on which policies that interpolate specialists must fail and a conditioned policy need not.
+"""A tabular task on which policies that interpolate specialists must fail, and a conditioned policy need not.
 
-Two tokens, V = M of each. The first is *commit* (token 0) or a compromise (any other); after a compromise every objective
-gets the same reward whatever follows; after commit the second token j gives objective j the reward 1 and all others -1:
+A completion has two tokens, each from a vocabulary of V = M. The first token is *commit* (token 0) or a compromise (any other).
+After a compromise every objective gets the same reward, whatever the second token. After commit, the second token j gives
+objective j the reward 1 and all others -1:
 
     commit, j     R_j = 1, R_i = -1 for i != j          w.R = 2 w_j - 1
     otherwise     R_i = compromise for all i            w.R = compromise
 
-Each specialist commits, since 1 > compromise. For the uniform weighting committing is worth 2 / M - 1 at most and the
-compromise is better: the optimum for the mixed reward does not lie between the optima for the single ones. This is the
-soft value at work, `V_w = beta log E_ref exp(w.R / beta)`, which is convex in w: a blend of the specialists' values
-overrates, at commit, what one policy can have of all of them at once.
+Each specialist commits, since 1 > compromise. For the uniform weighting, committing is worth 2 / M - 1 at most, and the
+compromise is better: the optimum for the mixed reward does not lie between the optima for the single rewards. The cause is the
+soft value `V_w = beta log E_ref exp(w.R / beta)`, which is convex in w. After commit, a blend of the specialists' values is
+higher than the value that one policy can reach for all objectives at once.
 
-Two bounds. Let p(pi) be the probability that pi commits, p_i that of the optimum for objective i alone (the same for all i,
-by symmetry), p_u that of the optimum for the uniform weighting u, p_u < p_i, and kl(p, q) the divergence of two Bernoulli
-distributions. A policy falls short of the optimum's objective by alpha * KL(pi || pi*) >= alpha * kl(p(pi), p*): the first
-step's part of a sum over steps, none negative. And the log-odds of commit,
+Two lower bounds on the shortfall follow. Notation: p(pi) is the probability that pi commits; p_i is that of the optimum for
+objective i alone (the same for all i, by symmetry); p_u is that of the optimum for the uniform weighting u, and p_u < p_i;
+kl(p, q) is the divergence of two Bernoulli distributions. A policy falls short of the optimum's objective by
+alpha * KL(pi || pi*) >= alpha * kl(p(pi), p*), because KL is a sum of non-negative terms over the steps, and kl is at most the
+first step's term. The log-odds of commit,
 
     l = log p / (1 - p) = - log sum_{v != 0} exp(z_v - z_0),        z the logits of the first step,
 
-are concave in z, hence in anything that z is affine in.
+are concave in z, hence in any quantity in which z is affine.
 
-1. *Interpolated specialists*: logits of the first step `sum_i c_i z_i` with any c on the simplex (mixed when decoding, or
-   tables interpolated). l >= sum_i c_i l_i >= min_i l_i: whatever the coefficients, the mixture commits at least as often
-   as the least committed specialist. At u it falls short by at least `interpolation_shortfall`, alpha * kl(min_i p_i, p_u).
-2. *Any policy whose logits are affine in w*, however it was trained (tables, logit-CLP): l(u) is at least the mean of l at
-   the corners, so p(u) >= p(e_i) for some i. If it fell short by less than s at u and at every corner, p(u) would lie below
-   the p~ that has alpha * kl(p~, p_u) = s, p(e_i) above the one that has alpha * kl(p~, p_i) = s, and for the s where the
-   two meet that is a contradiction. kl(p~, p_u) = kl(p~, p_i) is the Chernoff information of the two distributions, and
-   `affine_shortfall` is alpha times it.
+1. *Interpolated specialists*: the first step has the logits `sum_i c_i z_i` with any c on the simplex (mixed at decode time, or
+   interpolated tables). Then l >= sum_i c_i l_i >= min_i l_i: for all coefficients, the mixture commits at least as often as
+   the least committed specialist. At u it falls short by at least `interpolation_shortfall`, alpha * kl(min_i p_i, p_u).
+2. *Any policy with logits affine in w*, trained in any way (tables, logit-CLP): l(u) is at least the mean of l at the corners,
+   so p(u) >= p(e_i) for some i. Suppose the policy falls short by less than s at u and at every corner. Then p(u) lies below
+   the p~ that has alpha * kl(p~, p_u) = s, and p(e_i) lies above the p~ that has alpha * kl(p~, p_i) = s. At the s for which
+   these two p~ are equal, that is a contradiction. kl(p~, p_u) = kl(p~, p_i) is the Chernoff information of the two
+   distributions, and `affine_shortfall` is alpha times it.
 
-Neither holds for deltas of two layers or more: their product is quadratic in w, and curvature is all that is missing. Soups
-of such weights are not bound by 1 either; that they fail as well is measured (docs/results/closed_form.md), not proved.
+Neither bound holds for deltas of two layers or more: the product of two deltas is quadratic in w, and this curvature is enough.
+Soups of such weights are not bound by 1 either. Their failure is measured (docs/results/closed_form.md), not proved.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ from clp_engine.tasks.closed_form.task import TabularTask
 
 
 def dilemma(num_objectives: int = 2, compromise: float = 0.5) -> TabularTask:
-    """The task, with a uniform reference over as many tokens as objectives.
+    """The dilemma for `num_objectives` objectives, with a uniform reference over as many tokens.
 
-    Raises ValueError for less than two objectives, or a compromise that is not between what committing is worth to the
-    uniform weighting, 2 / M - 1, and to a specialist, 1.
+    Raises ValueError for fewer than two objectives, or for a compromise outside the open interval between 2 / M - 1 (the most
+    that committing is worth under the uniform weighting) and 1 (its worth to a specialist).
     """
     if num_objectives < 2 or not 2 / num_objectives - 1 < compromise < 1:
         raise ValueError(
@@ -59,19 +61,19 @@ def dilemma(num_objectives: int = 2, compromise: float = 0.5) -> TabularTask:
 
 
 def commit_probability(logits: torch.Tensor) -> float:
-    """p of a policy with logits (P, V)."""
+    """The probability of commit under the policy with logits (P, V)."""
     return logits[0].double().softmax(-1)[0].item()
 
 
 def optimal_commit_probability(task: TabularTask, weights: torch.Tensor, alpha: float) -> float:
-    """p of the optimum for (w, alpha)."""
+    """The probability of commit under the optimum for (w, alpha)."""
     return task.optimum(weights, alpha)[: task.vocabulary].exp().sum().item()
 
 
 def interpolation_shortfall(task: TabularTask, alpha: float, least_commit: float | None = None) -> float:
-    """What interpolated specialists fall short of the optimum for the uniform weighting by, at least (1. above).
+    """A lower bound on the shortfall of interpolated specialists at the uniform weighting (bound 1 of the module docstring).
 
-    least_commit: min_i p_i of the specialists; None is that of the optimal ones. Zero where it is below p_u.
+    least_commit: min_i p_i of the specialists; None takes the optimal specialists. The bound is zero unless it exceeds p_u.
     """
     p_i, p_u = _commit_probabilities(task, alpha)
     least = p_i if least_commit is None else least_commit
@@ -79,7 +81,7 @@ def interpolation_shortfall(task: TabularTask, alpha: float, least_commit: float
 
 
 def affine_shortfall(task: TabularTask, alpha: float) -> float:
-    """The largest shortfall, over the corners and the uniform weighting, of any policy affine in w, at least (2. above)."""
+    """A lower bound on the largest shortfall, over the corners and u, of any policy affine in w (bound 2 of the module)."""
     p_i, p_u = _commit_probabilities(task, alpha)
     # kl(p, p_u) = kl(p, p_i) is linear in p.
     up, down = math.log(p_i / p_u), math.log((1 - p_u) / (1 - p_i))

@@ -1,13 +1,13 @@
-"""Conditioned policies over the prefixes of a TabularTask: what a blend of deltas does to logits.
+"""Conditioned policies over the prefixes of a TabularTask, with their logits as functions of the blend.
 
-    Tables          logits(x; b) = q(x) + sum_i b_i D_i(x)                                    linear in b
-    Network         logits(x; b) = q(x) + tanh(E(x) + sum_i b_i dE_i(x)) (sum_i b_i dU_i)     not linear in b
-      output only   logits(x; b) = q(x) + tanh(E(x)) (sum_i b_i dU_i)                         linear in b
+    Tables            logits(x; b) = q(x) + sum_i b_i D_i(x)                                    linear in b
+    Network           logits(x; b) = q(x) + tanh(E(x) + sum_i b_i dE_i(x)) (sum_i b_i dU_i)     not linear in b
+      output only     logits(x; b) = q(x) + tanh(E(x)) (sum_i b_i dU_i)                         linear in b
     TabularMixture    logits(x; b) = sum_i b_i logits_i(x)                                      linear in b
 
-with a prefix x, the reference's logits q, and a row's blend coefficients b. `Network` is the smallest policy that has what
-every real one has: the deltas of two layers, multiplied with each other and passed through a nonlinearity between them. Its
-output layer starts at zero, so that without deltas each is exactly the reference. Output only is logit-CLP in small.
+x is a prefix, q are the reference's logits, and b are a row's blend coefficients. `Network` is the smallest policy with the
+structure of a real one: the deltas of two layers are multiplied with each other, with a nonlinearity between them. Its output
+layer starts at zero, so that the network without deltas is exactly the reference. The output-only form is a small logit-CLP.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 
 
 class BlendedPolicy(Protocol):
-    """deltas: what is trained, each (M, ...), one slice per objective."""
+    """A policy over prefixes. deltas: the trained tensors, each (M, ...) with one slice per objective."""
 
     deltas: tuple[torch.Tensor, ...]
 
     def logits(self, blend: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
-        """Of each row at its own prefixes (B, ...), for blend coefficients (B, M): (B, ..., V)."""
+        """Logits (B, ..., V) of each row at its own prefixes (B, ...), for blend coefficients (B, M)."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """reference: (P, V). deltas: one tensor, (M, P, V)."""
+    """A table of logits per objective. reference: (P, V). deltas: one tensor, (M, P, V)."""
 
     reference: torch.Tensor
     deltas: tuple[torch.Tensor, ...]
 
     @classmethod
     def of(cls, task: TabularTask) -> Tables:
-        """The reference itself: deltas of zero, one per objective of the task."""
+        """The reference policy, with one delta of zero per objective of the task."""
         return cls(task.reference, (task.reference.new_zeros(len(task.rewards), *task.reference.shape),))
 
     def logits(self, blend: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
@@ -50,8 +50,10 @@ class Tables:
 
 @dataclass(frozen=True)
 class Network:
-    """reference: (P, V). features: (P, H), E. deltas: dE (M, P, H), left out where only the output is conditioned, and
-    dU (M, H, V)."""
+    """Two layers with deltas (module docstring).
+
+    reference: (P, V). features: E (P, H). deltas: dE (M, P, H), absent in the output-only form, and dU (M, H, V).
+    """
 
     reference: torch.Tensor
     features: torch.Tensor
@@ -67,7 +69,7 @@ class Network:
         output_only: bool = False,
         seed: int = 0,
     ) -> Network:
-        """The reference itself: normal features (standard deviation `scale`) and deltas of zero."""
+        """The reference policy, with normal features (standard deviation `scale`) and deltas of zero."""
         generator = torch.Generator().manual_seed(seed)
         reference, objectives = task.reference, len(task.rewards)
         features = torch.randn(len(reference), width, generator=generator, dtype=torch.float64) * scale
@@ -86,9 +88,9 @@ class Network:
 
 @dataclass(frozen=True)
 class TabularMixture:
-    """Specialists mixed when decoding: `pi(v | x) ~ prod_i pi_i(v | x)**b_i`, normalised at each step.
+    """Specialists mixed at decode time: `pi(v | x) ~ prod_i pi_i(v | x)**b_i`, normalised at each step.
 
-    specialists: one per objective, each with a blend of (1,): a policy that has one delta.
+    specialists: one policy per objective. Each has one delta and therefore takes a blend of shape (1,).
     """
 
     specialists: tuple[BlendedPolicy, ...]
@@ -105,7 +107,7 @@ class TabularMixture:
 
 
 def soup(specialists: Sequence[BlendedPolicy]) -> BlendedPolicy:
-    """Rewarded Soups: the specialists' deltas, one each, as the deltas of one policy. All start from the same weights."""
+    """Rewarded Soups: one policy with the delta of each specialist. All specialists must start from the same weights."""
     deltas = zip(*(s.deltas for s in specialists))
     return dataclasses.replace(specialists[0], deltas=tuple(torch.cat(parts) for parts in deltas))
 

@@ -1,18 +1,17 @@
-"""The testbed with a known answer: autoregressive policies small enough to enumerate.
+"""A test problem with a known answer: autoregressive policies that are small enough to enumerate.
 
-A policy over `V` tokens and `L` steps is a table of logits, one row per prefix; there are `V**L` outcomes
-`y`. With a reference policy and rewards `R (M, V**L)`, the policy that maximises `reward_scale * w.R -
-kl_coef * KL(pi || pi_ref)` is
+A policy over `V` tokens and `L` steps is a table of logits with one row per prefix. It has `V**L` outcomes `y`. For a reference
+policy and rewards `R (M, V**L)`, the policy that maximises `J = reward_scale * w.R - kl_coef * KL(pi || pi_ref)` is
 
     pi*(y) ~ pi_ref(y) * exp(reward_scale / kl_coef * w.R(y))
 
-and how far a trained policy is from it, `KL(pi_theta || pi*)`, is a sum over all outcomes: exact. The
-same distance is what is missing from the objective:
+The distance of a trained policy from it, `KL(pi_theta || pi*)`, is a sum over all outcomes and therefore exact. It is
+proportional to the shortfall in J:
 
     J(pi*) - J(pi_theta) = kl_coef * KL(pi_theta || pi*)
 
-`train` uses the estimators, samplers and blends of the real trainer, so an error in any of them shows as a
-distance that does not vanish.
+`training.train` uses the estimators, samplers and blends of the real trainer. An error in any of these shows as a distance that
+does not vanish.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ from clp_engine.objectives.coefficients import (
 class TabularTask:
     """A reference policy and rewards over its outcomes.
 
-    reference: (P, V) logits by prefix, P = 1 + V + ... + V**(L-1). Prefixes are the nodes of a complete
-        V-ary tree in breadth-first order: the empty prefix is row 0, and row n followed by token v is row n
-        * V + 1 + v.
+    reference: (P, V) logits by prefix, P = 1 + V + ... + V**(L-1). Prefixes are the nodes of a complete V-ary tree in
+        breadth-first order: row 0 is the empty prefix, and row n followed by token v is row n * V + 1 + v.
     rewards: (M, V**L), outcomes in lexicographic order.
     """
 
@@ -69,7 +67,7 @@ class TabularTask:
         return length
 
     def outcome_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Log-probability of every outcome under logits (P, V): (V**L,)."""
+        """Log-probability of every outcome under the policy with logits (P, V): (V**L,)."""
         logprobs, first, total = logits.log_softmax(-1), 0, logits.new_zeros(1)
         for _ in range(self.length):
             level = logprobs[first : first + total.numel()]
@@ -88,7 +86,7 @@ class TabularTask:
     ) -> float:
         """J = reward_scale * w.R - kl_coef * KL(pi_theta || pi_ref) of logits (P, V), by enumeration.
 
-        The optimum's J is higher by `kl_coef * kl_to_optimum`.
+        J of the optimum is higher by `kl_coef * kl_to_optimum`.
         """
         reward_scale, kl_coef = objective_scales(torch.tensor(kl, dtype=torch.float64), kl_is_beta)
         logprobs = self.outcome_logprobs(logits.double())

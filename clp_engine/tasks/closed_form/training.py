@@ -1,4 +1,4 @@
-"""Training a policy of a closed-form task with the estimators of a real run."""
+"""Train a policy on a closed-form task with the estimators of a real run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from clp_engine.tasks.closed_form.task import TabularTask
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy with the form of its blend, so that it can be asked for a condition.
+    """A policy and the form of its blend, from which the logits for any condition follow.
 
-    min_kl: the smallest KL coefficient of training (what the odds form is relative to).
+    min_kl: the smallest KL coefficient of training, at which the odds form is 1.
     """
 
     task: TabularTask
@@ -37,7 +37,7 @@ class Trained:
     min_kl: float
 
     def logits(self, weights: torch.Tensor, kl: float) -> torch.Tensor:
-        """The policy of one condition: (P, V)."""
+        """The policy's logits under one condition: (P, V)."""
         condition = Conditions(weights.float().unsqueeze(0), torch.tensor([kl]))
         blend = blend_coefficients(condition, self.kl_conditioning, min_kl=self.min_kl)
         return self.policy.logits(blend, torch.arange(len(self.task.reference)).unsqueeze(0))[0]
@@ -61,12 +61,12 @@ def train(
     seed: int = 0,
     estimate: Callable[..., Coefficients] = coefficients,
 ) -> Trained:
-    """Trains the deltas of a policy with Adam, the step size falling as the steps left, squared.
+    """Train the deltas of a policy with Adam. The learning rate is proportional to the square of the number of steps left.
 
-    Every step draws `prompts` conditions from the sampler (alpha, not beta) and `group_size` completions
-    for each. Deterministic for a seed.
+    Every step draws `prompts` conditions from the sampler (alpha, not beta) and `group_size` completions for each.
+    The result is deterministic for a given seed.
     start: the policy that training starts from; by default one table of logits per objective.
-    estimate: what turns rewards and log-probs into coefficients; a test may put a wrong one here.
+    estimate: the function from rewards and log-probs to coefficients. A test may pass a wrong one.
     """
     generator = torch.Generator().manual_seed(seed)
     policy = start(task)
@@ -111,7 +111,7 @@ def train_specialist(
     start: Callable[[TabularTask], BlendedPolicy] = Tables.of,
     **options,
 ) -> Trained:
-    """`train` for one condition: a policy with one delta, for the one objective w.R. Its task is that objective's."""
+    """`train` for one condition: a policy with one delta. Its task has the single objective w.R."""
     alone = TabularTask(task.reference, (weights.to(task.rewards.dtype) @ task.rewards).unsqueeze(0))
     sampler = ConditionSampler(Fixed((1.0,)), FixedKL(kl))
     return train(alone, sampler, start=start, **options)
@@ -122,13 +122,13 @@ def combine(
     specialists: Sequence[Trained],
     rule: Callable[[Sequence[BlendedPolicy]], BlendedPolicy],
 ) -> Trained:
-    """One specialist per objective as one policy, by `soup` or `TabularMixture.of`; its blend is the weighting."""
+    """One specialist per objective combined into one policy by `soup` or `TabularMixture.of`. Its blend is the weighting."""
     return Trained(task, rule([s.policy for s in specialists]), "none", specialists[0].min_kl)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """The steps of sampled completions: log-probs of policy and reference (B, L, V), and actions (B, L)."""
+    """The steps of sampled completions: log-probs under policy and reference (B, L, V), and actions (B, L)."""
 
     policy: torch.Tensor
     reference: torch.Tensor
@@ -171,5 +171,5 @@ def _sample(
         prefixes.append(prefix)
         actions.append(action)
         prefix = prefix * task.vocabulary + 1 + action
-    # The children of the last level's prefixes, in their order, are the outcomes.
+    # The children of the last level's prefixes are the outcomes, in the same order.
     return torch.stack(prefixes, 1), torch.stack(actions, 1), prefix - len(task.reference)

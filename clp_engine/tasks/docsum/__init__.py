@@ -1,11 +1,11 @@
-"""DocSum: summarise Python documentation with a small model under conflicting rewards.
+"""DocSum: summarise Python documentation with a small model, under conflicting rewards.
 
     rows = load_dataset("train", limit=512, seed=0)       # [{"prompt", "document", "reference", "name"}, ...]
     model = AutoModelForCausalLM.from_pretrained(checkpoint_path())
     scores = REWARDS["coverage"](prompts=..., completions=[...], reference=[...])
 
-The documents are docstrings of this Python installation (`corpus`), the model and its tokenizer are shipped
-(`tools/docsum_pretrain.py` is the recipe that made them), the rewards are coverage, brevity and faithfulness (`rewards`).
+The documents are docstrings of this Python installation (`corpus`). The model and its tokenizer are shipped;
+`tools/docsum_pretrain.py` is the recipe that made them. The rewards are coverage, brevity and faithfulness (`rewards`).
 """
 
 from clp_engine.tasks.docsum.corpus import Pair, build

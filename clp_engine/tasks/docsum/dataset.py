@@ -1,8 +1,8 @@
-"""Prompts and datasets. A prompt is the object's short name, its document, and the separator:
+"""DocSum's prompts and datasets. A prompt is the object's short name, its document, and the separator:
 
     chain.from_iterable\\n<document, cut at a word><|summary|>
 
-and the model continues with the summary and `<|endoftext|>`.
+The model continues with the summary and `<|endoftext|>`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def format_prompt(name: str, document: str) -> str:
 
 
 def make_prompt(name: str, document: str, tokenizer: Any, max_prompt_tokens: int = MAX_PROMPT_TOKENS) -> str:
-    """`format_prompt`, the document cut before the first word that would exceed `max_prompt_tokens`."""
+    """`format_prompt` with the document cut before the first word that would exceed `max_prompt_tokens`."""
     budget = max_prompt_tokens - len(
         tokenizer(format_prompt(name, ""), add_special_tokens=False)["input_ids"]
     )
@@ -50,7 +50,7 @@ def make_prompt(name: str, document: str, tokenizer: Any, max_prompt_tokens: int
     )
     if len(encoded["input_ids"]) > budget:
         end = encoded["offset_mapping"][budget][0]
-        # A cut inside a word would give other tokens when the text is tokenised again.
+        # A cut inside a word would change the tokens when the text is tokenised again.
         while end > 0 and not document[end].isspace():
             end -= 1
         document = document[:end]
@@ -66,13 +66,13 @@ def load_dataset(
 ) -> list[dict[str, str]]:
     """Rows `{"prompt", "document", "reference", "name"}` of a split, in an order given by `seed`.
 
-    Order: by sha256 of (seed, name). `limit` keeps the first rows of it. `tokenizer` (default: the shipped
-    one) counts the tokens of the prompt, of which there are at most `max_prompt_tokens`.
+    Rows are sorted by sha256 of (seed, name), and `limit` keeps the first of them. `tokenizer` (default: the shipped one)
+    counts the prompt's tokens, at most `max_prompt_tokens`. Raises ValueError for an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: DocSum has {', '.join(SPLITS)}")
     if tokenizer is None:
-        from transformers import AutoTokenizer  # seconds to import; not needed by who brings a tokenizer
+        from transformers import AutoTokenizer  # takes seconds to import; not needed if a tokenizer is given
 
         tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
     pairs = [p for p in build() if p.split == split]
@@ -89,5 +89,5 @@ def load_dataset(
 
 
 def as_prompt(text: str, tokenizer) -> str:
-    """A DocSum prompt of any text: the text itself if it has the separator, else with it as the document."""
+    """Any text as a DocSum prompt: unchanged if it has the separator, otherwise with the text as the document."""
     return text if SUMMARY_TOKEN in text else make_prompt("document", text.strip(), tokenizer)

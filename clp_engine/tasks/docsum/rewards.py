@@ -1,16 +1,19 @@
-"""The rewards of DocSum, in TRL's convention: keywords only, columns as lists, one float in [0, 1] each.
+"""The rewards of DocSum, in TRL's convention: keywords only, columns as lists, one float in [0, 1] per completion.
 
     coverage      ROUGE-L F against the reference
     brevity       1 up to `TARGET_WORDS`, linearly to 0 at `LIMIT_WORDS`; 0 if it is not a legible phrase
     faithfulness  share of the content words that the document supports; 0 if it is not a legible phrase
 
-Coverage and brevity conflict: a reference has ten words on average, and with precision p a text of k words
-scores 2 p k / (k + 10), which grows with k, while brevity falls with every word after the fourth.
+Coverage and brevity conflict. A reference has ten words on average, and with precision p a text of k words scores a coverage of
+2 p k / (k + 10), which grows with k. Brevity falls with every word after the fourth.
 
-What an optimiser would try, and what it meets: nothing, a full stop or one word (fewer than three words: 0);
-"the the the" (repetition: 0); a sentence cut short, "Return the" (dangling end: 0); one short phrase for
-every document, "Return the value" (no specific word of this document: 0); a list of frequent words for
-coverage (ROUGE-L wants them in order, and its precision punishes every word too many).
+Degenerate texts, and the rule that gives each a low reward:
+
+    nothing, a full stop, one word             0: fewer than three words
+    "the the the"                              0: repetition
+    a sentence cut short, "Return the"         0: dangling end
+    "Return the value" for every document      0: no specific word of this document
+    a list of frequent words, for coverage     ROUGE-L counts words in order, and its precision falls with each wrong word
 """
 
 from __future__ import annotations
@@ -27,16 +30,16 @@ TARGET_WORDS = 4
 LIMIT_WORDS = 12
 MIN_WORDS = 3
 MIN_DISTINCT = 0.7
-STEM = 5  # letters by which words are compared: "returns" supports "returned"
+STEM = 5  # words are compared by their first letters, this many: "returns" supports "returned"
 
-# A phrase does not end here.
+# Words that cannot end a phrase.
 DANGLING = frozenset(
     """a an and any are as at be been being both by can could does each either every for from has have if in
     into is its may might must nor of on onto or per shall should such than that the their these this those to
     under upon using via was were when where whether which while who whose will with within without would not
     no""".split()
 )
-# Words of documentation about anything: that a document holds one of them does not make a phrase about it.
+# Words of any documentation: a phrase with no other word of its document says nothing specific about it.
 GENERIC = frozenset(
     """return returns returned returning get gets set sets given value values object objects default function
     functions method methods class classes instance instances type types name names list argument arguments
@@ -76,7 +79,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def rouge_1(prediction: str, reference: str) -> float:
-    """F = 2 C / (m + n), with C the tokens in common (each counted as often as in both). For reports."""
+    """F = 2 C / (m + n), with C the number of common tokens (each counted min(count in m, count in n) times). For reports."""
     m, n = _tokens(prediction), list(_tokens(reference))
     total = len(m) + len(n)
     common = 0
@@ -89,17 +92,17 @@ def rouge_1(prediction: str, reference: str) -> float:
 
 @lru_cache(maxsize=8192)
 def _support(document: str, name: str) -> frozenset[str]:
-    """Stems of what the summariser was shown: the document and the object's short name."""
+    """Stems of the words in the summariser's input: the document and the object's short name."""
     return frozenset(w[:STEM] for w in words(f"{title(name)} {document}"))
 
 
 def is_legible(text: str, support: frozenset[str]) -> bool:
-    """Whether the text can pass for a phrase about its document: all of
+    """Whether the text can pass for a phrase about its document. It must have
 
     - at least `MIN_WORDS` words, mostly letters, beginning with a letter;
-    - no word twice in a row, at least `MIN_DISTINCT` of the words different;
+    - no word twice in a row, and at least a share `MIN_DISTINCT` of different words;
     - an end that is not dangling (article, preposition, conjunction, auxiliary, comma);
-    - a content word that is supported by the document and not `GENERIC`.
+    - a content word that the document supports and that is not `GENERIC`.
     """
     text = text.strip()
     tokens = words(text)
@@ -123,8 +126,8 @@ def _names(name: Sequence[str] | None, document: Sequence[str]) -> Sequence[str]
 def coverage(*, completions: Sequence[str], reference: Sequence[str], **_: Any) -> list[float]:
     """`rouge_l(completion, reference)`.
 
-    ROUGE-L and not ROUGE-1: a bag of frequent words in any order earns ROUGE-1, and order is what keeps the
-    text readable.
+    ROUGE-L instead of ROUGE-1: a bag of frequent words in any order earns ROUGE-1. ROUGE-L rewards the order that keeps
+    the text readable.
     """
     return [rouge_l(c, r) for c, r in zip(completions, reference, strict=True)]
 
@@ -147,7 +150,7 @@ def faithfulness(
 ) -> list[float]:
     """|distinct content words whose stem the document or name has| / |distinct content words|.
 
-    "Return(s)" does not count: it begins many summaries and says nothing that could be supported.
+    "Return(s)" does not count, because it begins many summaries and carries no content to support.
     """
     rewards = []
     for text, doc, label in zip(completions, document, _names(name, document), strict=True):

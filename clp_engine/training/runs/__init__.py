@@ -1,1 +1,1 @@
-"""Runs: what one is about, its folder, whose it is, and having one trained."""
+"""Training runs: their description, their folder, and the check of who made them."""

@@ -1,10 +1,10 @@
-"""The folder of a training run: whose it is, which files in it the engine wrote, and who is writing now.
+"""The folder of a training run: the run's identity, the files that the engine wrote, and the lock of the process that writes.
 
-RUN/clp_manifest.json  the identity of the run, and every file that the engine wrote for it: nothing else is ever removed
-RUN/checkpoint-N/      its trainer_state.json holds the identity of the run that wrote it, and when
-RUN/.lock              while a training is going on: its process and host
+RUN/clp_manifest.json  the identity of the run, and every file that the engine wrote for it; no other file is ever removed
+RUN/checkpoint-N/      its trainer_state.json holds the identity of the run that wrote it, and the time
+RUN/.lock              process and host of a training in progress
 
-A run keeps its identity when it is resumed. Checkpoints and manifests of earlier versions have none: their identity is None.
+A resumed run keeps its identity. Checkpoints and manifests of earlier versions have none: their identity is None.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"  # of a checkpoint; transformers has one, too, without a `step`
+STATE_FILE = "trainer_state.json"  # in a checkpoint; transformers' file of this name has no `step`
 _MANIFEST = "clp_manifest.json"
-_RECORDS = frozenset({"log.jsonl", "run.json", "completions.jsonl"})  # a new run may replace them unasked
+_RECORDS = frozenset({"log.jsonl", "run.json", "completions.jsonl"})  # a new run may replace these unasked
 _OF_TRAINING = re.compile(r"checkpoint-\d+|policy|run\.json|log\.jsonl|clp_manifest\.json")
 
 
@@ -43,7 +43,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What trainer_state.json says of its checkpoint. written: when, in seconds since 1970."""
+    """The fields of trainer_state.json that identify its checkpoint. written: time of writing, in seconds since 1970."""
 
     step: int | None = None
     written: float = 0.0
@@ -52,14 +52,14 @@ class _Saved:
 
 @dataclass(frozen=True)
 class Manifest:
-    """run: the identity of the run. files: what was written for it, relative to the folder."""
+    """run: the identity of the run. files: the files written for it, relative to the folder."""
 
     run: str | None
     files: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest | None:
-        """That of a run folder; None where there is none."""
+        """The manifest of a run folder, or None if it has none. Raises ConfigError for a damaged one."""
         path = Path(folder) / _MANIFEST
         if not path.is_file():
             return None
@@ -74,12 +74,14 @@ class Manifest:
         files.write_text(Path(folder) / _MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-# -- what was written -----------------------------------------------------------------------------------------------------
+# -- the manifest ---------------------------------------------------------------------------------------------------------
 
 
 def note(folder: str | Path, written: Iterable[str | Path]) -> None:
-    """Add files to the manifest, before they are in place: a kill leaves none that is not in it. Nothing happens in a folder
-    that has none."""
+    """Add files to the manifest before they are put in place, so that a kill leaves no file outside the manifest.
+
+    A folder without a manifest is left unchanged.
+    """
     if (known := Manifest.read(folder)) is not None:
         names = {Path(path).relative_to(folder).as_posix() for path in written}
         if not names <= known.files:
@@ -88,7 +90,7 @@ def note(folder: str | Path, written: Iterable[str | Path]) -> None:
 
 @contextlib.contextmanager
 def writing(folder: str | Path, name: str | Path) -> Iterator[Path]:
-    """`files.write_directory` of <folder>/<name>, with its files in the manifest."""
+    """`files.write_directory` for <folder>/<name>, with the new files noted in the manifest."""
     target = Path(folder) / name
     with files.write_directory(target) as temporary:
         yield temporary
@@ -96,20 +98,20 @@ def writing(folder: str | Path, name: str | Path) -> Iterator[Path]:
 
 
 def remove(folder: str | Path, names: Iterable[str]) -> None:
-    """Remove files of a run, and the directories that are empty then. Of what lies behind a link only the link goes."""
+    """Remove files of a run, and the directories left empty. A symbolic link is removed, and never the files behind it."""
     folder = Path(folder)
     emptied = set()
     for name in names:
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or parts[0] == "/":
-            continue  # nothing that the engine wrote
+            continue  # no path that the engine wrote
         steps = [folder.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)]
         path = next((step for step in steps if step.is_symlink()), steps[-1])
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             path.unlink()
         emptied.update(step for step in steps[:-1] if step != path)
     for directory in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
-        with contextlib.suppress(OSError):  # somebody else's files are in it
+        with contextlib.suppress(OSError):  # the directory holds other files
             directory.rmdir()
 
 
@@ -117,14 +119,16 @@ def remove(folder: str | Path, names: Iterable[str]) -> None:
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """Checkpoints of the run in a folder, in the order in which they were written; of every run, where none has a manifest."""
+    """The checkpoints of the folder's run, in the order of writing. Those of every run if the folder has no manifest."""
     known = Manifest.read(folder)
     return [path for path, run in _all_checkpoints(folder) if known is None or run == known.run]
 
 
 def rotate(folder: str | Path, keep: int | None, newest: Path) -> None:
-    """Remove the run's oldest checkpoints until `keep` are left, of which `newest` is one; none for None, 0 and less, as in
-    transformers."""
+    """Remove the run's oldest checkpoints until `keep` are left, `newest` included.
+
+    As in transformers, None and values up to 0 remove nothing.
+    """
     if keep is None or keep <= 0:
         return
     older = [path for path in checkpoints(folder) if path.name != newest.name]
@@ -133,17 +137,17 @@ def rotate(folder: str | Path, keep: int | None, newest: Path) -> None:
 
 
 def remove_checkpoint(folder: str | Path, path: Path) -> None:
-    """Remove what the manifest says was written into a checkpoint."""
+    """Remove the files that the manifest lists for a checkpoint."""
     known = Manifest.read(folder)
     gone = {name for name in known.files if name.startswith(f"{path.name}/")} if known else set()
-    # The state goes last: what a kill leaves is still a checkpoint of this run, whose removal is done again.
+    # The state is removed last: after a kill, the rest is still a checkpoint of this run, which is removed later.
     remove(folder, sorted(gone, key=lambda name: name == f"{path.name}/{STATE_FILE}"))
     if known is not None:
         Manifest(known.run, known.files - gone).write(folder)
 
 
 def _all_checkpoints(folder: str | Path) -> list[tuple[Path, str | None]]:
-    """(path, identity of the run) of every checkpoint in a folder, by time; of earlier versions, which noted none, by step."""
+    """(path, identity of the run) of every checkpoint in a folder, by time; by step for earlier versions, without times."""
     for name in files.unfinished(folder):
         if name.startswith("checkpoint-"):
             files.finish(Path(folder) / name)
@@ -167,9 +171,10 @@ def _all_checkpoints(folder: str | Path) -> list[tuple[Path, str | None]]:
 
 @contextlib.contextmanager
 def training_in(folder: str | Path) -> Iterator[None]:
-    """Hold the folder for one training, made if need be; what a killed one had begun to write is finished or undone first.
+    """Lock the folder for one training, creating it if needed. Writes that a killed training left unfinished are completed or
+    undone first.
 
-    Raises ConfigError where another process trains in it, or it cannot be written to.
+    Raises ConfigError if another process trains in the folder, or if it cannot be written to.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
@@ -193,13 +198,15 @@ def training_in(folder: str | Path) -> Iterator[None]:
 def check_free(
     folder: str | Path, run: str | None, overwrite: bool, read: Collection[str | Path] = ()
 ) -> None:
-    """Raise ConfigError where the folder holds a policy, a checkpoint or a report of another run, unless that is to be
-    overwritten and none of its files lies in what is being read."""
+    """Raises ConfigError if the folder holds a policy, a checkpoint or a report of another run, which would be overwritten.
+
+    overwrite: overwriting is allowed, unless a file of the earlier run lies inside a path in `read`.
+    """
     folder, known = Path(folder), Manifest.read(folder)
     runs = {path: of for path, of in _all_checkpoints(folder)}
     here = set(runs.values()) if known is None else {known.run}
     kept = (set() if known is None else known.files - _RECORDS) | {"policy/clp_config.json"}
-    # Those of transformers count: they would be replaced at a step of the same number.
+    # Checkpoints of transformers count too: a checkpoint of the same step would replace them.
     saved = runs or any(folder.glob(f"checkpoint-*/{STATE_FILE}"))
     if run in here or not (saved or any((folder / name).exists() for name in kept)):
         return
@@ -222,7 +229,7 @@ def check_free(
 
 
 def start_log(folder: str | Path, history: Iterable[Mapping[str, Any]]) -> None:
-    """Start log.jsonl anew with these entries: what happened up to the checkpoint that a run goes on from."""
+    """Start log.jsonl anew with these entries: the history up to the checkpoint from which a run continues."""
     files.write_text(Path(folder) / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
 
 
@@ -232,7 +239,7 @@ def append_log(folder: str | Path, entry: Mapping[str, Any]) -> None:
 
 
 def write_policy(folder: str | Path, path: Path, policy: ConditionedPolicy) -> None:
-    """Write the policy to `path`: as a part of the run where that is inside its folder."""
+    """Write the policy to `path`, and note its files in the manifest if `path` lies inside the run's folder."""
     run, path_in_full = Path(folder).resolve(), path.resolve()
     if path_in_full.is_relative_to(run):
         with writing(folder, path_in_full.relative_to(run)) as temporary:
@@ -242,13 +249,13 @@ def write_policy(folder: str | Path, path: Path, policy: ConditionedPolicy) -> N
 
 
 def begin(folder: str | Path, run: str | None) -> None:
-    """Make the folder that of `run`: what the manifest says an earlier run wrote is removed."""
+    """Make `run` the folder's run, and remove the files that the manifest lists for another run."""
     known = Manifest.read(folder)
     if known is not None and known.run != run:
         remove(folder, known.files)
         known = None
     listed = frozenset() if known is None else known.files
-    copied = [  # from elsewhere, or written by a version that had no manifest: to be rotated like the run's other ones
+    copied = [  # checkpoints of this run from elsewhere, or from a version without manifests; `rotate` includes them
         file.relative_to(folder).as_posix()
         for path, of in _all_checkpoints(folder)
         if of == run and not path.is_symlink() and f"{path.name}/{STATE_FILE}" not in listed

@@ -1,4 +1,4 @@
-"""What a run is about: the model, the data, the rewards and the settings, as run.json keeps them."""
+"""The description of a run in run.json: the model, the data, the rewards and the settings."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ RUN_KEYS = ("model", "task", "dataset", "eval_dataset", "rewards", "objectives")
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a run is about; either `task`, or `dataset` and `rewards`.
+    """The description of a run, with either `task`, or `dataset` and `rewards`.
 
-    model: name or path, by default the task's own. objectives: which rewards, in the order of weight vectors.
+    model: name or path, by default the task's own. objectives: names of the rewards, in the order of weight vectors.
     task: name of an embedded task. dataset, eval_dataset: JSON lines, each row with a `prompt`.
-    command: what made it, train or demo.
+    command: the command that made the run, train or demo.
     rewards: objective -> "module:function", "file.py:function", or the name or path of a sequence classifier.
-    config: the settings of training. train_seconds: how long it took, None where that is not known.
-    run: the identity of the run, see `run_folder`. signature: says that it was trained here, see `trust`.
+    config: the settings of training. train_seconds: the duration of training, None if unknown.
+    run: the identity of the run, see `run_folder`. signature: evidence that it was trained here, see `trust`.
     """
 
     model: str
@@ -49,8 +49,10 @@ class RunSpec:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunSpec:
-        """From the values of RUN_KEYS, None where not given. Raises ConfigError for what is missing or
-        contradicts."""
+        """A description from the values of RUN_KEYS, None where not given.
+
+        Raises ConfigError for missing or contradictory values.
+        """
         values = {name: value for name, value in values.items() if value is not None}
         for name in ("model", "task", "dataset", "eval_dataset"):
             if name in values and (not isinstance(values[name], str | Path) or not str(values[name]).strip()):
@@ -84,7 +86,7 @@ class RunSpec:
 
     @classmethod
     def load(cls, directory: str | Path) -> RunSpec | None:
-        """From run.json of a run folder; None where there is none."""
+        """The description in run.json of a run folder, or None if there is no such file."""
         path = Path(directory) / "run.json"
         if not path.is_file():
             return None
@@ -104,7 +106,7 @@ class RunSpec:
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     def same_training(self, other: RunSpec) -> bool:
-        """Whether both describe the same training; where it is written and how long it took do not count."""
+        """Whether both describe the same training. Its place and its duration do not count."""
 
         def essence(spec: RunSpec) -> RunSpec:
             aside = ("output_dir", "overwrite_output_dir", "disable_tqdm")
@@ -114,7 +116,7 @@ class RunSpec:
         return essence(self) == essence(other)
 
     def reward_functions(self) -> dict[str, Callable | str]:
-        """Reward functions by objective, in order; classifiers stay names, which RewardSet loads."""
+        """Reward functions by objective, in order. A classifier stays a name, which RewardSet loads."""
         if self.task is not None:
             return _select(find_task(self.task), self.objectives)
         if not self.rewards:
@@ -124,7 +126,7 @@ class RunSpec:
         return {name: load_reward(spec) for name, spec in self.rewards.items()}
 
     def train_rows(self, limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-        """Training rows: of the task, or of the dataset; the first `limit` of them."""
+        """Training rows of the task or of the dataset, the first `limit` of them."""
         if self.task is not None:
             task = find_task(self.task)
             return task.load_dataset(task.rl_split, limit=limit, seed=seed)
@@ -135,7 +137,7 @@ class RunSpec:
     def eval_rows(
         self, limit: int | None = None, seed: int = 0, split: str | None = None
     ) -> list[dict[str, Any]]:
-        """Held-out rows: of the task's split ("test" unless given), or the first of eval_dataset."""
+        """Held-out rows: the task's split ("test" by default), or the first rows of eval_dataset."""
         if self.task is not None:
             try:
                 return find_task(self.task).load_dataset(split or "test", limit=limit, seed=seed)
@@ -177,8 +179,7 @@ def _select(task: Task, names: Iterable[str]) -> dict[str, Callable]:
 
 
 def _reward_specs(value: Any) -> dict[str, str]:
-    """objective -> specification, from a mapping, or a list of 'name=specification' or of specifications
-    alone."""
+    """objective -> specification, from a mapping, or from a list of 'name=specification' or plain specifications."""
     entries = [value] if isinstance(value, str) else value
     texts = entries.values() if isinstance(entries, Mapping) else entries
     if not isinstance(entries, list | tuple | Mapping) or not all(isinstance(t, str) and t for t in texts):
@@ -191,7 +192,7 @@ def _reward_specs(value: Any) -> dict[str, str]:
     for entry in entries:
         name, equals, spec = entry.partition("=")
         if not equals:
-            # "module:function" is called function, "owner/model" is called model.
+            # "module:function" gets the name function, "owner/model" the name model.
             name, spec = entry.rstrip("/").replace(":", "/").rsplit("/", 1)[-1], entry
         if name in specs:
             raise ConfigError(f"two rewards are called {name!r}; name them: --rewards first=... second=...")

@@ -1,8 +1,8 @@
-"""Whose run it is: run.json names Python files that evaluation executes, and may come from another person.
+"""Trust in a run: run.json names Python files that evaluation executes, and may come from another person.
 
-A training signs what its run.json would have executed and read: HMAC-SHA256 (RFC 2104) over `effects`, with a key that this
-user's home holds, $XDG_STATE_HOME/clp-engine/key. A run that was made elsewhere, or whose run.json names something else by now,
-has no such signature; it is trusted only where the user says so.
+A training signs the files and data that its run.json would have executed and read: HMAC-SHA256 (RFC 2104) over `effects`, with
+a key in this user's home, $XDG_STATE_HOME/clp-engine/key. A run made elsewhere, or whose run.json names something else by now,
+has no valid signature. Such a run is trusted only if the user says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEY_BYTES = 32
 
 
 class Described(Protocol):
-    """What of a `run_spec.RunSpec` decides what following it does."""
+    """The fields of a `run_spec.RunSpec` that determine the effects of following it."""
 
     @property
     def task(self) -> str | None: ...
@@ -43,7 +43,7 @@ class Described(Protocol):
 
 
 def effects(spec: Described) -> list[str]:
-    """What following run.json does beyond loading the policy, a phrase each; empty for an embedded task."""
+    """The effects of following run.json beyond loading the policy, one phrase each. Empty for an embedded task."""
     if spec.task is not None:
         return []
     done = [
@@ -54,7 +54,7 @@ def effects(spec: Described) -> list[str]:
 
 
 def sign(spec: Described) -> str | None:
-    """The signature of a run that is trained here; None where no key can be kept."""
+    """The signature of a run that is trained here, or None if no key can be kept."""
     key = _key(make=True)
     return None if key is None else _signature(spec, key)
 
@@ -67,9 +67,10 @@ def is_own(spec: Described) -> bool:
 
 
 def check(spec: Described, run: str | Path, trusted: bool, instead: str = "") -> None:
-    """Raise ConfigError, naming what would be executed, for a run of somebody else that the user has not said to trust.
+    """Raises ConfigError, naming the files that would be executed, for another person's run unless the user trusts it.
 
-    instead: what else the user can do."""
+    trusted: the user trusts the run. instead: an alternative for the user, for the message.
+    """
     if trusted or not (done := effects(spec)) or is_own(spec):
         return
     raise ConfigError(
@@ -85,30 +86,30 @@ def _signature(spec: Described, key: bytes) -> str:
 
 
 def _origin(reward: str) -> str:
-    """The function with the file that it is in: another folder's module of the same name is another file."""
+    """The function with its file, since a module of the same name in another folder is another file."""
     module, _, function = reward.rpartition(":")
     if module.endswith(".py"):
         return f"{function} of {Path(module).resolve()}"
     top, *_ = module.partition(".")
-    here = os.getcwd()  # where `sources.load_reward` looks, too
+    here = os.getcwd()  # `sources.load_reward` searches this folder, too
     places = sys.path if here in sys.path else [here, *sys.path]
     found = next(
         (Path(p) / name for p in places for name in (top, f"{top}.py") if (Path(p) / name).exists()), None
     )
-    if found is None:  # an extension or a frozen module
+    if found is None:  # for an extension or a frozen module
         with contextlib.suppress(ImportError, ValueError):
             found = getattr(importlib.util.find_spec(top), "origin", None)
     return f"{function} of {module} ({found})"
 
 
 def _key(make: bool) -> bytes | None:
-    """This user's key; None where there is none, or it cannot be kept."""
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+    """This user's key, or None if there is none or it cannot be kept. make: create a missing key."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         path = Path(state) / "clp-engine" / "key"
         if make and not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Made under another name and linked: whoever trains at the same time finds a whole key, or none.
+            # The key is written under another name and then linked, so that a concurrent training finds a whole key or none.
             new = path.with_name(f"key.{os.getpid()}")
             try:
                 with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

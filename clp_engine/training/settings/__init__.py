@@ -1,1 +1,1 @@
-"""CLPConfig, how it is checked, and the small frozen groups that are handed on."""
+"""CLPConfig, its checks, and the small frozen groups of settings that parts of the trainer take."""

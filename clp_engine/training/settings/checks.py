@@ -1,4 +1,4 @@
-"""What of a configuration is refused, and with what remedy; and the one form in which its values are kept."""
+"""The checks of a configuration, with a remedy for each refusal, and the normal form of its values."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from clp_engine.objectives.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN
 from clp_engine.policy.prompt_conditioning import check_template
 from clp_engine.training.trl_compat import model_init_kwargs
 
-CLPConfig = Any  # which imports this module
+CLPConfig = Any  # the module of CLPConfig imports this one
 
 WEIGHT_SAMPLERS = ("dirichlet", "uniform", "grid", "fixed")
 KL_NAMES = ("alpha", "alpha_range", "alpha_grid", "beta", "beta_range", "beta_grid")
 INTERVALS = ("no", "steps", "epoch")
 STEPS = ("logging_steps", "eval_steps", "save_steps")
-# A whole number is a count in these, one with a point a share. (A union of types would be no flag of transformers'
-# HfArgumentParser, which TRL's scripts use.)
+# In these settings a whole number is a count and a number with a decimal point is a share. (A union of types could not become a
+# flag of transformers' HfArgumentParser, which TRL's scripts use.)
 COUNT_OR_SHARE = (*STEPS, "selected_rollouts")
 
 
 def check(c: CLPConfig) -> None:
-    """Bring the values of a new configuration into one form, and refuse what cannot be used. Raises ConfigError."""
+    """Normalise the values of a new configuration in place. Raises ConfigError for values that cannot be used."""
     types = typing.get_type_hints(type(c))
     for option in dataclasses.fields(c):
         value = getattr(c, option.name)
@@ -46,7 +46,7 @@ def check(c: CLPConfig) -> None:
             and value.is_integer()
         ):
             value = int(value)
-        # One form of every value: a tuple and a list, 1 and 1.0 must not look like different settings to a resumed run.
+        # One form per value: a tuple and a list, or 1 and 1.0, must not look like different settings to a resumed run.
         setattr(c, option.name, _coerce(option.name, value, types[option.name]))
     ranges.check_fields(ranges.TRAINING, c)
     if not c.output_dir.strip():
@@ -82,8 +82,7 @@ def _check_groups(c: CLPConfig) -> None:
 
 
 def _fix_conditioning(c: CLPConfig) -> None:
-    """With reward_weights the objective is one for the whole run, and one delta says it all: what conditioning names is its
-    carrier then."""
+    """With reward_weights, the whole run has one objective and needs only one delta. `conditioning` then names its carrier."""
     if c.reward_weights is None or c.conditioning == "none":
         return
     if c.conditioning not in CARRIERS:
@@ -280,10 +279,10 @@ def _check_kl(c: CLPConfig) -> None:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, or ConfigError; integers pass for floats and YAML's '1e-4' is a number."""
+    """`value` as the field's type. An integer is valid for a float, and YAML's '1e-4' is a number. Raises ConfigError."""
     options = typing.get_args(hint) if typing.get_origin(hint) not in (list, None) else (hint,)
     if any(typing.get_origin(option) is dict for option in options):
-        options = tuple(o for o in options if o is not str)  # a text is a mapping as JSON
+        options = tuple(o for o in options if o is not str)  # the text is JSON of a mapping
     for option in options:
         if option is type(None) and value is None:
             return None
@@ -315,7 +314,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def _as_mapping(value: Any) -> dict | None:
-    """A mapping, or JSON text of one, which is how a mapping is given on a command line; None for anything else."""
+    """A mapping, or a JSON text of one (the form on a command line). None for any other value."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)

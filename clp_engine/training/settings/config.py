@@ -1,4 +1,4 @@
-"""CLPConfig: every setting of a training run, flat, checked where it is made. Names are TRL's where the thing is the same."""
+"""CLPConfig: every setting of a training run, flat, checked when it is made. Names are TRL's where the meaning is the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clp_engine.training.settings.groups import MicroBatching, OptimiserSettings
 from clp_engine.training.trl_compat import settings
 
 DEFAULT_ALPHA = 0.1
-# Settings that do not touch what is computed: a resumed run may change them, and runs that differ in them alone are the same.
+# Settings without effect on the computation: a resumed run may change them, and runs that differ only in them count as equal.
 WITHOUT_EFFECT = frozenset(
     """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
     save_total_limit overwrite_output_dir log_completions report_to run_name disable_tqdm per_device_eval_batch_size
@@ -35,7 +35,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 def _takes_trl_s_fields(cls: type) -> type:
-    """Have the constructor take the fields of TRL's GRPOConfig beside the class's own, see `trl_compat.settings`."""
+    """Make the constructor take the fields of TRL's GRPOConfig beside the class's own, see `trl_compat.settings`."""
     plain = cls.__init__
     names = [option.name for option in dataclasses.fields(cls)]
     defaults = {option.name: option.default for option in dataclasses.fields(cls)}
@@ -45,7 +45,7 @@ def _takes_trl_s_fields(cls: type) -> type:
         by_place = dict(zip(names, values))
         twice = sorted(by_place.keys() & given.keys())
         if len(values) > len(names) or twice:
-            plain(self, *values, **given)  # says what is wrong
+            plain(self, *values, **given)  # raises an error that names the problem
         own, self._trl = settings.understood(by_place | given, defaults)
         plain(self, **own)
 
@@ -56,16 +56,22 @@ def _takes_trl_s_fields(cls: type) -> type:
 @_takes_trl_s_fields
 @dataclass
 class CLPConfig:
-    """Settings of `CLPTrainer`. The fields of TRL's GRPOConfig are taken as well: each is a setting of the same name, is
-    translated into one, or is refused with the reason and the alternative (`trl_compat.fields`).
+    """Settings of `CLPTrainer`. The fields of TRL's GRPOConfig are accepted, too. Each of them is a setting of the same name,
+    is translated into one, or is refused with the reason and the alternative (`trl_compat.fields`).
 
-    One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions, `num_generations` for
-    each of its prompts; the batch is cut into micro-batches of whole groups. A rollout serves one step, or `num_iterations`
-    passes, and several steps a pass where `steps_per_generation` makes it larger: every step but the first is off-policy,
-    `min(ratio A, clip(ratio) A)` with `ratio = pi / pi_sampled` by token, `log pi_sampled` kept from sampling. The KL
-    coefficient is given as `alpha` (objective `(1 - alpha) w.R - alpha KL`) or `beta` (`w.R - beta KL`), never both; either is
-    a number, or a range or list from which one is drawn per prompt. Training lasts `max_steps`, `num_train_epochs`, or until
-    `max_generated_tokens` are generated. Raises ConfigError for a value that cannot be used.
+    Batches. One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions, `num_generations`
+    for each of its prompts. The batch is cut into micro-batches of whole groups.
+
+    Rollouts. A rollout serves one step by default. It serves `num_iterations` passes, and each pass takes several steps if
+    `steps_per_generation` makes the rollout larger. Every step but the first is then off-policy: `min(ratio A, clip(ratio) A)`
+    with `ratio = pi / pi_sampled` by token, and `log pi_sampled` kept from sampling.
+
+    KL coefficient. It is given as `alpha` (objective `(1 - alpha) w.R - alpha KL`) or `beta` (`w.R - beta KL`), never both.
+    Either is a number, or a range or list from which one value is drawn per prompt.
+
+    Duration. Training lasts for `max_steps`, for `num_train_epochs`, or until `max_generated_tokens` are generated.
+
+    Raises ConfigError for a value that cannot be used.
     """
 
     output_dir: str = _option("runs/clp", "folder of the run: logs, checkpoints, final policy")
@@ -357,19 +363,19 @@ class CLPConfig:
 
     @property
     def reward_scale(self) -> float:
-        """What w.R is multiplied by: the sum of reward_weights, whose shares are w; 1 without."""
+        """The factor of w.R: the sum of reward_weights, whose shares are w. 1 without reward_weights."""
         return 1.0 if self.reward_weights is None else sum(self.reward_weights)
 
     @property
     def base_dtype(self) -> str | None:
-        """The dtype the base model is loaded in; None where the device decides."""
+        """The dtype the base model is loaded in. None lets the device decide."""
         asked = (self.model_init_kwargs or {}).get("dtype")
         if self.bf16 is None or not self.bf16 and asked is not None:
             return asked
         return "bfloat16" if self.bf16 else "float32"
 
     def steps_of(self, name: str, whole: int | None) -> int:
-        """A setting in steps, of a run of `whole` steps where it is a share of them."""
+        """A setting as a number of steps. whole: the steps of the run, for a setting given as a share of them."""
         value = getattr(self, name)
         return value if isinstance(value, int) else math.ceil(value * whole)
 
@@ -385,14 +391,14 @@ class CLPConfig:
 
     @property
     def rollout_steps(self) -> int:
-        """Optimiser steps that one pass over a rollout takes."""
+        """Optimiser steps of one pass over a rollout."""
         return (
             self.steps_per_generation or self.gradient_accumulation_steps
         ) // self.gradient_accumulation_steps
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimiser steps from one rollout to the next: all passes over it."""
+        """Optimiser steps from one rollout to the next, in all passes over it."""
         return self.rollout_steps * self.num_iterations
 
     @property
@@ -402,7 +408,7 @@ class CLPConfig:
 
     @property
     def rollout_share(self) -> float:
-        """selected_rollouts as a share of the group; 1 where nothing is selected."""
+        """selected_rollouts as a share of the group. 1 without selection."""
         selected = self.selected_rollouts
         if selected is None:
             return 1.0
@@ -410,7 +416,7 @@ class CLPConfig:
 
     @property
     def written_prompt(self) -> str | None:
-        """The template of prompt conditioning, None without: the one given, or one with the KL coefficient if that varies."""
+        """The template of prompt conditioning, None without it. By default it has the KL coefficient if that varies."""
         if not Conditioning.parse(self.conditioning, self.carrier).prompt:
             return None
         return self.prompt_template or (DEFAULT_TEMPLATE if isinstance(self.kl, float) else TEMPLATE_WITH_KL)
@@ -421,7 +427,7 @@ class CLPConfig:
 
     @property
     def kl(self) -> float | tuple[float, float] | list[float]:
-        """The KL coefficient: a number, a range (low, high), or a list to draw from."""
+        """The KL coefficient: a number, a range (low, high), or a list of values to draw from."""
         span = self.alpha_range if self.alpha_range is not None else self.beta_range
         if span is not None:
             if len(span) != 2:
@@ -435,15 +441,17 @@ class CLPConfig:
 
     @property
     def default_kl(self) -> float:
-        """The policy's KL coefficient where none is asked for: the number, the geometric middle of the range, or the list's
-        median (the lower of two)."""
+        """The policy's KL coefficient for calls that give none.
+
+        It is the number, the geometric mean of the range's ends, or the list's median (the lower of two).
+        """
         kl = self.kl
         if isinstance(kl, tuple):
             return math.sqrt(kl[0] * kl[1])
         return sorted(kl)[(len(kl) - 1) // 2] if isinstance(kl, list) else kl
 
     def __getattr__(self, name: str) -> Any:
-        """Fields of GRPOConfig that are no settings: what holds of them here."""
+        """A field of GRPOConfig that is no setting here: the value that describes this trainer."""
         return settings.read(self, name, self.__dict__.get("_trl", {}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -456,5 +464,5 @@ class CLPConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLPConfig:
-        """From a mapping, such as a YAML file; raises ConfigError for unknown names and values of the wrong type."""
+        """A configuration from a mapping, such as a YAML file. Raises ConfigError for unknown names and wrong types."""
         return cls(**values)

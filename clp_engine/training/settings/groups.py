@@ -1,4 +1,4 @@
-"""What parts of the trainer need to know of a run's settings: small frozen records, built by `CLPConfig`."""
+"""Small frozen groups of a run's settings, one for each part of the trainer that needs them, built by `CLPConfig`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from clp_engine.rollouts.types import SamplingParams
 
 @dataclass(frozen=True)
 class MicroBatching:
-    """How completions are cut into parts for a pass through the model (see `scoring.parts`), and the temperature at which their
-    log-probs are taken.
+    """The cut of completions into parts for passes through the model (see `scoring.parts`), and the log-probs' temperature.
 
-    completions: of a part, in whole groups. max_tokens: instead of that, where it is given.
+    completions: the most completions of a part, in whole groups. max_tokens: the most tokens of a part; replaces `completions`.
     """
 
     completions: int
@@ -24,11 +23,12 @@ class MicroBatching:
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What one rollout of a run draws.
+    """The settings of a run's rollouts.
 
-    prompts: of a rollout, each with `group` completions. prompts_per_step: of those, how many an optimiser step takes.
+    prompts: prompts of a rollout, each with `group` completions. prompts_per_step: the prompts of one optimiser step.
     steps: optimiser steps from one rollout to the next. evaluation_group: completions per prompt in an evaluation.
-    tokens_per_phase: most tokens of a completion at one go, where rollouts are partial. max_rows: completions decoded at once.
+    tokens_per_phase: the most tokens of a completion per phase, for partial rollouts.
+    max_rows: completions decoded at once.
     """
 
     prompts: int
@@ -45,10 +45,11 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class OptimiserSettings:
-    """AdamW and its schedule.
+    """The settings of AdamW and its schedule.
 
-    own_learning_rate: of an objective's own parameters. schedule: a name of transformers.get_scheduler, with schedule_options.
-    warmup_steps: of linear warm-up; where it is 0, warmup_ratio, a share of the whole run.
+    own_learning_rate: for the parameters of an objective itself (a value head).
+    schedule: a name of transformers.get_scheduler, with schedule_options.
+    warmup_steps: steps of linear warm-up. If it is 0, warmup_ratio applies, a share of the whole run.
     """
 
     learning_rate: float

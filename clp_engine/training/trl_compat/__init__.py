@@ -1,1 +1,1 @@
-"""TRL's and transformers' conventions, where a script expects them."""
+"""Conventions of TRL and transformers that scripts rely on."""

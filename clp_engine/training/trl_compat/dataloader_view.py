@@ -1,4 +1,4 @@
-"""The batches of a run as a DataLoader would give them: what callbacks receive as train_dataloader and eval_dataloader."""
+"""A run's batches in the form of a DataLoader, for callbacks, which receive train_dataloader and eval_dataloader."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from clp_engine.data.streams import PromptStream
 
 @dataclass(frozen=True)
 class PromptLoader:
-    """An epoch in batches of `prompts` prompts, each row `group` times in a row, each batch `passes` times, as in TRL.
+    """An epoch in batches of `prompts` prompts.
 
-    Iterating reads rows and trains on nothing: the run itself takes them by position.
-    shuffle_seed: None for the rows' own order (and the last batch, which may be short, as in an evaluation).
-    Raises TypeError for the length of a stream, and for iterating over one that can be read once.
+    As in TRL, each row occurs `group` times in succession, and each batch `passes` times.
+    Iterating only reads rows. The run itself takes its rows by position.
+
+    shuffle_seed: None means the rows' own order, with a last batch that may be short, as in an evaluation.
+
+    Raises TypeError for the length of a stream, and for iterating over a stream that can be read once.
     """
 
     prompts_of_run: Prompts
@@ -46,7 +49,7 @@ class PromptLoader:
 
     @property
     def dataset(self) -> Any:
-        """As it was given to the trainer."""
+        """The dataset that was given to the trainer."""
         source = self.prompts_of_run
         return source.source if isinstance(source, PromptStream) else source.rows
 

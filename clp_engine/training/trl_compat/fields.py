@@ -1,6 +1,6 @@
-"""What becomes of each field of TRL's GRPOConfig: every one has one fate here, and none is passed over in silence.
+"""The treatment of each field of TRL's GRPOConfig. Every field has exactly one fate here, and none is ignored silently.
 
-`settings` acts on it, and `tools/trl_page.py` makes the tables of the migration guide from it.
+`settings` acts on this table, and `tools/trl_page.py` makes the tables of the migration guide from it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-TRL_VERSION = "1.16.0"  # the fields of this version are listed
+TRL_VERSION = "1.16.0"  # the version whose fields are listed
 
 SAME, DEFAULT, TRANSLATED, ACCEPTED, REFUSED = "same", "other default", "translated", "accepted", "refused"
 ANYTHING = "anything"
@@ -18,10 +18,10 @@ ANYTHING = "anything"
 class Field:
     """One field of GRPOConfig.
 
-    fate: SAME: a setting of CLPConfig of that name and meaning. DEFAULT: that, with another default. TRANSLATED: said in
-        another setting, or in other values. ACCEPTED: no setting; `accepts` are the values that describe what happens anyway.
-        REFUSED: what is not here; `accepts` are the values that do not ask for it.
-    default: TRL's. note: why, or how, or what to use instead, a clause that can end an error message.
+    fate: SAME: a setting of CLPConfig with the same name and meaning. DEFAULT: the same, with another default. TRANSLATED:
+        expressed by another setting, or by other values. ACCEPTED: no setting; `accepts` are the values that describe this
+        trainer's fixed behaviour. REFUSED: not supported; `accepts` are the values that do not ask for it.
+    default: TRL's default. note: the reason, the translation or the alternative, as a clause that can end an error message.
     """
 
     fate: str
@@ -30,7 +30,7 @@ class Field:
     accepts: tuple | str = ()
 
     def takes(self, value: Any) -> bool:
-        """Whether an ACCEPTED or REFUSED field lets `value` pass."""
+        """Whether an ACCEPTED or REFUSED field allows `value`."""
         return self.accepts == ANYTHING or any(
             value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.accepts
         )

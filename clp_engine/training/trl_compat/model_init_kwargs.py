@@ -1,4 +1,4 @@
-"""TRL's `model_init_kwargs`: what of transformers' from_pretrained a user may choose for the base model, and why not more."""
+"""TRL's `model_init_kwargs`: the arguments of transformers' from_pretrained that may be given for the base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from clp_engine.core.errors import ConfigError
 
-# Packed training has attention of its own; transformers' serves where its modules decode, and these two take what it is given.
+# Packed training has its own attention. transformers' attention decodes with its modules, where these two accept a given mask.
 _ATTENTION = ("eager", "sdpa")
 _REFUSED = {
     "torch_dtype": "its name is dtype",
@@ -27,7 +27,7 @@ _REFUSED = {
 
 
 def check(kwargs: Mapping[str, Any] | None) -> None:
-    """Raises ConfigError for arguments that cannot be honoured. None and False ask for nothing and pass."""
+    """Raises ConfigError for arguments that cannot be honoured. None and False ask for nothing and are valid."""
     for name, value in (kwargs or {}).items():
         if value is None or value is False:
             continue
@@ -48,5 +48,5 @@ def check(kwargs: Mapping[str, Any] | None) -> None:
 
 
 def attention(kwargs: Mapping[str, Any] | None) -> str | None:
-    """The attention implementation asked for."""
+    """The attention implementation asked for, or None."""
     return (kwargs or {}).get("attn_implementation")

@@ -1,4 +1,4 @@
-"""TRL's keyword arguments as settings of CLPConfig, by the table in `fields`."""
+"""TRL's keyword arguments turned into settings of CLPConfig, by the table in `fields`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.ranges import COUNT
 from clp_engine.training.trl_compat.fields import ACCEPTED, FIELDS, TRANSLATED
 
-# Names that scripts for earlier versions of TRL and transformers use.
+# Names in scripts for earlier versions of TRL and transformers, with today's names.
 FORMER = {
     "logging_dir": "gone from transformers, too: TENSORBOARD_LOGGING_DIR in the environment",
     "evaluation_strategy": "its name is eval_strategy",
@@ -21,7 +21,7 @@ FORMER = {
     "ref_model": "the reference is the base model of the policy",
 }
 
-# What a script reads of a TRANSLATED field.
+# The values that scripts read for TRANSLATED fields.
 _READ: dict[str, Callable[[Any], Any]] = {
     "activation_checkpointing": lambda config: config.gradient_checkpointing,
     "generation_batch_size": lambda config: config.rollout_size,
@@ -32,9 +32,9 @@ _READ: dict[str, Callable[[Any], Any]] = {
 def understood(
     given: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings of CLPConfig, values of ACCEPTED and REFUSED fields that passed) for keyword arguments that may be TRL's.
+    """(settings of CLPConfig, allowed values of ACCEPTED and REFUSED fields) for keyword arguments that may be TRL's.
 
-    defaults: CLPConfig's settings by name. Raises ConfigError for what cannot be honoured, and for names nobody knows.
+    defaults: CLPConfig's settings by name. Raises ConfigError for values that cannot be honoured, and for unknown names.
     """
     settings: dict[str, Any] = {}
     passed: dict[str, Any] = {}
@@ -56,8 +56,10 @@ def understood(
 
 
 def read(config: Any, name: str, passed: Mapping[str, Any]) -> Any:
-    """The value of a field of GRPOConfig that is no setting of `config`: scripts and callbacks read some. AttributeError for
-    other names."""
+    """The value of a field of GRPOConfig that is no setting of `config`, for scripts and callbacks that read it.
+
+    passed: the values given for such fields. Raises AttributeError for other names.
+    """
     if name in _READ:
         return _READ[name](config)
     if name not in FIELDS:
@@ -69,7 +71,7 @@ def read(config: Any, name: str, passed: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Enums as their values (SchedulerType, IntervalStrategy, ...), torch dtypes as their names."""
+    """A plain value: an enum's value (SchedulerType, IntervalStrategy, ...), or a torch dtype's name."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -99,7 +101,7 @@ def _unknown(names: list[str], known: Collection[str]) -> None:
 
 
 def _translate(settings: dict[str, Any], trl: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """TRL's values in this project's terms, in place."""
+    """Add TRL's TRANSLATED fields to `settings`, in this project's terms, in place."""
     for name, nothing in (("top_k", 0), ("top_p", 1.0)):
         if name in settings and settings[name] == nothing and not isinstance(settings[name], bool):
             settings[name] = None

@@ -1,7 +1,7 @@
-"""What scripts and callbacks written for transformers' Trainer, and TRL's, expect of a trainer beside training.
+"""The attributes beside training that scripts and callbacks for transformers' Trainer and TRL's expect of a trainer.
 
-Here training runs in one process. What those trainers have and this one does not is named with the reason where it is asked
-for: an AttributeError, so that `hasattr` says no.
+Training runs in one process here. An attribute that those trainers have and this one lacks raises an AttributeError with
+the reason, so that `hasattr` is False.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ABSENT = {
 
 
 def refuse(reward_funcs: Any, quantization_config: Any, **absent: Any) -> None:
-    """Raises ConfigError for arguments of GRPOTrainer that cannot be honoured, and where the reward functions are missing."""
+    """Raises ConfigError for arguments of GRPOTrainer that cannot be honoured, and for missing reward functions."""
     if reward_funcs is None:
         raise ConfigError("reward_funcs is missing; give at least one reward function")
     if quantization_config is not None:
@@ -51,18 +51,21 @@ def refuse(reward_funcs: Any, quantization_config: Any, **absent: Any) -> None:
 
 
 def callback_handler(report_to: Any, callbacks: Any, *parts: Any) -> CallbackHandler:
-    """The trainer's callbacks: transformers' own, those that report, and the user's. parts: model, tokenizer, optimiser and
-    schedule, which they are told of. Raises ConfigError for a `report_to` that transformers does not know."""
+    """The trainer's callbacks: transformers' own, the reporting callbacks, and the user's.
+
+    parts: model, tokenizer, optimiser and schedule, which callbacks receive. Raises ConfigError for a `report_to` that
+        transformers does not know.
+    """
     try:
         reporting = get_reporting_integration_callbacks(report_to)
-    except ValueError as error:  # names those there are
+    except ValueError as error:  # the message lists the known integrations
         raise ConfigError(f"report_to={report_to!r}: {error}") from error
     return CallbackHandler([DefaultFlowCallback, *reporting, *(callbacks or [])], *parts)
 
 
 @dataclass(frozen=True)
 class OneProcess:
-    """Of accelerate.Accelerator what scripts ask a trainer for, where there is one process."""
+    """The part of accelerate.Accelerator that scripts ask a trainer for, for a single process."""
 
     device: torch.device
     is_main_process: bool = True
@@ -76,7 +79,7 @@ class OneProcess:
         print(*values, **options)
 
     def wait_for_everyone(self) -> None:
-        """Nobody else is there."""
+        """Returns at once: there is no other process."""
 
     def unwrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
         return model
@@ -94,7 +97,7 @@ class OneProcess:
 
 
 class ScriptSurface:
-    """Mixed into CLPTrainer, which has policy, tokenizer, args and callback_handler."""
+    """A mixin of CLPTrainer, which has policy, tokenizer, args and callback_handler."""
 
     callback_handler: CallbackHandler
 
@@ -102,7 +105,7 @@ class ScriptSurface:
         self.callback_handler.add_callback(callback)
 
     def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
-        """Remove a callback, or the first one of a class, and return it; None if there is none."""
+        """Remove a callback, or the first one of a class, and return it. None if there is none."""
         return self.callback_handler.pop_callback(callback)
 
     def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
@@ -110,7 +113,7 @@ class ScriptSurface:
 
     @property
     def model(self):
-        """The conditioned model itself; see `policy` for generating under weights and for saving."""
+        """The conditioned model itself. Use `policy` to generate under weights, and to save."""
         return self.policy.model
 
     @property
@@ -128,7 +131,7 @@ class ScriptSurface:
         return True
 
     def end(self) -> None:
-        """transformers closes its trackers and process group here; the reporting callbacks close theirs after training."""
+        """Does nothing: the reporting callbacks close their trackers after training, and there is no process group."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ABSENT:
