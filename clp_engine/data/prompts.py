@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from clp_engine.core import seeds
-from clp_engine.core.errors import ConfigError
+from clp_engine.core.errors import ConfigError, shown
 from clp_engine.data.chat import check_prompt, encode_chat
 
 logger = logging.getLogger(__name__)
@@ -273,12 +273,11 @@ def has_rows(rows: Any) -> bool:
 def check_row(row: Any, where: str) -> None:
     """Raises ConfigError for a row that training cannot use. where: its place, for the message."""
     if not isinstance(row, Mapping) or "prompt" not in row:
-        shown = (
-            f"the columns {', '.join(map(str, row))}"
-            if isinstance(row, Mapping)
-            else f"type {type(row).__name__}"
-        )
-        raise ConfigError(f"each row of a dataset needs a 'prompt'; {where} has {shown}")
+        has = f"type {type(row).__name__}"
+        if isinstance(row, Mapping):  # a lone surrogate can be neither logged nor printed
+            plain = [name if isinstance(name, str) and name.isprintable() else shown(name) for name in row]
+            has = f"the columns {', '.join(plain)}"
+        raise ConfigError(f"each row of a dataset needs a 'prompt'; {where} has {has}")
     for name in _TAKEN:
         if name in row:
             raise ConfigError(
