@@ -225,7 +225,7 @@ class RolloutRequest:
     prompt_ids, prompt_mask: (P, S), left-padded, as the source reads them.
     plain: (ids, mask) as the reference reads them, or None if they are the same.
     row_seeds: (B,) int64, one stream of random numbers per completion.
-    begun: the existing tokens of each completion, with which prompt_ids end, or None.
+    begun: the existing tokens of each completion, with which prompt_ids end, or None. Only the tokens after them are returned.
     at_once: the most prompts whose completions are drawn together.
     """
 
@@ -251,7 +251,7 @@ class RolloutRequest:
         mask: torch.Tensor,
         logprobs: torch.Tensor,
         terminated: torch.Tensor,
-        engine: str = OWN_ENGINE,
+        engine: str,
     ) -> Rollout:
         """The drawn completions as a `Rollout`."""
         prompts, (plain_ids, plain_mask) = (self.prompt_ids, self.prompt_mask), self.plain or (None, None)

@@ -16,7 +16,7 @@ from clp_kernels.decoder import Draws
 
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.rollouts.rows import Rows
-from clp_engine.rollouts.types import Rollout, RolloutRequest
+from clp_engine.rollouts.types import OWN_ENGINE, Rollout, RolloutRequest
 
 # Steps between two checks for ended rows, if a check makes the host wait for the device.
 _LOOK_EVERY = 8
@@ -95,7 +95,7 @@ class Stepwise:
     def run(self, request: RolloutRequest) -> Rollout:
         rows = Rows(request)
         self._draw(self.decoder(request), rows, len(request.prompt_ids), request.group)
-        return request.rollout(*rows.completions())
+        return request.rollout(*rows.completions(), engine=OWN_ENGINE)
 
     def _draw(self, decoder: StepDecoder, rows: Rows, prompts: int, group: int) -> None:
         """Draw every completion of every prompt. Waiting prompts join as places become free."""

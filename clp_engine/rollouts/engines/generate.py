@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from clp_engine.rollouts.rows import Rows
-from clp_engine.rollouts.types import Rollout, RolloutRequest
+from clp_engine.rollouts.types import OWN_ENGINE, Rollout, RolloutRequest
 
 
 class Generate:
@@ -28,4 +28,4 @@ class Generate:
             prompt = request.prompt_ids[p : p + 1, request.prompt_mask[p]]
             with model.blend.use(None if blend is None else blend[p : p + 1].expand(group, -1)):
                 model.backbone.generate(prompt, group, rows.limit, draw)
-        return request.rollout(*rows.completions())
+        return request.rollout(*rows.completions(), engine=OWN_ENGINE)

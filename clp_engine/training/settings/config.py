@@ -294,17 +294,17 @@ class CLPConfig:
     @property
     def loss_settings(self) -> LossSettings:
         return LossSettings(
-            self.kl_estimator,
-            self.baseline,
-            self.scale_rewards,
-            self.loss_type,
-            self.max_completion_length,
-            self.mask_truncated_completions,
-            self.epsilon,
-            self.epsilon_high,
-            self.delta,
-            self.kl_is_beta,
-            self.log_kl,
+            kl_estimator=self.kl_estimator,
+            baseline=self.baseline,
+            scale_rewards=self.scale_rewards,
+            loss_type=self.loss_type,
+            max_completion_length=self.max_completion_length,
+            mask_truncated=self.mask_truncated_completions,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+            delta=self.delta,
+            kl_is_beta=self.kl_is_beta,
+            log_kl=self.log_kl,
         )
 
     @property
