@@ -35,7 +35,7 @@ def of(kind: Any, value: Any, path: str | Path, remedy: str = AGAIN) -> Any:
 
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:  # UnicodeError: a lone surrogate
         said = str(error).replace("`", "").replace("$.", "")
         said = said[0].lower() + said[1:]
         raise ConfigError(f"{path} is damaged or another's ({said}); {remedy}") from None

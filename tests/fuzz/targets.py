@@ -25,17 +25,18 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from clp_engine import policy
 from clp_engine.core import yaml_reading
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import read_tensors
+from clp_engine.data import sources
 from clp_engine.data.prompts import check_row
 from clp_engine.evaluation.compare.work import Training
 from clp_engine.evaluation.report import ParetoReport
 from clp_engine.models import fingerprint
 from clp_engine.policy.peft import reading, warm_start
+from clp_engine.policy.spec import read_spec
 from clp_engine.serving import app as server
-from clp_engine.training import checkpoints, running
+from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.runs import run_folder, run_spec
 from clp_engine.training.settings.config import CLPConfig
 
@@ -197,7 +198,7 @@ def run_files(source, folder):
     json_file(run / "clp_manifest.json", {"run": "x", "files": files}, source)
     for path in run_folder.checkpoints(run):
         with contextlib.suppress(ConfigError):
-            checkpoints.read_state(path)
+            checkpoint.read_state(path)
     run_folder.check_free(run, None, True)
     run_folder.begin(run, "y")
     assert canary.is_file()
@@ -223,7 +224,7 @@ def policy_files(source, folder):
     which = source.ConsumeIntInRange(0, 2)
     if which == 0:
         json_file(folder / "clp_config.json", POLICY, source)
-        spec = policy._read_spec(folder / "clp_config.json")
+        spec = read_spec(folder / "clp_config.json")
         assert_finite([spec.default_kl, spec.min_kl or 0.0, *spec.scalings])
     elif which == 1:
         json_file(folder / warm_start.BLEND_FILE, BLEND, source)
@@ -297,7 +298,7 @@ def rows(source, folder):
         path.write_bytes(source.ConsumeBytes(sys.maxsize))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in changed(ROWS, source)))
-    for number, row in enumerate(running.read_rows(path)):
+    for number, row in enumerate(sources.read_rows(path)):
         check_row(row, f"row {number}")
 
 
