@@ -375,9 +375,9 @@ compare(json.load(open("killed.json")))
     (cut,) = [name for name in plan.runs if name not in done and checkpoints(plan.run_folder(name))]
     assert 1 < len(done) < len(plan.runs) and cut.startswith("specialist-0-1")
     trained = []
-    original = work.runs.train
+    original = work.running.train
     monkeypatch.setattr(
-        work.runs,
+        work.running,
         "train",
         lambda spec, config, **more: (
             trained.append((Path(config.output_dir).name, more["resume"])) or original(spec, config, **more)
