@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ import msgspec
 
 VERSION = 1
 STATUS = ("ok", "wrong", "unavailable")
+
+_MISSING = re.compile("Object missing required field `(.+?)`")  # as msgspec says it
 
 
 @dataclass
@@ -155,7 +158,8 @@ def read(data: object, where: str = "result") -> Result:
     try:
         result = msgspec.convert(data, Result)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{where}: {error}") from error
+        said = _MISSING.sub(r"field '\1' is missing", str(error))
+        raise ValueError(f"{where}: {said}") from error
     problems = [*_left_out(data, dataclasses.asdict(result), where)]
     problems = problems or [f"{where}: {problem}" for problem in _inconsistencies(result)]
     if problems:
