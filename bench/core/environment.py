@@ -94,12 +94,6 @@ def describe(device: str) -> dict:
     }
 
 
-def _l2_cache() -> int:
-    import torch
-
-    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
-
-
 def _cuda_facts() -> dict:
     import torch
 

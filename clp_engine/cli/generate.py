@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from clp_engine.cli.arguments import (
     RUN_HELP,
@@ -41,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     weights = None if arguments.weights is None else parse_assignments(arguments.weights, "weights")
-    spec = run_spec.RunSpec.load(arguments.run_folder) or run_spec.RunSpec.load(
-        Path(arguments.run_folder).parent
-    )
+    spec = run_spec.RunSpec.find(arguments.run_folder)
     policy = running.load_policy(arguments.run_folder, arguments.device)
     policy.conditions(weights, arguments.kl)  # names and numbers are checked before anything is generated
     rows = _generation_rows(arguments, spec, policy.tokenizer)

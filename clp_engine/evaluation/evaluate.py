@@ -112,19 +112,20 @@ def evaluate(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    rewards = _reward_set(reward_funcs, policy.profile.objectives)
+    profile = policy.profile
+    rewards = _reward_set(reward_funcs, profile.objectives)
     rows = [{"prompt": row} if isinstance(row, str) else row for row in prompts]
 
     def check(ids: list[int], where: str) -> None:
-        policy.profile.room.check_prompt(ids, sampling.max_new_tokens, where, policy.profile.tokenizer)
+        profile.room.check_prompt(ids, sampling.max_new_tokens, where, profile.tokenizer)
 
-    dataset = PromptDataset(rows, policy.profile.tokenizer, max_prompt_length, check=check)
+    dataset = PromptDataset(rows, profile.tokenizer, max_prompt_length, check=check)
     weightings = _weightings(policy, grid)
     kls = _kl_coefficients(policy, kl)
     # All weightings at the first coefficient, then all at the second.
     repeated = [value for value in kls for _ in weightings]
     conditions = policy.conditions(weightings * len(kls), repeated, len(repeated))
-    points, objectives = len(conditions) + 1, len(policy.profile.objectives)
+    points, objectives = len(conditions) + 1, len(profile.objectives)
     check_size(
         f"num_generations={num_generations:,} completions of {len(rows):,} prompts at {points:,} points",
         8 * points * len(rows) * num_generations * (objectives + 3),
@@ -135,14 +136,14 @@ def evaluate(
         8 * bootstrap * (len(rows) + points * objectives),
         "cpu",
     )
-    margins = _by_objective(margin, policy.profile.objectives, "margin")
+    margins = _by_objective(margin, profile.objectives, "margin")
     if reference_point is not None:
-        reference_point = _by_objective(reference_point, policy.profile.objectives, "reference_point")
+        reference_point = _by_objective(reference_point, profile.objectives, "reference_point")
 
     plan = _Plan(num_generations, sampling, batch_rows, seed, progress)
     measured = _measure(policy, rewards, dataset, conditions, plan)
     means = pareto.mean_rewards(measured.rewards)
-    for i, name in enumerate(policy.profile.objectives):
+    for i, name in enumerate(profile.objectives):
         if np.isnan(means[:, i]).any():
             raise ConfigError(f"objective {name!r}: the reward function returned None for every completion")
     reference = means[-1] - margins if reference_point is None else reference_point
@@ -150,23 +151,21 @@ def evaluate(
         "prompts": len(rows),
         "num_generations": num_generations,
         "sampling": {**dataclasses.asdict(sampling), "stop_strings": list(sampling.stop_strings)},
-        "margin": None
-        if reference_point is not None
-        else dict(zip(policy.profile.objectives, margins.tolist())),
+        "margin": None if reference_point is not None else dict(zip(profile.objectives, margins.tolist())),
         "bootstrap": bootstrap,
         "confidence": CONFIDENCE,
         "seed": seed,
         "device": str(policy.conditioned.device),
-        "kl_name": "beta" if policy.profile.kl_is_beta else "alpha",
+        "kl_name": "beta" if profile.kl_is_beta else "alpha",
         "random_numbers": "common: completion g of prompt n has the same random stream at every point",
     }
-    summary = _summary(measured, means, conditions, reference, policy.profile.objectives, bootstrap, seed)
+    summary = _summary(measured, means, conditions, reference, profile.objectives, bootstrap, seed)
     if len(kls) > 1:
         summary |= _kl_summary(measured, means, conditions, kls, kl_limit, bootstrap, seed)
     report = ParetoReport(
         task=task,
-        model=policy.profile.base_model,
-        objectives=list(policy.profile.objectives),
+        model=profile.base_model,
+        objectives=list(profile.objectives),
         **summary,
         seconds={"train": train_seconds, "evaluate": round(time.perf_counter() - start, 3)},
         setup=setup,
@@ -249,11 +248,11 @@ def _measure(
     plan: _Plan,
 ) -> _Measured:
     """Run every prompt at every condition and at the base."""
-    generations = plan.num_generations
-    everyone = Conditions.cat([conditions, Conditions.reference(1, len(policy.profile.objectives))])
+    generations, objectives = plan.num_generations, len(policy.profile.objectives)
+    everyone = Conditions.cat([conditions, Conditions.reference(1, objectives)])
     whole = dataset.batch(range(len(dataset)))
     shape = (len(everyone), len(dataset), generations)
-    rewards = np.full((*shape, len(policy.profile.objectives)), np.nan)
+    rewards = np.full((*shape, objectives), np.nan)
     kl, length, truncated = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     with tqdm(total=math.prod(shape), desc="evaluate", unit="row", disable=not plan.progress) as bar:
         for points, prompts in _batches(whole.token_ids, len(everyone), plan.batch_rows // generations):

@@ -179,21 +179,11 @@ class LogitMixture:
         hidden: torch.Tensor,
         targets: torch.Tensor,
         *,
-        ref_hidden: torch.Tensor | None = None,
         conditions: Conditions | None = None,
-        temperature: float = 1.0,
-        outputs: Sequence[str] = ("logprob",),
-        differentiable: Sequence[str] | None = None,
+        **options,
     ) -> TokenStats:
-        """As `ConditionedPolicy.token_stats`, for mixed hidden states."""
-        return self.policy.token_stats(
-            hidden,
-            targets,
-            ref_hidden=ref_hidden,
-            temperature=temperature,
-            outputs=outputs,
-            differentiable=differentiable,
-        )
+        """As `ConditionedPolicy.token_stats`, for mixed hidden states: they hold the conditions already."""
+        return self.policy.token_stats(hidden, targets, **options)
 
     def generate(self, prompts: str | Sequence, weights=None, kl=None, **options) -> list:
         """As `ConditionedPolicy.generate`."""

@@ -46,7 +46,7 @@ class Session:
 
     def __init__(self, run: str | Path, device: str | None = None, examples: str | Path | None = None):
         self.run = Path(run)
-        self.spec = run_spec.RunSpec.load(self.run) or run_spec.RunSpec.load(self.run.parent)
+        self.spec = run_spec.RunSpec.find(self.run)
         self.policy: ConditionedPolicy = running.load_policy(self.run, device)
         if self.policy.tokenizer is None:
             raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")

@@ -192,11 +192,6 @@ def _of_objective(
     return {name: held[name] for name in names}
 
 
-def load_unfinished(path: str | Path) -> dict[str, torch.Tensor]:
-    """What `save` was given as `unfinished`."""
-    return _named(_training_tensors(path), _UNFINISHED)
-
-
 def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 

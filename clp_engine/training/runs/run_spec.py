@@ -100,6 +100,11 @@ class RunSpec:
             raise ConfigError(f"{path} is damaged or another's ({error}); {records.AGAIN}") from error
         return spec
 
+    @classmethod
+    def find(cls, folder: str | Path) -> RunSpec | None:
+        """`load` of a run folder, or of the run folder around a checkpoint or a policy."""
+        return cls.load(folder) or cls.load(Path(folder).parent)
+
     def save(self, directory: str | Path) -> None:
         path = Path(directory) / "run.json"
         note(directory, [path])
