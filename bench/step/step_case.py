@@ -17,7 +17,7 @@ import torch
 
 from bench.core import schema
 
-FLOAT32 = ("docsum", "tiny", "qwen2-30m")
+FLOAT32 = ("docsum", "tiny", "qwen2-30m", "smollm2-135m")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def cases(device: str, sizes: str, kind: type[Case] = StepCase) -> list[Case]:
     docsum = kind("docsum", device, 32, 8, 120, 40, on_cpu)
     small = kind("qwen2-30m", device, 32, 8, 120, 40, on_cpu, steps=4)
     if sizes == "cpu":
-        return [docsum, small]
+        return [docsum, small, kind("smollm2-135m", device, 32, 8, 40, 32, on_cpu, steps=3)]
     on_gpu = ("step-gpu", "step-gpu-memory", "engine-gpu")
     return [
         kind("qwen2.5-0.5b", device, 64, 8, 256, 128, on_gpu, steps=4),
@@ -135,6 +135,10 @@ def load_model(name: str, device: str):
         "qwen2.5-7b": dict(
             hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
             num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
+        ),
+        "smollm2-135m": dict(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
         ),
         "qwen2-30m": dict(
             hidden_size=384, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=6,
