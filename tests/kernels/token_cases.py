@@ -55,9 +55,10 @@ def call_logits(leaves, targets, outputs, **options):
 
 
 def assert_as_accurate(got, plain, exact, what):
-    """Root-mean-square error <= 1.5 times, largest error <= 3 times that of plain torch in the same dtype.
+    """Root-mean-square error <= 1.5 times, largest error <= 3 times that of plain torch in the same dtype, for many values.
 
-    (The largest of a few hundred rounding errors varies by a factor of two from seed to seed, the mean square does not.)
+    (The largest of a few hundred rounding errors varies by a factor of two from seed to seed. The mean square of n errors varies
+    by 1 / sqrt(n), and with it how lucky torch is on a processor: a few values get that much more.)
     One rounding is allowed on top, for where torch happens to be exact: of the largest value, and for a statistic of 1,
     the sum that the probabilities have.
     """
@@ -67,10 +68,10 @@ def assert_as_accurate(got, plain, exact, what):
     assert torch.isfinite(got).all(), f"{what}: not finite"
     error, torchs = (got.double() - exact).abs(), (plain.double() - exact).abs()
     scale = exact.abs().max() if what.startswith("d_") else exact.abs().max().clamp(min=1)
-    rounding = torch.finfo(got.dtype).eps * scale
+    rounding, few = torch.finfo(got.dtype).eps * scale, 1 + 1 / exact.numel() ** 0.5
     for kind, mine, limit in (
-        ("root-mean-square", error.square().mean().sqrt(), 1.5 * torchs.square().mean().sqrt()),
-        ("largest", error.max(), 3 * torchs.max()),
+        ("root-mean-square", error.square().mean().sqrt(), 1.5 * few * torchs.square().mean().sqrt()),
+        ("largest", error.max(), 3 * few * torchs.max()),
     ):
         assert mine <= limit + rounding, f"{what}: {kind} error {mine:.3g}, allowed {limit + rounding:.3g}"
 
