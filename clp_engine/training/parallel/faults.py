@@ -59,7 +59,9 @@ def one_voice(parallel: Parallel) -> Iterator[None]:
             raise SystemExit(1) from None
         kind = ConfigError if isinstance(error, ConfigError) else ProcessFailed
         said = f"{error}" if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        raise kind(f"process {parallel.rank} of {parallel.count}: {said}") from error
+        told = kind(f"process {parallel.rank} of {parallel.count}: {said}")
+        told.of_one_process = True  # the command line need not ask whether others say it, too
+        raise told from error
 
 
 def _first() -> bool:

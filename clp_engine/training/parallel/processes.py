@@ -73,10 +73,15 @@ class Parallel:
         from accelerate.utils import InitProcessGroupKwargs
 
         use_cpu = use_cpu or not torch.accelerator.is_available()
-        limit = InitProcessGroupKwargs(
-            backend=backend or ("gloo" if use_cpu else "nccl"), timeout=datetime.timedelta(seconds=timeout)
-        )
+        backend, seconds = backend or ("gloo" if use_cpu else "nccl"), datetime.timedelta(seconds=timeout)
+        limit = InitProcessGroupKwargs(backend=backend, timeout=seconds)
         try:
+            if _started_again() and not torch.distributed.is_initialized():
+                store, rank, size = next(torch.distributed.rendezvous("env://", timeout=seconds))
+                own = torch.distributed.PrefixStore(f"start {_started_again()}", store)
+                torch.distributed.init_process_group(
+                    backend, timeout=seconds, store=own, rank=rank, world_size=size
+                )
             with _without_fsdp():
                 accelerator = Accelerator(cpu=use_cpu, kwargs_handlers=[limit])
         except (RuntimeError, ValueError) as error:
@@ -138,6 +143,13 @@ class Parallel:
                     "hang, or the processes read different data"
                 )
             raise Lost(reason) from error
+
+
+def _started_again() -> int:
+    """How many times torchrun has started processes on this one node before: they find the store of those that failed, with
+    addresses that nobody answers at."""
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if alone else 0
 
 
 def _asked(variable: str) -> bool:

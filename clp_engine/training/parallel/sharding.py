@@ -41,8 +41,9 @@ _VARIABLES = {
 }
 # Those that describe what is done here anyway, or only FSDP1.
 _WITHOUT_EFFECT = frozenset(
-    """auto_wrap_policy transformer_layer_cls_to_wrap state_dict_type cpu_ram_efficient_loading sync_module_states use_orig_params
-    backward_prefetch forward_prefetch limit_all_gathers min_num_params xla xla_fsdp_v2 xla_fsdp_grad_ckpt""".split()
+    """auto_wrap_policy transformer_layer_cls_to_wrap state_dict_type cpu_ram_efficient_loading sync_module_states
+    use_orig_params backward_prefetch forward_prefetch limit_all_gathers min_num_params xla xla_fsdp_v2
+    xla_fsdp_grad_ckpt""".split()
 )
 
 

@@ -9,8 +9,8 @@ from engine.objectives.test_estimators import Enumerated
 from engine.training.test_trainer import build_trainer
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.objectives.coefficients import RewardedTokens, Tokens, coefficients, returns_to_go
 from clp_engine.evaluation.gradient_noise import gradient_noise, gradients_of, measure, variants_of
+from clp_engine.objectives.coefficients import RewardedTokens, Tokens, coefficients, returns_to_go
 
 ALPHA = 0.4
 
