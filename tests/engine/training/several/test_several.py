@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import same_bits
 import torch
 from launch import launched
+from safetensors.torch import load_file
 
 # What tells that processes train as one, each kind once; `make check` runs all.
 FEW = [
@@ -123,3 +125,44 @@ def test_more_processes_than_groups(tmp_path, extra):
     second = together(names, tmp_path / "four", 6, **extra)
     for name in names:
         assert_same(name, first, second)
+
+
+def test_an_evaluation_is_dealt(tmp_path):
+    """Batches are the same, and so is every number, to the bit."""
+    reports = []
+    for count in (1, 3):
+        done = launched(count, "evaluating.py", str(tmp_path / str(count)))
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads((tmp_path / str(count) / "report.json").read_text())
+        reports.append({name: value for name, value in found.items() if name != "seconds"})
+    assert reports[0] == reports[1]
+
+
+def test_checkpoints_do_not_know_how_many_wrote_them(tmp_path):
+    """Two processes go on from a checkpoint of one as one would, to summation order; and two from one of two, to the bit."""
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 3,
+        "kl_estimator": "mixed",
+        "baseline": "value",
+    }
+    for writers in (1, 2):
+        done = launched(writers, "resuming.py", str(tmp_path / f"by{writers}"), settings, None)
+        assert done.returncode == 0, done.stderr[-3000:]
+    whole = {n: load_file(tmp_path / f"by{n}" / "policy" / "adapters.safetensors") for n in (1, 2)}
+    for writers, readers in ((1, 2), (2, 2), (2, 1)):
+        place = tmp_path / f"{writers}to{readers}"
+        shutil.copytree(tmp_path / f"by{writers}", place)
+        done = launched(readers, "resuming.py", str(place), settings, str(place / "checkpoint-1"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        for name, tensor in load_file(place / "policy" / "adapters.safetensors").items():
+            expected = whole[writers][name]
+            if writers == readers:
+                assert torch.equal(tensor, expected), (writers, readers, name)
+            else:
+                assert (tensor - expected).norm() <= 1e-3 * expected.norm().clamp_min(1e-6), (
+                    writers,
+                    readers,
+                    name,
+                )
