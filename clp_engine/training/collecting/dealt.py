@@ -7,11 +7,13 @@ rewards; hidden states stay where they are computed, and so does the work on a g
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from clp_engine.core.errors import ConfigError
 from clp_engine.data.rewards import PendingRewards
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.parallel.dealing import Shares, deal, deal_rows
@@ -30,8 +32,14 @@ def drawn_by_all(
         return draw(list(range(len(token_ids))))
     shares = deal_rows([len(ids) for ids in token_ids], parallel.count)
     own = shares[parallel.rank]
-    parts = parallel.gather(_on_host(draw(own)) if own else None)
-    return _joined(parts, shares, pad_id, device)
+    found = parallel.gather((_digest(token_ids), _on_host(draw(own)) if own else None))
+    for rank, (digest, _) in enumerate(found):
+        if digest != found[0][0]:
+            raise ConfigError(
+                f"process {rank} of {parallel.count} reads other prompts than process 0; every process must be given the same "
+                "dataset, in the same order, and the same tokenizer"
+            )
+    return _joined([part for _, part in found], shares, pad_id, device)
 
 
 def dealt(parallel: Parallel, drawn: Rollout, per_step: int) -> Shares | None:
@@ -92,6 +100,10 @@ def rewarded_by_all(
         for name, spent in part.seconds.items():
             seconds[name] = max(spent, seconds.get(name, 0.0))
     return Rewarded(rewards, columns, logged, seconds, max((p.busy for _, p in parts), default=0.0))
+
+
+def _digest(token_ids: Sequence[Sequence[int]]) -> int:
+    return zlib.crc32(repr([list(ids) for ids in token_ids]).encode())
 
 
 def _on_host(drawn: Rollout) -> Rollout:

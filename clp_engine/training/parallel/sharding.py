@@ -147,11 +147,11 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
             "fsdp shards a frozen base under low-rank deltas; with whole-weight deltas every process holds all weights: leave "
             "fsdp out"
         )
-    mesh = init_device_mesh(policy.device.type, (parallel.count,))
+    offloaded = settings.cpu_offload and policy.device.type != "cpu"  # else they are there already
     options = {
-        "mesh": mesh,
+        "mesh": init_device_mesh(policy.device.type, (parallel.count,)),
         "reshard_after_forward": settings.reshard_after_forward,
-        "offload_policy": CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offloaded else OffloadPolicy(),
     }
     for layer in layers:
         fully_shard(layer, ignored_params=trained & set(layer.parameters()), **options)
@@ -160,6 +160,11 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
     fully_shard(
         backbone.decoder, ignored_params=trained | (set(backbone.decoder.parameters()) - inside), **options
     )
+    # Said outright. By default FSDP2 goes by the order of the passes since the last backward pass; drawing adds passes to that,
+    # of which every process has its own number, and a process would gather what no other gathers.
+    for layer, before, after in zip(layers, [layers[0], *layers], [*layers[1:], layers[-1]]):
+        layer.set_modules_to_forward_prefetch([after])
+        layer.set_modules_to_backward_prefetch([before])
     policy.conditioned.weights_stay = False
     parallel.in_step = True
     return ShardedBase(layers, settings.reshard_after_forward)

@@ -57,7 +57,7 @@ trainer = CLPTrainer(
     same_bits.model("qwen2"),
     [even, same_bits.small],
     config,
-    same_bits.rows()[: 5 if fault == "other data" and RANK else 9],
+    same_bits.rows()[:: -1 if fault == "other data" and RANK else 1],
     processing_class=same_bits.tokenizer("qwen2"),
     callbacks=[Signals],
 )
@@ -82,5 +82,6 @@ if fault == "disk" and RANK == 0:
         return written(*arguments, **options)
 
     checkpoint.save_file = save_file
-trainer.train(resume_from_checkpoint=True if fault == "killed" else None)
+again = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+trainer.train(resume_from_checkpoint=again or None)
 print(f"rank {RANK} at the end, step {trainer.state.global_step}", flush=True)

@@ -49,7 +49,7 @@ def test_a_killed_process_and_a_launcher_that_starts_again(tmp_path):
         ("infinite", 2, "returned inf for completion 0"),
         ("memory", 2, "process 1 of 2: OutOfMemoryError"),
         ("disk", 2, "process 0 of 2: "),
-        ("other data", 0, "process 1 of 2 has"),
+        ("other data", 0, "process 1 of 2 reads other prompts"),
     ],
 )
 def test_the_first_cause_is_told_once(tmp_path, fault, step, words):
