@@ -61,7 +61,7 @@ def one_voice(parallel: Parallel) -> Iterator[None]:
         said = f"{error}" if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         told = kind(f"process {parallel.rank} of {parallel.count}: {said}")
         told.of_one_process = True  # the command line need not ask whether others say it, too
-        raise told from error
+        raise told from None if isinstance(error, ConfigError) else error
 
 
 def _first() -> bool:
