@@ -89,36 +89,39 @@ def run(arguments: argparse.Namespace) -> None:
     )
     out = arguments.run_folder if arguments.out is None else arguments.out
     check_folder("out", out)
-    policy = running.load_policy(arguments.run_folder, arguments.device)
-    rewards = spec.reward_functions()
     from clp_engine.evaluation.evaluate import evaluate
+    from clp_engine.training.parallel.faults import one_voice
+    from clp_engine.training.parallel.processes import Parallel
 
-    result = evaluate(
-        policy,
-        rewards,
-        rows,
-        grid=arguments.grid,
-        kl=arguments.kl,
-        kl_limit=arguments.kl_limit,
-        margin=arguments.margin,
-        num_generations=arguments.num_generations,
-        sampling=sampling_params(arguments, spec),
-        max_prompt_length=spec.config.get("max_prompt_length"),
-        batch_rows=arguments.batch_rows,
-        reference_point=reference,
-        bootstrap=arguments.bootstrap,
-        seed=arguments.seed,
-        output_dir=out,
-        task=spec.task,
-        train_seconds=spec.train_seconds,
-    )
+    parallel = Parallel.joined(use_cpu=arguments.device == "cpu")
+    with one_voice(parallel):
+        result = evaluate(
+            running.load_policy(arguments.run_folder, arguments.device),
+            spec.reward_functions(),
+            rows,
+            grid=arguments.grid,
+            kl=arguments.kl,
+            kl_limit=arguments.kl_limit,
+            margin=arguments.margin,
+            num_generations=arguments.num_generations,
+            sampling=sampling_params(arguments, spec),
+            max_prompt_length=spec.config.get("max_prompt_length"),
+            batch_rows=arguments.batch_rows,
+            reference_point=reference,
+            bootstrap=arguments.bootstrap,
+            seed=arguments.seed,
+            output_dir=out,
+            task=spec.task,
+            train_seconds=spec.train_seconds,
+            parallel=parallel,
+        )
     print(f"{rendering.table(result)}\n\n{rendering.summary(result)}\n\nreport: {out}/report.md")
 
 
 def _spec_of(arguments: argparse.Namespace) -> run_spec.RunSpec:
     """The description of the run, with task, dataset and rewards from the flags where these were given."""
     policy = running.policy_directory(arguments.run_folder)
-    spec = run_spec.RunSpec.load(arguments.run_folder) or run_spec.RunSpec.load(policy.parent)
+    spec = run_spec.RunSpec.find(arguments.run_folder)
     if arguments.task is None and arguments.rewards is None:
         if spec is None:
             raise ConfigError(

@@ -7,6 +7,7 @@ import difflib
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 # torch and transformers take seconds to import: only commands that use them do.
@@ -27,6 +28,7 @@ COMMANDS = {
     "compare": compare,
     "info": info,
 }
+_PATIENCE = 5.0  # seconds
 _EPILOG = """\
 examples:
   clp-engine demo                                     train and show a steerable summariser
@@ -69,6 +71,8 @@ def _with_hyphens(argument: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names, by default that of the process. Returns the exit code."""
     argv = [_with_hyphens(a) for a in (sys.argv[1:] if argv is None else argv)]
+    if int(os.environ.get("RANK", "0")) > 0:  # of several processes, the main one says what they do
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     debug = "--traceback" in argv or os.environ.get("CLP_DEBUG", "0") not in ("", "0")
     try:
         try:
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         if debug:
             raise
-        return _complain(f"error: {_one_line(error)}", 2)
+        return _complain(f"error: {_one_line(error)}", 2, getattr(error, "of_one_process", False))
     except BrokenPipeError:
         # Whoever read the output has seen enough (| head). Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,7 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("interrupted", 130)
 
 
-def _complain(message: str, code: int) -> int:
+def _complain(message: str, code: int, of_one: bool = False) -> int:
+    """of_one: of several processes this one alone says it. Otherwise it waits for the main one, which mostly fails alike; the
+    launcher then ends this one."""
+    if not of_one and int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(_PATIENCE)
     print(f"clp-engine: {message}", file=sys.stderr)
     return code
 

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     run_spec.RunSpec.load(
         arguments.run_folder
     )  # a file that cannot be read is reported before torch is imported
-    from clp_engine.training import gradient_noise
+    from clp_engine.evaluation import gradient_noise
 
     result = gradient_noise.along_run(
         arguments.run_folder,

@@ -151,6 +151,7 @@ TRAINING = {
     "beta_range": NOT_NEGATIVE,
     "beta_grid": NOT_NEGATIVE,
     "value_learning_rate": NOT_NEGATIVE,
+    "ddp_timeout": POSITIVE,
     "num_iterations": COUNT,
     "steps_per_generation": COUNT,
     "epsilon": NOT_NEGATIVE,

@@ -23,7 +23,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from typing import Any
 
@@ -157,6 +157,14 @@ class RewardSet:
     def __len__(self) -> int:
         return len(self.functions)
 
+    @property
+    def of_main(self) -> tuple[str, ...]:
+        """The names of those that the main process of several calls, with all completions; the others are called by every
+        process with its own. A function asks for it by an attribute, `on_main_process = True`."""
+        return tuple(
+            n for n, f in zip(self.names, self.functions) if getattr(_wrapped(f), "on_main_process", False)
+        )
+
     def to(self, device: torch.device) -> RewardSet:
         """Move classifiers to the device of the completions."""
         for function in self.functions:
@@ -170,9 +178,11 @@ class RewardSet:
         completions: list,
         completion_ids: list[list[int]],
         columns: Mapping[str, list],
+        among: Collection[str] | None = None,
         **context,
     ) -> PendingRewards:
-        """Start every function. columns: lists of length rows. context: further keywords, passed on unchanged."""
+        """Start every function, or those `among` these names. columns: lists of length rows. context: further keywords, passed
+        on unchanged."""
         arguments = {  # in TRL's order
             "prompts": prompts,
             "completions": completions,
@@ -180,7 +190,8 @@ class RewardSet:
             **columns,
             **context,
         }
-        calls = [_Call(name, f, self._loop) for name, f in zip(self.names, self.functions)]
+        asked = self.names if among is None else among
+        calls = [_Call(name, f, self._loop) for name, f in zip(self.names, self.functions) if name in asked]
         here = []
         for call in calls:  # calls that run elsewhere start first, so that they overlap with the rest
             own = {name: _copied(value) for name, value in arguments.items()}
@@ -195,7 +206,7 @@ class RewardSet:
             call.run(own)
             if call.failed:
                 call.value()  # raises
-        return PendingRewards(calls, len(completions), self._warned)
+        return PendingRewards(calls, len(completions), self._warned, self.names)
 
     def __call__(
         self,
@@ -212,17 +223,21 @@ class RewardSet:
 class PendingRewards:
     """The running reward calls for one batch of completions."""
 
-    def __init__(self, calls: list[_Call], rows: int, warned: set[str]):
-        self._calls, self._rows, self._warned = calls, rows, warned
+    def __init__(self, calls: list[_Call], rows: int, warned: set[str], names: Sequence[str]):
+        self._calls, self._rows, self._warned, self._names = calls, rows, warned, names
 
     def result(self) -> torch.Tensor:
-        """Wait for all calls and return their rewards, (rows, M) float32, with NaN for None.
+        """Wait for all calls and return their rewards, (rows, M) float32, with NaN for None and for functions not asked.
 
         Raises ValueError naming a function that returns anything but a finite number or None per row, or that logs another
         number of values. Raises RuntimeError naming a function that fails, with the function's error as the cause.
         """
-        rewards = torch.stack([self._column(call, call.value()) for call in self._calls], -1)
-        unrewarded = rewards.isnan().all(-1).nonzero().flatten().tolist()
+        columns = {call.name: self._column(call, call.value()) for call in self._calls}
+        absent = torch.full((self._rows,), math.nan)
+        rewards = torch.stack([columns.get(name, absent) for name in self._names], -1)
+        unrewarded = (
+            rewards.isnan().all(-1).nonzero().flatten().tolist() if len(columns) == len(self._names) else []
+        )
         if unrewarded:
             logger.warning(
                 "every reward function returned None for %d of %d completions (the first: number %d); they are not trained on",
@@ -289,13 +304,18 @@ class PendingRewards:
         return {name: values for call in self._calls for name, values in call.columns.items()}
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """The mean of the values that functions passed to `log_metric`, by name."""
+    def logged(self) -> dict[str, list[float]]:
+        """The values that functions passed to `log_metric`, by name."""
         values: dict[str, list[float]] = {}
         for call in self._calls:
             for name, value in call.metrics:
                 values.setdefault(name, []).append(value)
-        return {name: sum(v) / len(v) for name, v in values.items()}
+        return values
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Their means."""
+        return {name: sum(v) / len(v) for name, v in self.logged.items()}
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ so that two points differ by their parameters and not by luck.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import numbers
 import time
@@ -36,6 +37,7 @@ from clp_engine.objectives.weightings import simplex_lattice
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import Rollout, Samplable, SamplingParams
+from clp_engine.training.parallel.processes import Parallel
 
 Row = Mapping[str, Any]
 
@@ -47,6 +49,7 @@ class _Plan:
     batch_rows: int
     seed: int
     progress: bool
+    parallel: Parallel
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def evaluate(
     task: str | None = None,
     train_seconds: float | None = None,
     progress: bool = True,
+    parallel: Parallel | None = None,
 ) -> ParetoReport:
     """Measure the policy at a grid of weightings, and the base model, and compute the metrics of the front.
 
@@ -98,6 +102,7 @@ def evaluate(
     seed: of sampling and resampling
     output_dir: the folder for report.json, report.md and pareto.png; None writes nothing
     task, train_seconds: named in the report
+    parallel: processes that share the work; each of them calls this, has the report, and the main one writes it. None: this one
 
     Raises ConfigError where reward functions, prompts, grid or reference point do not fit the policy.
     """
@@ -140,7 +145,8 @@ def evaluate(
     if reference_point is not None:
         reference_point = _by_objective(reference_point, profile.objectives, "reference_point")
 
-    plan = _Plan(num_generations, sampling, batch_rows, seed, progress)
+    parallel = parallel or Parallel()
+    plan = _Plan(num_generations, sampling, batch_rows, seed, progress and parallel.is_main, parallel)
     measured = _measure(policy, rewards, dataset, conditions, plan)
     means = pareto.mean_rewards(measured.rewards)
     for i, name in enumerate(profile.objectives):
@@ -172,7 +178,7 @@ def evaluate(
         versions=versions(),
         commit=source_commit(),
     )
-    if output_dir is not None:
+    if output_dir is not None and parallel.is_main:
         report.save(output_dir)
     return report
 
@@ -247,7 +253,8 @@ def _measure(
     conditions: Conditions,
     plan: _Plan,
 ) -> _Measured:
-    """Run every prompt at every condition and at the base."""
+    """Run every prompt at every condition and at the base. Processes take batches in turn."""
+    parallel, found = plan.parallel, []
     generations, objectives = plan.num_generations, len(policy.profile.objectives)
     everyone = Conditions.cat([conditions, Conditions.reference(1, objectives)])
     whole = dataset.batch(range(len(dataset)))
@@ -255,7 +262,8 @@ def _measure(
     rewards = np.full((*shape, objectives), np.nan)
     kl, length, truncated = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     with tqdm(total=math.prod(shape), desc="evaluate", unit="row", disable=not plan.progress) as bar:
-        for points, prompts in _batches(whole.token_ids, len(everyone), plan.batch_rows // generations):
+        batches = _batches(whole.token_ids, len(everyone), plan.batch_rows // generations)
+        for points, prompts in itertools.islice(batches, parallel.rank, None, parallel.count):
             batch = whole.taken(prompts.tolist())
             # The seeds do not depend on the point: every point has the same random streams.
             seeds = derive(plan.seed, prompts.unsqueeze(-1), torch.arange(generations)).flatten()
@@ -273,11 +281,14 @@ def _measure(
                 policy, drawn, everyone[points], outputs=("kl",), temperature=plan.sampling.temperature or 1.0
             )
             at, group = (points.numpy(), prompts.numpy()), (len(points), generations)
-            kl[at] = stats.kl.sum(-1).reshape(group).cpu()
-            length[at] = drawn.lengths.reshape(group).cpu()
-            truncated[at] = (~drawn.terminated).reshape(group).cpu()
-            rewards[at] = _rewards(policy, reward_set, drawn, batch).reshape(*group, -1)
-            bar.update(len(points) * generations)
+            kl_of, lengths, cut = (
+                t.reshape(group).cpu().numpy() for t in (stats.kl.sum(-1), drawn.lengths, ~drawn.terminated)
+            )
+            of_batch = _rewards(policy, reward_set, drawn, batch).reshape(*group, -1)
+            found.append((at, kl_of, lengths, cut, of_batch))
+            bar.update(len(points) * generations * parallel.count)
+    for at, kl_of, lengths, cut, of_batch in itertools.chain(*parallel.gather(found)):
+        kl[at], length[at], truncated[at], rewards[at] = kl_of, lengths, cut, of_batch
     applies = (~np.isnan(rewards)).sum(2)
     mean = np.divide(np.nansum(rewards, 2), applies, out=np.full(applies.shape, np.nan), where=applies > 0)
     return _Measured(mean, kl.mean(-1), length.mean(-1), truncated.mean(-1))

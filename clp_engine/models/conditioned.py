@@ -38,6 +38,8 @@ class ConditionedModel(nn.Module):
     targets: names of the layers with low-rank factors. ranks, scalings: one per delta. seed: seed of the initial factors.
     model: the transformers module. backbone: computes its hidden states. layers: the layers with deltas, by name.
     blend: the coefficients in force, separate for each thread. room: the limits of the model's input.
+    weights_stay: the base weights lie where they are. False where they are gathered for a pass (a sharded base): decoders that
+        keep their addresses, or copies of them, do not serve the model then.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ConditionedModel(nn.Module):
         super().__init__()
         self.conditioning, self.deltas = conditioning, len(ranks)
         self.blend = Blend()
+        self.weights_stay = True
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
         self.room = Room.of(model)

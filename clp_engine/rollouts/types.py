@@ -131,6 +131,24 @@ class Rollout:
         part.__dict__["counts"] = prompt_lengths, lengths
         return part
 
+    def taken(self, prompts: Sequence[int]) -> Rollout:
+        """The part with these prompts, in this order, trimmed as by `prompts`."""
+        at = torch.as_tensor(prompts, dtype=torch.long, device=self.prompt_ids.device)
+        rows = (at.unsqueeze(-1) * self.group + torch.arange(self.group, device=at.device)).flatten()
+        plain_ids, plain_mask = (None if t is None else t[at] for t in (self.plain_ids, self.plain_mask))
+        part = Rollout(
+            self.prompt_ids[at],
+            self.prompt_mask[at],
+            self.completion_ids[rows],
+            self.completion_mask[rows],
+            self.logprobs[rows],
+            self.terminated[rows],
+            plain_ids,
+            plain_mask,
+            self.engine,
+        )
+        return part.prompts(0, len(prompts))
+
     def token_lists(self) -> list[list[int]]:
         """The tokens of each completion without padding, with the end token."""
         return [ids[:n] for ids, n in zip(self.completion_ids.tolist(), self.counts[1].tolist())]

@@ -1,12 +1,8 @@
-"""How long a run lasts, how far it is, and how it is stopped."""
+"""How long a run lasts, and how far it is."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,7 +85,7 @@ class Progress:
             desc="train",
             unit="token" if self._by_tokens else "step",
             unit_scale=self._by_tokens,
-            disable=a.disable_tqdm,
+            disable=a.disable_tqdm or not state.is_world_process_zero,
             dynamic_ncols=True,
         )
 
@@ -104,24 +100,3 @@ class Progress:
         self._bar.update(generated if self._by_tokens else 1)
         shown = {"reward": f"{reward:.3f}"} | ({} if kl is None else {"kl": f"{kl:.2f}"})
         self._bar.set_postfix(**shown, refresh=False)
-
-
-@contextlib.contextmanager
-def finish_step_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that the step can end; the second raises KeyboardInterrupt at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(signum, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

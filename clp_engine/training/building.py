@@ -30,6 +30,7 @@ from clp_engine.training.collecting.collector import CollectorParts
 from clp_engine.training.collecting.planning import Planner
 from clp_engine.training.collecting.rewarding import Rewarding
 from clp_engine.training.metrics import PhaseTimer
+from clp_engine.training.parallel.processes import Parallel
 from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.trl_compat import model_init_kwargs
 
@@ -300,6 +301,7 @@ def build_collector_parts(
     reference: Reference,
     weighting: Weighting,
     timer: PhaseTimer,
+    parallel: Parallel,
 ) -> CollectorParts:
     rewarding = Rewarding(
         policy,
@@ -312,8 +314,18 @@ def build_collector_parts(
         timer,
         a.reward_scale,
         Path(a.output_dir) / "completions.jsonl" if a.log_completions else None,
+        parallel,
+        a.rollout_settings.prompts_per_step,
     )
-    return CollectorParts(policy, Planner(weighting, a.rollout_settings), rewarding, timer)
+    return CollectorParts(policy, Planner(weighting, a.rollout_settings), rewarding, timer, parallel)
+
+
+@torch.no_grad()
+def sums(policy: ConditionedPolicy) -> list[float]:
+    """Sums of the base model's and of the trained parameters, by which copies of one policy are told from another."""
+    trained = policy.adapter_parameters()
+    parameters = [p for n, p in policy.model.named_parameters() if n not in trained], list(trained.values())
+    return [float(sum(p.sum(dtype=torch.float32).cpu() for p in some)) for some in parameters]
 
 
 def build_objective(a: CLPConfig, policy: ConditionedPolicy) -> PolicyGradient:

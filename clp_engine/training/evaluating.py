@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import speed_metrics
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.prompts import Prompts
 from clp_engine.rollouts.scoring import score
+from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import CollectorParts
 from clp_engine.training.metrics import MetricLog
+from clp_engine.training.trl_compat.dataloader_view import PromptLoader
 
 
 def chosen(
@@ -54,21 +58,68 @@ def evaluation_metrics(
         rows, batches = rows + len(batch.prompts), batches + 1
         planned = parts.planner.evaluation(batch, start)
         made = parts.rewarding.evaluation_batch(batch, planned.conditions, parts.draw(planned), state)
-        stats = score(
-            parts.policy,
-            made.rollout,
-            made.conditions,
-            outputs=("logprob", "kl", "entropy"),
-            temperature=settings.sampling.temperature,
-        )
-        tokens = made.rollout.completion_mask.sum().item()
+        kl, entropy = (sum(one) for one in zip(*parts.parallel.gather(_sums(parts, made))))
         log.add(
             made.metrics
             | {
-                "kl": stats.kl.sum().item() / tokens,
-                "entropy": stats.entropy.sum().item() / tokens,
-                "kl_sequence": stats.kl.sum(-1).mean().item(),
+                "kl": kl / made.num_generated_tokens,
+                "entropy": entropy / made.num_generated_tokens,
+                "kl_sequence": kl / len(made.rollout.completion_ids),
             }
         )
         after_batch()
     return log.drain(), rows * settings.evaluation_group, batches
+
+
+def _sums(parts: CollectorParts, made: TrainingBatch) -> tuple[float, float]:
+    """KL and entropy, summed over the tokens of this process's completions."""
+    drawn, conditions = made.rollout, made.conditions
+    if made.shares is not None:
+        mine = made.shares.mine
+        if not mine:
+            return 0.0, 0.0
+        drawn, conditions = drawn.taken(mine), conditions[mine]
+    stats = score(
+        parts.policy,
+        drawn,
+        conditions,
+        outputs=("logprob", "kl", "entropy"),
+        temperature=parts.planner.settings.sampling.temperature,
+    )
+    return stats.kl.sum().item(), stats.entropy.sum().item()
+
+
+class Evaluating:
+    """The part of CLPTrainer that evaluates."""
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean metrics over an evaluation set, conditions drawn by the sampler from a fixed seed; logged under `eval_`.
+
+        eval_dataset: instead of the trainer's own; the name of one of those, where they have names. Several are evaluated one
+        after another, under `eval_<name>_`, and returned together. ignore_keys: transformers'; refused, there are none.
+        """
+        dataset = chosen(self.eval_dataset, eval_dataset, ignore_keys, self._evaluation_prompts)
+        if isinstance(dataset, dict):
+            parts = [self._evaluate(part, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        return self._evaluate(dataset, metric_key_prefix)
+
+    def _evaluate(self, dataset: Prompts, prefix: str) -> dict[str, float]:
+        a, started = self.args, time.time()
+        loader = PromptLoader.of_evaluation(a, dataset)
+        self.callback_handler.eval_dataloader = loader
+        with self.whole_base():
+            means, completions, batches = evaluation_metrics(
+                self.collector_parts,
+                dataset,
+                loader.prompts,
+                self.state,
+                lambda: self._hear("on_prediction_step"),
+            )
+        metrics = {f"{prefix}_{name}": value for name, value in means.items()}
+        metrics |= speed_metrics(prefix, started, completions, batches)
+        self.log(metrics)
+        self._hear("on_evaluate", metrics)
+        return metrics

@@ -76,7 +76,8 @@ def train(
         """Writes run.json when training begins. A run that is refused earlier must not change the file."""
 
         def on_train_begin(self, args, state, control, **_):
-            describe()
+            if state.is_world_process_zero:
+                describe()
 
     held_out = spec.eval_rows() if config.eval_strategy != "no" else None
     trainer = CLPTrainer(
@@ -94,6 +95,8 @@ def train(
         found = checkpoints(config.output_dir)
         where = f"the last checkpoint is {found[-1]}; go on with: {again}" if found else "no checkpoint yet"
         raise Interrupted(f"interrupted; {where}") from None
-    if not resume:  # a resumed run knows only the duration of its last part
+    if (
+        not resume and trainer.is_world_process_zero()
+    ):  # a resumed run knows only the duration of its last part
         describe(train_seconds=round(result.metrics["train_runtime"], 1))
     return trainer

@@ -16,47 +16,50 @@ purpose), so a resumed run repeats an uninterrupted one to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.files import check_folder
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData
 from clp_engine.objectives.objective import Objective
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.policy.references import FrozenReference, Reference
-from clp_engine.training import building, evaluating
-from clp_engine.training.budget import Budget, Epochs, Progress, finish_step_on_interrupt, of_run
-from clp_engine.training.checkpoints import best, checkpoint, resuming
+from clp_engine.training import building
+from clp_engine.training.budget import Budget, Epochs, Progress, of_run
+from clp_engine.training.checkpoints.keeping import KeptRun
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import WholeRollouts
 from clp_engine.training.collecting.partial_rollouts import PartialRollouts
 from clp_engine.training.collecting.rollout_selection import Selector
+from clp_engine.training.evaluating import Evaluating
 from clp_engine.training.metrics import MetricLog, PhaseTimer, read_scalars
-from clp_engine.training.runs import run_folder
+from clp_engine.training.parallel.faults import agree, finish_step_on_interrupt, one_voice
+from clp_engine.training.parallel.processes import Parallel
+from clp_engine.training.parallel.sharding import shard
 from clp_engine.training.settings.checks import STEPS
 from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.stepping.optimisation import Optimisation, check_norm
-from clp_engine.training.stepping.step_metrics import update_metrics
-from clp_engine.training.stepping.update import backward, micro_batches
+from clp_engine.training.stepping.step_metrics import of_all, update_metrics
+from clp_engine.training.stepping.update import backward, keep_pace, micro_batches
 from clp_engine.training.trl_compat import surface
 from clp_engine.training.trl_compat.dataloader_view import PromptLoader
 
 logger = logging.getLogger(__name__)
 
 
-class CLPTrainer(surface.ScriptSurface):
+class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
     """Trains a conditioned policy; order and names of the arguments are GRPOTrainer's.
 
     model: a ConditionedPolicy, a model name or path, or a loaded causal or encoder-decoder language model; the latter become
@@ -102,13 +105,58 @@ class CLPTrainer(surface.ScriptSurface):
             environment_factory=environment_factory,
         )
         self.args = a = args or CLPConfig()
-        self.run_id: str | None = uuid.uuid4().hex  # of the run that it goes on with, where it resumes one
+        self.parallel = Parallel.joined(a.use_cpu, a.ddp_timeout, a.ddp_backend)
+        # Of the run that it goes on with, where it resumes one.
+        self.run_id: str | None = self.parallel.gather(uuid.uuid4().hex)[0]
+        with one_voice(self.parallel):
+            self._build(
+                model,
+                reward_funcs,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                reward_processing_classes,
+                peft_config,
+                condition_sampler,
+                objective,
+                reference,
+            )
+        self.num_generated_tokens = 0
+        local_main = self.parallel.accelerator is None or self.parallel.accelerator.is_local_main_process
+        self.state = TrainerState(
+            is_local_process_zero=local_main, is_world_process_zero=self.parallel.is_main
+        )
+        self.control = TrainerControl()
+        self.optimizer, self.lr_scheduler = optimizers
+        self.callback_handler = surface.callback_handler(
+            a.report_to, callbacks, self.policy.model, self.tokenizer, *optimizers
+        )
+        self._epoch_begun: int | None = None
+        self._interrupted, self._stops = threading.Event(), False  # this process, any of them
+        self._hear("on_init_end")
+
+    def _build(
+        self,
+        model,
+        reward_funcs,
+        train_dataset,
+        eval_dataset,
+        processing_class,
+        reward_processing_classes,
+        peft_config,
+        condition_sampler: Weighting | None,
+        objective: Objective | None,
+        reference: Reference | None,
+    ) -> None:
+        """Everything of a step, from the arguments of the trainer."""
+        a = self.args
         self.rewards = RewardSet(reward_funcs, reward_processing_classes, a.reward_workers)
         building.check(a, self.rewards, condition_sampler, objective)
         self.sampler = condition_sampler or building.build_weighting(a, self.rewards)
         self.policy = building.build_policy(
             model, processing_class, peft_config, a, self.rewards, self.sampler.min_kl
         )
+        self.sharded = None if a.sharding is None else shard(self.policy, a.sharding, self.parallel)
         self.rewards.to(self.policy.device)
         self.policy.tokenizer = self.tokenizer = building.tokenizer_of(self.policy, processing_class, a)
         self.train_dataset = None if train_dataset is None else self._training_prompts(train_dataset)
@@ -118,29 +166,22 @@ class CLPTrainer(surface.ScriptSurface):
                 f"eval_strategy={a.eval_strategy!r}, eval_on_start={a.eval_on_start}: there is no "
                 "eval_dataset; give one, or eval_strategy='no'"
             )
-        self._build_loop(objective, reference)
-        self.num_generated_tokens = 0
-        self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
-        self.control = TrainerControl()
-        self.optimizer, self.lr_scheduler = optimizers
-        self.callback_handler = surface.callback_handler(
-            a.report_to, callbacks, self.policy.model, self.tokenizer, *optimizers
-        )
-        self._epoch_begun: int | None = None
-        self._hear("on_init_end")
-
-    def _build_loop(self, objective: Objective | None, reference: Reference | None) -> None:
-        """Objective, reference, and what batches come from."""
-        a = self.args
         self.timer = PhaseTimer(self.policy.device)
         self.objective = objective or building.build_objective(a, self.policy)
         self.reference = reference or FrozenReference()
         self.collector_parts = building.build_collector_parts(
-            a, self.policy, self.rewards, self.objective, self.reference, self.sampler, self.timer
+            a,
+            self.policy,
+            self.rewards,
+            self.objective,
+            self.reference,
+            self.sampler,
+            self.timer,
+            self.parallel,
         )
         self.collector = (PartialRollouts if a.partial_rollouts else WholeRollouts)(self.collector_parts)
         self.selector = Selector(
-            self.policy, self.objective, self.reference, a.selection_settings, a.micro_batching
+            self.policy, self.objective, self.reference, a.selection_settings, a.micro_batching, self.parallel
         )
         self.optimisation: Optimisation | None = None
 
@@ -181,6 +222,7 @@ class CLPTrainer(surface.ScriptSurface):
         self.metric_log.add(metrics)
         progress.step(generated, batch.metrics["reward"], metrics.get("kl_sequence"))
         self._hear("on_step_end")
+        self._stops = agree(self.parallel, self.control, self._interrupted)
         self._log_evaluate_save()
         return metrics["loss"]
 
@@ -188,12 +230,13 @@ class CLPTrainer(surface.ScriptSurface):
         """The completions of the steps up to the next rollout; returns how many tokens were drawn."""
         a, state = self.args, self.state
         self._generation = self._generations = None  # what they keep would lie beside the next rollout
-        whole = self.collector.training_batch(self.train_dataset, state.global_step, state)
-        state.num_input_tokens_seen += whole.num_tokens
-        self.num_generated_tokens += whole.new_tokens
-        if self.selector.settings.selects:
-            with self.timer("selection"):
-                whole = self.selector.selected(whole, state.global_step / max(state.max_steps, 1))
+        with self.whole_base():
+            whole = self.collector.training_batch(self.train_dataset, state.global_step, state)
+            state.num_input_tokens_seen += whole.num_tokens
+            self.num_generated_tokens += whole.new_tokens
+            if self.selector.settings.selects:
+                with self.timer("selection"):
+                    whole = self.selector.selected(whole, state.global_step / max(state.max_steps, 1))
         self._generations = whole.split(a.rollout_steps)
         return whole.new_tokens
 
@@ -212,12 +255,20 @@ class CLPTrainer(surface.ScriptSurface):
                 if values is not None:
                     values[here] = result.values
                 passes.append((part.rollout, result))
-        found = update_metrics(passes, max(batch.num_generated_tokens, 1), batch.old_logprob is None)
-        found |= self.objective.metrics([result.learned for _, result in passes], first)
+            keep_pace(self.policy, batch, self.objective, a.micro_batching, self.reference)
+        rows, tokens = batch.rollout.completion_ids.shape[0], max(batch.num_generated_tokens, 1)
+        found, learned = of_all(
+            self.parallel,
+            update_metrics(passes, rows, tokens, batch.old_logprob is None),
+            [result.learned for _, result in passes],
+            self.policy.device,
+        )
+        found |= self.objective.metrics(learned, first)
         batch.passes += 1
         if first:
             batch.values = values
         with self.timer("optimizer"):
+            self.optimisation.add_up(self.parallel)
             found["grad_norm"] = self.optimisation.clip(a.max_grad_norm, self.state.global_step)
             self._hear("on_pre_optimizer_step")
             learning_rate = self.lr_scheduler.get_last_lr()[0]
@@ -243,8 +294,7 @@ class CLPTrainer(surface.ScriptSurface):
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing")
-        check_folder("output_dir", self.args.output_dir)
-        with run_folder.training_in(self.args.output_dir):
+        with one_voice(self.parallel), self._folder():
             return self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: str | Path | bool | None) -> TrainOutput:
@@ -255,7 +305,7 @@ class CLPTrainer(surface.ScriptSurface):
         if a.eval_on_start and state.global_step == 0:
             self.evaluate()
         bar = Progress(a, state, self.num_generated_tokens)
-        with bar as progress, finish_step_on_interrupt() as interrupted:
+        with bar as progress, finish_step_on_interrupt() as self._interrupted:
             while not self._is_over():
                 try:
                     losses.append(self._step(progress))
@@ -264,7 +314,7 @@ class CLPTrainer(surface.ScriptSurface):
                         "%s, at step %d of %d: training ends here", end, state.global_step, state.max_steps
                     )
                     break
-                if interrupted.is_set():
+                if self._stops:
                     self._save_when_whole()
                     raise KeyboardInterrupt
         self._end_epoch()
@@ -275,8 +325,7 @@ class CLPTrainer(surface.ScriptSurface):
             "num_tokens": state.num_input_tokens_seen,
             "num_generated_tokens": self.num_generated_tokens,
         }
-        if a.load_best_model_at_end:
-            best.load(state, self.policy)
+        self._load_best()
         self.save_model()
         self.log(metrics)
         self._hear("on_train_end")
@@ -291,10 +340,8 @@ class CLPTrainer(surface.ScriptSurface):
         a, state = self.args, self.state
         for name in STEPS:
             setattr(state, name, a.steps_of(name, self.budget.steps))
-        state.train_batch_size, state.num_train_epochs = (
-            a.per_device_train_batch_size,
-            math.ceil(a.num_train_epochs),
-        )
+        state.train_batch_size = a.per_device_train_batch_size
+        state.num_train_epochs = math.ceil(a.num_train_epochs)
         if self.optimisation is None:
             self.optimisation = Optimisation(
                 self.policy,
@@ -309,22 +356,8 @@ class CLPTrainer(surface.ScriptSurface):
             self.callback_handler.lr_scheduler = self.lr_scheduler
         self.metric_log, self._epoch_begun = MetricLog(), None
         self.callback_handler.train_dataloader = PromptLoader.of_training(a, self.train_dataset)
-        read = self.policy.read_from
-        if resume_from_checkpoint:
-            path = checkpoint.resolve(a.output_dir, resume_from_checkpoint)
-            read, self.run_id = [*read, path], checkpoint.read_state(path).get("run")
-        run_folder.check_free(a.output_dir, self.run_id, a.overwrite_output_dir, read)
-        if resume_from_checkpoint:
-            resuming.restore(self, path)
-        else:
-            set_seed(a.seed)  # nothing here draws from the global generators, but reward functions may
+        self._begin_run(resume_from_checkpoint)
         self.state.max_steps = self.budget.max_steps(self.state.global_step, self.num_generated_tokens)
-        # Nothing in the folder has changed so far: what is refused leaves it as it was.
-        run_folder.begin(a.output_dir, self.run_id)
-        self._has_folder = True
-        if a.log_completions:
-            run_folder.note(a.output_dir, [Path(a.output_dir) / "completions.jsonl"])
-        run_folder.start_log(a.output_dir, self.state.log_history if resume_from_checkpoint else [])
 
     def _log_evaluate_save(self) -> None:
         """What the callbacks have asked for."""
@@ -343,7 +376,7 @@ class CLPTrainer(surface.ScriptSurface):
                 }
             )
         if self.control.should_evaluate:
-            best.note(self.evaluate(), self.args, self.state, self.policy)
+            self._note_best(self.evaluate())
         if self.control.should_save or self._save_pending:
             self._save_when_whole()
 
@@ -359,62 +392,6 @@ class CLPTrainer(surface.ScriptSurface):
             self._hear("on_epoch_end")
             self._log_evaluate_save()
 
-    def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Mean metrics over an evaluation set, conditions drawn by the sampler from a fixed seed; logged under `eval_`.
-
-        eval_dataset: instead of the trainer's own; the name of one of those, where they have names. Several are evaluated one
-        after another, under `eval_<name>_`, and returned together. ignore_keys: transformers'; refused, there are none.
-        """
-        dataset = evaluating.chosen(self.eval_dataset, eval_dataset, ignore_keys, self._evaluation_prompts)
-        if isinstance(dataset, dict):
-            parts = [self._evaluate(part, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        return self._evaluate(dataset, metric_key_prefix)
-
-    def _evaluate(self, dataset: Prompts, prefix: str) -> dict[str, float]:
-        a, started = self.args, time.time()
-        loader = PromptLoader.of_evaluation(a, dataset)
-        self.callback_handler.eval_dataloader = loader
-        means, completions, batches = evaluating.evaluation_metrics(
-            self.collector_parts,
-            dataset,
-            loader.prompts,
-            self.state,
-            lambda: self._hear("on_prediction_step"),
-        )
-        metrics = {f"{prefix}_{name}": value for name, value in means.items()}
-        metrics |= speed_metrics(prefix, started, completions, batches)
-        self.log(metrics)
-        self._hear("on_evaluate", metrics)
-        return metrics
-
-    # -- logs and files -----------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Append to log.jsonl and the state's history, and tell the callbacks. `logs` gets the epoch, as in transformers."""
-        logs["epoch"] = round(self.state.epoch or 0.0, 4)
-        entry = {**logs, "step": self.state.global_step}
-        self.state.log_history.append(entry)
-        run_folder.append_log(self.args.output_dir, entry)
-        self._hear("on_log", logs)
-
-    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> Path:
-        """Write the policy to `output_dir`, by default <args.output_dir>/policy."""
-        run = Path(self.args.output_dir)
-        if output_dir is None and not self._has_folder:
-            run_folder.check_free(run, self.run_id, self.args.overwrite_output_dir)
-        path = run / "policy" if output_dir is None else Path(output_dir)
-        run_folder.write_policy(run, path, self.policy)
-        return path
-
-    _has_folder = False  # output_dir holds the run of this trainer
-    _save_pending = False
-
-    def _save_when_whole(self) -> None:
-        """Write a checkpoint, or remember to: the steps on one rollout are not cut in two."""
-        self._save_pending = self.state.global_step % self.args.steps_per_rollout != 0
-        if not self._save_pending:
-            resuming.save(self)
-            self._hear("on_save")
+    def whole_base(self) -> contextlib.AbstractContextManager[None]:
+        """Where the base model is sharded: with all weights in every process. Every process must enter."""
+        return contextlib.nullcontext() if self.sharded is None else self.sharded.whole()

@@ -26,6 +26,8 @@ def _decoder(request: RolloutRequest) -> StepDecoder:
 def step_decoder(request: DecoderRequest) -> StepDecoder:
     """The native decoder on a CPU, graphs over fixed slots on a GPU, or transformers' modules if neither serves the model."""
     model = request.model
+    if not model.weights_stay:
+        return ModulesDecoder(request)
     if model.device.type == "cuda" and cuda_graphs.serves(model):
         return GraphDecoder(request, cuda_graphs.choose(model))
     plan = native.choose(model)
@@ -40,6 +42,8 @@ def detours(model: ConditionedModel) -> list[str]:
             f"completions are written by transformers' generate and scored as whole sequences, each with its prompt: {fault}"
         ]
     found = []
+    if not model.weights_stay:
+        return ["decoding goes through transformers' modules: the base model is sharded"]
     if fault is not None:
         found.append(f"scoring pads its batches and computes prompts and completions in two passes: {fault}")
     if model.device.type == "cpu" and (reason := native.plan(model).reason) is not None:

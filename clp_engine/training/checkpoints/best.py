@@ -39,8 +39,9 @@ def note(
         return
     state.best_metric, state.best_global_step = value, state.global_step
     if args.load_best_model_at_end:
-        with run_folder.writing(args.output_dir, "best/policy") as temporary:  # where a checkpoint has it
-            policy.write_files(temporary)
+        if state.is_world_process_zero:
+            with run_folder.writing(args.output_dir, "best/policy") as temporary:  # where a checkpoint has it
+                policy.write_files(temporary)
         state.best_model_checkpoint = str(Path(args.output_dir) / "best")
 
 

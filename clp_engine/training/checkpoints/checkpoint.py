@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -57,10 +58,12 @@ class _State:
     data: dict[str, Any] = field(default_factory=dict)
     num_generated_tokens: int = 0
     random: dict[str, list[Any]] = field(default_factory=dict)
+    random_of_others: list[dict[str, list[Any]]] = field(default_factory=list)
+    batches: list[int] | None = None
     sha256: dict[str, str] = field(default_factory=dict)
 
 
-def _random_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def random_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(JSON part, tensors) of Python's, numpy's and torch's global generators: reward functions may draw from them."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
@@ -72,6 +75,13 @@ def _random_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         tensors[f"rng.cuda.{i}"] = torch.cuda.get_rng_state(i)
     return plain, tensors
+
+
+def _of_rank(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """The random states of a process among the tensors of a checkpoint."""
+    ending = f"@{rank}" if rank else ""
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith("rng.")}
+    return {n.partition("@")[0]: t for n, t in found.items() if n.endswith(ending) and (rank or "@" not in n)}
 
 
 def _restore_random(plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -96,21 +106,26 @@ def save(
     parameters: Mapping[str, torch.nn.Parameter] = MappingProxyType({}),
     own: Mapping[str, torch.Tensor] = MappingProxyType({}),
     unfinished: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    states: Sequence[tuple[dict[str, Any], dict[str, torch.Tensor]]] | None = None,
 ) -> Path:
     """Write <output_dir>/checkpoint-<step>; `state` must be JSON. run: its identity. Its older ones beyond `keep` go, see
     `run_folder.rotate`.
 
     parameters, own: the objective's, that the optimiser has, and the tensors of its state. unfinished: the collector's tensors.
+    states: `random_states` of each process; None: of this one alone.
     """
     path = Path(output_dir) / f"checkpoint-{step}"
-    plain, tensors = _random_states()
-    tensors |= own
+    (plain, tensors), *others = states or [random_states()]
+    tensors = {**tensors, **own}
+    for rank, (_, more) in enumerate(others, 1):
+        tensors |= {f"{name}@{rank}": tensor for name, tensor in more.items()}
     tensors |= {f"{_UNFINISHED}{name}": tensor for name, tensor in unfinished.items()}
     for name, parameter in {**policy.adapter_parameters(), **parameters}.items():
         for slot, value in slots_of(optimizer, parameter).items():
             # Copied: adapters of one buffer share its step count, and a file holds nothing twice.
             tensors[f"optimizer.{name}.{slot}"] = value.detach().cpu().clone()
     state = {**state, "step": step, "run": run, "written": time.time(), "random": plain}
+    state["random_of_others"] = [of_rank for of_rank, _ in others]
     with run_folder.writing(output_dir, path.name) as temporary:
         (temporary / _POLICY).mkdir()
         policy.write_files(temporary / _POLICY)
@@ -197,9 +212,14 @@ def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 
 
 def load(
-    path: str | Path, policy, optimizer: torch.optim.Optimizer, objective: Objective | None = None
+    path: str | Path,
+    policy,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective | None = None,
+    rank: int = 0,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Restore adapters, objective, optimiser and random states; returns the tensors of the collector and of the reference.
+    """Restore adapters, objective, optimiser and the random states of process `rank`, where the checkpoint has them; returns
+    the tensors of the collector and of the reference.
 
     Raises ConfigError, before anything is changed, where a file is not as it was written, or is another run's.
     """
@@ -215,7 +235,9 @@ def load(
     for name, parameter in parameters.items():
         set_slots_of(optimizer, parameter, {slot: t.to(parameter.device) for slot, t in slots[name].items()})
     with restoring(path):
-        _restore_random(state["random"], tensors)
+        plain = [state["random"], *state.get("random_of_others", [])]
+        if rank < len(plain):
+            _restore_random(plain[rank], _of_rank(tensors, rank))
     return _named(tensors, _UNFINISHED), _named(tensors, REFERENCE)
 
 
@@ -266,12 +288,18 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def resolve(output_dir: str | Path, resume: str | Path | bool) -> Path:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or True for the one that the run in the folder wrote last."""
+def resolve(output_dir: str | Path, resume: str | Path | bool) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means: a path, or True for the one that the run in the folder wrote last.
+
+    None, for a new run, where True finds none under a launcher that starts failed runs again (torchrun --max-restarts): such a
+    command is given once, for the first start and for every later one.
+    """
     if resume is not True:
         files.finish(resume)
         return Path(resume)
     found = checkpoints(output_dir)
+    if not found and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        return None
     if not found:
         raise ConfigError(f"{output_dir}: no checkpoint to resume from; give the path of one, or start anew")
     return found[-1]

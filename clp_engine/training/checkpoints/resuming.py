@@ -18,7 +18,8 @@ from clp_engine.policy.references import Reference
 from clp_engine.training.checkpoints import callback_states, checkpoint
 from clp_engine.training.collecting.collector import Collector
 from clp_engine.training.metrics import MetricLog
-from clp_engine.training.settings.config import WITHOUT_EFFECT, CLPConfig
+from clp_engine.training.parallel.processes import Parallel
+from clp_engine.training.settings.config import BATCHES, WITHOUT_EFFECT, CLPConfig
 from clp_engine.training.stepping.optimisation import Optimisation
 
 
@@ -38,10 +39,14 @@ class Run(Protocol):
     state: TrainerState
     callback_handler: CallbackHandler
     num_generated_tokens: int
+    parallel: Parallel
 
 
 def save(run: Run) -> None:
-    """Write <output_dir>/checkpoint-<step>."""
+    """Write <output_dir>/checkpoint-<step>: the main process, with the random states of all."""
+    states = run.parallel.gather(checkpoint.random_states())
+    if not run.parallel.is_main:
+        return
     run.state.stateful_callbacks = callback_states.exported(run.callback_handler.callbacks)
     tensors, plain = _apart(run.objective.state_dict())
     of_reference, plain_reference = _apart(run.reference.state_dict())
@@ -62,11 +67,13 @@ def save(run: Run) -> None:
             "trainer": dataclasses.asdict(run.state),
             "data": run.train_dataset.state_dict(),
             "num_generated_tokens": run.num_generated_tokens,
+            "batches": run.args.batches,
         },
         run.args.save_total_limit,
         run.objective.parameters(),
         {name: tensor.detach().cpu() for name, tensor in tensors.items()},
         run.collector.state_dict(),
+        states,
     )
 
 
@@ -87,12 +94,15 @@ def restore(run: Run, path: Path) -> None:
         for name, value in before.items()
         if name not in WITHOUT_EFFECT and getattr(run.args, name, None) != value
     ]
+    if saved.get("batches") == run.args.batches:  # cut in another way, for another number of processes
+        changed = [name for name in changed if name not in BATCHES]
     if changed:
         raise ConfigError(
             f"{path} was written with other settings for {', '.join(changed)}; resume with the same ones "
             "(or start a new run from its policy folder)"
         )
-    held = checkpoint.load(path, run.policy, run.optimisation.optimizer, run.objective)
+    rank = run.parallel.rank
+    held = checkpoint.load(path, run.policy, run.optimisation.optimizer, run.objective, rank)
     with checkpoint.restoring(path):
         _restore_state(run, saved, *held)
 
@@ -112,7 +122,15 @@ def _restore_state(
     run.num_generated_tokens = saved.get("num_generated_tokens", 0)
     limits: dict[str, Any] = {
         name: getattr(run.state, name)
-        for name in ("logging_steps", "eval_steps", "save_steps", "num_train_epochs")
+        for name in (
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "num_train_epochs",
+            "train_batch_size",
+            "is_world_process_zero",
+            "is_local_process_zero",
+        )
     }
     run.state = TrainerState(**{**saved["trainer"], **limits})
     callback_states.restore(run.callback_handler.callbacks, run.state.stateful_callbacks)

@@ -8,6 +8,7 @@ import torch
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.rollouts.types import Rollout
+from clp_engine.training.parallel.dealing import Shares
 
 
 @dataclass
@@ -24,6 +25,8 @@ class TrainingBatch:
         the pass of the policy that sampled them, whose ratio is one by construction.
     stale: some tokens were sampled by an older policy than that of the first pass, or by another program, so that the first
         pass has a ratio, too.
+    shares: which process computes which prompts, where there are several. But for `reference` and `values`, everything here
+        is of all processes, and the same in each.
     passes: over these completions so far. values: (B, T), what the objective predicted of each token in the first pass.
     """
 
@@ -38,6 +41,7 @@ class TrainingBatch:
     token_share: float = 1.0
     old_logprob: torch.Tensor | None = None
     stale: bool = False
+    shares: Shares | None = None
     passes: int = 0
     values: torch.Tensor | None = None
 
@@ -71,6 +75,7 @@ class TrainingBatch:
                     advantage,
                     self.token_share,
                     stale=self.stale,
+                    shares=self.shares and self.shares.within(start, start + prompts),
                 )
             )
         return parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,9 +14,11 @@ from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
+from clp_engine.training.collecting.dealt import drawn_by_all
 from clp_engine.training.collecting.planning import Planned, Planner
 from clp_engine.training.collecting.rewarding import Rewarding
 from clp_engine.training.metrics import PhaseTimer
+from clp_engine.training.parallel.processes import Parallel
 
 
 class Collector(Protocol):
@@ -39,21 +41,31 @@ class CollectorParts:
     planner: Planner
     rewarding: Rewarding
     timer: PhaseTimer
+    parallel: Parallel = field(default_factory=Parallel)
 
     def draw(self, planned: Planned) -> Rollout:
-        """The completions that were planned, whole."""
-        settings = self.planner.settings
+        """The completions that were planned, whole, drawn by all processes."""
         with self.timer("rollout"):
-            return rollout(
-                self.policy,
+            return drawn_by_all(
+                self.parallel,
                 planned.batch.token_ids,
-                planned.conditions,
-                num_generations=planned.row_seeds.shape[1],
-                sampling=settings.sampling,
-                row_seeds=planned.row_seeds.view(-1),
-                prompts=planned.batch.prompts,
-                max_rows=settings.max_rows,
+                lambda prompts: self._drawn(planned.taken(prompts)),
+                self.policy.pad_token_id,
+                self.policy.device,
             )
+
+    def _drawn(self, planned: Planned) -> Rollout:
+        settings = self.planner.settings
+        return rollout(
+            self.policy,
+            planned.batch.token_ids,
+            planned.conditions,
+            num_generations=planned.row_seeds.shape[1],
+            sampling=settings.sampling,
+            row_seeds=planned.row_seeds.view(-1),
+            prompts=planned.batch.prompts,
+            max_rows=settings.max_rows,
+        )
 
 
 class WholeRollouts:

@@ -36,6 +36,7 @@ from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import Rollout, pad_left
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import CollectorParts
+from clp_engine.training.collecting.dealt import drawn_by_all
 
 
 @dataclass
@@ -135,18 +136,28 @@ class PartialRollouts:
         self, groups: Sequence[Group], completions: Sequence[Completion], per_prompt: int, begun=None
     ) -> None:
         """`per_prompt` completions of each group's prompt go on."""
-        batch = _together(groups)
-        drawn = rollout(
-            self._parts.policy,
-            batch.token_ids,
-            Conditions.cat([g.condition for g in groups]),
-            num_generations=per_prompt,
-            sampling=self._sampling,
-            row_seeds=torch.tensor([c.seed for c in completions]),
-            prompts=batch.prompts,
-            max_rows=self._settings.max_rows,
-            begun=begun,
-        )
+        policy, whole = self._parts.policy, _together(groups)
+        conditions = Conditions.cat([g.condition for g in groups])
+        row_seeds = torch.tensor([c.seed for c in completions]).view(-1, per_prompt)
+
+        def draw(prompts: list[int]) -> Rollout:
+            batch = whole.taken(prompts)
+            return rollout(
+                policy,
+                batch.token_ids,
+                conditions[prompts],
+                num_generations=per_prompt,
+                sampling=self._sampling,
+                row_seeds=row_seeds[prompts].view(-1),
+                prompts=batch.prompts,
+                max_rows=self._settings.max_rows,
+                begun=None if begun is None else [begun[p] for p in prompts],
+            )
+
+        read = whole.token_ids
+        if begun is not None:
+            read = [[*ids, *tokens] for ids, tokens in zip(read, begun)]
+        drawn = drawn_by_all(self._parts.parallel, read, draw, policy.pad_token_id, policy.device)
         logprobs = drawn.logprobs.tolist()
         for c, tokens, values, ended in zip(
             completions, drawn.token_lists(), logprobs, drawn.terminated.tolist()

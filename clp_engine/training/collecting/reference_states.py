@@ -15,6 +15,7 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.policy.references import reference_states as states_of
 from clp_engine.rollouts.scoring import parts, unpacked
 from clp_engine.rollouts.types import Rollout
+from clp_engine.training.parallel.dealing import Shares
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
@@ -36,19 +37,24 @@ def reference_hidden(
     conditions: Conditions,
     reference: Reference,
     batching: MicroBatching,
-) -> list[torch.Tensor | None]:
+    shares: Shares | None = None,
+) -> list[torch.Tensor | None] | None:
     """Of each completion (n_b, H), the reference's hidden states that predict its tokens; None from where MAX_BYTES
-    are spent."""
-    found: list[torch.Tensor | None] = []
+    are spent, and for prompts that are not this process's. Where all processes run as many passes: all states or none."""
+    if shares is not None and shares.in_step and _most_tokens(drawn, shares) * _width(policy) > MAX_BYTES:
+        return None
+    mine = None if shares is None else shares.mine
+    found: list[torch.Tensor | None] = [None] * drawn.completion_ids.shape[0]
     tokens = of_a_token = 0
-    for prompts, part in _parts(drawn, batching):
+    for prompts, rows, part in micro_parts(drawn, batching, mine):
         tokens += part.tokens
-        if found and tokens * of_a_token > MAX_BYTES:
+        if of_a_token and tokens * of_a_token > MAX_BYTES:
             break
         hidden = states_of(reference, policy, part, conditions[prompts])
         of_a_token = hidden.shape[-1] * hidden.element_size()
-        found += hidden.split(part.counts[1].tolist())
-    return found + [None] * (drawn.completion_ids.shape[0] - len(found))
+        for row, states in zip(rows, hidden.split(part.counts[1].tolist())):
+            found[row] = states
+    return found
 
 
 def joined(hidden: Hidden | None) -> torch.Tensor | None:
@@ -66,11 +72,13 @@ def reference_logprob(
     reference: Reference,
     hidden: Hidden,
     batching: MicroBatching,
+    mine: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """(B, T) float32, the reference's log-prob of every completion token, zero elsewhere. hidden: what is there of it."""
-    found = []
-    for prompts, part in _parts(drawn, batching):
-        states = joined(hidden[prompts.start * drawn.group : prompts.stop * drawn.group])
+    """(B, T) float32, the reference's log-prob of every completion token, zero elsewhere and for prompts that are not `mine`.
+    hidden: what is there of it."""
+    found = torch.zeros_like(drawn.logprobs)
+    for prompts, rows, part in micro_parts(drawn, batching, mine):
+        states = joined([hidden[row] for row in rows])
         if states is None:
             states = states_of(reference, policy, part, conditions[prompts])
         stats = policy.token_stats(
@@ -79,11 +87,37 @@ def reference_logprob(
             temperature=batching.temperature,
             outputs=("logprob",),
         )
-        found.append(stats.logprob)
-    return unpacked(torch.cat(found), drawn.completion_mask)
+        values = unpacked(stats.logprob, part.completion_mask)
+        found[torch.tensor(rows, device=found.device), : values.shape[1]] = values
+    return found
 
 
-def _parts(drawn: Rollout, batching: MicroBatching) -> Iterator[tuple[slice, Rollout]]:
-    """(prompts, their completions) of each part that goes through the model at once."""
-    for start, stop in parts(drawn, batching.completions, batching.max_tokens):
-        yield slice(start, stop), drawn.prompts(start, stop)
+def micro_parts(
+    drawn: Rollout, batching: MicroBatching, mine: Sequence[int] | None = None
+) -> Iterator[tuple[slice | list[int], range | list[int], Rollout]]:
+    """(prompts, completions, the rollout of them) of each part that goes through the model at once; of all prompts, or of
+    `mine`."""
+    group = drawn.group
+    if mine is None:
+        for start, stop in parts(drawn, batching.completions, batching.max_tokens):
+            yield slice(start, stop), range(start * group, stop * group), drawn.prompts(start, stop)
+    elif mine:
+        own = drawn.taken(mine)
+        for start, stop in parts(own, batching.completions, batching.max_tokens):
+            prompts = list(mine[start:stop])
+            yield prompts, [p * group + i for p in prompts for i in range(group)], own.prompts(start, stop)
+
+
+def most_parts(drawn: Rollout, batching: MicroBatching, shares: Shares) -> int:
+    """How many parts the process has that has most."""
+    return max(sum(1 for _ in micro_parts(drawn, batching, share)) for share in shares.of_ranks)
+
+
+def _most_tokens(drawn: Rollout, shares: Shares) -> int:
+    of_prompts = drawn.counts[1].view(-1, drawn.group).sum(-1)
+    return max(int(of_prompts[share].sum()) for share in shares.of_ranks)
+
+
+def _width(policy: ConditionedPolicy) -> int:
+    """Bytes of a hidden state."""
+    return policy.backbone.head.module.weight.shape[-1] * policy.model.dtype.itemsize

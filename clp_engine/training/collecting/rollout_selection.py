@@ -18,6 +18,7 @@ from clp_engine.policy.references import Reference
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.reference_states import reference_logprob
+from clp_engine.training.parallel.processes import Parallel
 from clp_engine.training.settings.groups import MicroBatching
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Selector:
     reference: Reference
     settings: SelectionSettings
     batching: MicroBatching
+    parallel: Parallel
 
     def selected(self, batch: TrainingBatch, progress: float) -> TrainingBatch:
         """What is trained on of a batch when `progress` (0 to 1) of training is over."""
@@ -73,8 +75,15 @@ class Selector:
         reference = drawn.logprobs
         if kl_coef.any():
             reference = reference_logprob(
-                self.policy, drawn, batch.conditions, self.reference, hidden, self.batching
+                self.policy,
+                drawn,
+                batch.conditions,
+                self.reference,
+                hidden,
+                self.batching,
+                batch.shares and batch.shares.mine,
             )
+            self.parallel.sum_([reference])  # each process has those of its own rows, and zeros
         tokens = Tokens(drawn.logprobs, reference, None, drawn.completion_mask)
         return self.objective.advantages(RewardedTokens(tokens, batch.scalar, kl_coef, scale, drawn.group))
 

@@ -62,6 +62,8 @@ def check(c: CLPConfig) -> None:
     _check_rollouts(c)
     _check_selection(c)
     _check_groups(c)
+    if c.sharding is not None and c.sharding.activation_checkpointing:
+        c.gradient_checkpointing = True
 
 
 def _check_groups(c: CLPConfig) -> None:

@@ -16,6 +16,8 @@ from clp_engine.objectives.policy_gradient import LossSettings
 from clp_engine.objectives.selection import SelectionSettings
 from clp_engine.policy.prompt_conditioning import DEFAULT_TEMPLATE, TEMPLATE_WITH_KL
 from clp_engine.rollouts.types import SamplingParams
+from clp_engine.training.parallel.processes import TIMEOUT, world_size
+from clp_engine.training.parallel.sharding import ShardSettings
 from clp_engine.training.settings import checks
 from clp_engine.training.settings.checks import KL_NAMES
 from clp_engine.training.settings.groups import MicroBatching, OptimiserSettings, RolloutSettings
@@ -26,8 +28,12 @@ DEFAULT_ALPHA = 0.1
 WITHOUT_EFFECT = frozenset(
     """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
     save_total_limit overwrite_output_dir log_completions report_to run_name disable_tqdm per_device_eval_batch_size
-    reward_workers logging_strategy eval_on_start num_generations_eval""".split()
+    reward_workers logging_strategy eval_on_start num_generations_eval ddp_timeout ddp_backend fsdp
+    fsdp_config""".split()
 )
+
+# Settings that together say how large a batch is.
+BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -59,8 +65,9 @@ class CLPConfig:
     """Settings of `CLPTrainer`. The fields of TRL's GRPOConfig are accepted, too. Each of them is a setting of the same name,
     is translated into one, or is refused with the reason and the alternative (`trl_compat.fields`).
 
-    Batches. One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions, `num_generations`
-    for each of its prompts. The batch is cut into micro-batches of whole groups.
+    Batches. One optimiser step takes `per_device_train_batch_size * gradient_accumulation_steps` completions of each process,
+    `num_generations` for each of its prompts. The batch is cut into micro-batches of whole groups. N processes with a batch of
+    n each take the steps of one process with a batch of N n.
 
     Rollouts. A rollout serves one step by default. It serves `num_iterations` passes, and each pass takes several steps if
     `steps_per_generation` makes the rollout larger. Every step but the first is then off-policy: `min(ratio A, clip(ratio) A)`
@@ -258,6 +265,19 @@ class CLPConfig:
         "(async ones and classifiers need none)",
     )
 
+    # several processes
+    ddp_timeout: float = _option(float(TIMEOUT), "seconds that a process waits for the others at most")
+    fsdp: str | None = _option(
+        None,
+        "shard the base model over the processes: full_shard, shard_grad_op, with offload (transformers')",
+    )
+    fsdp_config: dict[str, Any] | str | None = _option(
+        None, "settings of fsdp: reshard_after_forward, cpu_offload, activation_checkpointing"
+    )
+    ddp_backend: str | None = _option(
+        None, "what the processes talk through: nccl, gloo; default nccl on GPUs, gloo on CPUs"
+    )
+
     # keeping track
     logging_strategy: str = _option("steps", "when to log: no, steps or epoch")
     logging_steps: float = _option(10, "log the mean metrics of so many steps; below 1 a share of all steps")
@@ -386,8 +406,8 @@ class CLPConfig:
 
     @property
     def batch_size(self) -> int:
-        """Completions per optimiser step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        """Completions per optimiser step, of all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size()
 
     @property
     def rollout_steps(self) -> int:
@@ -405,6 +425,17 @@ class CLPConfig:
     def rollout_size(self) -> int:
         """Completions per rollout."""
         return self.batch_size * self.rollout_steps
+
+    @property
+    def sharding(self) -> ShardSettings | None:
+        """How the base model is sharded, by fsdp and fsdp_config or accelerate's environment; None for a single process."""
+        found = ShardSettings.of(self.fsdp, self.fsdp_config)
+        return found if world_size() > 1 else None
+
+    @property
+    def batches(self) -> list[int]:
+        """Completions per optimiser step and per rollout: what `BATCHES` come to, whatever the number of processes."""
+        return [self.batch_size, self.rollout_size]
 
     @property
     def rollout_share(self) -> float:

@@ -92,6 +92,11 @@ class FlatAdamW(torch.optim.AdamW):
                     grad.copy_(p.grad)
                 p.grad = grad
 
+    @property
+    def flat_gradients(self) -> list[torch.Tensor]:
+        """The buffers that the adapters' gradients are views of, one for each device and dtype."""
+        return [flat.grad for flat in self._flats if flat.grad is not None]
+
     @torch.no_grad()
     def clip(self, max_norm: float | None) -> torch.Tensor:
         """Have the next step divide gradients by max(1, norm / max_norm), and do nothing where the norm is not finite.

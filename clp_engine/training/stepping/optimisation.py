@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from transformers import get_scheduler
@@ -11,6 +12,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.objectives.objective import Objective
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.training.budget import Budget
+from clp_engine.training.parallel.processes import Parallel
 from clp_engine.training.settings.groups import OptimiserSettings
 from clp_engine.training.stepping.flat_adamw import FlatAdamW
 
@@ -62,6 +64,17 @@ class Optimisation:
         if isinstance(self.optimizer, FlatAdamW):
             self.optimizer.bind()
 
+    def add_up(self, parallel: Parallel) -> None:
+        """Make every gradient the sum of all processes': one collective for the adapters, one for what the objective trains."""
+        if parallel.count == 1:
+            return
+        if isinstance(self.optimizer, FlatAdamW):
+            parallel.sum_(self.optimizer.flat_gradients)
+        else:
+            _sum_together(parallel, self._adapters)
+        if self._others:
+            _sum_together(parallel, self._others)
+
     def clip(self, max_norm: float, step: int) -> torch.Tensor:
         """Clip the gradients to `max_norm`, 0 for no clipping. Returns the norm of the adapters', unread where the optimiser
         itself leaves out a step whose norm is not finite."""
@@ -91,6 +104,19 @@ class Optimisation:
         self.scheduler.load_state_dict(state)
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
             group["lr"] = rate
+
+
+@torch.no_grad()
+def _sum_together(parallel: Parallel, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """The same for parameters whose gradients lie apart. A process without work has none, which counts as zeros."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    parallel.sum_([flat])
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
 
 
 def check_norm(norm: float, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ from clp_engine.objectives.coefficients import Coefficients, RewardedTokens, Tok
 from clp_engine.objectives.objective import Objective
 from clp_engine.objectives.selection import select_tokens
 from clp_engine.policy.references import FrozenReference, Reference
-from clp_engine.rollouts.scoring import ALL, completion_stats, parts, unpacked
+from clp_engine.rollouts.scoring import ALL, completion_stats, unpacked
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
-from clp_engine.training.collecting.reference_states import joined
+from clp_engine.training.collecting.reference_states import joined, micro_parts, most_parts
+from clp_engine.training.parallel.dealing import Shares
 from clp_engine.training.settings.groups import MicroBatching
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class MicroBatch:
     old_logprob: (B, T), what the completions were sampled with, None where that is the policy as it is.
     values: (B, T), from the first pass over these completions; None in that pass, and where nothing is predicted.
     ref_hidden, advantage, token_share: see `TrainingBatch`; ref_hidden (N, H).
-    temperature: of the log-probs.
+    temperature: of the log-probs. uses_reference: whether the reference is run; None: as the objective says of these rows.
     """
 
     rollout: Rollout
@@ -46,32 +48,44 @@ class MicroBatch:
     advantage: torch.Tensor | None = None
     token_share: float = 1.0
     temperature: float = 1.0
+    uses_reference: bool | None = None
 
 
 def micro_batches(
     batch: TrainingBatch, objective: Objective, batching: MicroBatching
-) -> Iterator[tuple[tuple[slice, slice], MicroBatch]]:
-    """A step's completions cut into micro-batches of whole groups, each with the part of (B, T) it covers."""
+) -> Iterator[tuple[tuple[slice | torch.Tensor, slice], MicroBatch]]:
+    """A step's completions, or this process's of them, cut into micro-batches of whole groups, each with the part of (B, T) it
+    covers."""
     drawn = batch.rollout
     rewards, weights = objective.prepared(batch.scalar, drawn.group, drawn.completion_mask, drawn.terminated)
-    for start, stop in parts(drawn, batching.completions, batching.max_tokens):
-        part = drawn.prompts(start, stop)
-        here = slice(start * drawn.group, stop * drawn.group), slice(0, part.completion_ids.shape[1])
+    shares = batch.shares
+    uses_reference = None
+    if shares is not None and shares.in_step:
+        uses_reference = objective.uses_reference(batch.conditions.kl)
+    for prompts, completions, part in micro_parts(drawn, batching, shares and shares.mine):
+        rows = (
+            slice(completions.start, completions.stop)
+            if isinstance(completions, range)
+            else torch.tensor(completions, device=rewards.device)
+        )
+        here = rows, slice(0, part.completion_ids.shape[1])
         old, values = (None if t is None else t[here] for t in (batch.old_logprob, batch.values))
-        reference, advantage = (None if t is None else t[here[0]] for t in (batch.reference, batch.advantage))
+        advantage = None if batch.advantage is None else batch.advantage[rows]
+        reference = None if batch.reference is None else joined([batch.reference[i] for i in completions])
         yield (
             here,
             MicroBatch(
                 part,
-                batch.conditions[start:stop],
-                rewards[here[0]],
+                batch.conditions[prompts],
+                rewards[rows],
                 weights[here],
                 old,
                 values,
-                joined(reference),
+                reference,
                 advantage,
                 batch.token_share,
                 batching.temperature,
+                uses_reference,
             ),
         )
 
@@ -138,7 +152,9 @@ def forward(
     differentiable: the statistics whose gradients will be asked for; None: any. reference: by default the frozen one.
     """
     mask = batch.rollout.completion_mask
-    with_reference = objective.uses_reference(batch.conditions.kl)
+    with_reference = batch.uses_reference
+    if with_reference is None:
+        with_reference = objective.uses_reference(batch.conditions.kl)
     outputs = ALL if with_reference else ("logprob", "entropy")
     hidden, stats = completion_stats(
         policy,
@@ -217,3 +233,27 @@ def backward(
         learned,
         scored.values,
     )
+
+
+def keep_pace(
+    policy: ConditionedPolicy,
+    batch: TrainingBatch,
+    objective: Objective,
+    batching: MicroBatching,
+    reference: Reference | None = None,
+) -> None:
+    """Where all processes have to run as many passes (`parallel.sharding`): those that this one has fewer than the one with
+    most, with gradients of zero."""
+    shares, drawn = batch.shares, batch.rollout
+    if shares is None or not shares.in_step:
+        return
+    done = sum(1 for _ in micro_parts(drawn, batching, shares.mine))
+    if missing := most_parts(drawn, batching, shares) - done:
+        least = dataclasses.replace(batch, shares=Shares([shares.mine[:1] or [0]], 0, True), values=None)
+        ((_, part),) = micro_batches(least, objective, batching)
+        if batch.reference is not None and part.ref_hidden is None:  # another process has them
+            width = policy.backbone.head.module.weight.shape[-1]
+            part = dataclasses.replace(part, ref_hidden=part.rewards.new_zeros(part.rollout.tokens, width))
+        for _ in range(missing):
+            hidden = forward(policy, part, objective, ("logprob",), reference).hidden
+            hidden.backward(torch.zeros_like(hidden))

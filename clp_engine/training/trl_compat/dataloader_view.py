@@ -9,6 +9,7 @@ from typing import Any
 
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.streams import PromptStream
+from clp_engine.training.parallel.processes import world_size
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PromptLoader:
     @classmethod
     def of_evaluation(cls, a: Any, prompts: Prompts) -> PromptLoader:
         """The batches of an evaluation with the settings `a`, a CLPConfig."""
-        per_batch = max(1, a.per_device_eval_batch_size // a.evaluation_group)
+        per_batch = max(1, a.per_device_eval_batch_size * world_size() // a.evaluation_group)
         return cls(prompts, per_batch, a.evaluation_group, drop_last=False)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.ranges import COUNT
+from clp_engine.training.parallel.processes import world_size
 from clp_engine.training.trl_compat.fields import ACCEPTED, FIELDS, TRANSLATED
 
 # Names in scripts for earlier versions of TRL and transformers, with today's names.
@@ -108,6 +109,10 @@ def _translate(settings: dict[str, Any], trl: Mapping[str, Any], defaults: Mappi
     for name in ("disable_tqdm", "output_dir"):
         if name in settings and settings[name] is None:
             settings[name] = defaults[name]
+    if isinstance(settings.get("fsdp"), bool):
+        settings["fsdp"] = "full_shard" if settings["fsdp"] else None
+    if isinstance(settings.get("fsdp"), list):
+        settings["fsdp"] = " ".join(map(str, settings["fsdp"])) or None
     if "eval_steps" in settings and settings["eval_steps"] is None:
         settings["eval_steps"] = settings.get("logging_steps", defaults["logging_steps"])
     if isinstance(settings.get("scale_rewards"), bool):
@@ -131,13 +136,16 @@ def _translate(settings: dict[str, Any], trl: Mapping[str, Any], defaults: Mappi
 
 def _translate_generation_batch(size: Any, settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     rows = settings.get("per_device_train_batch_size", defaults["per_device_train_batch_size"])
+    if rows in COUNT:
+        rows *= world_size()
     if settings.get("steps_per_generation") is not None:
         raise ConfigError(
             "generation_batch_size and steps_per_generation were both given; they say one thing, give one"
         )
     if size not in COUNT or rows not in COUNT or size % rows:
         raise ConfigError(
-            f"generation_batch_size={shown(size)}: expected a multiple of per_device_train_batch_size = {shown(rows)}"
+            f"generation_batch_size={shown(size)}: expected a multiple of per_device_train_batch_size, times the number of "
+            f"processes: {shown(rows)}"
         )
     settings["steps_per_generation"] = size // rows
 

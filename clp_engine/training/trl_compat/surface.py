@@ -1,7 +1,6 @@
 """The attributes beside training that scripts and callbacks for transformers' Trainer and TRL's expect of a trainer.
 
-Training runs in one process here. An attribute that those trainers have and this one lacks raises an AttributeError with
-the reason, so that `hasattr` is False.
+An attribute that those trainers have and this one lacks raises an AttributeError with the reason, so that `hasattr` is False.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class OneProcess:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"trainer.accelerator has no {name}: training does not go through accelerate here; there are "
+            f"trainer.accelerator has no {name}: one process does not go through accelerate here; there are "
             f"{', '.join(sorted(n for n in dir(type(self)) if not n.startswith('_')))}, device"
         )
 
@@ -121,17 +120,18 @@ class ScriptSurface:
         return self.tokenizer
 
     @property
-    def accelerator(self) -> OneProcess:
-        return OneProcess(self.policy.device)
+    def accelerator(self) -> Any:
+        """accelerate's Accelerator where there are several processes."""
+        return self.parallel.accelerator or OneProcess(self.policy.device)
 
     def is_world_process_zero(self) -> bool:
-        return True
+        return self.state.is_world_process_zero
 
     def is_local_process_zero(self) -> bool:
-        return True
+        return self.state.is_local_process_zero
 
     def end(self) -> None:
-        """Does nothing: the reporting callbacks close their trackers after training, and there is no process group."""
+        """Does nothing: the reporting callbacks close their trackers after training, and processes part when they end."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ABSENT:

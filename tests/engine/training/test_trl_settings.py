@@ -102,7 +102,10 @@ def test_trl_s_values_are_translated(given, settings):
         ({"logging_dir": "x"}, "TENSORBOARD_LOGGING_DIR"),
         ({"optim": "sgd"}, "'adamw_torch_fused' or 'adamw_torch'.*optimizers="),
         ({"dataloader_num_workers": True}, "expected 0"),
-        ({"generation_batch_size": 12}, "a multiple of per_device_train_batch_size = 8"),
+        (
+            {"generation_batch_size": 12},
+            "a multiple of per_device_train_batch_size, times the number of processes: 8",
+        ),
         ({"generation_batch_size": 8, "steps_per_generation": 1}, "give one"),
         ({"warmup_steps": 0.1, "warmup_ratio": 0.1}, "give one"),
         ({"activation_checkpointing": True, "gradient_checkpointing": False}, "give one"),

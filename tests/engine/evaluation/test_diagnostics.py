@@ -9,8 +9,8 @@ from engine.objectives.test_estimators import Enumerated
 from engine.training.test_trainer import build_trainer
 
 from clp_engine.core.errors import ConfigError
+from clp_engine.evaluation.gradient_noise import gradient_noise, gradients_of, measure, variants_of
 from clp_engine.objectives.coefficients import RewardedTokens, Tokens, coefficients, returns_to_go
-from clp_engine.training.gradient_noise import gradient_noise, gradients_of, measure, variants_of
 
 ALPHA = 0.4
 
@@ -124,7 +124,7 @@ def test_a_value_baseline_is_unbiased_on_a_model_and_one_that_knows_the_return_i
         scored.values.copy_(returns_to_go(scored.rewarded))
         return scored
 
-    monkeypatch.setattr("clp_engine.training.gradient_noise.forward", foreseeing)
+    monkeypatch.setattr("clp_engine.evaluation.gradient_noise.forward", foreseeing)
     unfair = measure(trainer, variants, batches=60, bootstrap=200)
     assert unfair[1].bias.low > fair[1].bias.high
 

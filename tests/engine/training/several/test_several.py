@@ -1,0 +1,168 @@
+"""N processes are the run of one: completions to the token, rewards, gradients to summation order, logs; over gloo."""
+
+import json
+import math
+import shutil
+
+import pytest
+import same_bits
+import torch
+from launch import launched
+from safetensors.torch import load_file
+
+# What tells that processes train as one, each kind once; `make check` runs all.
+FEW = [
+    "form lora",
+    "form full",
+    "form prompt",
+    "model t5",
+    "estimator mixed",
+    "baseline value",
+    "several steps on a rollout",
+    "selected rollouts",
+    "partial rollouts",
+    "evaluations",
+]
+# A frozen base with low-rank deltas.
+SHARDED = [
+    name
+    for name, (family, settings) in same_bits.RUNS.items()
+    if family not in ("t5", "bart")
+    and settings.get("conditioning", "lora") in ("lora", "prompt", "none")
+    and settings.get("carrier", "lora") == "lora"
+]
+FEW_SHARDED = ["form lora", "estimator mixed", "baseline value", "checkpointing", "partial rollouts", "best"]
+TIMES = ("time", "runtime", "per_second", "logp_difference")  # the last is rounding itself
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def alone(names, folder):
+    done = launched(1, "runs.py", str(folder), {}, names)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def together(names, folder, count=2, **extra):
+    done = launched(count, "runs.py", str(folder), extra, names)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def assert_same(name, one, several):
+    place = name.replace(" ", "_").replace(",", "")
+    assert lines(one / place / "completions.jsonl") == lines(several / place / "completions.jsonl"), name
+    expected, found = (torch.load((f / place).with_suffix(".pt")) for f in (one, several))
+    for key, gradient in expected.items():
+        error = (gradient - found[key]).norm() / gradient.norm().clamp_min(1e-9)
+        assert error < 2e-5, (name, key, error)
+    logs = lines(one / place / "log.jsonl"), lines(several / place / "log.jsonl")
+    assert len(logs[0]) == len(logs[1]) > 0
+    for plain, dealt in zip(*logs):
+        assert plain.keys() == dealt.keys(), (name, plain.keys() ^ dealt.keys())
+        for key, value in plain.items():
+            if not any(word in key for word in TIMES):
+                assert math.isclose(value, dealt[key], rel_tol=1e-4, abs_tol=1e-7), (
+                    name,
+                    key,
+                    value,
+                    dealt[key],
+                )
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory):
+    return alone(sorted({*FEW, *FEW_SHARDED}), tmp_path_factory.mktemp("one"))
+
+
+def test_two_processes_are_one_run(one, tmp_path):
+    together(FEW, tmp_path)
+    for name in FEW:
+        assert_same(name, one, tmp_path)
+
+
+def test_two_processes_with_a_sharded_base_are_one_run(one, tmp_path):
+    together(FEW_SHARDED, tmp_path, fsdp="full_shard")
+    for name in FEW_SHARDED:
+        assert_same(name, one, tmp_path)
+    found = json.loads((tmp_path / "form_lora.json").read_text())
+    assert found["shards"] > 0
+
+
+def test_collectives_of_a_step(one, tmp_path):
+    """Two exchanges before the update, of a size and a content each; the adapters once; metrics, and what callbacks ask for."""
+    together(["form lora"], tmp_path)
+    found = json.loads((tmp_path / "form_lora.json").read_text())
+    for step in found["steps"]:
+        reduced = [size for name, size in step if name == "all_reduce"]
+        assert [name for name, _ in step].count("all_gather") == 6 and len(reduced) == 1, step
+        assert found["adapters"] <= reduced[0] <= found["adapters"] + 64 * 100  # views begin on cache lines
+
+
+@pytest.mark.check
+def test_every_kind_of_run_is_the_same_in_two_processes(tmp_path):
+    names = list(same_bits.RUNS)
+    first, second = alone(names, tmp_path / "one"), together(names, tmp_path / "two")
+    for name in names:
+        assert_same(name, first, second)
+
+
+@pytest.mark.check
+def test_every_kind_of_run_is_the_same_over_a_sharded_base(tmp_path):
+    first, second = alone(SHARDED, tmp_path / "one"), together(SHARDED, tmp_path / "two", fsdp=True)
+    for name in SHARDED:
+        assert_same(name, first, second)
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("extra", [{}, {"fsdp": "shard_grad_op"}, {"fsdp": "full_shard offload"}])
+def test_more_processes_than_groups(tmp_path, extra):
+    """Three groups a step: the fourth process draws, rewards and trains on nothing."""
+    names = ["form lora", "estimator mixed", "baseline value"]
+    first = alone(names, tmp_path / "one")
+    second = together(names, tmp_path / "four", 6, **extra)
+    for name in names:
+        assert_same(name, first, second)
+
+
+def test_an_evaluation_is_dealt(tmp_path):
+    """Batches are the same, and so is every number, to the bit."""
+    reports = []
+    for count in (1, 3):
+        done = launched(count, "evaluating.py", str(tmp_path / str(count)))
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads((tmp_path / str(count) / "report.json").read_text())
+        reports.append({name: value for name, value in found.items() if name != "seconds"})
+    assert reports[0] == reports[1]
+
+
+def test_checkpoints_do_not_know_how_many_wrote_them(tmp_path):
+    """Two processes go on from a checkpoint of one as one would, to summation order; and two from one of two, to the bit."""
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 3,
+        "kl_estimator": "mixed",
+        "baseline": "value",
+    }
+    for writers in (1, 2):
+        done = launched(writers, "resuming.py", str(tmp_path / f"by{writers}"), settings, None)
+        assert done.returncode == 0, done.stderr[-3000:]
+    whole = {n: load_file(tmp_path / f"by{n}" / "policy" / "adapters.safetensors") for n in (1, 2)}
+    for writers, readers in ((1, 2), (2, 2), (2, 1)):
+        place = tmp_path / f"{writers}to{readers}"
+        shutil.copytree(tmp_path / f"by{writers}", place)
+        done = launched(readers, "resuming.py", str(place), settings, str(place / "checkpoint-1"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        for name, tensor in load_file(place / "policy" / "adapters.safetensors").items():
+            expected = whole[writers][name]
+            if writers == readers:
+                assert torch.equal(tensor, expected), (writers, readers, name)
+            else:
+                assert (tensor - expected).norm() <= 1e-3 * expected.norm().clamp_min(1e-6), (
+                    writers,
+                    readers,
+                    name,
+                )
