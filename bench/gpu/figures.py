@@ -6,8 +6,8 @@
     step      a training step of a 0.5B model: ours, TRL's, TRL's with Liger's kernels
 
 The parts share FILE, a result of `python -m bench`, written after every case; what it holds is not measured again. No peer
-beside plain torch is measured with the kernels, and none is compiled. --warm I/N only calls every N-th variant once, which
-leaves its kernels in Triton's cache.
+beside plain torch is measured with the kernels, and none is compiled. --warm only calls what the part measures, with I/N every
+N-th variant of the kernels, which leaves the compiled code in the caches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,16 +125,21 @@ def measure_step(result: schema.Result, device: str, sizes: str, end: float, sav
         save(found)
 
 
-def token_profile(case, device: str) -> dict:
-    """Where the time of TOKENS tokens of a rollout goes: seconds and launches by kernel, on a CPU by operator."""
+def token_rollout(case) -> Callable[[], object]:
+    """A rollout of TOKENS tokens of a rollout's case, with its most weightings."""
     from bench.cases.rollout import Subject
     from clp_engine.rollouts.rollout import rollout
     from clp_engine.rollouts.types import SamplingParams
 
     subject = Subject(case)
-    count = max(case.weightings)
+    conditions = subject.conditions(max(case.weightings))
     options = {"num_generations": case.group, "sampling": SamplingParams(max_new_tokens=TOKENS), "seed": 1}
-    run = functools.partial(rollout, subject.policy, subject.prompts, subject.conditions(count), **options)
+    return functools.partial(rollout, subject.policy, subject.prompts, conditions, **options)
+
+
+def token_profile(case, device: str) -> dict:
+    """Where the time of TOKENS tokens of a rollout goes: seconds and launches by kernel, on a CPU by operator."""
+    run = token_rollout(case)
     run()  # compiled, captured
     on_gpu = device == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
@@ -172,8 +177,15 @@ def profile_lines(found: dict) -> list[str]:
     ]
 
 
-def warm(device: str, sizes: str, part: int, parts: int) -> None:
-    """Calls every `parts`-th variant once."""
+def warm(which: str, device: str, sizes: str, part: int, parts: int) -> None:
+    """Calls every `parts`-th variant of the kernels once; or a short rollout; or two training steps."""
+    if which == "rollout":
+        token_rollout(rollout_cases(device, sizes)[0])()
+        return
+    if which == "step":
+        case = next(step_variants(device, sizes))
+        case._variants({})[case.only](2)
+        return
     generator = torch.Generator(device)
     number = 0
     for case in kernel_cases(device, sizes):
@@ -221,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device == "cuda":
         clp.strategies[:] = STRATEGIES
     if options.warm:
-        warm(device, sizes, *map(int, options.warm.split("/")))
+        warm(options.part, device, sizes, *map(int, options.warm.split("/")))
         return 0
     if options.out is None:
         parser.error("--out is missing")

@@ -2,12 +2,12 @@
 
     python -m bench.gpu.smoke FAMILY --out FILE [--device cuda]
 
-multi_lora    1937 rows of layers of 4096 and 896, ranks 27 and 48, every strategy, with all gradients
-token_stats   vocabularies of 50257 and 151936, all outputs, with gradients; scoring
-decode        1, 8 and 64 rows by CUDA C++, and the kernels between a fused step's products: eager and in a CUDA graph
-attention     flex_attention plain, with a softcap, with a window and with both, with gradients, in short and long heads
-sampling, weight_space   checks of bench.calls
-rollout       tiny models: steps must be captured, and draw what transformers' modules draw; packed scoring must agree
+multi_lora_*    1937 rows of layers of 4096 and 896, ranks 27 and 48, every strategy, with all gradients
+token_stats_*   vocabularies of 50257 and 151936: scoring with a reference; gradients with a frozen and with a trained head
+decode          1, 8 and 64 rows by CUDA C++, and the kernels between a fused step's products: eager and in a CUDA graph
+attention*      flex_attention plain, with a softcap, with a window and with both, with gradients, in short and long heads
+logits_and_sampling, weight_space   checks of bench.calls
+rollout         tiny models: steps must be captured, and draw what transformers' modules draw; packed scoring must agree
 
 Results are compared with float64 on the same device. FILE has each check with its complaint; the exit code is 1 where there is
 one. --device cpu runs a check or two of each family, in Triton's interpreter.
@@ -16,6 +16,7 @@ one. --device cpu runs a check or two of each family, in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -49,12 +50,11 @@ def layer(rows: int, n: int, k: int, rank: int) -> Tensors:
     }
 
 
-def multi_lora_calls(small: bool) -> Iterator[Call]:
+def multi_lora_calls(rank: int, small: bool) -> Iterator[Call]:
     from clp_kernels.triton_kernels.multi_lora_strategy import force
 
     every, rows = ("x", "lora_a", "lora_b", "gate"), 37 if small else 1937
-    sizes = ((48, 32),) if small else ((4096, 4096), (896, 896), (4864, 896))
-    for (n, k), rank in itertools.product(sizes, (27, 48)):
+    for n, k in ((48, 32),) if small else ((4096, 4096), (896, 896)):
         tensors = layer(rows, n, k, rank)
         for product, dy in itertools.product(("fused", "blas"), ("once", "twice")):
             forced = functools.partial(force, product=product, dy=dy)
@@ -62,24 +62,22 @@ def multi_lora_calls(small: bool) -> Iterator[Call]:
             yield Call(label, tensors, multi_lora.call, every, forced, dtypes=DTYPES)
 
 
-def token_stats_calls(small: bool) -> Iterator[Call]:
-    rows, width = (9, 32) if small else (1937, 896)
-    for vocabulary in (301,) if small else (50257, 151936):
-        hidden = normal(rows, width)
-        tensors = {
-            "hidden": hidden,
-            "weight": normal(vocabulary, width, scale=width**-0.5),
-            "targets": token_stats.targets_for(rows, vocabulary),
-            "ref_hidden": hidden + normal(rows, width, scale=0.1),
-        }
-        scored = ("logprob", "ref_logprob", "entropy", "kl")
-        trained = token_stats.statistics(("logprob", "entropy", "kl"))
-        yield Call(f"{vocabulary}, scoring", tensors, token_stats.statistics(scored), dtypes=DTYPES)
-        yield Call(f"{vocabulary}, frozen head", tensors, trained, ("hidden",), dtypes=DTYPES)
-        plain = {name: tensors[name] for name in ("hidden", "weight", "targets")}
-        alone = token_stats.statistics(("logprob",))
-        yield Call(f"{vocabulary}, log-prob, trained head", plain, alone, ("hidden", "weight"), dtypes=DTYPES)
-    yield from itertools.islice(calls.CHECKS["logits_logprob"](), 1 if small else None)
+def token_stats_calls(vocabulary: int, small: bool) -> Iterator[Call]:
+    rows, width, vocabulary = (9, 32, 301) if small else (1937, 896, vocabulary)
+    hidden = normal(rows, width)
+    tensors = {
+        "hidden": hidden,
+        "weight": normal(vocabulary, width, scale=width**-0.5),
+        "targets": token_stats.targets_for(rows, vocabulary),
+        "ref_hidden": hidden + normal(rows, width, scale=0.1),
+    }
+    scored = ("logprob", "ref_logprob", "entropy", "kl")
+    trained = token_stats.statistics(("logprob", "entropy", "kl"))
+    yield Call(f"{vocabulary}, scoring", tensors, token_stats.statistics(scored), dtypes=DTYPES)
+    yield Call(f"{vocabulary}, frozen head", tensors, trained, ("hidden",), dtypes=DTYPES)
+    plain = {name: tensors[name] for name in ("hidden", "weight", "targets")}
+    alone = token_stats.statistics(("logprob",))
+    yield Call(f"{vocabulary}, log-prob, trained head", plain, alone, ("hidden", "weight"), dtypes=DTYPES)
 
 
 def decode_calls(small: bool) -> Iterator[Call]:
@@ -97,44 +95,43 @@ def decode_calls(small: bool) -> Iterator[Call]:
                     dtypes=DTYPES,
                     graph=True,
                 )
-    yield from itertools.islice(calls.CHECKS["decode_step"](), 1 if small else None)
+    yield from catalogued(("decode_step",), small)
 
 
-def attention_calls(small: bool) -> Iterator[Call]:
+def attention_calls(sizes: tuple, choices: tuple, small: bool) -> Iterator[Call]:
+    """sizes: (query heads, key heads, size of a head, dtype)."""
     if small:
         return  # no CPU compiles its kernels
     lengths, parents = [300, 70, 64, 0, 129, 257, 33], [-1, 0, 0, 0, 0, -1, 5]
-    for (heads, kv_heads, size), options in itertools.product(
-        ((4, 2, 64), (2, 2, 8), (2, 1, 128)),
-        ({}, {"softcap": 20.0}, {"window": 100}, {"softcap": 20.0, "window": 100}),
-    ):
+    for (heads, kv_heads, size, dtype), options in itertools.product(sizes, choices):
         q, k, v = (normal(sum(lengths), h, size) for h in (heads, kv_heads, kv_heads))
         called = attention.attended(lengths, parents, **options)
         label = f"heads {heads} {kv_heads} of {size}, {options or 'plain'}"
-        yield Call(
-            label,
-            {"q": q, "k": k, "v": v},
-            called,
-            ("q", "k", "v"),
-            dtypes=DTYPES if size == 64 else (HALF, SINGLE),
-        )
+        yield Call(label, {"q": q, "k": k, "v": v}, called, ("q", "k", "v"), dtypes=(dtype,))
 
 
-def _catalogue(*ops: str):
-    def found(small: bool) -> Iterator[Call]:
-        for op in ops:
-            yield from itertools.islice(calls.CHECKS[op](), 0, 1 if small else None, 3)
-
-    return found
+def catalogued(ops: tuple[str, ...], small: bool) -> Iterator[Call]:
+    for op in ops:
+        for call in itertools.islice(calls.CHECKS[op](), 0, 1 if small else None, 3):
+            yield dataclasses.replace(call, dtypes=call.dtypes[:1])
 
 
+_BOTH = {"softcap": 20.0, "window": 100}
+# Processes of their own: most of their time is compiling.
 FAMILIES = {
-    "multi_lora": multi_lora_calls,
-    "token_stats": token_stats_calls,
+    **{f"multi_lora_{rank}": functools.partial(multi_lora_calls, rank) for rank in (27, 48)},
+    **{f"token_stats_{v}": functools.partial(token_stats_calls, v) for v in (50257, 151936)},
     "decode": decode_calls,
-    "attention": attention_calls,
-    "sampling": _catalogue("sample_tokens"),
-    "weight_space": _catalogue("interpolate", "slerp", "ema_", "sparsify", "interpolated_linear"),
+    "attention": functools.partial(
+        attention_calls, ((4, 2, 64, HALF),), ({}, {"softcap": 20.0}, {"window": 100}, _BOTH)
+    ),
+    "attention_heads": functools.partial(
+        attention_calls, ((2, 2, 8, SINGLE), (2, 1, 128, HALF)), ({}, _BOTH)
+    ),
+    "logits_and_sampling": functools.partial(catalogued, ("logits_logprob", "sample_tokens")),
+    "weight_space": functools.partial(
+        catalogued, ("interpolate", "slerp", "ema_", "sparsify", "interpolated_linear")
+    ),
 }
 
 

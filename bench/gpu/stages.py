@@ -15,9 +15,12 @@ from pathlib import Path
 
 from bench.cases import GROUPS
 
-# The families of kernels of bench.gpu.smoke, and how many processes compile beforehand what `figures` measures.
-FAMILIES = ("multi_lora", "token_stats", "decode", "attention", "sampling", "weight_space", "rollout")
-WARMING = 6
+# The families of bench.gpu.smoke, and how many processes compile beforehand what `figures` measures.
+FAMILIES = (
+    "multi_lora_27", "multi_lora_48", "token_stats_50257", "token_stats_151936", "decode", "attention", "attention_heads",
+    "logits_and_sampling", "weight_space", "rollout",
+)  # fmt: skip
+WARMING = 4
 # What the short round reads counters of.
 COUNTED = (
     "multi_lora: forward+backward",
@@ -89,21 +92,15 @@ def setup(s: Setting, seconds: float) -> Steps:
 
 def smoke(s: Setting, seconds: float) -> Steps:
     """Every family of kernels against plain torch; beside it, what the figures need is compiled."""
-    each = [
-        Job(
-            name,
-            s.module("bench.gpu.smoke", name, "--device", s.device, "--out", s.path(f"smoke.{name}.json")),
-        )
-        for name in FAMILIES
-    ]
-    warming = [
-        Job(
-            f"warm{n}",
-            s.module("bench.gpu.figures", "kernels", "--device", s.device, "--warm", f"{n}/{WARMING}"),
-        )
-        for n in range(WARMING if s.on_gpu else 0)
-    ]
-    return [each + warming]
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # there are as many processes as cores
+
+    def job(name: str, module: str, *arguments: object) -> Job:
+        return Job(name, s.module(f"bench.gpu.{module}", *arguments, "--device", s.device), alone)
+
+    each = [job(name, "smoke", name, "--out", s.path(f"smoke.{name}.json")) for name in FAMILIES]
+    warming = [job(f"warm{n}", "figures", "kernels", "--warm", f"{n}/{WARMING}") for n in range(WARMING)]
+    warming += [job(f"warm_{part}", "figures", part, "--warm", "0/1") for part in ("rollout", "step")]
+    return [each + (warming if s.on_gpu else [])]
 
 
 def _figures(part: str) -> Stage:

@@ -16,7 +16,7 @@ import pytest
 
 from bench.cases import GROUPS
 from bench.core import schema
-from bench.gpu import carried, figures, round, stages
+from bench.gpu import carried, figures, round, smoke, stages
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +84,7 @@ def test_the_short_round_is_rehearsed(tmp_path):
     assert profile["tokens"] == figures.TOKENS and profile["kernels"]
     for family in stages.FAMILIES:
         found = json.loads((results / f"smoke.{family}.json").read_text())
-        assert found["checks"] or family == "attention", family
+        assert found["checks"] or family.startswith("attention"), family
     assert json.loads((results / "memcheck.multi_lora_linear.record.json").read_text())["ops"]
     for name in round.SHORT:
         assert f"{name:16s}     0" in done.stdout
@@ -203,6 +203,10 @@ def test_the_plans_reach_every_stage_and_the_short_one_fits_into_one_command():
     assert {"multi_lora", "decode", "linear_logprob", "interpolate", "e2e"} <= {
         t.partition(":")[0] for t in first
     }
+
+
+def test_every_family_of_the_smoke_has_its_process():
+    assert {*smoke.FAMILIES, "rollout"} == set(stages.FAMILIES)
 
 
 def test_what_a_stage_saves_is_the_next_ones():
