@@ -99,7 +99,10 @@ class Round:
     def turn(self, turn: Turn) -> bool:
         """Whether the stage is done."""
         out, name = self.setting.out, turn.name
-        if (out / f"{name}.done").exists() and name != "setup":  # another machine may go on
+        if name == "setup":  # another machine may go on
+            for path in out.glob("setup*.done"):
+                path.unlink()
+        if (out / f"{name}.done").exists():
             return True
         seconds, limit = turn.room(self.clock, self.deadline)
         if limit < _LEAST:
