@@ -52,7 +52,7 @@ from bench.core.memory import extra_peak
 from bench.core.runner import raised
 from bench.step import decoder_truth
 from bench.step.phases import Phases
-from bench.step.step_case import FLOAT32, load_model, load_tokenizer, prompts_of
+from bench.step.step_case import FLOAT32, load_model, load_tokenizer, prompts_of, refuse_detours
 
 OURS = targets.OURS
 MERGED = targets.MERGED
@@ -251,6 +251,7 @@ class Subject:
     def __init__(self, case: DecodeCase):
         self.case = case
         self.phases = Phases(torch.cuda.synchronize if case.device == "cuda" else lambda: None)
+        refuse_detours(case.device)
         self.policy = make_policy(case.model, case.device)
         tokenizer = load_tokenizer()
         texts = [row["prompt"] for row in prompts_of(case.prompts, case.prompt)]

@@ -76,7 +76,7 @@ def capture(calls: Sequence[Call], repeats: int) -> torch.cuda.CUDAGraph:
                 call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(repeats):
             for call in calls:
                 call()

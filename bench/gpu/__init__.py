@@ -1,1 +1,1 @@
-"""The stages of bench/gpu.sh that are no case: sanitising, hardware counters, and whether two fronts are one."""
+"""Rounds of measurements on a GPU machine, and those of their stages that are no benchmark case."""

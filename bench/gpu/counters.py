@@ -1,6 +1,7 @@
 """What bounds each kernel, by the hardware's counters.
 
-python -m bench.gpu.counters run --out MANIFEST [--device cuda]     calls each op once at its main shape, for ncu to watch
+python -m bench.gpu.counters watch --out FILE [--only TITLE ...]            both of the following, `run` under ncu
+python -m bench.gpu.counters run --out MANIFEST [--device cuda]             calls each op once at its main shape
 python -m bench.gpu.counters read CSV --manifest MANIFEST --out FILE
 
     ncu --profile-from-start off --clock-control none --metrics $(python -m bench.gpu.counters metrics) --csv --page raw \\
@@ -21,8 +22,10 @@ import argparse
 import csv
 import io
 import json
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -229,25 +232,60 @@ def table(content: dict) -> list[str]:
 # --- what ncu watches --------------------------------------------------------------------------------------
 
 
-def main_cases(device: str, sizes: str) -> list:
-    """The first case of each kind of each kernel group."""
+def main_cases(device: str, sizes: str, only: Sequence[str] = ()) -> list:
+    """The first case of each kind of each kernel group. only: those of these titles, "GROUP: TITLE"; all must exist."""
     from bench import cases
 
     found = {}
     for group in GROUPS:
         for case in cases.group(group).cases(device, sizes):
             found.setdefault((group, case.op, case.title), case)
+    if only:
+        found = {f"{group}: {title}": case for (group, _, title), case in found.items()}
+        if unknown := [title for title in only if title not in found]:
+            raise SystemExit(f"no case is called {', '.join(unknown)}; known: {', '.join(found)}")
+        found = {title: found[title] for title in only}
     return list(found.values())
 
 
-def run(device: str, sizes: str, out: Path) -> None:
+def watch(device: str, sizes: str, out: Path, only: Sequence[str]) -> None:
+    """`run` under ncu, then `read`, into `out`. Where the tool is missing or refuses, the same calls must work without it.
+
+    Raises CalledProcessError where they do not.
+    """
+    manifest, log = out.with_suffix(".manifest.json"), out.with_suffix(".csv")
+    command = [sys.executable, "-m", "bench.gpu.counters", "run", "--device", device, "--sizes", sizes]
+    command += ["--out", str(manifest), *(("--only", *only) if only else ())]
+    tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if device != "cuda" or tool is None:
+        print("ncu is not on this machine; the calls it would watch:", flush=True)
+        subprocess.run(command, check=True)
+        return
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats")
+    # The second way is for a version of ncu that does not know one of the metrics.
+    for how in (["--metrics", _metrics()], [word for name in sections for word in ("--section", name)]):
+        options = ["--profile-from-start", "off", "--clock-control", "none", *how, "--csv", "--page", "raw"]
+        subprocess.run([tool, *options, "--log-file", str(log), *command])
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        try:
+            content = read(text, json.loads(manifest.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            reason = error
+            continue
+        _write(content, out)
+        return
+    subprocess.run(command, check=True)  # it was the tool that refused
+    print(f"ncu gave no counters: {reason}")
+
+
+def run(device: str, sizes: str, out: Path, only: Sequence[str] = ()) -> None:
     """Raises whatever a kernel raises: counters of a call that did not end would say nothing."""
     import torch
 
     from bench.core import environment
     from bench.peers import clp
 
-    chosen = main_cases(device, sizes)
+    chosen = main_cases(device, sizes, only)
     listed = [
         {"id": case.id, "group": case.group, "op": case.op, "title": f"{case.group}: {case.title}"}
         for case in chosen
@@ -288,19 +326,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.counters", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="call each op once at its main shape")
-    runs.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    runs.add_argument("--sizes", help="default: by the device; tiny is for tests")
+    watches = commands.add_parser("watch", help="that under ncu, and what it counted as JSON")
+    for command in (runs, watches):
+        command.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+        command.add_argument("--sizes", help="default: by the device; tiny is for tests")
+        command.add_argument(
+            "--only", nargs="+", default=(), metavar="TITLE", help="cases of these titles: 'GROUP: TITLE'"
+        )
     reads = commands.add_parser("read", help="ncu's table as JSON")
     reads.add_argument("csv", type=Path)
     reads.add_argument("--manifest", type=Path, required=True, help="what `run` wrote")
-    for command in (runs, reads):
+    for command in (runs, watches, reads):
         command.add_argument("--out", type=Path, required=True)
     commands.add_parser("metrics", help="the metrics to ask ncu for, comma-separated")
     options = parser.parse_args(arguments)
     if options.command == "metrics":
-        print(",".join(candidates[0] for candidates in METRICS.values()))
-    elif options.command == "run":
-        run(options.device, options.sizes or ("gpu" if options.device == "cuda" else "cpu"), options.out)
+        print(_metrics())
+    elif options.command != "read":
+        sizes = options.sizes or ("gpu" if options.device == "cuda" else "cpu")
+        {"run": run, "watch": watch}[options.command](options.device, sizes, options.out, options.only)
     else:
         manifest = json.loads(options.manifest.read_text(encoding="utf-8"))
         try:
@@ -308,9 +352,17 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             print(error, file=sys.stderr)
             return 1
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print("\n".join(table(content)))
+        _write(content, options.out)
     return 0
+
+
+def _metrics() -> str:
+    return ",".join(candidates[0] for candidates in METRICS.values())
+
+
+def _write(content: dict, out: Path) -> None:
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(content)))
 
 
 if __name__ == "__main__":

@@ -67,21 +67,21 @@ def _captures(device: str) -> bool:
     return device == "cuda" and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
 
 
-def complaint(check: Call, dtype: torch.dtype, device: str) -> str | None:
-    """Runs the check; what is wrong with its results, or None."""
-    tensors, on_cpu = inputs(check, dtype, device), inputs(check, dtype, "cpu")
+def complaint(check: Call, dtype: torch.dtype, device: str, truth: str = "cpu") -> str | None:
+    """Runs the check; what is wrong with its results, or None. truth: where it is computed."""
+    tensors, on_cpu = inputs(check, dtype, device), inputs(check, dtype, truth)
     with use_backend(check.backend), check.context():
         runs = {"": outputs(check, tensors)}
         if check.graph and _captures(device):
             runs[" replayed"] = _replayed(check, tensors)
-    # The truth is computed on the CPU: torch's own kernels need no watching, and being watched takes them long.
+    # Commonly on the CPU: torch's own kernels need no watching, and being watched takes them long.
     plain = exact = {}
     with use_backend("reference"):
         if check.judge is None:
             plain = outputs(check, on_cpu)
             exact = outputs(check, {n: t.double() if t.is_floating_point() else t for n, t in on_cpu.items()})
     for name, returned in runs.items():
-        found = {n: t.cpu() for n, t in returned.items()}
+        found = {n: t.to(truth) for n, t in returned.items()}
         if check.judge is not None:
             exact = check.judge(
                 {n: t.double() if t.is_floating_point() else t for n, t in on_cpu.items()}, found
@@ -268,6 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--judge", metavar="FILE", type=Path, nargs="+", help="run nothing; put these records together"
     )
     parser.add_argument("--thin", type=int, default=1, metavar="N", help="only every N-th check of an op")
+    parser.add_argument("--backend", choices=("triton", "cuda"), help="only the checks of this back-end")
     options = parser.parse_args(arguments)
     if options.list:
         print("\n".join(CHECKS))
@@ -278,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     ops, device, launches, failed, count = options.ops or list(CHECKS), options.device, Launches(), [], 0
     if options.judge:
         done = [op for path in options.judge for op in launches.add(path)]
-        return _judge(launches, done, device, whole=options.thin == 1)
+        return _judge(launches, done, device, whole=options.thin == 1 and options.backend is None)
     if options.candidates:
         chosen, ops = (
             ((op, f"{label}: {check.label}", d, check) for op, label, d, check in candidates(device)),
@@ -286,7 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         chosen = itertools.islice(chosen, None, None, options.thin)
     else:
-        chosen = ((op, c.label, d, c) for op in ops for d, c in _chosen(op, device, options.thin))
+        chosen = (
+            (op, c.label, d, c) for op in ops for d, c in _chosen(op, device, options.thin, options.backend)
+        )
     with launches.watched():
         for op, words, dtype, check in chosen:
             if check.graph or not options.graphs:
@@ -304,7 +307,8 @@ def main(arguments: list[str] | None = None) -> int:
     for label in failed:
         print(f"WRONG {label}")
     print(f"{count} checks, {len(failed)} wrong")
-    return max(_judge(launches, ops, device, whole=options.thin == 1), 1 if failed else 0)
+    whole = options.thin == 1 and options.backend is None
+    return max(_judge(launches, ops, device, whole), 1 if failed else 0)
 
 
 def _judge(launches: Launches, ops: list[str], device: str, whole: bool) -> int:
@@ -326,14 +330,16 @@ def _judge(launches: Launches, ops: list[str], device: str, whole: bool) -> int:
     return 1 if missing else 0
 
 
-def _chosen(op: str, device: str, thin: int) -> Iterator[tuple[torch.dtype, Call]]:
-    """The op's checks that can be run here."""
+def _chosen(
+    op: str, device: str, thin: int, backend: str | None = None
+) -> Iterator[tuple[torch.dtype, Call]]:
+    """The op's checks that can be run here, of one back-end or of all."""
     torch.manual_seed(1)
     number, status = 0, clp_kernels.backends()
     if op == "prefix_attention" and device == "cpu":
         print(f"{op}: left out: its kernels are compiled for CUDA tensors alone")
         return
-    checks = list(CHECKS[op]())
+    checks = [check for check in CHECKS[op]() if backend in (None, check.backend)]
     for backend in dict.fromkeys(check.backend for check in checks):
         if not status[backend].available:
             print(f"{op}: {backend} left out: {status[backend].reason}")

@@ -6,6 +6,8 @@ under --to by the device's short name (NVIDIA H200: h200):
     GROUP.json              h200_GROUP.json                 a group's cases
     docsum_demo.json        h200_docsum_demo.json           the demo's report
     fronts.json             fronts/h200.json                that report beside the CPU's, and the picture of both for the docs
+    figures.json            h200_figures.json               the cases of the short round, of several groups
+    figures.tokens.json     tokens/h200.json                where the time of some tokens of a rollout goes
     counters.json           counters/h200.json
     MODEL.profile.json      profiles/h200_MODEL.json
     tune.json               tune_h200.json                  from which `python -m bench tune --write` makes a table
@@ -95,7 +97,8 @@ def _unpacked(given: Path, scratch: Path) -> Path:
 def _results(folder: Path):
     """Every JSON file of the round that is kept. Raises SystemExit for one that has not its form."""
     for path in sorted(folder.glob("*.json")):
-        if path.name in SKIPPED or path.name.endswith((".manifest.json", ".record.json")):
+        aside = path.name.endswith((".manifest.json", ".record.json")) or path.name.startswith("smoke.")
+        if path.name in SKIPPED or aside:
             continue
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -110,6 +113,9 @@ def _classified(path: Path, data: dict) -> Found:
         model = path.name.removesuffix(".profile.json")
         float(data["engine_share"])
         return Found(path, lambda device: f"profiles/{device}_{model}.json", environment)
+    if path.name.endswith(".tokens.json"):
+        [float(kernel["seconds"]) for kernel in data["kernels"]]
+        return Found(path, lambda device: f"tokens/{device}.json", environment)
     if "hypervolume" in data:
         ParetoReport.from_dict(data)
         return Found(path, lambda device: f"{device}_{stem}.json")

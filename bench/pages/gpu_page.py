@@ -8,9 +8,10 @@
     counters    what bounds each kernel, by the hardware's counters
     fronts      the demo's front on the GPU beside the CPU's
     steps       where the time of a training step goes
+    tokens      where the time of some tokens of a rollout goes
 
-DEVICE_GROUP.json are the groups' results, and counters/DEVICE.json, fronts/DEVICE.json, rounds/DEVICE.json and
-profiles/DEVICE_MODEL.json the rest of a round, as `python -m bench collect` puts them there.
+DEVICE_GROUP.json are the groups' results, and counters/DEVICE.json, fronts/DEVICE.json, rounds/DEVICE.json, tokens/DEVICE.json
+and profiles/DEVICE_MODEL.json the rest of a round, as `python -m bench collect` puts them there.
 """
 
 from __future__ import annotations
@@ -176,7 +177,23 @@ def _steps(results: Path) -> list[str]:
     return text.markdown(names, rows) if rows else [NOTHING]
 
 
+def _tokens(results: Path) -> list[str]:
+    lines = []
+    for stem, found in _of_a_gpu(results, "tokens").items():
+        rows = [
+            [f"`{kernel['name']}`", kernel["launches"], f"{1e3 * kernel['seconds']:.2f}"]
+            for kernel in found["kernels"][:12]
+        ]
+        span, busy = (f"{1e3 * found[name]:.1f} ms" for name in ("span", "busy"))
+        source = (
+            f"{found['tokens']} tokens of {found['model']}: {span}, of which kernels run {busy}; "
+            f"{found['environment']['device']} (`bench/results/tokens/{stem}.json`)."
+        )
+        lines += [*text.markdown(["kernel", "launches", "ms"], rows), "", source, ""]
+    return lines or [NOTHING]
+
+
 VIEWS = {
     "summary": _summary, "targets": _targets, "round": _round, "ceilings": _ceilings, "cases": _cases,
-    "counters": _counters, "fronts": _fronts, "steps": _steps,
+    "counters": _counters, "fronts": _fronts, "steps": _steps, "tokens": _tokens,
 }  # fmt: skip

@@ -1,8 +1,13 @@
-"""This project's own kernels: the back-end that is chosen by itself, and those that --backends names, each forced."""
+"""This project's own kernels: the back-end that is chosen by itself, and those that --backends names, each forced.
+
+With `strategies`, pairs (product, dY) of clp_kernels' multi_lora_strategy, multi_lora_linear has a variant for each of them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 
 import clp_kernels
 from clp_kernels import linear_logprob as _linear_logprob
@@ -15,6 +20,7 @@ from bench.core.case import Case, Prepare, Prepared, Refused, Tensors, different
 NAME = "clp-engine"
 PACKAGE = "clp-engine"
 backends: list[str] = []  # filled from the command line
+strategies: list[tuple[str, str]] = []  # filled by bench.gpu.figures
 
 
 def unavailable(device: str) -> str | None:
@@ -34,20 +40,38 @@ def _forced(backend: str, prepare: Prepare, case: Case, inputs: Tensors) -> Prep
     status = clp_kernels.backends().get(backend)
     if status is None or not status.available:
         raise Refused(status.reason if status else f"this build has no back-end {backend!r}")
+    return _inside(lambda: clp_kernels.use_backend(backend), prepare, case, inputs)
+
+
+def _inside(
+    context: Callable[[], contextlib.AbstractContextManager], prepare: Prepare, case: Case, inputs: Tensors
+) -> Prepared:
     prepared = prepare(case, inputs)
 
     def call():
-        with clp_kernels.use_backend(backend):
+        with context():
             return prepared.call()
 
-    return Prepared(call, prepared.outputs)
+    return Prepared(call, prepared.outputs, prepared.partial)
+
+
+@contextlib.contextmanager
+def _strategy(product: str, dy: str):
+    from clp_kernels.triton_kernels import multi_lora_strategy
+
+    with clp_kernels.use_backend("triton"), multi_lora_strategy.force(product=product, dy=dy):
+        yield
 
 
 def multi_lora_linear(case: Case) -> dict[str, Prepare]:
     def forward(t: Tensors) -> Tensors:
         return {"y": _multi_lora_linear(t["x"], t["weight"], t["lora_a"], t["lora_b"], t["gate"])}
 
-    return _with_backends({NAME: differentiated(forward)})
+    variants = {NAME: differentiated(forward)}
+    for product, dy in strategies if case.wanted else ():
+        context = functools.partial(_strategy, product, dy)
+        variants[f"{NAME} [{product}, dY {dy}]"] = functools.partial(_inside, context, variants[NAME])
+    return _with_backends(variants)
 
 
 def linear_logprob(case: Case) -> dict[str, Prepare]:

@@ -9,6 +9,7 @@ tokenizer has no text for, so rewards are nearly constant there.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -112,6 +113,12 @@ def other_reward(completions, **_) -> list[float]:
     return [sum(map(str.isalpha, c)) / max(len(c), 1) for c in completions]
 
 
+def refuse_detours(device: str) -> None:
+    """On a GPU: decoding, or attention, that takes another way than it is measured for raises from here on."""
+    if device == "cuda":
+        os.environ.setdefault("CLP_ENGINE_DECODING", "native")
+
+
 def load_tokenizer():
     from transformers import AutoTokenizer
 
@@ -165,6 +172,7 @@ def our_trainer(
     from clp_engine.training.settings.config import CLPConfig
     from clp_engine.training.trainer import CLPTrainer
 
+    refuse_detours(case.device)
     tokenizer = load_tokenizer()
     config = CLPConfig(
         output_dir=folder,

@@ -68,6 +68,10 @@ def counters_file():
 PROFILE = {
     "model": "qwen2.5-0.5b", "shape": {"batch": 64}, "environment": ENVIRONMENT, "engine_share": 0.021, "step": 1.5,
 }  # fmt: skip
+TOKENS = {
+    "environment": ENVIRONMENT, "model": "qwen2.5-0.5b", "tokens": 20, "span": 0.05, "busy": 0.04,
+    "kernels": [{"name": "_linear_described", "seconds": 0.03, "launches": 480}],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def round_folder(tmp_path):
         "multi_lora.json": group_file(), "ceilings.json": {**group_file(), "cases": []}, "counters.json": counters_file(),
         "qwen2.5-0.5b.profile.json": PROFILE, "docsum_demo.json": demo, "counters.manifest.json": {"cases": []},
         "memcheck.slerp.record.json": {"ops": []}, "fronts.json": fronts.to_dict(one, other, fronts.compare(one, other)),
-        "tune.json": {"environment": ENVIRONMENT},
+        "tune.json": {"environment": ENVIRONMENT}, "figures.tokens.json": TOKENS, "smoke.decode.json": {"checks": []},
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -115,7 +119,7 @@ def test_results_go_where_they_belong_and_the_pages_say_so(round_folder, capsys)
     written = {str(p.relative_to(results)) for p in results.rglob("*.json")}
     assert written == {
         "h200_multi_lora.json", "h200_docsum_demo.json", "counters/h200.json", "fronts/h200.json", "tune_h200.json",
-        "rounds/h200.json", "profiles/h200_qwen2.5-0.5b.json",
+        "rounds/h200.json", "profiles/h200_qwen2.5-0.5b.json", "tokens/h200.json",
     }  # fmt: skip
     assert (repository / "docs" / "h200_front.png").read_bytes() == b"picture"
     page = (repository / "docs" / "gpu.md").read_text()
@@ -127,6 +131,7 @@ def test_results_go_where_they_belong_and_the_pages_say_so(round_folder, capsys)
         "| multi-LoRA fwd+bwd 896x896, T=8192, over the frozen linear alone | <= 1.35 | not measured" in page
     )
     assert "== 120 passed in 60 s ==" in page and "bfloat16 790" in page and "| 2.1% |" in page
+    assert "20 tokens of qwen2.5-0.5b: 50.0 ms, of which kernels run 40.0 ms" in page
     assert "Of 26 comparisons 0 differ" in page and "![Both fronts](h200_front.png)" in page
     assert gpu_page.NOTHING not in page
     assert "1.05 | met" in (repository / "docs" / "benchmarks" / "README.md").read_text()

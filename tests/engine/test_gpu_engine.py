@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import threading
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from transformers import TrainerCallback
 
 from clp_engine import CLPConfig, CLPTrainer, ConditionedPolicy, evaluate
 from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError
+from clp_engine.models.backbones import packing
 from clp_engine.rollouts.engines import cuda_graphs
+from clp_engine.rollouts.engines.choice import detours
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 
@@ -95,6 +100,110 @@ def test_graphs_serve_the_rollouts_that_follow_until_parameters_move(captured):
     on_gpu(policy)
     again = rollout(policy, PROMPTS, mixed("cuda"), **options)
     assert len(captured) > len(graphs) and again.token_lists() == second.token_lists()
+
+
+def out_of_resources():
+    """What a Triton kernel raises that does not fit; it is no RuntimeError."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    return errors.OutOfResources(300_000, 232_448, "shared memory")
+
+
+@pytest.fixture
+def failing_captures(monkeypatch):
+    """The first `failing_captures[0]` captures fail, inside the capture."""
+    left, forward = [0], cuda_graphs.GraphDecoder._forward
+
+    def fails(self, count):
+        if torch.cuda.is_current_stream_capturing() and left[0]:
+            left[0] -= 1
+            raise out_of_resources()
+        return forward(self, count)
+
+    monkeypatch.setattr(cuda_graphs.GraphDecoder, "_forward", fails)
+    return left
+
+
+def without_graphs(caplog):
+    return [r for r in caplog.records if "without the graph" in r.message]
+
+
+@QUICK
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_capture_that_fails_is_tried_once_more_and_again_in_the_next_rollout(
+    failures, failing_captures, captured, caplog
+):
+    policy = on_gpu(build_policy("qwen2"))
+    options = {"sampling": SamplingParams(5), "seed": 1}
+    expected = rollout(policy, PROMPTS, mixed("cuda"), **options).token_lists()
+    cuda_graphs._SLOTS.clear(), captured.clear()
+    failing_captures[0] = failures
+    with caplog.at_level(logging.WARNING, cuda_graphs.__name__):
+        assert rollout(policy, PROMPTS, mixed("cuda"), **options).token_lists() == expected
+    assert len(captured) == 2 and len(without_graphs(caplog)) == failures - 1
+    assert "shared memory" in caplog.text
+    caplog.clear()
+    assert rollout(policy, PROMPTS, mixed("cuda"), **options).token_lists() == expected
+    assert len(captured) == 1 + failures and not caplog.records and cuda_graphs._SLOTS[policy].graphs
+
+
+def test_a_benchmark_measures_no_step_that_was_not_captured(failing_captures, monkeypatch):
+    policy = on_gpu(build_policy("qwen2"))
+    monkeypatch.setenv("CLP_ENGINE_DECODING", "native")
+    failing_captures[0] = 2
+    with pytest.raises(type(out_of_resources())):
+        rollout(policy, PROMPTS, mixed("cuda"), sampling=SamplingParams(5))
+    assert rollout(policy, PROMPTS, mixed("cuda"), sampling=SamplingParams(5)).completion_ids.is_cuda
+
+
+@QUICK
+def test_a_graph_is_captured_while_another_thread_uses_the_gpu(captured):
+    """As a reward's model does: its allocations and launches are none of the capture's."""
+    policy, stop = on_gpu(build_policy("qwen2")), threading.Event()
+
+    def reward():
+        while not stop.is_set():
+            torch.empty(1 << 20, device="cuda").normal_().sum().item()
+            torch.cuda.empty_cache()
+
+    thread = threading.Thread(target=reward)
+    if not PRETENDED:  # whose captures note every thread's launches
+        thread.start()
+    try:
+        for _ in range(3):
+            cuda_graphs._SLOTS.clear()
+            rollout(policy, PROMPTS, mixed("cuda"), sampling=SamplingParams(5))
+            assert cuda_graphs._SLOTS[policy].graphs
+    finally:
+        stop.set()
+        if thread.is_alive():
+            thread.join()
+
+
+@QUICK
+def test_packing_that_fails_on_the_gpu_alone_is_said(monkeypatch, caplog):
+    """As where a kernel cannot be compiled there."""
+    attention = packing.prefix_attention
+
+    def refuses(q, *arguments, **options):
+        if q.is_cuda:
+            raise out_of_resources()
+        return attention(q, *arguments, **options)
+
+    monkeypatch.setattr(packing, "prefix_attention", refuses)
+    policy = build_policy("gemma2")
+    expected = rollout(policy, PROMPTS, mixed("cpu"), sampling=SamplingParams(5), seed=1)
+    assert policy.backbone.packing_fault is None
+    on_gpu(policy)
+    with caplog.at_level(logging.WARNING):
+        drawn = rollout(policy, PROMPTS, mixed("cuda"), sampling=SamplingParams(5), seed=1)
+    assert drawn.token_lists() == expected.token_lists()
+    [said] = [r.message for r in caplog.records if "Gemma2ForCausalLM on a GPU" in r.message]
+    assert "shared memory" in said and "neither slots nor CUDA graphs" in said
+    assert any("two passes" in line for line in detours(policy))
+    monkeypatch.setenv("CLP_ENGINE_DECODING", "native")
+    with pytest.raises(ConfigError, match="CLP_ENGINE_DECODING=native: .*shared memory"):
+        rollout(policy, PROMPTS, mixed("cuda"), sampling=SamplingParams(5), seed=1)
+    assert policy.to("cpu").backbone.packing_fault is None
 
 
 @QUICK

@@ -474,6 +474,73 @@ def test_flex_computes_the_same(flex, options, heads, kv_heads):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+LARGE = layout_of([150, 40, 0, 21, 64, 9], [-1, 0, 0, 0, -1, 4])
+OTHER = layout_of([140, 9, 77, 33], [-1, 0, 0, 0])
+
+
+@pytest.mark.traced
+@pytest.mark.check
+@pytest.mark.parametrize(
+    "options", [(0.5, None, None), (0.2, 2.0, None), (0.3, None, 20), (0.3, 2.0, 20)], ids=str
+)
+def test_flex_is_compiled_with_a_softcap_and_a_window(flex, options):
+    """Through inductor, for the CPU: a Python number that a score or a mask function captures is a symbol, which no code is
+    generated for."""
+    torch.compiler.reset()
+    scale, softcap, window = options
+    for layout in (LARGE, OTHER):
+        tensors = inputs(layout, 4, 2, 16)
+        got = flex.attention(*tensors.values(), layout, *options)
+        expected = ours(tensors, layout, scale=scale, softcap=softcap, window=window)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+# Ten, of which dynamo compiles eight by itself: dtypes, heads that share keys or not, softcap, window.
+VARIANTS = [
+    (dtype, kv_heads, softcap, window)
+    for dtype in (torch.float32, torch.bfloat16)
+    for kv_heads in (2, 4)
+    for softcap, window in ((None, None), (2.0, None), (2.0, 20))
+][:10]
+
+
+def attend_with(flex, dtype, kv_heads, softcap, window):
+    tensors = inputs(LARGE, 4, kv_heads, 16)
+    return flex.attention(*(t.to(dtype) for t in tensors.values()), LARGE, 0.3, softcap, window)
+
+
+@pytest.fixture
+def compilations(flex, monkeypatch):
+    """How often flex_attention has been compiled; by aot_eager, which takes no seconds."""
+    torch.compiler.reset()
+    compiled = flex._compiled
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled("aot_eager"))
+    count = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]  # noqa: E731
+    before = count()
+    return lambda: count() - before
+
+
+@pytest.mark.traced
+def test_ten_variants_of_flex_are_compiled_in_one_process(flex, compilations):
+    for number, variant in enumerate(VARIANTS, 1):
+        attend_with(flex, *variant)
+        assert compilations() == number
+    for variant in VARIANTS:
+        attend_with(flex, *variant)
+    assert compilations() == len(VARIANTS)
+
+
+@pytest.mark.traced
+def test_flex_beyond_its_limit_is_an_error(flex, compilations, monkeypatch):
+    """Uncompiled, it would form the scores of all pairs of tokens."""
+    monkeypatch.setattr(flex, "LIMIT", 2)
+    for variant in VARIANTS[:2]:
+        attend_with(flex, *variant)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        attend_with(flex, *VARIANTS[2])
+    attend_with(flex, *VARIANTS[0])
+
+
 def test_one_compilation_serves_layouts_of_any_size():
     """Token counts and numbers of sequences differ from step to step; a GPU takes seconds for a compilation. Layouts of one
     block have one of their own."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from clp_kernels import PrefixLayout
+from clp_kernels.launch_errors import launch_errors
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
@@ -23,6 +25,7 @@ from clp_engine.models.backbones.kv_cache import join_with_room, repeat_rows, re
 from clp_engine.models.backbones.packing import Packed
 from clp_engine.models.text_path import text_stack
 
+logger = logging.getLogger(__name__)
 # Held during a pass through a decoder: the model's config selects the attention function, and threads share the config.
 _ATTENTION = threading.RLock()
 
@@ -105,14 +108,17 @@ class CausalContext(Context):
 
 
 class CausalBackbone(Backbone):
-    """A decoder without encoder: prompt and completion are one sequence. For text and images, the language model's decoder."""
+    """A decoder without encoder: prompt and completion are one sequence. For text and images, the language model's decoder.
+
+    Packed tokens are tried when `packing_fault` is first read on a kind of device: a CPU and a GPU have different kernels.
+    """
 
     contexts_join = True
+    _tried_on = _fault = None
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         self.decoder = text_stack(model)
-        self.packing_fault = None
         if self.decoder is model:
             raise ConfigError(
                 f"{type(model).__name__} has no decoder stack under it; a causal language model is needed"
@@ -128,6 +134,24 @@ class CausalBackbone(Backbone):
                 f"{type(model).__name__} has layers of type {', '.join(sorted(unsupported))}; "
                 "only full and sliding-window attention are supported"
             )
+
+    @property
+    def packing_fault(self) -> str | None:
+        device = self.model.device.type
+        if device != self._tried_on:
+            self.packing_fault = self._try_packing()
+            if self._fault is not None and device == "cuda":
+                logger.warning(
+                    "%s on a GPU: %s. Batches are therefore padded, prompts and completions run in two passes, and "
+                    "decoding has neither slots nor CUDA graphs",
+                    type(self.model).__name__,
+                    self._fault,
+                )
+        return self._fault
+
+    @packing_fault.setter
+    def packing_fault(self, reason: str | None) -> None:
+        self._fault, self._tried_on = reason, self.model.device.type
 
     def prefill(
         self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
@@ -216,13 +240,17 @@ class CausalBackbone(Backbone):
         for layer in layers:
             layer.forward = checkpointed(layer.forward)
 
-    def check_packing(self) -> None:
-        """Set `packing_fault` to a reason unless packed tokens have the logits of plain tokens."""
-        # Two prompts with two completions each: the result for one must not depend on another.
+    def _try_packing(self) -> str | None:
+        """The reason why the model does not take packed tokens; None if their logits are those of plain tokens."""
+        device = self.model.device
+        # Two prompts with two completions each: the result for one must not depend on another. On a GPU there are more tokens
+        # than a block of flex_attention has, so that what is compiled here serves later passes, too.
+        length = 3 if device.type == "cpu" else 24
         vocabulary = self.model.config.get_text_config().vocab_size
-        ids = torch.arange(1, 19, device=self.model.device) * 7 % vocabulary
-        prompts, completions = ids[:6].view(2, 3), ids[6:].view(4, 3)
-        batch = packing.pack(prompts, torch.tensor([3, 2]), completions, torch.full((4,), 3))
+        ids = torch.arange(1, 1 + 6 * length, device=device) * 7 % vocabulary
+        prompts, completions = ids[: 2 * length].view(2, length), ids[2 * length :].view(4, length)
+        lengths = torch.tensor([length, length - 1])
+        batch = packing.pack(prompts, lengths, completions, torch.full((4,), length))
         with torch.no_grad():
             expected = [
                 self._plain_logits(prompts[b // 2 : b // 2 + 1, b // 2 :], completions[b : b + 1])
@@ -230,13 +258,11 @@ class CausalBackbone(Backbone):
             ]
             try:
                 ours = self.head.logits(self.packed(batch)[batch.predictors])
-            except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-                self.packing_fault = f"it does not take packed tokens ({error})"
-                return
+            except (*launch_errors(), TypeError, ValueError, AttributeError, KeyError) as error:
+                return f"it does not take packed tokens ({error})"
         if found := difference(ours, torch.cat(expected, 1)[0]):
-            self.packing_fault = (
-                f"its packed tokens have other logits than plain ones (difference {found:.3g})"
-            )
+            return f"its packed tokens have other logits than plain ones (difference {found:.3g})"
+        return None
 
     def _plain_logits(self, prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
         logits = self.model(torch.cat([prompt_ids, completion_ids], 1)).logits

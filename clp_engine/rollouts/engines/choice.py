@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clp_engine.core.errors import ConfigError
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.rollouts.engines import cuda_graphs, native
 from clp_engine.rollouts.engines.base import DecoderRequest, StepDecoder, Stepwise
@@ -9,6 +10,7 @@ from clp_engine.rollouts.engines.cuda_graphs import GraphDecoder
 from clp_engine.rollouts.engines.generate import Generate
 from clp_engine.rollouts.engines.modules import ModulesDecoder
 from clp_engine.rollouts.engines.native import NativeDecoder
+from clp_engine.rollouts.engines.trials import SWITCH, insisted
 from clp_engine.rollouts.types import RolloutEngine, RolloutRequest, Samplable
 
 
@@ -28,8 +30,12 @@ def step_decoder(request: DecoderRequest) -> StepDecoder:
     model = request.model
     if not model.weights_stay:
         return ModulesDecoder(request)
-    if model.device.type == "cuda" and cuda_graphs.serves(model):
-        return GraphDecoder(request, cuda_graphs.choose(model))
+    if model.device.type == "cuda":
+        if cuda_graphs.serves(model):
+            return GraphDecoder(request, cuda_graphs.choose(model))
+        if insisted():
+            raise ConfigError(f"{SWITCH}=native: {'; '.join(detours(model))}")
+        return ModulesDecoder(request)
     plan = native.choose(model)
     return ModulesDecoder(request) if plan is None else NativeDecoder(request, plan)
 

@@ -1,19 +1,21 @@
 """Decoding by CUDA graphs over fixed slots: on a GPU a decode step is one launch.
 
-Graphs and their buffers (`slots`) outlive the rollout. A graph is captured again after a parameter has moved. On other devices,
-and if capture fails (logged once), the same step runs without a graph.
+Graphs and their buffers (`slots`) outlive the rollout. A graph is captured again after a parameter has moved. Work that other
+threads launch during a capture (a reward on the GPU) does not break it. A capture that fails is tried once more. If that fails,
+too, the rollout's steps of that size run without a graph, with a warning; with CLP_ENGINE_DECODING=native that is an error. On
+other devices the same step runs without a graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import weakref
 from collections.abc import Iterator
 
 import torch
 from clp_kernels.backends import forced_backend
+from clp_kernels.launch_errors import launch_errors
 from torch import nn
 
 from clp_engine.models.backbones.causal import CausalBackbone
@@ -23,7 +25,7 @@ from clp_engine.rollouts.engines import fused_step, llama_weights, trials
 from clp_engine.rollouts.engines.base import DecoderRequest
 from clp_engine.rollouts.engines.fused_step import FusedStep
 from clp_engine.rollouts.engines.slots import NAME, Slots, Step, in_force, round_up
-from clp_engine.rollouts.engines.trials import SWITCH, Unsupported
+from clp_engine.rollouts.engines.trials import Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +65,9 @@ def choose(model: ConditionedModel) -> FusedStep | None:
     None also with CLP_ENGINE_DECODING=torch, which selects transformers' modules, and if a kernel back-end that does not run on
     a GPU is forced.
     """
-    if os.environ.get(SWITCH, "") == "torch" or forced_backend() in ("reference", "cpu"):
+    if forced_backend() in ("reference", "cpu"):
         return None
-    made = plan(model)
-    return made if made.reason is None else None
+    return trials.unless_refused(lambda: plan(model))
 
 
 def _make(model: ConditionedModel, identity: tuple) -> FusedStep:
@@ -106,6 +107,7 @@ class GraphDecoder:
     def __init__(self, request: DecoderRequest, fused: FusedStep | None = None):
         self._request, self._model, self._group, self._fused = request, request.model, request.group, fused
         self._slots = _slots_for(request)
+        self._uncaptured: set[int] = set()  # the numbers of slots whose step no graph holds
         with torch.no_grad():
             self._slots.convert(self._model.layers)
         self._taken = [0] * self._slots.count  # running rows in each slot
@@ -174,18 +176,29 @@ class GraphDecoder:
     def _run(self, count: int) -> torch.Tensor:
         """The logits (count * group, V) after the tokens in the buffers."""
         s = self._slots
-        if s.device.type != "cuda" or s.graphs is None:
-            return self._forward(count)
+        if s.device.type == "cuda" and count not in s.graphs and count not in self._uncaptured:
+            self._try_capture(count)
         if count not in s.graphs:
-            try:
-                s.graphs[count] = self._capture(count)
-            except RuntimeError as error:
-                logger.warning("decoding without CUDA graphs, which could not be captured: %s", error)
-                s.graphs = None
-                return self._forward(count)
+            return self._forward(count)
         graph, logits = s.graphs[count]
         graph.replay()
         return logits
+
+    def _try_capture(self, count: int) -> None:
+        for last in (False, True):
+            try:
+                self._slots.graphs[count] = self._capture(count)
+                return
+            except launch_errors() as error:
+                if last and trials.insisted():
+                    raise
+                logger.warning(
+                    "decoding %d slots in a CUDA graph: the capture failed (%s); %s",
+                    count,
+                    error,
+                    "this rollout decodes without the graph" if last else "it is tried once more",
+                )
+        self._uncaptured.add(count)
 
     def _capture(self, count: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         # A step writes the same keys and values to the same places however often it runs.
@@ -196,7 +209,7 @@ class GraphDecoder:
                 self._forward(count)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._forward(count)
         return graph, logits
 

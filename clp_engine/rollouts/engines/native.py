@@ -13,7 +13,6 @@ Transformers' modules decode every other model.
 
 from __future__ import annotations
 
-import os
 import weakref
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ from clp_kernels.backends import backends
 from clp_kernels.decoder import Decoding, Draws, LowRank, PackedDecoder
 from torch import nn
 
-from clp_engine.core.errors import ConfigError
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.rollouts.engines.base import DecoderRequest
@@ -35,12 +33,12 @@ from clp_engine.rollouts.engines.llama_weights import (
 )
 from clp_engine.rollouts.engines.modules import ModulesDecoder
 from clp_engine.rollouts.engines.trials import (
-    SWITCH,
     Trial,
     Unsupported,
     check_alike,
     current,
     made_or_refused,
+    unless_refused,
 )
 
 # The largest difference of logits from transformers, relative to the largest logit. Float32 products are summed in another
@@ -118,17 +116,7 @@ def _verify(model: ConditionedModel, made: Plan) -> None:
 
 def choose(model: ConditionedModel) -> Plan | None:
     """The plan of a model that is decoded natively, or None. `choice.detours` gives the reason."""
-    switch = os.environ.get(SWITCH, "")
-    if switch not in ("", "auto", "torch", "native"):
-        raise ConfigError(f"{SWITCH}={switch}: expected torch, native or auto")
-    if switch == "torch":
-        return None
-    made = plan(model)
-    if made.reason is None:
-        return made
-    if switch == "native":
-        raise ConfigError(f"{SWITCH}=native: {made.reason}")
-    return None
+    return unless_refused(lambda: plan(model))
 
 
 class NativeDecoder:

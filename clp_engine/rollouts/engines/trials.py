@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
+from clp_kernels.launch_errors import launch_errors
 from torch import nn
 
+from clp_engine.core.errors import ConfigError
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.rollouts.engines.base import DecoderRequest
 from clp_engine.rollouts.types import pad_left
 
-# torch: transformers' modules for all models. native: an error if the native decoder cannot serve a model.
+# torch: transformers' modules for all models. native: an error if this project's own decoder cannot serve a model: on a CPU the
+# one in C++, on a GPU the fused step in CUDA graphs.
 SWITCH = "CLP_ENGINE_DECODING"
 
 
@@ -22,12 +26,34 @@ class Unsupported(Exception):
 
 
 class Planned(Protocol):
-    """A plan with the identity of the base weights it was made for."""
+    """A plan with the identity of the base weights it was made for, or the reason why there is none."""
 
     identity: tuple
+    reason: str | None
 
 
 P = TypeVar("P", bound=Planned)
+
+
+def insisted() -> bool:
+    """Whether a model that this project's own decoder cannot serve is an error."""
+    return os.environ.get(SWITCH, "") == "native"
+
+
+def unless_refused(plan: Callable[[], P]) -> P | None:
+    """The plan, or None if it has a reason against it or the switch asks for transformers' modules.
+
+    Raises ConfigError for an unknown value of the switch, and for a reason that the switch makes an error.
+    """
+    switch = os.environ.get(SWITCH, "")
+    if switch not in ("", "auto", "torch", "native"):
+        raise ConfigError(f"{SWITCH}={switch}: expected torch, native or auto")
+    if switch == "torch":
+        return None
+    made = plan()
+    if made.reason is not None and insisted():
+        raise ConfigError(f"{SWITCH}=native: {made.reason}")
+    return made if made.reason is None else None
 
 
 def current(
@@ -50,7 +76,7 @@ def made_or_refused(model: ConditionedModel, make: Callable[[], P], refused: Cal
         return make()
     except Unsupported as error:
         return refused(str(error))
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (*launch_errors(), ValueError, TypeError, AttributeError) as error:
         return refused(f"{type(model.model).__name__}: {error}")
 
 

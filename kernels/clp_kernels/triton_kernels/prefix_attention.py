@@ -5,8 +5,12 @@
 The blocks of the mask are found on the host from the layout's own numbers (`block_lists`): N^2 of nothing is ever formed, and
 no device is waited for. A layout keeps its block masks, one for each device and window, so that all layers use one.
 
-flex_attention has an autograd of its own: this module has `attention` where the others have forward and backward. Its output is
-tested on the CPU, uncompiled, where it has no backward pass; no GPU has run it yet.
+flex_attention has an autograd of its own: this module has `attention` where the others have forward and backward. Softcap and
+window are tensors of the device: inductor cannot compile a Python number that a score or mask function captures, once it has
+made it a symbol. Token counts are symbols. Everything else that differs (dtype, heads, a softcap or none, gradients or none)
+is a compilation of its own, at most LIMIT of them in a process; beyond it the call raises, since flex_attention uncompiled
+forms all N^2 scores. The output is tested on the CPU, uncompiled and through inductor, where there is no backward pass; no GPU
+has run it yet.
 """
 
 from __future__ import annotations
@@ -17,11 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad
 
 from clp_kernels.prefix_layout import PrefixLayout
 from clp_kernels.triton_kernels.tuning import Tunable
 
 BLOCK = 128  # tokens, of the mask
+LIMIT = 128  # compilations in a process; dynamo's own limit of 8 is that of two or three models
+_LEAST_HEAD = 16  # the smallest head that flex_attention compiles for a GPU
 
 
 class Options(NamedTuple):
@@ -104,12 +111,13 @@ def block_mask(
         sequence = layout.sequences.to(device)
         parent = layout.parents[layout.sequences].to(device)
         position = layout.positions(device)
+        width = None if window is None else torch.full((), window, device=device)
 
         def mask(batch, head, query, token):
             seen = (sequence[query] == sequence[token]) & (query >= token) | (
                 parent[query] == sequence[token]
             )
-            return seen if window is None else seen & (position[token] > position[query] - window)
+            return seen if width is None else seen & (position[token] > position[query] - width)
 
         lists = []
         for blocks in block_lists(layout, window, size):
@@ -123,15 +131,28 @@ def block_mask(
 
 
 @functools.cache
-def _compiled():
-    # Token counts differ from step to step.
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled(backend: str = "inductor"):
+    # Token counts differ from step to step. fullgraph: an error, where dynamo would run what it does not compile.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
 
 
-def _kernel_options(options: Options) -> dict[str, int] | None:
+def _call(*arguments, **options) -> Tensor:
+    with torch._dynamo.config.patch(recompile_limit=LIMIT):
+        return _compiled()(*arguments, **options)
+
+
+def _kernel_options(options: Options) -> dict[str, int | bool]:
     names = ("fwd_BLOCK_M", "fwd_BLOCK_N", "fwd_num_warps", "fwd_num_stages")
     found = {name: value for name, value in zip(names, options[1:]) if value is not None}
-    return found or None
+    # Few tokens would otherwise get another kernel, made for decoding.
+    return {"FORCE_USE_FLEX_ATTENTION": True, **found}
+
+
+def _softcap(layout: PrefixLayout, value: float, device: torch.device) -> Tensor:
+    key = ("softcap", device, value)
+    if key not in layout.device_cache:
+        layout.device_cache[key] = torch.full((), value, dtype=torch.float32, device=device)
+    return layout.device_cache[key]
 
 
 def attention(
@@ -149,20 +170,23 @@ def attention(
         return q * 1.0
     score = None
     if softcap is not None:
+        cap = _softcap(layout, softcap, q.device)
 
         def score(z, batch, head, query, token):
-            return softcap * torch.tanh(z / softcap)
+            return cap * torch.tanh(z / cap)
 
+    size = q.shape[2]
+    q, k, v = (pad(t, (0, _LEAST_HEAD - size)) if size < _LEAST_HEAD else t for t in (q, k, v))
     tracing = torch.compiler.is_compiling()
-    function = _compiled() if compiled and not tracing else flex_attention
+    function = _call if compiled and not tracing else flex_attention
     # A trace is made once for all shapes, and takes the default.
-    options = (None if tracing else ATTENTION.choice("any", q, q.shape[2])) or _DEFAULT
+    options = (None if tracing else ATTENTION.choice("any", q, size)) or _DEFAULT
     out = function(
-        *(tensor.transpose(0, 1)[None] for tensor in (q, k, v)),
+        *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v)),
         score_mod=score,
         block_mask=block_mask(layout, window, q.device, options.block),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=_kernel_options(options),
     )
-    return out[0].transpose(0, 1).contiguous()
+    return out[0, :, :, :size].transpose(0, 1).contiguous()

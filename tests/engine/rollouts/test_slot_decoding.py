@@ -87,6 +87,16 @@ def test_a_fused_step_that_computes_something_else_is_not_used(monkeypatch):
     assert "computes something else" in cuda_graphs.plan(build_policy("qwen2")).reason
 
 
+def test_a_fused_step_whose_kernels_do_not_fit_is_not_used(monkeypatch):
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def read(*_):
+        raise errors.OutOfResources(300_000, 232_448, "shared memory")  # no RuntimeError
+
+    monkeypatch.setattr(fused_step, "read", read)
+    assert "shared memory" in cuda_graphs.plan(build_policy("qwen2")).reason
+
+
 @pytest.mark.parametrize("name", [*sorted(CAUSAL), *later(*sorted(COMPOSITE))])
 @pytest.mark.parametrize("max_rows", [None, 6])
 def test_slots_say_what_caches_say(name, max_rows, with_slots):
