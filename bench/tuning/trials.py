@@ -464,7 +464,7 @@ def sample(device: str, family: str, rows: int, vocabulary: int, dtype: torch.dt
         return {"tokens": made[0], "logprob": made[1]}
 
     block = min(4096, max(16, triton.next_power_of_2(vocabulary)))
-    default = (block, min(block, sampling._SELECT_BLOCK), 8 if block >= 2048 else 4)
+    default = (block, 8 if block >= 2048 else 4)
     judge = drawing.case(device, rows, vocabulary, dtype, options=options).judge
     return _trial(
         sampling.SAMPLE, family, (vocabulary,), device, dtype, {"logits": ((rows, vocabulary), dtype, 3.0)}, call, None,
