@@ -5,6 +5,7 @@ them, rotary embeddings with the cache, attention over a prompt's keys and a row
     rope_and_store  q = rope(norm(q));  keys[row, :, length] = rope(norm(k));  values[row, :, length] = v
     attend          softmax(cap(s q [K_prompt ; K_own]^T)) [V_prompt ; V_own]    K_prompt is read by all rows of its group
     gated           f(gate) * up
+    record          what a row has drawn, its end, and what its next step reads
 
 Sums, norms and softmax in float32, results rounded once. A step is bound by the bandwidth of its products: what is here moves
 a few rows and the cache, and is a question of launches. `attend` cuts a row's keys into pieces where rows and key heads are
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.backends import interpreting, is_batch_invariant
+from clp_kernels.decode_step import Completions
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
 
@@ -216,6 +218,38 @@ def _gated(gate, up, out, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + at, (f * u).to(out.dtype.element_ty), mask=at < size)
 
 
+@triton.jit
+def _record(
+    drawn, logprob,  # (n,) int64, float32
+    stop_ids,  # (stops,) int64
+    rows,  # (n,) int64, or None: the first n
+    tokens, logprobs, seeds,  # (rows, room)
+    count, limit, last, seed, lengths,  # (rows,)
+    n, stops, room, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    row = i
+    if rows is not None:
+        row = tl.load(rows + i, mask=inside, other=0)
+    before, end = tl.load(count + row, mask=inside, other=0), tl.load(limit + row, mask=inside, other=0)
+    runs = inside & (before < end)
+    token = tl.load(drawn + i, mask=inside, other=0)
+    ends = token < 0
+    for stop in range(stops):
+        ends = ends | (token == tl.load(stop_ids + stop))
+    after = before + 1
+    at = row * room + before
+    tl.store(tokens + at, token, mask=runs)
+    tl.store(logprobs + at, tl.load(logprob + i, mask=inside, other=0.0), mask=runs)
+    tl.store(limit + row, after, mask=runs & ends)
+    tl.store(last + row, tl.maximum(token, 0), mask=runs)
+    tl.store(lengths + row, before, mask=runs)
+    more = runs & (after < room)
+    tl.store(seed + row, tl.load(seeds + at + 1, mask=more, other=0), mask=more)
+    tl.store(count + row, after, mask=runs)
+
+
 def embed(
     tokens: Tensor, embedding: Tensor, scale: float, gain: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -300,6 +334,15 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return out
 
 
+def record(drawn: Tensor, logprob: Tensor, stop_ids: Tensor, into, rows: Tensor | None = None) -> None:
+    """As clp_kernels.decode_step.record."""
+    n = drawn.shape[0]
+    _record[(triton.cdiv(n, 128),)](
+        drawn, logprob, stop_ids, rows, into.tokens, into.logprobs, into.seeds, into.count, into.limit, into.last, into.seed,
+        into.lengths, n, stop_ids.shape[0], into.tokens.shape[1], BLOCK=128, num_warps=4,
+    )  # fmt: skip
+
+
 def aot_specs() -> Iterator[AotSpec]:
     """The sizes of models of 0.5 to 9 billion parameters, with everything that may be there and without."""
 
@@ -321,6 +364,15 @@ def aot_specs() -> Iterator[AotSpec]:
             cached = [make(prompts, kv_heads, 256, size) for _ in range(2)]
             attend(
                 q, cached, own, lengths, before, group, 0.1, 30.0 if whole else None, 64 if whole else None
+            )
+            room = [make(rows, 128, dtype=d) for d in (torch.int64, torch.float32, torch.int64)]
+            into = Completions(*room, *(make(rows, dtype=torch.int64) for _ in range(5)))
+            record(
+                tokens,
+                make(rows, dtype=torch.float32),
+                make(2, dtype=torch.int64),
+                into,
+                tokens if whole else None,
             )
             for activation in ("silu", "gelu_tanh"):
                 gated(make(rows, 4 * hidden), make(rows, 4 * hidden), activation)
