@@ -14,10 +14,13 @@ of its column tiles reads dY again from L2 in any case, under a product that is 
 of dX, so that it has to be there before.
 
 Contractions that are long where the output is small are split over the grid into float32 partial sums, added in order by
-a second launch. Inside `batch_invariant()` those over K and N are not split, and have one tile for any number of rows.
+a second launch: one for dA, dB and d_gate together (`summed`). Inside `batch_invariant()` those over K and N are not split,
+and have one tile for any number of rows.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -84,6 +87,13 @@ RANK_GRAD = Tunable(
 )  # fmt: skip
 _GROUPS, _GROUP_RANK, _GROUP_DEPTH = 16, 32, 64
 _FILL = 256  # programs that fill a large GPU about twice
+
+
+class Parts(NamedTuple):
+    """A sum in the making: its parts (splits, ...), float32, or (1, ...) in `dtype`, which is that of the sum."""
+
+    sums: Tensor
+    dtype: torch.dtype
 
 
 @triton.jit
@@ -276,7 +286,7 @@ def _group_sum(
 
 
 @triton.jit
-def _sum_splits(partial, out, size, splits, BLOCK: tl.constexpr):
+def _sum_up(partial, out, size, splits, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     part = partial + at
@@ -284,6 +294,24 @@ def _sum_splits(partial, out, size, splits, BLOCK: tl.constexpr):
         acc += tl.load(part, mask=at < size, other=0.0)
         part += tl.full((), size, tl.int64)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _sum_splits(
+    partial_0, out_0, size_0, splits_0,  # (splits, ...) float32 and its sum (...), of that size, for each program_id(1)
+    partial_1, out_1, size_1, splits_1,  # or None
+    partial_2, out_2, size_2, splits_2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    which = tl.program_id(1)
+    if which == 0:
+        _sum_up(partial_0, out_0, size_0, splits_0, BLOCK)
+    if partial_1 is not None:
+        if which == 1:
+            _sum_up(partial_1, out_1, size_1, splits_1, BLOCK)
+    if partial_2 is not None:
+        if which == 2:
+            _sum_up(partial_2, out_2, size_2, splits_2, BLOCK)
 
 
 def _splits(programs: int, steps: int) -> int:
@@ -357,8 +385,8 @@ def pieces_of_both(dy: Tensor, lora_b: Tensor) -> tuple[Tile, int, int] | None:
 
 def both(
     dy: Tensor, lora_b: Tensor, gate: Tensor, gate_index: Tensor | None, h: Tensor, **tensors: Tensor | None
-) -> Tensor:
-    """-> dB = dY^T (h * gate) (N, R), with dS = dY B turned into what `tensors` asks for, as in `skinny`."""
+) -> Parts:
+    """-> dB = dY^T (h * gate) (N, R) in parts, with dS = dY B turned into what `tensors` asks for, as in `skinny`."""
     cut = pieces_of_both(dy, lora_b)
     if cut is None:
         raise ValueError(f"dY once: no tile for rank {lora_b.shape[1]} in {dy.dtype}; force dy='twice'")
@@ -374,11 +402,11 @@ def both(
     )  # fmt: skip
     if any(t is not None for t in tensors.values()):
         apply_gate(partial_s, gate, gate_index, h=h, **tensors)
-    return _summed(partial_b, lora_b.dtype)
+    return Parts(partial_b, lora_b.dtype)
 
 
-def rank_grad(x: Tensor, s: Tensor, transposed: bool) -> Tensor:
-    """x^T s (N, R) for x (M, N) and s (M, R) dense, or its transpose (R, N)."""
+def rank_grad(x: Tensor, s: Tensor, transposed: bool) -> Parts:
+    """x^T s (N, R) for x (M, N) and s (M, R) dense, or its transpose (R, N), in parts."""
     (rows, columns), rank = x.shape, s.shape[1]
     family = pointer_family(x)
     tile = RANK_GRAD.choice(family, x, rows, columns, rank) or _RANK_GRAD[family]
@@ -393,11 +421,11 @@ def rank_grad(x: Tensor, s: Tensor, transposed: bool) -> Tensor:
         x, s, out, rows, columns, rank, chunk, *x.stride(), *strides, BLOCK_N=tile.rows, BLOCK_R=block,
         BLOCK_M=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return _summed(out, x.dtype)
+    return Parts(out, x.dtype)
 
 
-def group_sum(product: Tensor, gate: Tensor, gate_index: Tensor | None) -> Tensor:
-    """product (M, R) float32 summed over the rows that each row of gate served, in gate's shape and dtype."""
+def group_sum(product: Tensor, gate: Tensor, gate_index: Tensor | None) -> Parts:
+    """product (M, R) float32 summed over the rows that each row of gate served, in gate's shape, in parts."""
     (rows, rank), groups = product.shape, gate.shape[0]
     span = span_of(gate, gate_index, rows)
     grid = triton.cdiv(groups, _GROUPS), triton.cdiv(rank, _GROUP_RANK)
@@ -408,12 +436,22 @@ def group_sum(product: Tensor, gate: Tensor, gate_index: Tensor | None) -> Tenso
         product, gate_index, out, rows, rank, groups, span, splits, BLOCK_G=_GROUPS, BLOCK_R=_GROUP_RANK,
         BLOCK_M=_GROUP_DEPTH,
     )  # fmt: skip
-    return _summed(out, gate.dtype)
+    return Parts(out, gate.dtype)
 
 
-def _summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    if partial.shape[0] == 1:
-        return partial[0].to(dtype)
-    out = partial.new_empty(partial.shape[1:], dtype=dtype)
-    _sum_splits[(triton.cdiv(out.numel(), 1024),)](partial, out, out.numel(), partial.shape[0], BLOCK=1024)
-    return out
+def summed(*found: Parts | None) -> list[Tensor | None]:
+    """Each of at most three results, its parts added up and in its dtype, by one launch for all; None for None."""
+    several = [
+        (p, p.sums.new_empty(p.sums.shape[1:], dtype=p.dtype))
+        for p in found
+        if p is not None and len(p.sums) > 1
+    ]
+    if several:
+        operands = [(p.sums, out, out.numel(), len(p.sums)) for p, out in several]
+        operands += [(None,) * 4] * (3 - len(operands))
+        largest = max(out.numel() for _, out in several)
+        _sum_splits[(triton.cdiv(largest, 1024), len(several))](
+            *(value for of_one in operands for value in of_one), BLOCK=1024
+        )
+    done = {id(p): out for p, out in several}
+    return [None if p is None else done[id(p)] if id(p) in done else p.sums[0].to(p.dtype) for p in found]
