@@ -25,6 +25,7 @@ from clp_kernels.backends import interpreting, is_batch_invariant
 from clp_kernels.decode_step import Completions
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
+from clp_kernels.triton_kernels.launch import cdiv, power_of_2
 
 _KEYS = 64  # at once, of heads of 256 bytes or fewer; of larger ones as many as share the memory of those
 _HEADS = 16  # rows of the smallest matrix product
@@ -266,7 +267,7 @@ def add_norm(
 
 
 def _launch_add_norm(x, y, tokens, embedding, gain_y, gain_n, scale, eps) -> Tensor:
-    (rows, width), block = x.shape, triton.next_power_of_2(x.shape[1])
+    (rows, width), block = x.shape, power_of_2(x.shape[1])
     n = None if gain_n is None else torch.empty_like(x)
     _add_norm[(rows,)](
         x, y, tokens, embedding, gain_y, gain_n, n, width, scale, eps, BLOCK=block, num_warps=min(max(block // 512, 1), 16)
@@ -284,7 +285,7 @@ def rope_and_store(
     gain_q, gain_k = gains or (None, None)
     _rope_and_store[(rows, heads + 2 * kv_heads)](
         q, k, v, keys, values, lengths, prompt_lengths, cos, sin, gain_q, gain_k, heads, kv_heads, room, group, eps,
-        D=size, ROTARY=cos.shape[1], BLOCK=triton.next_power_of_2(size), num_warps=1,
+        D=size, ROTARY=cos.shape[1], BLOCK=power_of_2(size), num_warps=1,
     )  # fmt: skip
 
 
@@ -310,16 +311,16 @@ def attend(
     if pieces > 1:
         partial = q.new_empty((pieces, rows, heads, size), dtype=torch.float32)
         tops, sums = (q.new_empty((pieces, rows, heads), dtype=torch.float32) for _ in range(2))
-    block_d = triton.next_power_of_2(size)
+    block_d = power_of_2(size)
     _attend[(rows, kv_heads, pieces)](
         q, *prompts, *own, lengths, prompt_lengths, partial, tops, sums, rows, kv_heads, width, own[0].shape[2], group, scale,
         softcap, (1 << 62) if window is None else window, pieces, SHARED=shared, D=size,
-        BLOCK_H=max(_HEADS, triton.next_power_of_2(shared)), BLOCK_D=max(16, block_d),
+        BLOCK_H=max(_HEADS, power_of_2(shared)), BLOCK_D=max(16, block_d),
         BLOCK_N=max(16, min(_KEYS, _KEYS * 256 // (block_d * q.element_size()))), num_warps=4, num_stages=2,
     )  # fmt: skip
     if pieces > 1:
         _add_pieces[(rows * heads,)](
-            partial, tops, sums, out, rows * heads, size, PIECES=pieces, BLOCK_P=triton.next_power_of_2(pieces),
+            partial, tops, sums, out, rows * heads, size, PIECES=pieces, BLOCK_P=power_of_2(pieces),
             BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
     return out
@@ -328,7 +329,7 @@ def attend(
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """f(gate) * up, elementwise; activation: "silu" or "gelu_tanh"."""
     out = torch.empty_like(gate)
-    _gated[(triton.cdiv(gate.numel(), 1024),)](
+    _gated[(cdiv(gate.numel(), 1024),)](
         gate, up, out, gate.numel(), SILU=activation == "silu", BLOCK=1024, num_warps=4
     )
     return out
@@ -337,7 +338,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def record(drawn: Tensor, logprob: Tensor, stop_ids: Tensor, into, rows: Tensor | None = None) -> None:
     """As clp_kernels.decode_step.record."""
     n = drawn.shape[0]
-    _record[(triton.cdiv(n, 128),)](
+    _record[(cdiv(n, 128),)](
         drawn, logprob, stop_ids, rows, into.tokens, into.logprobs, into.seeds, into.count, into.limit, into.last, into.seed,
         into.lengths, n, stop_ids.shape[0], into.tokens.shape[1], BLOCK=128, num_warps=4,
     )  # fmt: skip

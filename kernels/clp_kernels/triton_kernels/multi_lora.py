@@ -37,17 +37,17 @@ def _product(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, bias: Tensor | N
     """x w + s b + bias for x (M, K), w (K, N), s (M, R) dense or None, b (R, N)."""
     if not x.shape[0]:
         return x.new_empty((0, w.shape[1]))
-    if _product_way(x, w, s, b) == "fused":
-        return base_product.linear(x, w, s, b, None if bias is None else bias.contiguous())
+    family = base_product.family(x, w, s, b)
+    if _product_way(family, x, w, s, b) == "fused":
+        return base_product.linear(x, w, s, b, None if bias is None else bias.contiguous(), family)
     # The base first: where s is zero, y is the frozen layer's to the last bit.
     y = F.linear(x, w.t(), bias)
     return y if s is None else y.addmm_(s, b)
 
 
-def _product_way(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor) -> str:
-    """ "fused" or "blas"."""
+def _product_way(family: str, x: Tensor, w: Tensor, s: Tensor | None, b: Tensor) -> str:
+    """Whether the product is "fused" or "blas"; family as base_product.family has it."""
     (rows, depth), columns = x.shape, w.shape[1]
-    family = base_product.family(x, w, s, b)
     rank = 0 if s is None else b.shape[0]
     measured = strategy.PRODUCT.choice(family, x, rows, columns, depth, rank)
     return strategy.product(rows, depth, rank, x.dtype, launch.major(x.device), family, measured)
@@ -95,25 +95,30 @@ def forward(
     """As reference.multi_lora.forward."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: K may be 0
     rows, rank = flat.shape[0], lora_a.shape[0]
-    h, scaled = x.new_empty((rows, rank)) if keep_h else x.new_empty(0), None
+    h = x.new_empty((rows, rank)) if keep_h else x.new_empty(0)
     with torch.cuda.device_of(x):
+        w, b = weight.t(), lora_b.t()
         if not (rows and rank):
-            y = _product(flat, weight.t(), None, lora_b.t(), bias)
+            y = _product(flat, w, None, b, bias)
         else:
             scaled = x.new_empty((rows, rank))
             index = None if gate_index is None else gate_index.reshape(-1).contiguous()
-            outputs = {"raw": h if keep_h else None, "scaled": scaled}
-            way = strategy.stream(rows, weight.shape[0], flat.shape[1], x.dtype, x.is_cuda)
-            if way == "side" and _product_way(flat, weight.t(), scaled, lora_b.t()) == "blas":
-                beside, gate = _Beside(x.device, way), gate.contiguous()
-                y = F.linear(flat, weight, bias)
-                with beside():
-                    low_rank.skinny(flat, lora_a, gate, index, **outputs)
-                beside.join()
-                y.addmm_(scaled, lora_b.t())
+            gate = gate.contiguous()
+            family = base_product.family(flat, w, scaled, b)
+            blas = _product_way(family, flat, w, scaled, b) == "blas"
+            # Only a base product by itself leaves something to run beside it.
+            way = strategy.stream(rows, w.shape[1], flat.shape[1], x.dtype, x.is_cuda) if blas else "same"
+            beside = _Beside(x.device, way)
+            y = F.linear(flat, weight, bias) if blas else None
+            with beside():
+                low_rank.skinny(flat, lora_a, gate, index, raw=h if keep_h else None, scaled=scaled)
+            beside.join()
+            if blas:
+                y.addmm_(scaled, b)
             else:
-                low_rank.skinny(flat, lora_a, gate.contiguous(), index, **outputs)
-                y = _product(flat, weight.t(), scaled, lora_b.t(), bias)
+                y = base_product.linear(
+                    flat, w, scaled, b, None if bias is None else bias.contiguous(), family
+                )
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 

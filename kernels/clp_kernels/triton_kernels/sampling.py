@@ -48,6 +48,7 @@ from torch import Tensor
 
 from clp_kernels.backends import interpreting
 from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
+from clp_kernels.triton_kernels.launch import cdiv, power_of_2
 from clp_kernels.triton_kernels.tuning import Tunable
 
 _BINS = 2048
@@ -394,9 +395,9 @@ def sample(
     truncated = cut or m is not None
     blocks = SAMPLE.choice("truncated" if truncated else "whole", logits, vocab)
     if blocks is None:
-        block = min(4096, max(16, triton.next_power_of_2(vocab)))
+        block = min(4096, max(16, power_of_2(vocab)))
         blocks = Blocks(block, 8 if block >= 2048 else 4)
-    block, parts = blocks.block, triton.cdiv(vocab, blocks.block)
+    block, parts = blocks.block, cdiv(vocab, blocks.block)
     groups, unused = max(1, block // _GROUP), _UNUSED[logits.dtype]
     tops, sums, kept = logits.new_empty((3, rows, parts), dtype=torch.float32).unbind()
     maxima = peaks = wholes = state = arrived = histogram = None
@@ -409,15 +410,15 @@ def sample(
             maxima = logits.new_empty((rows, parts * groups), dtype=torch.float32)
     place = vocab, *logits.stride()
     tiles = {"BLOCK": block, "UNUSED": unused, "num_warps": blocks.num_warps}
-    of_parts = {**tiles, "PARTS": triton.next_power_of_2(parts)}
+    of_parts = {**tiles, "PARTS": power_of_2(parts)}
     with torch.cuda.device_of(logits):
         _parts[(rows, parts)](
             logits, t_rows, k_rows, tops, sums, maxima, peaks, wholes, state, arrived, *place, t, k, parts, GROUPS=groups,
-            ALL_GROUPS=triton.next_power_of_2(parts * groups), **of_parts,
+            ALL_GROUPS=power_of_2(parts * groups), **of_parts,
         )  # fmt: skip
         for asked, mass in ((k, False), (p, True)):
             # Each launch cuts 11 bits.
-            for level in range(0 if asked is None else triton.cdiv(32 - unused, 11)):
+            for level in range(0 if asked is None else cdiv(32 - unused, 11)):
                 _count[(rows, parts)](
                     logits, t_rows, k_rows, p_rows, peaks, wholes, state, histogram, arrived, *place, t, k, p, parts,
                     2.0 ** (62 - vocab.bit_length()), FIRST=level == 0, MASS=mass, BINS=_BINS, **tiles,
