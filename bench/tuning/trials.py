@@ -265,7 +265,7 @@ def rank_grad(device: str, family: str, rows: int, columns: int, rank: int, dtyp
     inputs = {"x": ((rows, columns), dtype), "s": ((rows, rank), dtype)}
     return _trial(
         low_rank.RANK_GRAD, family, (rows, columns, rank), device, dtype, inputs,
-        lambda t: {"y": low_rank.rank_grad(t["x"], t["s"], transposed=True)},
+        lambda t: {"y": low_rank.summed(low_rank.rank_grad(t["x"], t["s"], transposed=True))[0]},
         plain_exact((), lambda t: {"y": t["s"].t() @ t["x"]}), low_rank._RANK_GRAD[family],
         estimate=lambda tile: tile_seconds(
             (tile[0], low_rank._rank_block(rank, tile[1]), *tile[2:]), columns, rank, rows, dtype.itemsize, low_rank._splits
@@ -296,7 +296,8 @@ _DY_OUTPUTS = ("d_b", "scaled", "product")
 def both(device: str, family: str, rows: int, n: int, rank: int, dtype: torch.dtype) -> Trial:
     def call(t: Tensors) -> Tensors:
         scaled, product = torch.empty_like(t["h"]), torch.empty_like(t["h"], dtype=torch.float32)
-        d_b = low_rank.both(t["dy"], t["lora_b"], t["gate"], None, t["h"], scaled=scaled, product=product)
+        parts = low_rank.both(t["dy"], t["lora_b"], t["gate"], None, t["h"], scaled=scaled, product=product)
+        [d_b] = low_rank.summed(parts)
         return {"d_b": d_b, "scaled": scaled, "product": product}
 
     return _trial(
@@ -464,7 +465,7 @@ def sample(device: str, family: str, rows: int, vocabulary: int, dtype: torch.dt
         return {"tokens": made[0], "logprob": made[1]}
 
     block = min(4096, max(16, triton.next_power_of_2(vocabulary)))
-    default = (block, min(block, sampling._SELECT_BLOCK), 8 if block >= 2048 else 4)
+    default = (block, 8 if block >= 2048 else 4)
     judge = drawing.case(device, rows, vocabulary, dtype, options=options).judge
     return _trial(
         sampling.SAMPLE, family, (vocabulary,), device, dtype, {"logits": ((rows, vocabulary), dtype, 3.0)}, call, None,
@@ -524,9 +525,12 @@ def multi_lora_product(
 def multi_lora_dy(device: str, family: str, rows: int, n: int, rank: int, dtype: torch.dtype) -> Trial:
     def call(t: Tensors) -> Tensors:
         scaled, product = torch.empty_like(t["h"]), torch.empty_like(t["h"], dtype=torch.float32)
-        d_b = multi_lora._low_rank_gradients(
+        d_b, gated = multi_lora._low_rank_gradients(
             t["dy"], t["lora_b"], t["gate"], None, t["h"], True, scaled, product
         )
+        if gated is not None:
+            d_b = low_rank.rank_grad(t["dy"], gated, transposed=False)
+        [d_b] = low_rank.summed(d_b)
         return {"d_b": d_b, "scaled": scaled, "product": product}
 
     inputs = _dy_inputs(rows, n, rank, dtype)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from clp_kernels import expand_gate, multi_lora_linear
+from clp_kernels.multi_lora import multi_lora_linears
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,17 +83,18 @@ class ConditionedLinear(ConditionedProjection):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._blend.coefficients is None:
             return self.base(x)
-        kept = None if self._blend.factors is None else self._blend.factors.get(self)
-        a, b = kept or (self.lora_a.to(x.dtype), self.lora_b.to(x.dtype))
         return multi_lora_linear(
             x,
             self.weight,
-            a,
-            b,
+            *self._factors(x.dtype),
             self._blend.gate(self.ranks, self.scalings),
             bias=self.bias,
             gate_index=self._blend.index_for(x),
         )
+
+    def _factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = None if self._blend.factors is None else self._blend.factors.get(self)
+        return kept or (self.lora_a.to(dtype), self.lora_b.to(dtype))
 
     def weight_delta(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The blended update of the weight, `sum_i c_i s_i B_i A_i`, (N, K) float32, for coefficients (D,)."""
@@ -106,3 +108,21 @@ class ConditionedLinear(ConditionedProjection):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}"
+
+
+def of_one_input(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """The layers' outputs for x, a row of which is a row of the blend: query, key and value, or gate and up, of a decode step.
+
+    Layers with low-rank factors and one gate are one call, in which each layer's own weight is read where it lies. Otherwise
+    each layer is called.
+    """
+    first = layers[0]
+    one_gate = isinstance(first, ConditionedLinear) and all(
+        isinstance(layer, ConditionedLinear)
+        and (layer.ranks, layer.scalings) == (first.ranks, first.scalings)
+        for layer in layers
+    )
+    if not one_gate or first._blend.coefficients is None or first._blend.index_for(x) is not None:
+        return [layer(x) for layer in layers]
+    each = [(layer.weight, *layer._factors(x.dtype), layer.bias) for layer in layers]
+    return multi_lora_linears(x, each, first._blend.gate(first.ranks, first.scalings))

@@ -9,6 +9,7 @@ constexpr int kTile = 128;      // rows of W (or A) in a unit
 constexpr int kDepth = 64;      // of K in a unit: 128 bytes a row, eight 16-byte chunks
 constexpr int kThreads = 256;   // eight warps, on one tile
 constexpr int kLeastUnits = 4;  // a block has at least: below that, what is exchanged is a large part of what is read
+constexpr int kSumsAlone = 12288;  // floats that a block reads for itself, 48 KB: about what a barrier takes
 
 CLP_BOTH int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -20,16 +21,25 @@ struct Ranges {
 };
 
 // Who does what. Nothing here depends on the number of rows, and nothing about W on the rank: see Bits in the contract.
+// Tiles are those of the first layer, then those of the second, ...
 struct Plan {
   int grid, steps, tiles_w, tiles_a;
-  CLP_BOTH Plan(int n, int k, int rank, int sms)
-      : steps(k > 0 ? divide_up(k, kDepth) : 1), tiles_w(divide_up(n, kTile)), tiles_a(divide_up(rank, kTile)) {
+  CLP_BOTH Plan(int tiles_w, int layers, int k, int rank, int sms)
+      : steps(k > 0 ? divide_up(k, kDepth) : 1), tiles_w(tiles_w), tiles_a(layers * divide_up(rank, kTile)) {
     const int most = tiles_w * steps / kLeastUnits;
     grid = most < 1 ? 1 : most < sms ? most : sms;
+  }
+  CLP_BOTH Plan(const MultiLoraDecode& call, int sms) : Plan(tiles_of(call), call.layers, call.k, call.rank, sms) {}
+  CLP_BOTH static int tiles_of(const MultiLoraDecode& call) {
+    int tiles = 0;
+    for (int i = 0; i < call.layers; ++i) tiles += divide_up(int(call.layer[i].n), kTile);
+    return tiles;
   }
   CLP_BOTH Ranges w() const { return {tiles_w * steps, grid}; }
   CLP_BOTH Ranges a() const { return {tiles_a * steps, tiles_a * steps < grid ? tiles_a * steps : grid}; }
   CLP_BOTH bool shares_tiles() const { return steps > 1 && tiles_w % grid != 0; }
+  // A block has no more than a tile's units, of two tiles at most: everything is exchanged at once, when all was read.
+  CLP_BOTH bool exchanges_once() const { return shares_tiles() && grid > tiles_w; }
   // At most so many blocks have part of one tile of A.
   CLP_BOTH int most_sums() const {
     const int most = tiles_a ? divide_up(a().parts, tiles_a) + 1 : 0;
@@ -39,13 +49,13 @@ struct Plan {
 
 // The workspace; sizes in bytes, each a multiple of 256.
 struct Workspace {
-  int64_t sums, gated, parked;  // sums of h (most_sums, rows, rank) float; s (rows, rank) padded; sums of shared tiles of W
+  int64_t sums, gated, parked;  // sums of h (most_sums, layers, rows, rank) float; s (layers, rows, rank) padded; sums of tiles
   int64_t total;
-  CLP_BOTH Workspace(const Plan& plan, int rows_padded, int rows, int rank) {
+  CLP_BOTH Workspace(const Plan& plan, int rows_padded, int rows, int layers, int rank) {
     const int64_t rank_padded = divide_up(rank, 16) * 16;
     sums = 0;
-    gated = sums + up(int64_t(4) * plan.most_sums() * rows * rank);
-    parked = gated + up(2 * rows_padded * rank_padded);
+    gated = sums + up(int64_t(4) * plan.most_sums() * layers * rows * rank);
+    parked = gated + up(2 * layers * rows_padded * rank_padded);
     total = parked + (plan.shares_tiles() ? int64_t(4) * 2 * plan.grid * kTile * rows_padded : 0);
   }
   CLP_BOTH static int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -71,9 +81,27 @@ struct MultiLoraDecodeKernel {
   const int thread = thread_index(), block = block_index(), lane = thread % 32;
   const int warp_n = thread / 32 % kWarpsN * kBlocksN * 16, warp_m = thread / 32 / kWarpsN * kBlocksM * 8;
   const int rank_padded = divide_up(call.rank, 16) * 16;
-  const Workspace at{plan, kRows, call.rows, call.rank};
+  const Workspace at{plan, kRows, call.rows, call.layers, call.rank};
 
-  CLP_DEVICE MultiLoraDecodeKernel(const MultiLoraDecode& call, int sms) : call(call), plan(call.n, call.k, call.rank, sms) {}
+  CLP_DEVICE MultiLoraDecodeKernel(const MultiLoraDecode& call, int sms) : call(call), plan(call, sms) {}
+
+  // A tile's layer, and its number among that layer's tiles.
+  struct Tile {
+    int layer, number;
+  };
+  CLP_DEVICE Tile tile_w(int tile) const {
+    int layer = 0;
+    for (; layer + 1 < call.layers; ++layer) {
+      const int tiles = divide_up(int(call.layer[layer].n), kTile);
+      if (tile < tiles) break;
+      tile -= tiles;
+    }
+    return {layer, tile};
+  }
+  CLP_DEVICE Tile tile_a(int tile) const {
+    const int tiles = divide_up(call.rank, kTile);
+    return {tile / tiles, tile % tiles};
+  }
 
   CLP_DEVICE float* sums() const { return reinterpret_cast<float*>(static_cast<char*>(call.workspace) + at.sums); }
   CLP_DEVICE uint16_t* gated() const { return reinterpret_cast<uint16_t*>(static_cast<char*>(call.workspace) + at.gated); }
@@ -129,8 +157,10 @@ struct MultiLoraDecodeKernel {
     if (fills < all) {
       const bool is_a = fills < of_a;
       char* const stage = shared_memory() + fills % kStages * kStage;
-      fill_rows<kTile>(stage, is_a ? call.lora_a : call.weight, is_a ? call.stride_a : call.stride_weight, fill.tile * kTile,
-                       is_a ? call.rank : call.n, fill.step);
+      const Tile tile = is_a ? tile_a(fill.tile) : tile_w(fill.tile);
+      const Layer& of = call.layer[tile.layer];
+      fill_rows<kTile>(stage, is_a ? of.lora_a : of.weight, is_a ? of.stride_a : of.stride_weight, tile.number * kTile,
+                       is_a ? call.rank : int(of.n), fill.step);
       fill_rows<kRows>(stage + kStageW, call.x, call.stride_x, 0, call.rows, fill.step);
       ++fills;
       if (++fill.step == plan.steps) ++fill.tile, fill.step = 0;
@@ -188,15 +218,21 @@ struct MultiLoraDecodeKernel {
 
   // ---- h ----
 
+  // The sums of h that the block `part`, of those with part of a tile, has for a layer.
+  CLP_DEVICE float* sums_of(int part, int layer) const {
+    return sums() + (int64_t(part) * call.layers + layer) * call.rows * call.rank;
+  }
+
   CLP_DEVICE void store_sums(const Accumulator& acc, int tile) const {
-    float* const to = sums() + int64_t(block - plan.a().part_of(tile * plan.steps)) * call.rows * call.rank;
+    const Tile of = tile_a(tile);
+    float* const to = sums_of(block - plan.a().part_of(tile * plan.steps), of.layer);
     CLP_UNROLL
     for (int i = 0; i < kBlocksN; ++i)
       CLP_UNROLL
       for (int j = 0; j < kBlocksM; ++j)
         CLP_UNROLL
         for (int e = 0; e < 4; ++e) {
-          const int r = tile * kTile + row_n(i, e), m = row_m(j, e);
+          const int r = of.number * kTile + row_n(i, e), m = row_m(j, e);
           if (r < call.rank && m < call.rows) store_l2(to + int64_t(m) * call.rank + r, acc[i][j][e]);
         }
   }
@@ -213,73 +249,104 @@ struct MultiLoraDecodeKernel {
     return call.gate_is_float ? static_cast<const float*>(call.gate)[i] : widen<T>(static_cast<const uint16_t*>(call.gate)[i]);
   }
 
-  // This block's share of s = (sum of the sums of h) * gate, zeros in the padding. Eight lanes to an element: sums lane, lane
-  // + 8, ...
-  CLP_DEVICE void gate_share() const {
+  // Elements [first, last) of s (layers, rows, rank) = (sum of the sums of h) * gate, zeros in the padding; store(element, s).
+  // Eight lanes to an element: sums lane, lane + 8, ...
+  template <class F>
+  CLP_DEVICE void gate_elements(int first, int last, F&& store) const {
     constexpr int kTogether = kThreads / 8;
-    const Ranges a = plan.a(), shares{kRows * rank_padded, plan.grid};
-    const int last = shares.first(block + 1);
-    for (int start = shares.first(block); start < last; start += kTogether) {
-      const int element = start + thread / 8, m = element / rank_padded, r = element % rank_padded;
+    const Ranges a = plan.a();
+    for (int start = first; start < last; start += kTogether) {
+      const int element = start + thread / 8, row = element / rank_padded, r = element % rank_padded;
+      const int layer = row / kRows, m = row % kRows;
       const bool real = element < last && m < call.rows && r < call.rank;
       float sum = 0;
       if (real) {
-        const int first = r / kTile * plan.steps;
-        const int parts = a.part_of(first + plan.steps - 1) - a.part_of(first) + 1;
-        const float* const from = sums() + int64_t(m) * call.rank + r;
+        const int unit = (layer * divide_up(call.rank, kTile) + r / kTile) * plan.steps;
+        const int parts = a.part_of(unit + plan.steps - 1) - a.part_of(unit) + 1;
+        const float* const from = sums_of(0, layer) + int64_t(m) * call.rank + r;
+        const int64_t apart = int64_t(call.layers) * call.rows * call.rank;
         CLP_UNROLL_BY(4)
-        for (int part = lane % 8; part < parts; part += 8) sum += load_l2(from + int64_t(part) * call.rows * call.rank);
+        for (int part = lane % 8; part < parts; part += 8) sum += load_l2(from + part * apart);
       }
       for (int far = 4; far; far /= 2) sum += shuffle_xor(sum, far);
-      if (lane % 8 == 0 && element < last) store_l2(gated() + element, real ? narrow<T>(sum * gate_of(m, r)) : uint16_t(0));
+      if (lane % 8 == 0 && element < last) store(element, real ? narrow<T>(sum * gate_of(m, r)) : uint16_t(0));
     }
+  }
+  // This block's share of s, to the workspace.
+  CLP_DEVICE void gate_share() const {
+    const Ranges shares{call.layers * kRows * rank_padded, plan.grid};
+    gate_elements(shares.first(block), shares.first(block + 1),
+                  [&](int element, uint16_t s) { store_l2(gated() + element, s); });
+  }
+
+  // Where few sums make up s, each block adds up what it needs, for itself, which spares everybody a barrier.
+  CLP_DEVICE bool gates_alone() const {
+    return call.rows * call.rank * plan.most_sums() <= kSumsAlone && kRows * rank_padded * 2 <= kSharedBytes;
+  }
+  // s of a layer, to shared memory, of which the stream of units has no more need. Every thread of the block.
+  CLP_DEVICE void gate_alone(int layer) const {
+    uint16_t* const to = reinterpret_cast<uint16_t*>(shared_memory());
+    const int first = layer * kRows * rank_padded;
+    sync_threads();  // nobody reads the last unit, or another layer's s
+    gate_elements(first, first + kRows * rank_padded, [&](int element, uint16_t s) { to[element - first] = s; });
+    sync_threads();
   }
 
   // ---- y ----
 
   CLP_DEVICE void prefetch_b(int tile) const {
-    const int n = tile * kTile + thread;
-    if (thread >= kTile || n >= call.n) return;
-    const char* const row = static_cast<const char*>(call.lora_b) + n * call.stride_b * 2;
+    const Tile at = tile_w(tile);
+    const Layer& of = call.layer[at.layer];
+    const int n = at.number * kTile + thread;
+    if (thread >= kTile || n >= of.n) return;
+    const char* const row = static_cast<const char*>(of.lora_b) + n * of.stride_b * 2;
     for (int byte = 0; byte < call.rank * 2; byte += 128) prefetch_l2(row + byte);
   }
 
   // Two neighbours of a row of B, zero outside.
-  CLP_DEVICE uint32_t pair_of_b(int n, int r, bool by_word) const {
-    if (n >= call.n || r >= call.rank) return 0;
-    const uint16_t* const from = static_cast<const uint16_t*>(call.lora_b) + n * call.stride_b + r;
+  CLP_DEVICE uint32_t pair_of_b(const Layer& of, int n, int r, bool by_word) const {
+    if (n >= of.n || r >= call.rank) return 0;
+    const uint16_t* const from = static_cast<const uint16_t*>(of.lora_b) + n * of.stride_b + r;
     if (by_word) return load_constant(reinterpret_cast<const uint32_t*>(from));
     return load_constant(from) | (r + 1 < call.rank ? uint32_t(load_constant(from + 1)) << 16 : 0);
   }
 
-  // y = acc + s B^T + bias, for this block's share of the tile: bit i * kBlocksM + j stands for acc[i][j].
-  CLP_DEVICE void finish(Accumulator& acc, int tile, uint32_t share) const {
-    const bool by_word = (reinterpret_cast<uintptr_t>(call.lora_b) % 4 | call.stride_b % 2 | call.rank % 2) == 0;
+  // y = acc + s B^T + bias, for this block's share of the tile: bit i * kBlocksM + j stands for acc[i][j]. alone: s lies in
+  // shared memory.
+  CLP_DEVICE void finish(Accumulator& acc, Tile tile, uint32_t share, bool alone) const {
+    const Layer& of = call.layer[tile.layer];
+    const int first = tile.number * kTile;
+    const bool by_word = (reinterpret_cast<uintptr_t>(of.lora_b) % 4 | of.stride_b % 2 | call.rank % 2) == 0;
+    const uint16_t* const s_alone = reinterpret_cast<const uint16_t*>(shared_memory());
+    const uint16_t* const s_shared = gated() + int64_t(tile.layer) * kRows * rank_padded;
     for (int r = 0; r < rank_padded; r += 16) {
       uint32_t b[kBlocksN][4];
       CLP_UNROLL
       for (int i = 0; i < kBlocksN; ++i)
         CLP_UNROLL
         for (int e = 0; e < 4; ++e)
-          b[i][e] = pair_of_b(tile * kTile + warp_n + i * 16 + lane / 4 + e % 2 * 8, r + lane % 4 * 2 + e / 2 * 8, by_word);
+          b[i][e] = pair_of_b(of, first + warp_n + i * 16 + lane / 4 + e % 2 * 8, r + lane % 4 * 2 + e / 2 * 8, by_word);
       CLP_UNROLL
       for (int j = 0; j < kBlocksM; ++j) {
-        const uint16_t* const s = gated() + (warp_m + j * 8 + lane / 4) * rank_padded + r + lane % 4 * 2;
-        const uint32_t low = load_l2(reinterpret_cast<const uint32_t*>(s));
-        const uint32_t high = load_l2(reinterpret_cast<const uint32_t*>(s + 8));
+        const int s = (warp_m + j * 8 + lane / 4) * rank_padded + r + lane % 4 * 2;
+        const auto pair = [&](int at) {
+          return alone ? *reinterpret_cast<const uint32_t*>(s_alone + at)
+                       : load_l2(reinterpret_cast<const uint32_t*>(s_shared + at));
+        };
+        const uint32_t low = pair(s), high = pair(s + 8);
         CLP_UNROLL
         for (int i = 0; i < kBlocksN; ++i)
           if (share >> (i * kBlocksM + j) & 1) mma<T>(acc[i][j], b[i], low, high);
       }
     }
-    uint16_t* const y = static_cast<uint16_t*>(call.y);
-    const uint16_t* const bias = static_cast<const uint16_t*>(call.bias);
+    uint16_t* const y = static_cast<uint16_t*>(of.y);
+    const uint16_t* const bias = static_cast<const uint16_t*>(of.bias);
     CLP_UNROLL
     for (int i = 0; i < kBlocksN; ++i)
       CLP_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int n = tile * kTile + row_n(i, half * 2);
-        if (n >= call.n) continue;
+        const int n = first + row_n(i, half * 2);
+        if (n >= of.n) continue;
         const float add = bias ? widen<T>(load_constant(bias + n)) : 0.f;
         CLP_UNROLL
         for (int j = 0; j < kBlocksM; ++j)
@@ -287,7 +354,7 @@ struct MultiLoraDecodeKernel {
           for (int e = half * 2; e < half * 2 + 2; ++e) {
             const int m = row_m(j, e);
             if (m < call.rows && share >> (i * kBlocksM + j) & 1)
-              y[int64_t(m) * call.n + n] = narrow<T>(bias ? acc[i][j][e] + add : acc[i][j][e]);
+              y[int64_t(m) * of.n + n] = narrow<T>(bias ? acc[i][j][e] + add : acc[i][j][e]);
           }
       }
   }
@@ -342,11 +409,12 @@ struct MultiLoraDecodeKernel {
     fill = position(of_a ? a_first : w_first);
     for (int stage = 0; stage < kStages - 1; ++stage) fetch();
 
-    const bool adapters = call.rank > 0;
+    const bool adapters = call.rank > 0, once = plan.exchanges_once(), alone = once && adapters && gates_alone();
+    int gated_layer = -1;  // whose s lies in shared memory
     // Before the end of the first tile that is all this block's, which needs s.
     const int half = of_a + (of_w < steps ? of_w : steps) / 2;
     uint32_t token = 0;
-    bool waiting = adapters, exchanged = false;
+    bool waiting = adapters && !once, exchanged = false;
     int shared_tile = w_first / steps;  // the next that may be
     Accumulator acc;
     for (;;) {
@@ -361,8 +429,8 @@ struct MultiLoraDecodeKernel {
         if (adapters && !is_a) prefetch_b(tile);
         clear(acc);
         while (used < end) {
-          if (adapters && used == of_a) token = grid_arrive();
-          if (adapters && used == half) {
+          if (waiting && used == of_a) token = grid_arrive();
+          if (waiting && used == half) {
             grid_wait(token);
             gate_share();
             token = grid_arrive();
@@ -370,18 +438,22 @@ struct MultiLoraDecodeKernel {
           multiply_next(acc);
         }
         if (is_a) store_sums(acc, tile);
-        else if (!whole) park(acc, slot_of(block, at.step == 0));
-        if (is_a || !whole) continue;
+        else if (once || !whole) park(acc, slot_of(block, at.step == 0));
+        if (is_a || once || !whole) continue;
       } else {
         if (!plan.shares_tiles()) return;
         const int last = (w_first + of_w - 1) / steps;
         for (; shared_tile <= last; ++shared_tile)
-          if (shared_tile * steps < w_first || (shared_tile + 1) * steps > w_first + of_w) break;
+          if (once || shared_tile * steps < w_first || (shared_tile + 1) * steps > w_first + of_w) break;
         if (shared_tile > last && exchanged) return;
         if (!exchanged) {
           if (waiting) grid_wait(token);
           waiting = false, exchanged = true;
           grid_wait(grid_arrive());
+          if (once && adapters && !alone) {
+            gate_share();
+            grid_wait(grid_arrive());
+          }
           if (shared_tile > last) return;
         }
         tile = shared_tile++;
@@ -389,7 +461,9 @@ struct MultiLoraDecodeKernel {
       }
       if (waiting) grid_wait(token);
       waiting = false;
-      finish(acc, tile, share);
+      const Tile of = tile_w(tile);
+      if (alone && share && of.layer != gated_layer) gate_alone(gated_layer = of.layer);
+      finish(acc, of, share, alone);
     }
   }
 };
@@ -401,8 +475,11 @@ CLP_KERNEL(kThreads) multi_lora_decode_kernel(CLP_PARAMETER MultiLoraDecode call
 
 inline bool is_aligned(const MultiLoraDecode& call) {
   const auto fits = [](const void* at, int64_t stride) { return reinterpret_cast<uintptr_t>(at) % 16 == 0 && stride % 8 == 0; };
-  return fits(call.x, call.stride_x) && fits(call.weight, call.stride_weight) &&
-         (!call.rank || fits(call.lora_a, call.stride_a));
+  bool all = fits(call.x, call.stride_x);
+  for (int i = 0; i < call.layers; ++i)
+    all = all && fits(call.layer[i].weight, call.layer[i].stride_weight) &&
+          (!call.rank || fits(call.layer[i].lora_a, call.layer[i].stride_a));
+  return all;
 }
 
 template <int VALUE>
@@ -435,8 +512,10 @@ void with_kernel(const MultiLoraDecode& call, F&& f) {
 }
 
 // Enough for either alignment.
-inline int64_t workspace_bytes(int rows, int n, int k, int rank, int sms) {
-  return Workspace(Plan(n, k, rank, sms), columns_for(rows, false) * 8, rows, rank).total;
+inline int64_t workspace_bytes(int rows, const int64_t* n, int layers, int k, int rank, int sms) {
+  int tiles = 0;
+  for (int i = 0; i < layers; ++i) tiles += divide_up(int(n[i]), kTile);
+  return Workspace(Plan(tiles, layers, k, rank, sms), columns_for(rows, false) * 8, rows, layers, rank).total;
 }
 
 }  // namespace clp::cuda

@@ -18,8 +18,10 @@ inline void check(cudaError_t status, const std::string& what) {
 }
 
 inline std::string describe(const MultiLoraDecode& call) {
-  return "multi_lora_linear (cuda): x (" + std::to_string(call.rows) + ", " + std::to_string(call.k) + "), weight (" +
-         std::to_string(call.n) + ", " + std::to_string(call.k) + "), rank " + std::to_string(call.rank);
+  std::string n;
+  for (int i = 0; i < call.layers; ++i) n += (i ? " + " : "") + std::to_string(call.layer[i].n);
+  return "multi_lora_linear (cuda): x (" + std::to_string(call.rows) + ", " + std::to_string(call.k) + "), weight (" + n + ", " +
+         std::to_string(call.k) + "), rank " + std::to_string(call.rank);
 }
 
 // Once per kernel and device: more than 48 KB of shared memory, and that a block fits. Neither touches a stream, so it may
@@ -47,7 +49,7 @@ void launch(const MultiLoraDecode& call, int sms, cudaStream_t stream) {
     const auto kernel = &multi_lora_decode_kernel<T, decltype(columns)::value, decltype(aligned)::value>;
     prepare<K>(kernel, call);
     void* arguments[] = {const_cast<MultiLoraDecode*>(&call), &sms};
-    const Plan plan(call.n, call.k, call.rank, sms);
+    const Plan plan(call, sms);
     check(cudaLaunchCooperativeKernel(kernel, dim3(plan.grid), dim3(kThreads), arguments, K::kSharedBytes, stream),
           describe(call));
   });

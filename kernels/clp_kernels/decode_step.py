@@ -5,6 +5,7 @@
     rope_and_store  q = rope(norm(q));  keys[row, :, length] = rope(norm(k));  values[row, :, length] = v
     attend          softmax(cap(s q [K_prompt ; K_own]^T)) [V_prompt ; V_own]    K_prompt is read by all rows of its group
     gated           f(gate) * up
+    record          tokens[row, count] = the token drawn;  count += 1;  the row ends at a stop token or at its limit
 
 Triton serves them if it is available (on the CPU as its interpreter, TRITON_INTERPRET=1), otherwise plain torch. The functions
 write into the caller's buffers, have no gradients, and are no operators of torch.library, so that a CUDA graph can capture a
@@ -14,6 +15,7 @@ step that calls them. `clp_kernels.triton_kernels.decode_step` has the precision
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -74,3 +76,37 @@ def attend(
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """f(gate) * up, elementwise; activation: "silu" or "gelu_tanh"."""
     return _served(gate).gated(gate, up, activation)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The tokens of rows that a step draws and reads by itself, at most `room` of each row. All are int64 but the log-probs.
+
+    tokens, seeds (rows, room), logprobs (rows, room) float32: the tokens drawn, the seeds to draw them with, their log-probs.
+    count, limit (rows,): how many were drawn, and how many may be. A row runs while count < limit <= room.
+    last, seed, lengths (rows,): of the next step: the token that it reads, the seed that it draws with, and the tokens read
+        before it.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    seeds: Tensor
+    count: Tensor
+    limit: Tensor
+    last: Tensor
+    seed: Tensor
+    lengths: Tensor
+
+
+def record(
+    drawn: Tensor, logprob: Tensor, stop_ids: Tensor, into: Completions, rows: Tensor | None = None
+) -> None:
+    """Take the tokens drawn (n,) int64 and their log-probs (n,) float32 into the first n rows of `into`, or into `rows` (n,).
+
+    For every row that runs, with c its count:
+        tokens[c], logprobs[c] = drawn, logprob;   lengths = c;   last = max(drawn, 0);   count = c + 1
+        seed = seeds[c + 1], if there is one
+        limit = c + 1 if the token is one of stop_ids (k,), or negative (`sample_tokens` found no finite logit)
+    Rows that do not run stay as they are.
+    """
+    _served(logprob).record(drawn, logprob, stop_ids, into, rows)

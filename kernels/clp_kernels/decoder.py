@@ -287,13 +287,13 @@ class _Rows:
 
 @dataclass
 class Draws:
-    """The buffers and options of `Decoding.write`.
+    """The buffers and options of `Decoding.write`, and of others that draw by themselves.
 
     place, last (n,) int64, one for each row of the batch: the place of the row's next token, and of its last possible token.
     seeds, tokens (S,) int64, logprobs (S,) float32, valid, ended (S,) bool, by place: the seed for drawing a token
         (`sample_tokens`), the token, its log-prob, whether it was drawn, and whether it ended its row.
     stop_ids (k,) int64: tokens that end a row. temperature, top_k, top_p, min_p: as for `sample_tokens`.
-    All tensors are contiguous and on the CPU.
+    All tensors are contiguous; those of `Decoding.write` are on the CPU.
     """
 
     place: Tensor

@@ -45,7 +45,8 @@ _TABLE = {
     "triton": "clp_kernels.triton_kernels.multi_lora",
     "cuda": "clp_kernels.cuda.multi_lora",
 }
-_DECODE_ROWS = 256  # the most rows for the decoding kernel (csrc/cuda/multi_lora_decode.hpp)
+# The most rows, and the most layers, for the decoding kernel (csrc/cuda/multi_lora_decode.hpp).
+_DECODE_ROWS, _DECODE_LAYERS = 256, 3
 
 
 def multi_lora_linear(
@@ -125,6 +126,52 @@ def multi_lora_linear(
     decode = x.is_cuda and _decodes(shape, weight, lora_a, lora_b)
     module = select("multi_lora_linear", _TABLE, x.device, dtype=dtype, decode=decode)
     return module.forward(x, weight, bias, lora_a, lora_b, gate, gate_index, keep_h=False)[0]
+
+
+def multi_lora_linears(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], gate: Tensor
+) -> list[Tensor]:
+    """multi_lora_linear of one x and gate for each layer (weight, lora_a, lora_b, bias), without gradients.
+
+    weight (N_i, K), lora_a (R, K), lora_b (N_i, R), bias (N_i,) or None; K and R are the same for all layers.
+    returns y_i (..., N_i), as `multi_lora_linear` gives them up to the order of their sums
+
+    For a step of decoding, whose query, key and value, or gate and up, share their input: the CUDA back-end computes up to
+    three layers in one launch, from their own weights, of which no stacked copy is made. Other back-ends, and calls that the
+    CUDA decoding kernel does not serve, take a call for each layer. Raises as `multi_lora_linear`.
+    """
+    if _one_launch(x, layers, gate):
+        module = select("multi_lora_linear", _TABLE, x.device, dtype=x.dtype, decode=True)
+        if hasattr(module, "forward_layers"):
+            return module.forward_layers(x, [(w, bias, a, b) for w, a, b, bias in layers], gate, None)
+    return [multi_lora_linear(x, w, a, b, gate, bias=bias) for w, a, b, bias in layers]
+
+
+def _one_launch(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], gate: Tensor
+) -> bool:
+    """Whether these layers are a call of the decoding kernel, of which `multi_lora_linear` would refuse nothing."""
+    rank, depth = layers[0][1].shape[0], x.shape[-1]
+    operands = [t for layer in layers for t in layer if t is not None]
+    return (
+        1 < len(layers) <= _DECODE_LAYERS
+        and x.is_cuda
+        and x.dtype.itemsize == 2
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cuda")
+        and plain_eager(x, gate, *operands)
+        and all(t.dtype is x.dtype and t.device == x.device for t in operands)
+        and gate.dtype in (x.dtype, torch.float32)
+        and gate.device == x.device
+        and gate.shape[1:] == (rank,)
+        and gate_fits(x.shape, gate.shape[0], None)
+        and all(
+            (w.shape[1:], a.shape, b.shape) == ((depth,), (rank, depth), (w.shape[0], rank))
+            and (bias is None or bias.shape == w.shape[:1])
+            and _decodes(x.shape, w, a, b)
+            for w, a, b, bias in layers
+        )
+    )
 
 
 def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate_row: Tensor) -> Tensor:

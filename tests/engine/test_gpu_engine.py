@@ -84,6 +84,18 @@ def test_a_rollout_says_what_it_says_on_a_cpu(name, captured):
     torch.testing.assert_close(drawn.logprobs.cpu(), expected.logprobs, rtol=1e-3, atol=1e-3)
 
 
+def test_a_graph_draws_with_every_option_and_waiting_prompts_join(captured):
+    policy = build_policy("qwen2")
+    sampling = SamplingParams(6, temperature=0.8, top_k=9, top_p=0.9, min_p=0.01)
+    options = {"sampling": sampling, "seed": 2, "max_rows": 3}
+    expected = rollout(policy, PROMPTS, mixed("cpu"), **options)
+    on_gpu(policy)
+    drawn = rollout(policy, PROMPTS, mixed("cuda"), **options)
+    assert captured and drawn.token_lists() == expected.token_lists()
+    torch.testing.assert_close(drawn.logprobs.cpu(), expected.logprobs, rtol=1e-3, atol=1e-3)
+    assert torch.equal(drawn.terminated.cpu(), expected.terminated)
+
+
 def test_graphs_serve_the_rollouts_that_follow_until_parameters_move(captured):
     policy = on_gpu(build_policy("qwen2"))
     options = {"sampling": SamplingParams(5), "seed": 1}

@@ -27,7 +27,7 @@ PLACES = {
     ),
     "mixed": ("interpolated_linear", ("_mixed",), {"BLOCK_M": 0, "BLOCK_N": 1, "BLOCK_K": 2}),
     "blend": ("interpolation", ("_blend",), {"CHUNK": 0, "BLOCK": 1}),
-    "sample": ("sampling", ("_sample",), {"BLOCK": 0, "SELECT_BLOCK": 1}),
+    "sample": ("sampling", ("_parts",), {"BLOCK": 0}),
 }
 
 

@@ -21,19 +21,38 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 GUARD = 256  # elements around every buffer, NaN
 
 
+class Layer(ctypes.Structure):
+    """clp::cuda::Layer."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "lora_a", "lora_b", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("stride_weight", "stride_a", "stride_b", "n")),
+    ]
+
+
 class Call(ctypes.Structure):
     """clp::cuda::MultiLoraDecode."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("x", "weight", "lora_a", "lora_b", "bias", "gate", "gate_index", "y", "workspace")
-        ),
-        *((name, ctypes.c_int64) for name in ("stride_x", "stride_weight", "stride_a", "stride_b")),
-        *((name, ctypes.c_int) for name in ("rows", "n", "k", "rank", "groups")),
+        *((name, ctypes.c_void_p) for name in ("x", "gate", "gate_index", "workspace")),
+        ("stride_x", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("rows", "k", "rank", "groups", "layers")),
         ("gate_is_float", ctypes.c_bool),
         ("index_is_64", ctypes.c_bool),
+        ("layer", Layer * 3),
     ]
+
+    @classmethod
+    def of(cls, *fields):
+        """From the fields in order, the number of layers left out and the fields of each layer at the end."""
+        *first, gate_is_float, index_is_64, layers = fields
+        return cls(
+            *first, len(layers), gate_is_float, index_is_64, (Layer * 3)(*(Layer(*of) for of in layers))
+        )
+
+
+def workspace_bytes(native, rows, columns, k, rank, sms) -> int:
+    return native.workspace(rows, (ctypes.c_int64 * len(columns))(*columns), len(columns), k, rank, sms)
 
 
 def build(*flags: str, patch: dict[str, str] | None = None) -> Path:
@@ -87,56 +106,66 @@ def guarded(tensor: torch.Tensor, row: int = 0, shift: int = 0) -> torch.Tensor:
     return inside if tensor.dim() > 1 else inside[0]
 
 
-def decode(
-    native,
-    x,
-    weight,
-    lora_a,
-    lora_b,
-    gate,
-    bias=None,
-    gate_index=None,
-    *,
-    sms=3,
-    order=0,
-    aligned=True,
-    groups=None,
-) -> torch.Tensor:
-    """y.
+def decode(native, x, weight, lora_a, lora_b, gate, bias=None, gate_index=None, **options) -> torch.Tensor:
+    """y of one layer; options as for `decode_layers`."""
+    return decode_layers(native, x, [(weight, lora_a, lora_b, bias)], gate, gate_index, **options)[0]
+
+
+def decode_layers(
+    native, x, layers, gate, gate_index=None, *, sms=3, order=0, aligned=True, groups=None
+) -> list[torch.Tensor]:
+    """y of each layer (weight, lora_a, lora_b, bias).
 
     groups   the rows that gate is said to have, if fewer than it has
     aligned  the rows of x, weight and lora_a start at multiples of 16 bytes; otherwise where they fall
     """
-    (rows, k), (n, rank) = x.shape, lora_b.shape
+    (rows, k), rank = x.shape, layers[0][1].shape[0]
     groups = gate.shape[0] if groups is None else groups
 
     def placed(tensor):
         # 16 bytes are 8 elements; the allocator's memory is aligned to 64.
         return guarded(tensor, -(-k // 8) * 8) if aligned else guarded(tensor, shift=1)
 
-    x, weight, lora_a = (placed(t) for t in (x, weight, lora_a))
-    lora_b, gate = guarded(lora_b), guarded(gate)
-    bias = None if bias is None else guarded(bias)
-    y = torch.full((rows * n + 2 * GUARD,), torch.nan, dtype=x.dtype)
-    size = native.workspace(rows, n, k, rank, sms)
+    x, gate = placed(x), guarded(gate)
+    layers = [
+        (placed(w), placed(a), guarded(b), None if bias is None else guarded(bias))
+        for w, a, b, bias in layers
+    ]
+    columns = [w.shape[0] for w, *_ in layers]
+    ys = [torch.full((rows * n + 2 * GUARD,), torch.nan, dtype=x.dtype) for n in columns]
+    size = workspace_bytes(native, rows, columns, k, rank, sms)
     workspace = torch.full((size + 512 + 256,), 0xFF, dtype=torch.uint8)  # NaN in any format
     start = -workspace.data_ptr() % 256
-    call = Call(
-        *(0 if t is None else t.data_ptr() for t in (x, weight, lora_a, lora_b, bias, gate, gate_index)),
-        y.data_ptr() + GUARD * 2,
+
+    def address(tensor):
+        return 0 if tensor is None else tensor.data_ptr()
+
+    call = Call.of(
+        *map(address, (x, gate, gate_index)),
         workspace.data_ptr() + start,
-        *(t.stride(0) for t in (x, weight, lora_a, lora_b)),
+        x.stride(0),
         rows,
-        n,
         k,
         rank,
         groups,
         gate.dtype is torch.float32,
         gate_index is not None and gate_index.dtype is torch.int64,
+        [
+            (
+                *map(address, (w, a, b, bias)),
+                y.data_ptr() + GUARD * 2,
+                w.stride(0),
+                a.stride(0),
+                b.stride(0),
+                len(w),
+            )
+            for (w, a, b, bias), y in zip(layers, ys)
+        ],
     )
     native.decode(ctypes.byref(call), DTYPES[x.dtype], sms, order)
-    assert y[:GUARD].isnan().all() and y[-GUARD:].isnan().all(), "written outside of y"
+    for y in ys:
+        assert y[:GUARD].isnan().all() and y[-GUARD:].isnan().all(), "written outside of y"
     assert (workspace[:start] == 0xFF).all() and (workspace[start + size :] == 0xFF).all(), (
         "written outside of the workspace"
     )
-    return y[GUARD:-GUARD].reshape(rows, n)
+    return [y[GUARD:-GUARD].reshape(rows, n) for y, n in zip(ys, columns)]

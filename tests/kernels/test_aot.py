@@ -17,12 +17,12 @@ import clp_kernels.triton_kernels  # noqa: E402
 
 # Each module with aot_specs, and the kernels that it launches; other modules are parts of these.
 MODULES = {
-    "decode_step": {"_add_norm", "_rope_and_store", "_attend", "_add_pieces", "_gated"},
+    "decode_step": {"_add_norm", "_rope_and_store", "_attend", "_add_pieces", "_gated", "_record"},
     "interpolated_linear": {"_mixed"},
     "interpolation": {"_write", "_own", "_blend", "_inner_products", "_add_up", "_sparsify"},
     "multi_lora": {"_skinny", "_linear", "_linear_described", "_rank_grad", "_group_sum", "_skinny_end", "_both",
                    "_sum_splits"},
-    "sampling": {"_sample"},
+    "sampling": {"_parts", "_count", "_kept", "_draw"},
     "token_stats": {"_product", "_product_described", "_linear_forward", "_combine", "_linear_gradient", "_logits_forward",
                     "_logits_gradient"},
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from accuracy import assert_as_accurate
 from clp_kernels import multi_lora_linear, use_backend
 from clp_kernels.backends import select
 from clp_kernels.reference.multi_lora import forward
-from cuda_emulation import Call, build, decode, library
+from cuda_emulation import Call, build, decode, decode_layers, library, workspace_bytes
 
 ROWS = (1, 2, 8, 16, 17, 64, 100, 256)
 
@@ -84,6 +85,34 @@ def test_any_number_of_multiprocessors(native, sms):
     assert_right(decode(native, **t, gate_index=index, sms=sms, order=sms), t, index)
 
 
+@pytest.mark.parametrize("aligned", [True, False], ids=["16-byte loads", "masked"])
+@pytest.mark.parametrize(
+    "rows, rank, sms", [(1, 16, 2), (5, 48, 30), (9, 130, 12), (40, 24, 5), (100, 48, 30), (3, 0, 30)]
+)
+def test_layers_of_one_launch_are_right_each(native, rows, rank, sms, aligned):
+    # One tile and several, blocks with parts of two layers, every way to exchange sums: hidden, at once, each block for itself.
+    made = [inputs(rows, n, 300, rank, groups=rows) for n in (290, 60, 131)]
+    x, gate = made[0]["x"], made[0]["gate"]
+    made[1]["bias"] = None
+    names = ("weight", "lora_a", "lora_b", "bias")
+    for count in (2, 3):
+        layers = [tuple(t[name] for name in names) for t in made[:count]]
+        ys = decode_layers(native, x, layers, gate, sms=sms, order=rows, aligned=aligned)
+        for y, t in zip(ys, made[:count], strict=True):
+            assert_right(y, t | {"x": x, "gate": gate})
+
+
+def test_layers_of_one_launch_have_the_bits_of_any_rows_and_order(native):
+    for sms in (4, 30):
+        made = [cancelling(inputs(70, n, 600, 48, groups=70)) for n in (140, 300)]
+        layers = [(t["weight"], t["lora_a"], t["lora_b"], None) for t in made]
+        x, gate = made[0]["x"], made[0]["gate"]
+        whole = decode_layers(native, x, layers, gate, sms=sms)
+        for rows in (1, 9, 20, 70):
+            ys = decode_layers(native, x[:rows], layers, gate[:rows], sms=sms, order=rows)
+            assert all(torch.equal(y, of_all[:rows]) for y, of_all in zip(ys, whole, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes_and_forms_of_the_gate(native, dtype):
     for gate_dtype in (torch.float32, dtype):
@@ -139,10 +168,11 @@ def test_rounding_of_the_emulation_is_torch_s(native):
         assert torch.equal(bits.to(torch.int16).view(dtype), values.to(dtype))
 
 
-SANITIZED = [  # rows n k rank groups sms aligned: every size of the kernel, tiles shared and not
-    (1, 300, 300, 5, 1, 3, 1), (12, 260, 190, 20, 4, 2, 1), (17, 260, 256, 88, 3, 7, 1), (40, 200, 300, 20, 2, 4, 1),
-    (100, 140, 200, 9, 3, 3, 1), (200, 130, 130, 8, 1, 3, 1), (5, 300, 301, 48, 2, 3, 0), (33, 129, 77, 3, 1, 2, 0),
-    (70, 130, 133, 8, 2, 3, 0), (2, 384, 128, 0, 1, 3, 1),
+SANITIZED = [  # rows n k rank groups sms aligned layers: every size of the kernel, tiles shared and not
+    (1, 300, 300, 5, 1, 3, 1, 1), (12, 260, 190, 20, 4, 2, 1, 1), (17, 260, 256, 88, 3, 7, 1, 1),
+    (40, 200, 300, 20, 2, 4, 1, 1), (100, 140, 200, 9, 3, 3, 1, 1), (200, 130, 130, 8, 1, 3, 1, 1),
+    (5, 300, 301, 48, 2, 3, 0, 1), (33, 129, 77, 3, 1, 2, 0, 1), (70, 130, 133, 8, 2, 3, 0, 1), (2, 384, 128, 0, 1, 3, 1, 1),
+    (3, 260, 600, 20, 2, 20, 1, 3), (40, 200, 600, 130, 2, 20, 1, 2), (12, 260, 190, 20, 4, 3, 1, 3),
 ]  # fmt: skip
 
 
@@ -172,13 +202,26 @@ def test_no_access_outside_of_buffers_and_no_race(kind):
     assert process.stdout.count("worst") == len(SANITIZED)
 
 
+ONE_BLOCK_HAS_SEVERAL_TILES, EXCHANGED_ONCE = (12, 260, 400, 20, 4, 2, 1, 1), (40, 260, 400, 130, 4, 20, 1, 1)
+GATED_ALONE = (3, 260, 400, 20, 3, 20, 1, 2)
 MISTAKES = {
     "no barrier before a stage is read": {"sync_threads();  // the unit": "// the unit"},
     "waits for one copy too few": {"copy_wait<kStages - 2>();": "copy_wait<kStages - 1>();"},
     "h is read before all of it is there": {
         "            grid_wait(token);\n            gate_share();": "            gate_share();"
     },
-    "shared tiles are read before they are there": {"          grid_wait(grid_arrive());\n": ""},
+    "shared tiles are read before they are there": {
+        "exchanged = true;\n          grid_wait(grid_arrive());\n": "exchanged = true;\n"
+    },
+    "shares of s are read before they are there": {
+        "            gate_share();\n            grid_wait(grid_arrive());\n": "            gate_share();\n"
+    },
+    "another layer's s is written over": {
+        "    sync_threads();  // nobody reads the last unit, or another layer's s\n": ""
+    },
+    "a block's own s is read before it is there": {
+        "to[element - first] = s; });\n    sync_threads();": "to[element - first] = s; });"
+    },
     "a stage is filled too early": {
         "    sync_threads();  // the unit is there, and nobody still reads the stage that is filled next\n    fetch();":
         "    fetch();\n    sync_threads();"
@@ -189,7 +232,8 @@ MISTAKES = {
 @pytest.mark.check
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_in_the_kernel_are_noticed(mistake):
-    process = run_sanitized(sanitized("thread", patch=MISTAKES[mistake]), [(12, 260, 400, 20, 4, 2, 1)])
+    cases = [ONE_BLOCK_HAS_SEVERAL_TILES, EXCHANGED_ONCE, GATED_ALONE]
+    process = run_sanitized(sanitized("thread", patch=MISTAKES[mistake]), cases)
     assert process.returncode != 0
     assert "data race" in process.stderr or "expected" in process.stdout or "waits for ever" in process.stderr
 
@@ -259,9 +303,10 @@ def test_what_python_hands_to_the_kernel(native, monkeypatch):
     def launch(*arguments):
         *fields, dtype, device, sms, stream = arguments
         assert (device, sms, stream) == (None, 3, 17)
-        native.decode(ctypes.byref(Call(*fields)), dtype, sms, 0)
+        native.decode(ctypes.byref(Call.of(*fields)), dtype, sms, 0)
 
-    stub = SimpleNamespace(multi_lora_decode=launch, multi_lora_decode_workspace=native.workspace)
+    workspace = functools.partial(workspace_bytes, native)
+    stub = SimpleNamespace(multi_lora_decode=launch, multi_lora_decode_workspace=workspace)
     monkeypatch.setattr(cuda, "_native", stub)
     monkeypatch.setattr(cuda, "_properties", lambda index: (9, 0, 3, 227 * 1024))
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
@@ -289,6 +334,16 @@ def test_what_python_hands_to_the_kernel(native, monkeypatch):
             )
             assert y.is_contiguous()
             assert_right(y, tensors, index)
+        others = [
+            (torch.randn(n, 90).to(dtype), None, t["lora_a"], torch.randn(n, 12).to(dtype)) for n in (40, 1)
+        ]
+        layers = [(wide["weight"], wide["bias"], wide["lora_a"], wide["lora_b"]), *others]
+        ys = cuda.forward_layers(wide["x"].reshape(4, 3, 90), layers, wide["gate"], torch.arange(12) % 3)
+        for y, (weight, bias, a, b) in zip(ys, layers, strict=True):
+            given = dict(
+                x=wide["x"].reshape(4, 3, 90), weight=weight, bias=bias, lora_a=a, lora_b=b, gate=wide["gate"]
+            )
+            assert_right(y, given, torch.arange(12) % 3)
         assert cuda.forward(x[:0], t["weight"], None, t["lora_a"], t["lora_b"], t["gate"][:0], None)[
             0
         ].shape == (0, 1, 140)
@@ -342,6 +397,30 @@ def test_gpu_is_accurate(on_gpu, rows, dtype):
             assert_right(call(t, index), t, index)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [(896, 128, 128), (4864, 4864), (3584, 512, 512)], ids=str)
+def test_gpu_layers_of_one_launch_are_right_each(on_gpu, columns, monkeypatch):
+    depth = 3584 if 3584 in columns else 896
+    made = [inputs(64, n, depth, 48, groups=64, device="cuda") for n in columns]
+    for t in made:
+        t |= {"x": made[0]["x"], "gate": made[0]["gate"], "weight": t["weight"] / depth**0.5}
+    launched = []
+    forward_layers = clp_kernels.cuda.multi_lora.forward_layers
+    monkeypatch.setattr(
+        clp_kernels.cuda.multi_lora,
+        "forward_layers",
+        lambda *call: launched.append(1) or forward_layers(*call),
+    )
+    layers = [tuple(t[name] for name in ("weight", "lora_a", "lora_b", "bias")) for t in made]
+    for rows in (1, 8, 64):
+        x, gate = made[0]["x"][:rows], made[0]["gate"][:rows]
+        with torch.no_grad():
+            ys = clp_kernels.multi_lora.multi_lora_linears(x, layers, gate)
+        for y, t in zip(ys, made, strict=True):
+            assert_right(y, t | {"x": x, "gate": gate})
+    assert len(launched) == 3
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from later import later
 
 pytest.importorskip("triton")
 
+from clp_kernels.reference import decode_step as reference  # noqa: E402
 from clp_kernels.triton_kernels import decode_step, launch  # noqa: E402
 
 pytestmark = [
@@ -146,3 +147,33 @@ def test_gated(backend, dtype, activation):
     function = F.silu if activation == "silu" else lambda x: F.gelu(x, approximate="tanh")
     exact, plain = both(lambda g, u: function(g) * u, gate, up)
     assert_as_accurate(decode_step.gated(gate, up, activation), plain.to(dtype), exact)
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["the first rows", "some rows"])
+def test_record(backend, some):
+    """Rows that run, that end by a stop token, by their limit, by no token at all, and that have ended before."""
+    rows, room = 9, 5
+
+    def fresh():
+        count = torch.tensor([0, 1, 4, 2, 3, 2, 5, 0, 1])
+        limit = torch.tensor([5, 2, 5, 2, 5, 5, 5, 0, 4])
+        tokens = torch.arange(rows * room).view(rows, room)
+        made = [tokens.clone(), tokens / 7, tokens * 11, count, limit]
+        return decode_step.Completions(*made, *(torch.arange(rows) + 100 * i for i in range(3)))
+
+    drawn, logprob = torch.tensor([40, 41, 42, 43, 7, -1, 44, 45, 46]), torch.linspace(-3, -1, rows)
+    chosen = torch.tensor([8, 0, 4, 3]) if some else None
+    n = 4 if some else rows
+    given = drawn[:n], logprob[:n], torch.tensor([3, 7, 42])
+    found, expected = fresh(), fresh()
+    decode_step.record(*given, found, chosen)
+    reference.record(*given, expected, chosen)
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(found, name), value), name
+    if not some:
+        assert expected.count.tolist() == [1, 2, 5, 2, 4, 3, 5, 0, 2]
+        assert expected.limit.tolist() == [5, 2, 5, 2, 4, 3, 5, 0, 4]
+        assert expected.last.tolist() == [40, 41, 42, 3, 7, 0, 6, 7, 46]
+        assert expected.lengths.tolist() == [0, 1, 4, 203, 3, 2, 206, 207, 1]
+        assert expected.seed.tolist() == [11, 77, 102, 103, 264, 308, 106, 107, 462]
+        assert expected.tokens[4].tolist() == [20, 21, 22, 7, 24]

@@ -447,3 +447,16 @@ def test_expand_gate_is_differentiable():
 def test_expand_gate_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         expand_gate(*arguments)
+
+
+def test_several_layers_of_one_input_are_each_what_multi_lora_linear_gives(backend):
+    tensors = [inputs((3, 5), n=n, ranks=(8, 4), groups=3) for n in (45, 7)]
+    x, gate = tensors[0]["x"], tensors[0]["gate"]
+    layers = [(t["weight"], t["lora_a"], t["lora_b"], t["bias"]) for t in tensors]
+    layers[1] = (*layers[1][:3], None)
+    with torch.no_grad():
+        ys = clp_kernels.multi_lora.multi_lora_linears(x, layers, gate)
+    for y, (weight, a, b, bias) in zip(ys, layers, strict=True):
+        assert torch.equal(y, multi_lora_linear(x, weight, a, b, gate, bias=bias))
+    with pytest.raises(ValueError, match="gate is"):
+        clp_kernels.multi_lora.multi_lora_linears(x, layers, gate[:, 1:])

@@ -1,5 +1,8 @@
 """multi_lora_linear's Triton back-end: each way of doing its products is right, and rows do not feel their batch."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accuracy import TRITON_DTYPES, TRITON_HALVES
@@ -9,7 +12,7 @@ from test_multi_lora import assert_right, call, inputs, run
 
 pytest.importorskip("triton")
 
-from clp_kernels.triton_kernels import base_product, launch, low_rank  # noqa: E402
+from clp_kernels.triton_kernels import base_product, launch, low_rank, multi_lora  # noqa: E402
 from clp_kernels.triton_kernels import multi_lora_strategy as strategy  # noqa: E402
 
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -153,3 +156,101 @@ def test_forcing_nests_and_checks(backend):
             pass
     with strategy.force(dy="once"), pytest.raises(ValueError, match="no tile for rank 88"):
         run(inputs(), torch.randn(37, 45), TRAINED)
+
+
+@pytest.mark.parametrize(
+    "product, dy", [("fused", "once"), ("fused", "twice"), ("blas", "once"), ("blas", "twice")]
+)
+def test_the_environment_forces_every_pair_for_a_process(backend, product, dy, monkeypatch):
+    monkeypatch.setenv(strategy.SWITCH, f"{product},{dy}")
+    both = calls_of(monkeypatch, low_rank, "both")
+    fused = calls_of(monkeypatch, base_product, "linear")
+    assert_right(inputs((40,), k=64, n=48, ranks=(16,), dtype=torch.float32), wanted=TRAINED)
+    assert bool(both) == (dy == "once") and bool(fused) == (product == "fused")
+    with strategy.force(
+        product="fused" if product == "blas" else "blas"
+    ):  # inside a block, `force` comes first
+        assert strategy.product(1, 1, 1, torch.float32, 9, "plain") != product
+        assert strategy.dy(1, True, 1, 1, 1, 1, torch.float32) == dy
+
+
+def test_a_switch_that_says_nothing_known_or_two_things_at_once_is_an_error(backend, monkeypatch):
+    for value in ("cublas", "fused,blas", "once,once"):
+        monkeypatch.setenv(strategy.SWITCH, value)
+        with pytest.raises(ValueError, match=f"{strategy.SWITCH}={value}: expected one of each pair"):
+            strategy.product(1, 1, 1, torch.float32, 9, "plain")
+    monkeypatch.setenv(strategy.SWITCH, " side , ")
+    assert strategy.stream(1, 1, 1, torch.float32, True) == "side"
+    assert strategy.stream(1, 1, 1, torch.float32, False) == "same"  # there are no streams on a CPU
+
+
+def test_long_products_have_a_stream_beside_them(backend):
+    def chosen(rows, side, dtype=torch.bfloat16):
+        return strategy.stream(rows, side, side, dtype, True)
+
+    assert chosen(8192, 4096) == chosen(2048, 4096) == "side" and chosen(8192, 896) == "same"
+    assert chosen(2048, 1024, torch.float32) == "side" != chosen(2048, 1024)
+
+
+@pytest.mark.parametrize("product, dy", [("fused", "once"), ("blas", "twice")])
+def test_what_dx_does_not_need_runs_beside_it_and_is_waited_for(backend, product, dy, monkeypatch):
+    log = []
+
+    def noted(what, result=None):
+        return lambda *_: log.append(what) or result
+
+    main = SimpleNamespace(record_event=noted("fork", "event"), wait_stream=noted("join"))
+    side = SimpleNamespace(wait_event=noted("side waits"), device=torch.device("cpu"))
+
+    @contextlib.contextmanager
+    def on(stream):
+        assert stream is side
+        log.append("beside:")
+        yield
+        log.append(".")
+
+    monkeypatch.setattr(multi_lora, "_side_stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    launches = launches_of(monkeypatch, log)
+    monkeypatch.setattr(strategy, "stream", lambda *_: "side")
+    tensors, index = inputs((96,), k=64, n=48, ranks=(16,), groups=4), torch.arange(96) % 4
+    with strategy.force(product=product, dy=dy):
+        assert_right(tensors, wanted=TRAINED, gate_index=index)
+        log.clear()
+        run(tensors, torch.randn(96, 48), TRAINED, index)
+    assert launches is log
+    waits = ["side waits", "beside:"]
+    if product == "blas":
+        assert log == ["fork", *waits, "_skinny", ".", "join", "_skinny", "fork", *waits, "_rank_grad", "_rank_grad",
+                       "_group_sum", ".", "join"]  # fmt: skip
+    else:
+        assert log == ["_skinny", "_linear", "_both", "_skinny_end", "fork", "_linear", *waits, "_rank_grad", "_group_sum",
+                       "_sum_splits", ".", "join"]  # fmt: skip
+
+
+def launches_of(monkeypatch, log):
+    """The names of the kernels launched from now on, in `log`."""
+    from triton.runtime import interpreter
+
+    launched = interpreter.GridExecutor.__call__
+    monkeypatch.setattr(
+        interpreter.GridExecutor,
+        "__call__",
+        lambda self, *args, **kwargs: log.append(self.fn.__name__) or launched(self, *args, **kwargs),
+    )
+    return log
+
+
+def test_a_layer_of_training_has_nine_launches(backend, monkeypatch):
+    """Contractions cut as on a GPU. `_group_sum` is the gradient of the gate, which only a trained blend needs."""
+    monkeypatch.setattr(low_rank, "_splits", lambda programs, steps: 2)
+    tensors, index = (
+        inputs((256,), k=144, n=128, ranks=(16,), groups=4, dtype=torch.float16),
+        torch.arange(256) % 4,
+    )
+    log = launches_of(monkeypatch, [])
+    with strategy.force(product="fused", dy="once"):
+        run(tensors, torch.randn(256, 128).half(), TRAINED, index)
+    assert log == ["_skinny", "_skinny_end", "_linear_described", "_both", "_skinny_end", "_linear_described", "_rank_grad",
+                   "_group_sum", "_sum_splits"]  # fmt: skip

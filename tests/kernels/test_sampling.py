@@ -152,6 +152,55 @@ def test_masked_and_extreme_logits(backend):
     assert (tokens == 7).all() and (logprob == 0).all()
 
 
+# Logits that a threshold is hard to find in: all in one bin, ties, both signs of zero, the whole range of the floats.
+HARD = {
+    "equal": lambda: torch.full((8, 500), 0.7),
+    "steps": lambda: torch.randn(8, 500).round(),
+    "near zero": lambda: torch.randn(8, 500) * 1e-33,  # Triton's interpreter reads subnormal numbers of bfloat16 wrongly
+    "zeros of both signs": lambda: torch.tensor([0.0, -0.0, -1.0, 1e-30]).repeat(8, 125),
+    "wide": lambda: torch.randn(8, 500).sign() * 10.0 ** torch.empty(8, 500).uniform_(-30, 37),
+    "negative": lambda: -100.0 - torch.rand(8, 500),
+    "neighbours": lambda: (torch.full((8, 500), 8.0).view(torch.int32) + torch.randint(0, 9, (8, 500))).view(torch.float32),
+    "masked": lambda: torch.randn(8, 500).masked_fill(torch.rand(8, 500) < 0.9, -torch.inf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 7}, {"top_k": 400}, {"top_p": 0.6}, {"top_k": 300, "top_p": 0.9}], ids=str
+)
+@pytest.mark.parametrize("kind", ["steps", *later(*sorted(set(HARD) - {"steps"}))])
+def test_thresholds_are_exact(backend, kind, options):
+    logits, seeds = HARD[kind](), torch.arange(8) * 7919
+    for dtype in (torch.float32, torch.bfloat16):
+        given = logits.to(dtype)
+        tokens, _ = sample_tokens(given, seeds=seeds, **options)
+        expected, _ = draw("reference", given.float(), seeds=seeds, **options)
+        assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("options", [OPTIONS[name] for name in ("plain", "greedy", "min_p", "all")], ids=str)
+def test_however_the_vocabulary_is_cut(backend, options):
+    from clp_kernels.triton_kernels import tuning
+
+    logits, seeds = torch.randn(6, 700) * 3, torch.arange(6) + 5
+    logits[1, 400:] = -torch.inf  # parts without any weight, in front and behind
+    logits[2, :300] = -torch.inf
+    logits[3] = logits[3].round()
+    logits[4, 333] = torch.nan
+    expected, expected_logprob = draw(
+        "reference", logits[[0, 1, 2, 3, 5]], seeds=seeds[[0, 1, 2, 3, 5]], **options
+    )
+    for block in (32, 256):
+        with tuning.force("sample", "whole", (block, 1)), tuning.force("sample", "truncated", (block, 1)):
+            out = torch.empty(6, dtype=torch.int64), torch.empty(6)
+            with pytest.raises(ValueError, match=r"logits\[4\] is not finite"):
+                sample_tokens(logits, seeds=seeds, out=out, **options)
+        tokens, logprob = (t[[0, 1, 2, 3, 5]] for t in out)
+        assert torch.equal(tokens, expected) and out[0][4] == -1 and out[1][4].isnan()
+        torch.testing.assert_close(logprob, expected_logprob, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.check
 def test_ties_at_the_threshold_are_all_kept(backend):
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]).repeat(60, 1)

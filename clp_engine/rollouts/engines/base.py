@@ -18,8 +18,10 @@ from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.rollouts.rows import Rows
 from clp_engine.rollouts.types import OWN_ENGINE, Rollout, RolloutRequest
 
-# Steps between two checks for ended rows, if a check makes the host wait for the device.
-_LOOK_EVERY = 8
+
+def steps_between_looks(device: torch.device) -> int:
+    """Steps between two checks for ended rows: several if a check makes the host wait for the device."""
+    return 1 if device.type == "cpu" else 8
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class StepDecoder(Protocol):
     """The logits of every row's next token, one token at a time. Prompts join, and rows leave when they have ended.
 
     drop_share: the share of rows that must have ended before dropping them pays; 0 if dropping is free.
-    write: None, or a function that draws by itself, from logits (n, V) for the rows of `draws`. It stops when all rows have
-        ended or, if prompts wait, when there is a place for one. It returns (indices of the rows left, their logits).
+    write: None, or a function that draws by itself for the rows of `draws`, from logits (m, V) of the last m rows: the first
+        n - m have drawn what they read next. It stops when all rows have ended, if prompts wait when there is a place for
+        one, or when it pays to be called again. It returns (indices of the rows left, logits of the last of them, as above).
     """
 
     drop_share: float
@@ -100,7 +103,7 @@ class Stepwise:
     def _draw(self, decoder: StepDecoder, rows: Rows, prompts: int, group: int) -> None:
         """Draw every completion of every prompt. Waiting prompts join as places become free."""
         device = rows.running.device
-        every = 1 if device.type == "cpu" else _LOOK_EVERY
+        every = steps_between_looks(device)
         logits, waiting = None, 0  # waiting: the first prompt that has not joined
         left = 0  # steps after which all present rows have reached their length limit
         while True:
@@ -115,7 +118,7 @@ class Stepwise:
                 draws = rows.draws()
                 going_on, logits = decoder.write(logits, draws, waiting < prompts)
                 rows.drawn_by(draws, going_on)
-                if len(logits) == 0 and waiting == prompts:
+                if len(going_on) == 0 and waiting == prompts:
                     return
                 continue
             drawn = rows.draw(logits)

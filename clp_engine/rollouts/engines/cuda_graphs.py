@@ -1,4 +1,11 @@
-"""Decoding by CUDA graphs over fixed slots: on a GPU a decode step is one launch.
+"""Decoding by CUDA graphs over fixed slots: on a GPU a decode step, the draw of its tokens included, is one launch.
+
+    step of a graph     logits of the last tokens; the next tokens, log-probs, ends, lengths and seeds (`slots.Slots.written`)
+
+Beside the model's own launches a step has three (two to draw, one to record; more with top_k, top_p or min_p). The host looks
+every few steps which rows run. Drawing outside the graph took some twelve launches and as many tensor operations a token, and a
+copy of all logits (39 MB a token for 64 rows of 152,064 in bfloat16, 9 us at 4.3 TB/s by count). Rows that a stop string may
+end are drawn outside still, as their text is read on the host.
 
 Graphs and their buffers (`slots`) outlive the rollout. A graph is captured again after a parameter has moved. Work that other
 threads launch during a capture (a reward on the GPU) does not break it. A capture that fails is tried once more. If that fails,
@@ -14,7 +21,9 @@ import weakref
 from collections.abc import Iterator
 
 import torch
+from clp_kernels import decode_step, sample_tokens
 from clp_kernels.backends import forced_backend
+from clp_kernels.decoder import Draws
 from clp_kernels.launch_errors import launch_errors
 from torch import nn
 
@@ -22,7 +31,7 @@ from clp_engine.models.backbones.causal import CausalBackbone
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.rollouts.engines import fused_step, llama_weights, trials
-from clp_engine.rollouts.engines.base import DecoderRequest
+from clp_engine.rollouts.engines.base import DecoderRequest, steps_between_looks
 from clp_engine.rollouts.engines.fused_step import FusedStep
 from clp_engine.rollouts.engines.slots import NAME, Slots, Step, in_force, round_up
 from clp_engine.rollouts.engines.trials import Unsupported
@@ -102,7 +111,6 @@ class GraphDecoder:
     """
 
     drop_share = 0.25  # dropping rows moves groups, and may require the capture of another graph
-    write = None
 
     def __init__(self, request: DecoderRequest, fused: FusedStep | None = None):
         self._request, self._model, self._group, self._fused = request, request.model, request.group, fused
@@ -111,8 +119,13 @@ class GraphDecoder:
         with torch.no_grad():
             self._slots.convert(self._model.layers)
         self._taken = [0] * self._slots.count  # running rows in each slot
-        # The place of each running row in the slots' buffers.
+        # The place of each running row in the slots' buffers, and of its first token among those of all rows.
         self._rows = torch.empty(0, dtype=torch.long, device=self._model.device)
+        self._first = self._rows
+        self._options: tuple[str, ...] | None = None  # of a step that draws, those in use
+        self._left = 0  # steps after which every row has ended
+        self._slots.use_graphs(None)
+        self._slots.written.limit.zero_()
 
     @property
     def places(self) -> int:
@@ -144,12 +157,69 @@ class GraphDecoder:
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         s = self._slots
-        used = max((i + 1 for i, rows in enumerate(self._taken) if rows), default=1)
-        count = next(b for b in s.buckets if b >= used)
         s.tokens[self._rows, 0] = tokens
-        logits = self._run(count)[self._rows]
+        logits = self._run(self._bucket(self._used()))[self._rows]
         s.lengths[self._rows] += 1
         return logits
+
+    def write(
+        self, logits: torch.Tensor, draws: Draws, others_wait: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `base.StepDecoder`. The rows left have drawn a token that they have not read, so that they have no logits.
+
+        It pays to return when other prompts could have a slot, or when the slots in use fit in a smaller bucket.
+        """
+        s = self._slots
+        self._options = s.set_sampling(draws)
+        s.use_graphs(self._options)
+        if joined := len(logits):
+            new = slice(len(self._rows) - joined, None)
+            self._first = torch.cat([self._first, draws.place[new]])
+            s.begin(self._rows[new], draws, new)
+            self._draw(logits, self._rows[new])
+            self._left = self._request.room - 1
+        every = steps_between_looks(s.device)
+        while True:
+            running = (s.written.count < s.written.limit)[self._rows]
+            rows, runs = torch.stack(
+                [self._rows, running.long()]
+            ).tolist()  # the host waits for the device here
+            used = {row // self._group for row, going_on in zip(rows, runs) if going_on}
+            if (
+                not used
+                or self._bucket(len(used)) < self._bucket(self._used())
+                or others_wait
+                and len(used) < s.count
+            ):
+                break
+            for _ in range(max(1, min(every, self._left))):
+                self._run(self._bucket(self._used()))
+            self._left -= every
+        return self._without_ended(running, draws), logits[:0]
+
+    def _draw(self, logits: torch.Tensor, rows: torch.Tensor | slice) -> None:
+        """Draw a token of these rows from logits (n, V), and record it. rows: their places, or the slice of the first n."""
+        s = self._slots
+        options = {name: s.options[name][rows] for name in self._options}
+        drawn = sample_tokens(logits, seeds=s.written.seed[rows], **options)
+        decode_step.record(*drawn, s.stop_ids, s.written, None if isinstance(rows, slice) else rows)
+
+    def _without_ended(self, runs: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Deliver the tokens of rows that have ended, and continue without them. Returns the indices of the others."""
+        s, ended, left = self._slots, (~runs).nonzero()[:, 0], runs.nonzero()[:, 0]
+        s.deliver(self._rows[ended], draws, self._first[ended])
+        draws.place = self._first[left] + s.written.count[self._rows[left]]
+        draws.last = draws.last[left]
+        self._first = self._first[left]
+        self.keep(left)
+        return left
+
+    def _used(self) -> int:
+        """The number of slots, from the first, that hold all running rows."""
+        return max((i + 1 for i, rows in enumerate(self._taken) if rows), default=1)
+
+    def _bucket(self, used: int) -> int:
+        return next(b for b in self._slots.buckets if b >= used)
 
     def keep(self, rows: torch.Tensor) -> None:
         self._rows = self._rows[rows]
@@ -179,7 +249,7 @@ class GraphDecoder:
         if s.device.type == "cuda" and count not in s.graphs and count not in self._uncaptured:
             self._try_capture(count)
         if count not in s.graphs:
-            return self._forward(count)
+            return self._whole(count)
         graph, logits = s.graphs[count]
         graph.replay()
         return logits
@@ -201,17 +271,30 @@ class GraphDecoder:
         self._uncaptured.add(count)
 
     def _capture(self, count: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        # A step writes the same keys and values to the same places however often it runs.
+        # A step writes the same keys and values to the same places however often it runs. What it draws is drawn again.
+        w = self._slots.written
+        moving = [(t, t.clone()) for t in (w.count, w.limit, w.last, w.seed, w.lengths)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._forward(count)
-        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self._whole(count)
+        finally:  # also for the step that runs without a graph, if this one fails
+            torch.cuda.current_stream().wait_stream(side)
+            for buffer, before in moving:
+                buffer.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self._forward(count)
+            logits = self._whole(count)
         return graph, logits
+
+    def _whole(self, count: int) -> torch.Tensor:
+        """What a graph holds: the logits (count * group, V), and if rows draw by themselves the draw from them."""
+        logits = self._forward(count)
+        if self._options is not None:
+            self._draw(logits, slice(0, count * self._group))
+        return logits
 
     def compared(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `step`, with (logits of the fused step, logits of transformers' modules)."""
@@ -259,5 +342,6 @@ def _slots_for(request: DecoderRequest) -> Slots:
     if slots is None or not slots.fits(at_once, width, group, room) or slots.device != model.device:
         slots = _SLOTS[model] = Slots(at_once, width, group, room, model.device, model.deltas)
     if slots.parameters != addresses:
-        slots.parameters, slots.factors, slots.graphs = addresses, {}, {}
+        slots.parameters, slots.factors = addresses, {}
+        slots.forget_graphs()
     return slots

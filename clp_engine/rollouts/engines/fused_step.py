@@ -1,9 +1,11 @@
 """A decode step over slots with few launches: the model's own linear layers, and one kernel for each operation between them.
 
-Over the same slots, transformers' modules take about fifty launches a layer (counted for Qwen2). This step takes twelve: seven
-products, two norms with the residual before them, rotary embeddings with the cache, attention, and the gated activation
-(`clp_kernels.decode_step`). One more launch is needed if there are so few rows that their keys are split. Small launches
-dominate a decode step on a GPU once its products run at the bandwidth of their weights.
+Over the same slots, transformers' modules take about fifty launches a layer (counted for Qwen2). This step takes nine with the
+CUDA kernels: four of products (query, key and value in one, gate and up in one, `clp_kernels.multi_lora.multi_lora_linears`),
+two norms with the residual before them, rotary embeddings with the cache, attention, and the gated activation
+(`clp_kernels.decode_step`). Without the CUDA kernels, or without a blend, the products are seven. One more launch is needed if
+there are so few rows that their keys are split. Small launches dominate a decode step on a GPU once its products run at the
+bandwidth of their weights.
 
 The step serves the models that `llama_weights` reads, with weights of one dtype, if Triton is available. It is tried before its
 use: random tokens through it and through transformers' modules must give the same logits (`cuda_graphs.plan`).
@@ -20,6 +22,7 @@ from clp_kernels.decoder import DecoderLayer, DecoderWeights
 from torch import nn
 
 from clp_engine.models.conditioned import ConditionedModel
+from clp_engine.models.low_rank_layers import of_one_input
 from clp_engine.rollouts.engines import llama_weights
 from clp_engine.rollouts.engines.slots import Step
 from clp_engine.rollouts.engines.trials import Unsupported
@@ -62,17 +65,16 @@ def logits(model: ConditionedModel, made: FusedStep, step: Step) -> torch.Tensor
     group, lengths, before = slots.group, slots.lengths[:rows], slots.prompt_lengths[: step.count]
     tables = slots.rope(model)
 
-    def linear(i: int, name: str, x: torch.Tensor) -> torch.Tensor:
+    def linears(i: int, names: tuple[str, ...], x: torch.Tensor) -> list[torch.Tensor]:
         # x takes the shape of sequences of one token, since a conditioned layer looks up its rows by that shape.
-        return made.modules[i, name](x.unsqueeze(1)).squeeze(1)
+        return [y.squeeze(1) for y in of_one_input([made.modules[i, name] for name in names], x.unsqueeze(1))]
 
     first = w.layers[0]
     x, n = decode_step.embed(
         slots.tokens[:rows, 0], w.embedding, w.embedding_scale, first.norm_attention, w.eps
     )
     for i, layer in enumerate(w.layers):
-        q = linear(i, "q", n).view(rows, w.heads, w.head_dim)
-        k, v = (linear(i, name, n).view(rows, w.kv_heads, w.head_dim) for name in "kv")
+        q, k, v = (y.view(rows, -1, w.head_dim) for y in linears(i, ("q", "k", "v"), n))
         (keys, values), gains = slots.own[i], _gains(layer)
         decode_step.rope_and_store(
             q, k, v, keys, values, lengths, before, *tables[layer.rope], gains, group, w.eps
@@ -89,11 +91,12 @@ def logits(model: ConditionedModel, made: FusedStep, step: Step) -> torch.Tensor
             w.attention_softcap,
             layer.window,
         )
-        y = linear(i, "o", attended.view(rows, -1))
+        [y] = linears(i, ("o",), attended.view(rows, -1))
         n = decode_step.add_norm(x, y, layer.norm_attended, layer.norm_mlp, w.residual_scale, w.eps)
-        hidden = decode_step.gated(linear(i, "gate", n), linear(i, "up", n), w.activation)
+        hidden = decode_step.gated(*linears(i, ("gate", "up"), n), w.activation)
+        [y] = linears(i, ("down",), hidden)
         after = w.layers[i + 1].norm_attention if i + 1 < len(w.layers) else w.norm
-        n = decode_step.add_norm(x, linear(i, "down", hidden), layer.norm_out, after, w.residual_scale, w.eps)
+        n = decode_step.add_norm(x, y, layer.norm_out, after, w.residual_scale, w.eps)
     return model.backbone.head.logits(n)
 
 

@@ -8,6 +8,9 @@ Prompts enter free slots and leave them. A step always runs over the first slots
 The rows of a group are one matrix product with their prompt's keys, which are therefore read once per group and token. Buckets
 are powers of two, and the room for prompts and completions is a multiple of ROUND tokens, so that a few graphs serve a whole
 run. Factors are converted to the model's dtype once per rollout, and a graph reads the converted copies.
+
+Rows that draw by themselves keep their tokens, log-probs, seeds, ends and sampling options in buffers, too (`written`,
+`options`), so that a graph holds the draw as well as the step: the host neither sees a token nor copies a logit.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
+from clp_kernels.decode_step import Completions
+from clp_kernels.decoder import Draws
 from transformers import AttentionInterface
 
 from clp_engine.models.conditioned import ConditionedModel
@@ -40,6 +45,9 @@ class Slots:
     prompt_lengths: (count,), filled positions of each prompt. lengths: (count * group,), filled positions of each row.
     coefficients: (count * group, D), the blend, zero without one.
     factors: by layer, its low-rank factors in the model's dtype, if they are stored in another.
+    written: the tokens that rows have drawn; a row without a prompt has a limit of 0. stop_ids: (k,), tokens that end a row.
+    options: (count * group,) each, the sampling options of every row.
+    graphs: by the number of slots, what was captured of the kind of step in force (`use_graphs`).
     """
 
     count: int
@@ -61,6 +69,58 @@ class Slots:
         self.lengths = torch.zeros(rows, dtype=torch.long, **like)
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, **like)
         self.coefficients = torch.zeros(rows, self.deltas, **like)
+        self.written = Completions(
+            torch.zeros(rows, self.room, dtype=torch.long, **like),
+            torch.zeros(rows, self.room, **like),
+            torch.zeros(rows, self.room, dtype=torch.long, **like),
+            *(torch.zeros(rows, dtype=torch.long, **like) for _ in range(2)),
+            self.tokens[:, 0],
+            torch.zeros(rows, dtype=torch.long, **like),
+            self.lengths,
+        )
+        self.stop_ids = torch.empty(0, dtype=torch.long, **like)
+        self.options = {name: torch.ones(rows, **like) for name in ("temperature", "top_p", "min_p")}
+        self.options["top_k"] = torch.zeros(rows, dtype=torch.long, **like)
+        self._graphs: dict[tuple | None, dict] = {None: self.graphs}
+
+    def use_graphs(self, kind: tuple | None) -> None:
+        """`graphs` are those of steps of this kind from now on."""
+        self.graphs = self._graphs.setdefault(kind, {})
+
+    def forget_graphs(self) -> None:
+        for graphs in self._graphs.values():
+            graphs.clear()
+
+    def set_sampling(self, draws: Draws) -> tuple[str, ...]:
+        """Take the sampling options and stop tokens of `draws` for all rows. Returns the names of the options in use."""
+        for name, buffer in self.options.items():
+            buffer.fill_(getattr(draws, name))
+        if self.stop_ids.shape != draws.stop_ids.shape:
+            self.stop_ids = draws.stop_ids.clone()
+            self.forget_graphs()
+        self.stop_ids.copy_(draws.stop_ids)
+        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        return "temperature", *(name for name, unused in off.items() if getattr(draws, name) != unused)
+
+    def begin(self, rows: torch.Tensor, draws: Draws, which: slice) -> None:
+        """These rows (n,) have drawn nothing, and have the seeds and limits of the rows `which` of `draws`."""
+        w, place, last = self.written, draws.place[which], draws.last[which]
+        steps = place.unsqueeze(1) + torch.arange(self.room, device=self.device)
+        w.seeds[rows] = draws.seeds[steps.minimum(last.unsqueeze(1))]
+        w.seed[rows] = draws.seeds[place]
+        w.count[rows], w.limit[rows] = torch.zeros_like(place), last - place + 1
+
+    def deliver(self, rows: torch.Tensor, draws: Draws, first: torch.Tensor) -> None:
+        """Write what these rows (n,) have drawn to its places in `draws`; first (n,): the place of a row's first token."""
+        w = self.written
+        # Beyond a row's tokens the last of them once more, so that nothing depends on their number.
+        at = torch.arange(self.room, device=self.device).minimum(w.count[rows].unsqueeze(1) - 1)
+        place = (first.unsqueeze(1) + at).flatten()
+        tokens, logprobs = (t[rows].gather(1, at).flatten() for t in (w.tokens, w.logprobs))
+        draws.tokens.index_copy_(0, place, tokens)
+        draws.logprobs.index_copy_(0, place, logprobs)
+        draws.ended.index_copy_(0, place, (tokens.unsqueeze(1) == draws.stop_ids).any(1))
+        draws.valid.index_fill_(0, place, True)
 
     def fits(self, count: int, width: int, group: int, room: int) -> bool:
         return self.count >= count and self.width >= width and self.group == group and self.room >= room
@@ -110,8 +170,11 @@ class Slots:
         for buffers in self.own.values():
             for buffer in buffers:
                 buffer[there] = buffer[rows]
-        for buffer in (self.lengths, self.tokens, self.coefficients):
+        w = self.written
+        of_rows = (self.tokens, w.tokens, w.logprobs, w.seeds, w.count, w.limit, w.seed)
+        for buffer in (self.lengths, self.coefficients, *of_rows):
             buffer[there] = buffer[rows]
+        w.limit[rows] = 0
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""multi_lora_linear for decoding: up to 256 rows, no gradients, one launch (csrc/cuda/multi_lora_decode.hpp).
+"""multi_lora_linear for decoding: up to 256 rows, no gradients, one launch (csrc/cuda/multi_lora_decode.hpp), of several layers
+with one input where there are such (`multi_lora_linears`).
 
 Training calls, and everything else that this kernel does not take, are Triton's. There is no backward here: a
 call that needs one is not one of decoding, and `unsupported` refuses it.
@@ -7,6 +8,8 @@ call that needs one is not one of decoding, and `unsupported` refuses it.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +49,7 @@ def _properties(index: int | None) -> tuple[int, int, int, int]:
 
 # A decoding loop has a few shapes, again and again.
 @functools.lru_cache(4096)
-def _workspace(rows: int, columns: int, depth: int, rank: int, sms: int) -> int:
+def _workspace(rows: int, columns: tuple[int, ...], depth: int, rank: int, sms: int) -> int:
     return _native.multi_lora_decode_workspace(rows, columns, depth, rank, sms)
 
 
@@ -62,46 +65,61 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As reference.multi_lora.forward without keep_h. Allocates y and a workspace, before the launch."""
     assert not keep_h, "the decode kernel keeps nothing for a backward pass"
-    (columns, depth), rank = weight.shape, lora_a.shape[0]
-    flat = x if x.dim() == 2 else x.reshape(-1, depth)
+    return forward_layers(x, [(weight, bias, lora_a, lora_b)], gate, gate_index)[0], x.new_empty(0)
+
+
+def forward_layers(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],
+    gate: Tensor,
+    gate_index: Tensor | None,
+) -> list[Tensor]:
+    """y of each layer (weight, bias, lora_a, lora_b), of one depth and rank, in one launch of at most three layers."""
+    depth, rank = x.shape[-1], layers[0][2].shape[0]
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), depth)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     rows = flat.shape[0]
     gate = gate.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
+    layers = [(w, None if bias is None else bias.contiguous(), a, b) for w, bias, a, b in layers]
     if gate_index is not None:
         gate_index = gate_index.reshape(-1).contiguous()
     with torch.cuda.device_of(x):
         sms = _properties(x.device.index)[2]
-        y = x.new_empty((rows, columns))
+        columns = tuple(w.shape[0] for w, *_ in layers)
+        ys = [x.new_empty((rows, n)) for n in columns]
         workspace = torch.empty(
             _workspace(rows, columns, depth, rank, sms), dtype=torch.uint8, device=x.device
         )
         _native.multi_lora_decode(
             flat.data_ptr(),
-            weight.data_ptr(),
-            lora_a.data_ptr(),
-            lora_b.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
             gate.data_ptr(),
             0 if gate_index is None else gate_index.data_ptr(),
-            y.data_ptr(),
             workspace.data_ptr(),
             flat.stride(0),
-            weight.stride(0),
-            lora_a.stride(0),
-            lora_b.stride(0),
             rows,
-            columns,
             depth,
             rank,
             gate.shape[0],
             gate.dtype is torch.float32,
             gate_index is not None and gate_index.dtype is torch.int64,
+            [
+                (
+                    w.data_ptr(),
+                    a.data_ptr(),
+                    b.data_ptr(),
+                    0 if bias is None else bias.data_ptr(),
+                    y.data_ptr(),
+                    w.stride(0),
+                    a.stride(0),
+                    b.stride(0),
+                    n,
+                )
+                for (w, bias, a, b), y, n in zip(layers, ys, columns)
+            ],
             _DTYPES[x.dtype],
             x.device.index,
             sms,
             torch.cuda.current_stream().cuda_stream,
         )
-    return y.view(*x.shape[:-1], columns), x.new_empty(0)
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]

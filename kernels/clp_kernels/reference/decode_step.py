@@ -85,3 +85,19 @@ def attend(
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     function = F.silu if activation == "silu" else lambda x: F.gelu(x, approximate="tanh")
     return (function(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def record(drawn: Tensor, logprob: Tensor, stop_ids: Tensor, into, rows: Tensor | None = None) -> None:
+    rows = torch.arange(len(drawn), device=drawn.device) if rows is None else rows
+    count, limit, last_place = into.count[rows], into.limit[rows], into.tokens.shape[1] - 1
+    runs = count < limit
+    at, after = count.clamp(max=last_place), count + runs
+    ends = (drawn.unsqueeze(1) == stop_ids).any(1) | (drawn < 0)
+    for buffer, new in ((into.tokens, drawn), (into.logprobs, logprob)):
+        buffer[rows, at] = torch.where(runs, new, buffer[rows, at])
+    into.limit[rows] = torch.where(runs & ends, after, limit)
+    into.last[rows] = torch.where(runs, drawn.clamp_min(0), into.last[rows])
+    into.lengths[rows] = torch.where(runs, count, into.lengths[rows])
+    next_seed = into.seeds[rows, after.clamp(max=last_place)]
+    into.seed[rows] = torch.where(runs & (after <= last_place), next_seed, into.seed[rows])
+    into.count[rows] = after

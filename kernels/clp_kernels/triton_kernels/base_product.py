@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clp_kernels.backends import is_batch_invariant
 from clp_kernels.triton_kernels import launch
-from clp_kernels.triton_kernels.launch import SLICE, Tile, _halves, descriptor
+from clp_kernels.triton_kernels.launch import SLICE, Tile, _halves, cdiv, descriptor, power_of_2
 from clp_kernels.triton_kernels.tuning import Tunable, counted
 
 # (largest number of rows, tile), first that fits. Few rows are a question of bandwidth, so narrow column tiles (many
@@ -176,8 +176,8 @@ def _described_tile(x: Tensor, columns: int, transposed: bool) -> Tile:
         return tile or _DESCRIBED[0]
 
     def time(tile: Tile) -> float:
-        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-        waves = triton.cdiv(tiles, launch.multiprocessors(x.device))
+        tiles = cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
+        waves = cdiv(tiles, launch.multiprocessors(x.device))
         return waves * tile.columns / (1.0 if tile is _DESCRIBED[0] else _NARROW)
 
     return min(_DESCRIBED, key=time)
@@ -192,19 +192,21 @@ def family(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor) -> str:
     return "tma" if fits and not few and launch.describable(x, w, *low_rank) else launch.family(x, w)
 
 
-def linear(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, bias: Tensor | None) -> Tensor:
-    """x w + s b + bias for x (M, K), w (K, N), s (M, R) dense or None, b (R, N), bias (N,) dense or None."""
+def linear(
+    x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, bias: Tensor | None, kind: str | None = None
+) -> Tensor:
+    """x w + s b + bias for x (M, K), w (K, N), s (M, R) dense or None, b (R, N), bias (N,) dense or None; kind: of `family`."""
     (rows, depth), columns = x.shape, w.shape[1]
     y = x.new_empty((rows, columns))
-    kind = family(x, w, s, b)
+    kind = kind or family(x, w, s, b)
     if kind == "tma":
         _launch_described(x, w, s, b, bias, y)
         return y
     tile = LINEAR.choice(kind, x, counted(rows), columns, depth) or next(
         t for most, t in _TILES[kind] if most is None or (rows <= most and not is_batch_invariant())
     )
-    rank_block = min(max(16, triton.next_power_of_2(b.shape[0])), 64, tile.depth)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    rank_block = min(max(16, power_of_2(b.shape[0])), 64, tile.depth)
+    grid = (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),)
     _linear[grid](
         x, w, s, b, bias, y, rows, columns, depth, b.shape[0], *x.stride(), *w.stride(), *b.stride(),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, BLOCK_R=rank_block, GROUP_M=8,
@@ -225,7 +227,7 @@ def _launch_described(
             return descriptor(matrix.t(), tile.columns, tile.depth)
         return descriptor(matrix, tile.depth, tile.columns)
 
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    tiles = cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
     programs = min(tiles, launch.multiprocessors(x.device))
     _linear_described[(programs,)](
         descriptor(x, tile.rows, tile.depth), right(w),

@@ -5,6 +5,7 @@ them, rotary embeddings with the cache, attention over a prompt's keys and a row
     rope_and_store  q = rope(norm(q));  keys[row, :, length] = rope(norm(k));  values[row, :, length] = v
     attend          softmax(cap(s q [K_prompt ; K_own]^T)) [V_prompt ; V_own]    K_prompt is read by all rows of its group
     gated           f(gate) * up
+    record          what a row has drawn, its end, and what its next step reads
 
 Sums, norms and softmax in float32, results rounded once. A step is bound by the bandwidth of its products: what is here moves
 a few rows and the cache, and is a question of launches. `attend` cuts a row's keys into pieces where rows and key heads are
@@ -21,8 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.backends import interpreting, is_batch_invariant
+from clp_kernels.decode_step import Completions
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.aot import AotSpec, recorded
+from clp_kernels.triton_kernels.launch import cdiv, power_of_2
 
 _KEYS = 64  # at once, of heads of 256 bytes or fewer; of larger ones as many as share the memory of those
 _HEADS = 16  # rows of the smallest matrix product
@@ -216,6 +219,38 @@ def _gated(gate, up, out, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + at, (f * u).to(out.dtype.element_ty), mask=at < size)
 
 
+@triton.jit
+def _record(
+    drawn, logprob,  # (n,) int64, float32
+    stop_ids,  # (stops,) int64
+    rows,  # (n,) int64, or None: the first n
+    tokens, logprobs, seeds,  # (rows, room)
+    count, limit, last, seed, lengths,  # (rows,)
+    n, stops, room, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    row = i
+    if rows is not None:
+        row = tl.load(rows + i, mask=inside, other=0)
+    before, end = tl.load(count + row, mask=inside, other=0), tl.load(limit + row, mask=inside, other=0)
+    runs = inside & (before < end)
+    token = tl.load(drawn + i, mask=inside, other=0)
+    ends = token < 0
+    for stop in range(stops):
+        ends = ends | (token == tl.load(stop_ids + stop))
+    after = before + 1
+    at = row * room + before
+    tl.store(tokens + at, token, mask=runs)
+    tl.store(logprobs + at, tl.load(logprob + i, mask=inside, other=0.0), mask=runs)
+    tl.store(limit + row, after, mask=runs & ends)
+    tl.store(last + row, tl.maximum(token, 0), mask=runs)
+    tl.store(lengths + row, before, mask=runs)
+    more = runs & (after < room)
+    tl.store(seed + row, tl.load(seeds + at + 1, mask=more, other=0), mask=more)
+    tl.store(count + row, after, mask=runs)
+
+
 def embed(
     tokens: Tensor, embedding: Tensor, scale: float, gain: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -232,7 +267,7 @@ def add_norm(
 
 
 def _launch_add_norm(x, y, tokens, embedding, gain_y, gain_n, scale, eps) -> Tensor:
-    (rows, width), block = x.shape, triton.next_power_of_2(x.shape[1])
+    (rows, width), block = x.shape, power_of_2(x.shape[1])
     n = None if gain_n is None else torch.empty_like(x)
     _add_norm[(rows,)](
         x, y, tokens, embedding, gain_y, gain_n, n, width, scale, eps, BLOCK=block, num_warps=min(max(block // 512, 1), 16)
@@ -250,7 +285,7 @@ def rope_and_store(
     gain_q, gain_k = gains or (None, None)
     _rope_and_store[(rows, heads + 2 * kv_heads)](
         q, k, v, keys, values, lengths, prompt_lengths, cos, sin, gain_q, gain_k, heads, kv_heads, room, group, eps,
-        D=size, ROTARY=cos.shape[1], BLOCK=triton.next_power_of_2(size), num_warps=1,
+        D=size, ROTARY=cos.shape[1], BLOCK=power_of_2(size), num_warps=1,
     )  # fmt: skip
 
 
@@ -276,16 +311,16 @@ def attend(
     if pieces > 1:
         partial = q.new_empty((pieces, rows, heads, size), dtype=torch.float32)
         tops, sums = (q.new_empty((pieces, rows, heads), dtype=torch.float32) for _ in range(2))
-    block_d = triton.next_power_of_2(size)
+    block_d = power_of_2(size)
     _attend[(rows, kv_heads, pieces)](
         q, *prompts, *own, lengths, prompt_lengths, partial, tops, sums, rows, kv_heads, width, own[0].shape[2], group, scale,
         softcap, (1 << 62) if window is None else window, pieces, SHARED=shared, D=size,
-        BLOCK_H=max(_HEADS, triton.next_power_of_2(shared)), BLOCK_D=max(16, block_d),
+        BLOCK_H=max(_HEADS, power_of_2(shared)), BLOCK_D=max(16, block_d),
         BLOCK_N=max(16, min(_KEYS, _KEYS * 256 // (block_d * q.element_size()))), num_warps=4, num_stages=2,
     )  # fmt: skip
     if pieces > 1:
         _add_pieces[(rows * heads,)](
-            partial, tops, sums, out, rows * heads, size, PIECES=pieces, BLOCK_P=triton.next_power_of_2(pieces),
+            partial, tops, sums, out, rows * heads, size, PIECES=pieces, BLOCK_P=power_of_2(pieces),
             BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
     return out
@@ -294,10 +329,19 @@ def attend(
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """f(gate) * up, elementwise; activation: "silu" or "gelu_tanh"."""
     out = torch.empty_like(gate)
-    _gated[(triton.cdiv(gate.numel(), 1024),)](
+    _gated[(cdiv(gate.numel(), 1024),)](
         gate, up, out, gate.numel(), SILU=activation == "silu", BLOCK=1024, num_warps=4
     )
     return out
+
+
+def record(drawn: Tensor, logprob: Tensor, stop_ids: Tensor, into, rows: Tensor | None = None) -> None:
+    """As clp_kernels.decode_step.record."""
+    n = drawn.shape[0]
+    _record[(cdiv(n, 128),)](
+        drawn, logprob, stop_ids, rows, into.tokens, into.logprobs, into.seeds, into.count, into.limit, into.last, into.seed,
+        into.lengths, n, stop_ids.shape[0], into.tokens.shape[1], BLOCK=128, num_warps=4,
+    )  # fmt: skip
 
 
 def aot_specs() -> Iterator[AotSpec]:
@@ -321,6 +365,15 @@ def aot_specs() -> Iterator[AotSpec]:
             cached = [make(prompts, kv_heads, 256, size) for _ in range(2)]
             attend(
                 q, cached, own, lengths, before, group, 0.1, 30.0 if whole else None, 64 if whole else None
+            )
+            room = [make(rows, 128, dtype=d) for d in (torch.int64, torch.float32, torch.int64)]
+            into = Completions(*room, *(make(rows, dtype=torch.int64) for _ in range(5)))
+            record(
+                tokens,
+                make(rows, dtype=torch.float32),
+                make(2, dtype=torch.int64),
+                into,
+                tokens if whole else None,
             )
             for activation in ("silu", "gelu_tanh"):
                 gated(make(rows, 4 * hidden), make(rows, 4 * hidden), activation)

@@ -14,10 +14,13 @@ of its column tiles reads dY again from L2 in any case, under a product that is 
 of dX, so that it has to be there before.
 
 Contractions that are long where the output is small are split over the grid into float32 partial sums, added in order by
-a second launch. Inside `batch_invariant()` those over K and N are not split, and have one tile for any number of rows.
+a second launch: one for dA, dB and d_gate together (`summed`). Inside `batch_invariant()` those over K and N are not split,
+and have one tile for any number of rows.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from clp_kernels.backends import is_batch_invariant
 from clp_kernels.triton_kernels import launch
-from clp_kernels.triton_kernels.launch import Tile
+from clp_kernels.triton_kernels.launch import Tile, cdiv, power_of_2
 from clp_kernels.triton_kernels.tuning import Tunable, counted
 
 # (largest number of rows, tile), first that fits; columns is the largest block of the rank.
@@ -84,6 +87,13 @@ RANK_GRAD = Tunable(
 )  # fmt: skip
 _GROUPS, _GROUP_RANK, _GROUP_DEPTH = 16, 32, 64
 _FILL = 256  # programs that fill a large GPU about twice
+
+
+class Parts(NamedTuple):
+    """A sum in the making: its parts (splits, ...), float32, or (1, ...) in `dtype`, which is that of the sum."""
+
+    sums: Tensor
+    dtype: torch.dtype
 
 
 @triton.jit
@@ -276,7 +286,7 @@ def _group_sum(
 
 
 @triton.jit
-def _sum_splits(partial, out, size, splits, BLOCK: tl.constexpr):
+def _sum_up(partial, out, size, splits, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     part = partial + at
@@ -286,9 +296,27 @@ def _sum_splits(partial, out, size, splits, BLOCK: tl.constexpr):
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=at < size)
 
 
+@triton.jit
+def _sum_splits(
+    partial_0, out_0, size_0, splits_0,  # (splits, ...) float32 and its sum (...), of that size, for each program_id(1)
+    partial_1, out_1, size_1, splits_1,  # or None
+    partial_2, out_2, size_2, splits_2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    which = tl.program_id(1)
+    if which == 0:
+        _sum_up(partial_0, out_0, size_0, splits_0, BLOCK)
+    if partial_1 is not None:
+        if which == 1:
+            _sum_up(partial_1, out_1, size_1, splits_1, BLOCK)
+    if partial_2 is not None:
+        if which == 2:
+            _sum_up(partial_2, out_2, size_2, splits_2, BLOCK)
+
+
 def _splits(programs: int, steps: int) -> int:
     """Into how many parts a contraction of `steps` tile depths is cut: enough to fill the GPU, each four steps or more."""
-    return max(1, min(triton.cdiv(_FILL, programs), steps // 4))
+    return max(1, min(cdiv(_FILL, programs), steps // 4))
 
 
 def span_of(gate: Tensor, gate_index: Tensor | None, rows: int) -> int:
@@ -303,7 +331,7 @@ def pointer_family(*operands: Tensor) -> str:
 
 def _rank_block(rank: int, largest: int) -> int:
     """All of the rank where it fits: each block of it reads the long operand again."""
-    return min(max(16, triton.next_power_of_2(rank)), largest)
+    return min(max(16, power_of_2(rank)), largest)
 
 
 def skinny(x: Tensor, a: Tensor, gate: Tensor, gate_index: Tensor | None, **tensors: Tensor | None) -> None:
@@ -316,10 +344,12 @@ def skinny(x: Tensor, a: Tensor, gate: Tensor, gate_index: Tensor | None, **tens
         t for most, t in _SKINNY[family] if most is None or (rows <= most and not invariant)
     )
     block = _rank_block(rank, tile.columns)
-    grid = triton.cdiv(rows, tile.rows), triton.cdiv(rank, block)
-    splits = 1 if invariant else _splits(grid[0] * grid[1], triton.cdiv(depth, tile.depth))
-    chunk = triton.cdiv(triton.cdiv(depth, splits), tile.depth) * tile.depth
-    splits = triton.cdiv(depth, chunk)
+    grid = cdiv(rows, tile.rows), cdiv(rank, block)
+    # One wave has enough loads in flight; a cut contraction writes and reads 8 R bytes a row and cut, in a launch more.
+    whole = invariant or 4 * grid[0] * grid[1] >= 3 * launch.multiprocessors(x.device)
+    splits = 1 if whole else _splits(grid[0] * grid[1], cdiv(depth, tile.depth))
+    chunk = cdiv(cdiv(depth, splits), tile.depth) * tile.depth
+    splits = cdiv(depth, chunk)
     partial = x.new_empty((splits, rows, rank), dtype=torch.float32) if splits > 1 else None
     outputs = [tensors.get(name) for name in ("h", "raw", "scaled", "gated", "product")]
     _skinny[(*grid, splits)](
@@ -335,7 +365,7 @@ def apply_gate(partial: Tensor, gate: Tensor, gate_index: Tensor | None, **tenso
     """The sum of partial (splits, M, R) over its first dimension, and from it what `tensors` asks for, as in `skinny`."""
     splits, rows, rank = partial.shape
     outputs = [tensors.get(name) for name in ("h", "raw", "scaled", "gated", "product")]
-    _skinny_end[(triton.cdiv(rows, 64), triton.cdiv(rank, 32))](
+    _skinny_end[(cdiv(rows, 64), cdiv(rank, 32))](
         partial, gate, gate_index, *outputs, rows, rank, gate.shape[0], span_of(gate, gate_index, rows), splits,
         BLOCK_M=64, BLOCK_R=32,
     )  # fmt: skip
@@ -349,22 +379,22 @@ def pieces_of_both(dy: Tensor, lora_b: Tensor) -> tuple[Tile, int, int] | None:
         tile = next((t for most, t in _BOTH.get(family, ()) if rank <= most), None)
     if tile is None:
         return None
-    blocks = triton.cdiv(dy.shape[1], tile.columns)
-    pieces = min(triton.cdiv(_FILL // 2, blocks), triton.cdiv(dy.shape[0], tile.rows))
-    piece = triton.cdiv(triton.cdiv(dy.shape[0], pieces), tile.rows) * tile.rows
-    return tile, blocks, triton.cdiv(dy.shape[0], piece)
+    blocks = cdiv(dy.shape[1], tile.columns)
+    pieces = min(cdiv(_FILL // 2, blocks), cdiv(dy.shape[0], tile.rows))
+    piece = cdiv(cdiv(dy.shape[0], pieces), tile.rows) * tile.rows
+    return tile, blocks, cdiv(dy.shape[0], piece)
 
 
 def both(
     dy: Tensor, lora_b: Tensor, gate: Tensor, gate_index: Tensor | None, h: Tensor, **tensors: Tensor | None
-) -> Tensor:
-    """-> dB = dY^T (h * gate) (N, R), with dS = dY B turned into what `tensors` asks for, as in `skinny`."""
+) -> Parts:
+    """-> dB = dY^T (h * gate) (N, R) in parts, with dS = dY B turned into what `tensors` asks for, as in `skinny`."""
     cut = pieces_of_both(dy, lora_b)
     if cut is None:
         raise ValueError(f"dY once: no tile for rank {lora_b.shape[1]} in {dy.dtype}; force dy='twice'")
     tile, blocks, pieces = cut
     (rows, columns), rank = dy.shape, lora_b.shape[1]
-    piece = triton.cdiv(triton.cdiv(rows, pieces), tile.rows) * tile.rows
+    piece = cdiv(cdiv(rows, pieces), tile.rows) * tile.rows
     partial_s = dy.new_empty((blocks, rows, rank), dtype=torch.float32)
     partial_b = dy.new_empty((pieces, columns, rank), dtype=torch.float32)
     _both[(blocks, pieces)](
@@ -374,46 +404,56 @@ def both(
     )  # fmt: skip
     if any(t is not None for t in tensors.values()):
         apply_gate(partial_s, gate, gate_index, h=h, **tensors)
-    return _summed(partial_b, lora_b.dtype)
+    return Parts(partial_b, lora_b.dtype)
 
 
-def rank_grad(x: Tensor, s: Tensor, transposed: bool) -> Tensor:
-    """x^T s (N, R) for x (M, N) and s (M, R) dense, or its transpose (R, N)."""
+def rank_grad(x: Tensor, s: Tensor, transposed: bool) -> Parts:
+    """x^T s (N, R) for x (M, N) and s (M, R) dense, or its transpose (R, N), in parts."""
     (rows, columns), rank = x.shape, s.shape[1]
     family = pointer_family(x)
     tile = RANK_GRAD.choice(family, x, rows, columns, rank) or _RANK_GRAD[family]
     block = _rank_block(rank, tile.columns)
-    grid = triton.cdiv(columns, tile.rows), triton.cdiv(rank, block)
-    splits = _splits(grid[0] * grid[1], triton.cdiv(rows, tile.depth))
-    chunk = triton.cdiv(triton.cdiv(rows, splits), tile.depth) * tile.depth
-    splits = triton.cdiv(rows, chunk)
+    grid = cdiv(columns, tile.rows), cdiv(rank, block)
+    splits = _splits(grid[0] * grid[1], cdiv(rows, tile.depth))
+    chunk = cdiv(cdiv(rows, splits), tile.depth) * tile.depth
+    splits = cdiv(rows, chunk)
     shape, strides = ((rank, columns), (1, columns)) if transposed else ((columns, rank), (rank, 1))
     out = x.new_empty((splits, *shape), dtype=x.dtype if splits == 1 else torch.float32)
     _rank_grad[(*grid, splits)](
         x, s, out, rows, columns, rank, chunk, *x.stride(), *strides, BLOCK_N=tile.rows, BLOCK_R=block,
         BLOCK_M=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return _summed(out, x.dtype)
+    return Parts(out, x.dtype)
 
 
-def group_sum(product: Tensor, gate: Tensor, gate_index: Tensor | None) -> Tensor:
-    """product (M, R) float32 summed over the rows that each row of gate served, in gate's shape and dtype."""
+def group_sum(product: Tensor, gate: Tensor, gate_index: Tensor | None) -> Parts:
+    """product (M, R) float32 summed over the rows that each row of gate served, in gate's shape, in parts."""
     (rows, rank), groups = product.shape, gate.shape[0]
     span = span_of(gate, gate_index, rows)
-    grid = triton.cdiv(groups, _GROUPS), triton.cdiv(rank, _GROUP_RANK)
+    grid = cdiv(groups, _GROUPS), cdiv(rank, _GROUP_RANK)
     served = rows if gate_index is not None else min(rows, span * _GROUPS)
-    splits = _splits(grid[0] * grid[1], triton.cdiv(served, _GROUP_DEPTH))
+    splits = _splits(grid[0] * grid[1], cdiv(served, _GROUP_DEPTH))
     out = product.new_empty((splits, groups, rank), dtype=gate.dtype if splits == 1 else torch.float32)
     _group_sum[(*grid, splits)](
         product, gate_index, out, rows, rank, groups, span, splits, BLOCK_G=_GROUPS, BLOCK_R=_GROUP_RANK,
         BLOCK_M=_GROUP_DEPTH,
     )  # fmt: skip
-    return _summed(out, gate.dtype)
+    return Parts(out, gate.dtype)
 
 
-def _summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    if partial.shape[0] == 1:
-        return partial[0].to(dtype)
-    out = partial.new_empty(partial.shape[1:], dtype=dtype)
-    _sum_splits[(triton.cdiv(out.numel(), 1024),)](partial, out, out.numel(), partial.shape[0], BLOCK=1024)
-    return out
+def summed(*found: Parts | None) -> list[Tensor | None]:
+    """Each of at most three results, its parts added up and in its dtype, by one launch for all; None for None."""
+    several = [
+        (p, p.sums.new_empty(p.sums.shape[1:], dtype=p.dtype))
+        for p in found
+        if p is not None and len(p.sums) > 1
+    ]
+    if several:
+        operands = [(p.sums, out, out.numel(), len(p.sums)) for p, out in several]
+        operands += [(None,) * 4] * (3 - len(operands))
+        largest = max(out.numel() for _, out in several)
+        _sum_splits[(cdiv(largest, 1024), len(several))](
+            *(value for of_one in operands for value in of_one), BLOCK=1024
+        )
+    done = {id(p): out for p, out in several}
+    return [None if p is None else done[id(p)] if id(p) in done else p.sums[0].to(p.dtype) for p in found]

@@ -5,7 +5,8 @@
                 dA = s^T x; d_gate = dS * h summed over the rows of each gate row
 
 `multi_lora_strategy` decides, by shape, whether the base product is a Triton kernel that takes the rank as more columns of
-its contraction, or torch's with the low rank added in place; and how often dY is read. No atomics: the same call gives the
+its contraction, or torch's with the low rank added in place; how often dY is read; and whether what dX does not need (dA,
+d_gate, dB where dY is read twice) runs on a stream of its own beside it. No atomics: the same call gives the
 same bits. Inside `batch_invariant()` y and dX of a row do not depend on the number of rows, operands of one layout
 provided (rows that do not start on 16 bytes are served by another kernel than those that do).
 
@@ -16,6 +17,8 @@ out of larger ones. The tiles compile for sm_80, sm_90, sm_100 and gfx942 (tests
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -32,17 +35,51 @@ from clp_kernels.triton_kernels.launch import unsupported as unsupported
 
 def _product(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, bias: Tensor | None) -> Tensor:
     """x w + s b + bias for x (M, K), w (K, N), s (M, R) dense or None, b (R, N)."""
-    (rows, depth), columns = x.shape, w.shape[1]
-    if not rows:
-        return x.new_empty((0, columns))
+    if not x.shape[0]:
+        return x.new_empty((0, w.shape[1]))
     family = base_product.family(x, w, s, b)
-    rank = 0 if s is None else b.shape[0]
-    measured = strategy.PRODUCT.choice(family, x, rows, columns, depth, rank)
-    if strategy.product(rows, depth, rank, x.dtype, launch.major(x.device), family, measured) == "fused":
-        return base_product.linear(x, w, s, b, None if bias is None else bias.contiguous())
+    if _product_way(family, x, w, s, b) == "fused":
+        return base_product.linear(x, w, s, b, None if bias is None else bias.contiguous(), family)
     # The base first: where s is zero, y is the frozen layer's to the last bit.
     y = F.linear(x, w.t(), bias)
     return y if s is None else y.addmm_(s, b)
+
+
+def _product_way(family: str, x: Tensor, w: Tensor, s: Tensor | None, b: Tensor) -> str:
+    """Whether the product is "fused" or "blas"; family as base_product.family has it."""
+    (rows, depth), columns = x.shape, w.shape[1]
+    rank = 0 if s is None else b.shape[0]
+    measured = strategy.PRODUCT.choice(family, x, rows, columns, depth, rank)
+    return strategy.product(rows, depth, rank, x.dtype, launch.major(x.device), family, measured)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class _Beside:
+    """A side stream for launches that need what the current stream had when this was made, and nothing later.
+
+    The current stream waits for them in `join`, before anything that they read or wrote may be freed. Memory that is allocated
+    inside belongs to the side stream, and is used there again after the next fork alone, which waits for the current stream. So
+    the allocator needs no `record_stream`, and a CUDA graph can capture the fork and the join.
+    """
+
+    def __init__(self, device: torch.device, way: str):
+        self._stream = _side_stream(device) if way == "side" else None
+        if self._stream is not None:
+            self._fork = torch.cuda.current_stream(device).record_event()
+
+    def __call__(self) -> contextlib.AbstractContextManager:
+        if self._stream is None:
+            return contextlib.nullcontext()
+        self._stream.wait_event(self._fork)
+        return torch.cuda.stream(self._stream)
+
+    def join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 def forward(
@@ -58,13 +95,30 @@ def forward(
     """As reference.multi_lora.forward."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: K may be 0
     rows, rank = flat.shape[0], lora_a.shape[0]
-    h, scaled = x.new_empty((rows, rank)) if keep_h else x.new_empty(0), None
+    h = x.new_empty((rows, rank)) if keep_h else x.new_empty(0)
     with torch.cuda.device_of(x):
-        if rows and rank:
+        w, b = weight.t(), lora_b.t()
+        if not (rows and rank):
+            y = _product(flat, w, None, b, bias)
+        else:
             scaled = x.new_empty((rows, rank))
             index = None if gate_index is None else gate_index.reshape(-1).contiguous()
-            low_rank.skinny(flat, lora_a, gate.contiguous(), index, raw=h if keep_h else None, scaled=scaled)
-        y = _product(flat, weight.t(), scaled, lora_b.t(), bias)
+            gate = gate.contiguous()
+            family = base_product.family(flat, w, scaled, b)
+            blas = _product_way(family, flat, w, scaled, b) == "blas"
+            # Only a base product by itself leaves something to run beside it.
+            way = strategy.stream(rows, w.shape[1], flat.shape[1], x.dtype, x.is_cuda) if blas else "same"
+            beside = _Beside(x.device, way)
+            y = F.linear(flat, weight, bias) if blas else None
+            with beside():
+                low_rank.skinny(flat, lora_a, gate, index, raw=h if keep_h else None, scaled=scaled)
+            beside.join()
+            if blas:
+                y.addmm_(scaled, b)
+            else:
+                y = base_product.linear(
+                    flat, w, scaled, b, None if bias is None else bias.contiguous(), family
+                )
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -88,13 +142,16 @@ def backward(
     need_x, need_weight, need_bias, need_a, need_b, need_gate = needs
     # Where each gate row serves one row, dS * h is its gradient.
     alone = gate_index is None and gate.shape[0] == rows
-    scaled = product = d_a = d_b = d_gate = None
+    scaled = product = gated = d_a = d_b = d_gate = None
     grads = []
     with torch.cuda.device_of(dy):
         if rows and rank:
             scaled = torch.empty_like(h) if need_x or need_a else None
             product = torch.empty_like(h, dtype=gate.dtype if alone else torch.float32) if need_gate else None
-            d_b = _low_rank_gradients(dy, lora_b, gate, index, h, need_b, scaled, product)
+            d_b, gated = _low_rank_gradients(dy, lora_b, gate, index, h, need_b, scaled, product)
+        way = strategy.stream(*dy.shape, in_features, dy.dtype, dy.is_cuda) if need_x else "same"
+        beside = _Beside(dy.device, way)
+        # dX is launched first: what runs beside it fills the multiprocessors that its last tiles leave idle.
         if need_x:
             grads.append(_product(dy, weight, scaled, lora_a, None).view(*lead, in_features))
         if need_weight:
@@ -102,8 +159,14 @@ def backward(
         if need_bias:
             grads.append(dy.sum(0))
         if rows and rank:
-            d_a = low_rank.rank_grad(flat, scaled, transposed=True) if need_a else None
-            d_gate = product if alone or not need_gate else low_rank.group_sum(product, gate, index)
+            with beside():
+                if gated is not None:
+                    d_b = low_rank.rank_grad(dy, gated, transposed=False)
+                d_a = low_rank.rank_grad(flat, scaled, transposed=True) if need_a else None
+                d_gate = low_rank.group_sum(product, gate, index) if need_gate and not alone else None
+                d_a, d_b, d_gate = low_rank.summed(d_a, d_b, d_gate)
+            beside.join()
+            d_gate = product if alone else d_gate
     for need, grad, like in ((need_a, d_a, lora_a), (need_b, d_b, lora_b), (need_gate, d_gate, gate)):
         if need:
             zeros = grad is None  # no rows, or no rank
@@ -120,8 +183,9 @@ def _low_rank_gradients(
     need_b: bool,
     scaled: Tensor | None,
     product: Tensor | None,
-) -> Tensor | None:
-    """dB where it is needed; fills scaled = dS * gate and product = dS * h, where they are not None, with dS = dY B."""
+) -> tuple[low_rank.Parts | None, Tensor | None]:
+    """Fills scaled = dS * gate and product = dS * h, where they are not None, with dS = dY B. Where dB is needed: (dB, None),
+    or (None, h * gate) if it is left to do as dY^T (h * gate)."""
     need_s = scaled is not None or product is not None
     if need_b and need_s:
         cut = low_rank.pieces_of_both(dy, lora_b)
@@ -129,13 +193,13 @@ def _low_rank_gradients(
         measured = strategy.DY.choice(launch.family(dy, lora_b), dy, *dy.shape, lora_b.shape[1])
         how = strategy.dy(lora_b.shape[1], cut is not None, *pieces, *dy.shape, dy.dtype, measured)
         if how == "once":
-            return low_rank.both(dy, lora_b, gate, index, h, scaled=scaled, product=product)
+            return low_rank.both(dy, lora_b, gate, index, h, scaled=scaled, product=product), None
     gated = torch.empty_like(h) if need_b else None
     if need_s:
         low_rank.skinny(dy, lora_b.t(), gate, index, h=h, scaled=scaled, gated=gated, product=product)
     elif need_b:
         low_rank.apply_gate(h[None], gate, index, scaled=gated)
-    return low_rank.rank_grad(dy, gated, transposed=False) if need_b else None
+    return None, gated
 
 
 def aot_specs() -> Iterator[AotSpec]:

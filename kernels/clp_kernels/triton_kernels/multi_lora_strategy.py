@@ -1,4 +1,5 @@
-"""How multi_lora_linear's products are done on a GPU, decided by shape: whose matrix product, and how often dY is read.
+"""How multi_lora_linear's products are done on a GPU, decided by shape: whose matrix product, how often dY is read, and on
+which stream.
 
     product  "fused": one Triton kernel, the rank as further columns of the contraction; y is written once
              "blas":  torch's own product, then y += s B^T in place; never slower than the frozen layer's product but by
@@ -6,6 +7,9 @@
     dy       "once":  one kernel feeds dS = dY B and dB = dY^T (h * gate) from each tile of dY; both leave float32
                       partial sums, 8 R (1 / columns + 1 / rows of a program) bytes an element of dY
              "twice": a kernel each, 2 bytes an element more
+    stream   "side": dA, d_gate and a dB that reads dY for itself run on a stream beside dX; x A^T runs beside x W^T where
+                     product is "blas"
+             "same": one after another
 
     merge    "merged": the blend is added to the weight first, where all rows share one gate row and no gradient is asked for
              "factored": it is not
@@ -14,12 +18,24 @@ On a device that was measured (`tuned.py`) the nearest shape's winner is taken. 
 FLOPs and bytes, which assume how many FLOPs a device does in the time it moves a byte, and which part of the BLAS's rate the
 Triton product reaches (clp_kernels.multi_lora has those of merging). Inside `batch_invariant()` the product is always fused,
 as a BLAS chooses its order of summation by the number of rows.
+
+The costs are close where it matters: at 4096 x 4096 with 8192 rows and a rank of 48, fused and blas differ by 0.2 % of a
+product, once and twice by 3 % of the bytes. CLP_KERNELS_MULTI_LORA in the environment forces any of the words above for a
+process ("blas,twice"), `force` inside a block, which comes first.
+
+What "side" is worth, by count, at that shape: dX has 1024 tiles of 128 x 256 for 132 multiprocessors, whose last wave leaves a
+quarter of them idle for an eighth of its 348 us. The rank gradients read 67 MB (once) or 134 MB (twice), 16 or 31 us at
+4.3 TB/s, of which the idle multiprocessors take up to 69 MB. Forward and backward were 1.083 times the two products by bytes
+and are predicted to be 1.06 times. Of a product below 50 us the two events cost the host as much as they save; it has one
+stream.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import os
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -47,25 +63,54 @@ _FLOAT32 = 1 / 13  # of a device's 16-bit rate that it reaches in float32
 _EFFICIENCY = {"tma": 0.92, "half": 0.75, "ampere": 0.88, "hip": 0.75, "plain": 0.5}
 _DECODE = 64  # rows up to which the product is a question of bandwidth and launches, and fused is best by construction
 
-_forced: list[dict[str, str | None]] = []
+_SIDE_FROM = 4e10  # FLOPs of a product in 16 bits, about 50 us of an H200
+SWITCH = "CLP_KERNELS_MULTI_LORA"
+_KNOWN = {"product": _WAYS, "dy": ("once", "twice"), "stream": ("side", "same")}
+_forced: list[dict[str, str]] = []
 
 
 @contextlib.contextmanager
-def force(*, product: str | None = None, dy: str | None = None) -> Iterator[None]:
-    """For tests and benchmarks: "fused" or "blas", "once" or "twice", in the block; None leaves the choice as it is."""
-    for name, value, known in (("product", product, ("fused", "blas")), ("dy", dy, ("once", "twice"))):
-        if value is not None and value not in known:
-            raise ValueError(f"force: {name} is {value!r}; expected one of {known} or None")
-    outer = _forced[-1] if _forced else {}
-    _forced.append({"product": product or outer.get("product"), "dy": dy or outer.get("dy")})
+def force(*, product: str | None = None, dy: str | None = None, stream: str | None = None) -> Iterator[None]:
+    """In the block "fused" or "blas", "once" or "twice", "side" or "same"; None leaves the choice as it is."""
+    asked = {name: v for name, v in (("product", product), ("dy", dy), ("stream", stream)) if v is not None}
+    for name, value in asked.items():
+        if value not in _KNOWN[name]:
+            raise ValueError(f"force: {name} is {value!r}; expected one of {_KNOWN[name]} or None")
+    _forced.append((_forced[-1] if _forced else {}) | asked)
     try:
         yield
     finally:
         _forced.pop()
 
 
+@functools.cache
+def _switched(value: str) -> Mapping[str, str]:
+    words = {word: name for name, known in _KNOWN.items() for word in known}
+    asked = {}
+    for word in filter(None, (part.strip() for part in value.split(","))):
+        if word not in words or words[word] in asked:
+            pairs = ", ".join(" or ".join(known) for known in _KNOWN.values())
+            raise ValueError(
+                f"{SWITCH}={value}: expected one of each pair at most, with commas between them: {pairs}"
+            )
+        asked[words[word]] = word
+    return asked
+
+
 def _asked(name: str) -> str | None:
-    return _forced[-1][name] if _forced else None
+    if _forced and name in _forced[-1]:
+        return _forced[-1][name]
+    return _switched(os.environ[SWITCH]).get(name) if SWITCH in os.environ else None
+
+
+def stream(rows: int, columns: int, depth: int, dtype: torch.dtype, on_gpu: bool) -> str:
+    """Whether what a product of (rows, depth) by (depth, columns) does not need runs beside it: "side", or "same"."""
+    if not on_gpu:
+        return "same"
+    if (asked := _asked("stream")) is not None:
+        return asked
+    flops = 2.0 * rows * columns * depth / (_FLOAT32 if dtype is torch.float32 else 1.0)
+    return "side" if flops >= _SIDE_FROM else "same"
 
 
 def _intensity(major: int) -> float:

@@ -12,6 +12,7 @@ from clp_engine.rollouts.engines import choice, cuda_graphs, fused_step, slots
 from clp_engine.rollouts.engines.base import DecoderRequest
 from clp_engine.rollouts.engines.cuda_graphs import GraphDecoder
 from clp_engine.rollouts.rollout import rollout
+from clp_engine.rollouts.rows import Rows
 from clp_engine.rollouts.types import SamplingParams, pad_left
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [40, 41]]
@@ -109,6 +110,63 @@ def test_slots_say_what_caches_say(name, max_rows, with_slots):
     assert drawn.token_lists() == expected.token_lists()
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
     assert len(set(expected.lengths.tolist())) > 1  # rows have left at different times
+
+
+SAMPLINGS = [
+    SamplingParams(12, temperature=0.0),
+    SamplingParams(12, temperature=0.7, top_k=5),
+    SamplingParams(12, top_p=0.8),
+    SamplingParams(12, temperature=1.3, top_k=40, top_p=0.9, min_p=0.01),
+]
+
+
+def test_slots_draw_with_every_option(with_slots, monkeypatch):
+    policy, begun = build_policy("qwen2"), [[7], [], [9, 3], [1, 2, 3], []]
+
+    def drawn(sampling):
+        options = {"sampling": sampling, "seed": 5}
+        return [
+            rollout(policy, PROMPTS, MIXED, num_generations=2, max_rows=4, **options),
+            rollout(policy, PROMPTS, MIXED, begun=begun, **options),
+        ]
+
+    expected = [drawn(sampling) for sampling in SAMPLINGS]
+    with_slots()
+    monkeypatch.setattr(Rows, "draw", None)  # the decoder draws
+    for sampling, of_caches in zip(SAMPLINGS, expected):
+        for e, d in zip(of_caches, drawn(sampling), strict=True):
+            assert d.token_lists() == e.token_lists()
+            assert torch.equal(d.terminated, e.terminated) and torch.equal(
+                d.completion_mask, e.completion_mask
+            )
+            torch.testing.assert_close(d.logprobs, e.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_slots_step_where_a_text_ends_a_row(with_slots):
+    policy = ConditionedPolicy.from_pretrained("docsum", ["a", "b"])
+    prompts = [policy.tokenizer(t).input_ids for t in ("Return the number of", "Read a file and")]
+    options = {"num_generations": 4, "seed": 1, "conditions": MIXED[:2]}
+    options["sampling"] = SamplingParams(16, stop_strings=("the", "a "))
+    expected = rollout(policy, prompts, **options)
+    with_slots()
+    drawn = rollout(policy, prompts, **options)
+    assert drawn.token_lists() == expected.token_lists() and 0 < expected.terminated.sum() < 8
+
+
+def test_each_kind_of_step_has_graphs_of_its_own(with_slots):
+    policy = build_policy("qwen2")
+    with_slots()
+    for sampling in SAMPLINGS[1:3]:
+        rollout(policy, PROMPTS, MIXED, sampling=sampling)
+        cuda_graphs._SLOTS[policy].graphs["of"] = sampling
+    for sampling, kept in (
+        (SAMPLINGS[1], True),
+        (SamplingParams(9, temperature=2.0, top_k=3), True),
+        (SAMPLINGS[3], False),
+    ):
+        rollout(policy, PROMPTS, MIXED, sampling=sampling)
+        # Another temperature or k is another number in the same buffers.
+        assert (cuda_graphs._SLOTS[policy].graphs.get("of") == SAMPLINGS[1]) == kept
 
 
 def test_a_conditioned_output_projection_and_the_base_model_decode_over_slots(with_slots):

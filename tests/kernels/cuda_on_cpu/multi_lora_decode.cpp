@@ -11,7 +11,7 @@ void launch(const MultiLoraDecode& call, int sms, unsigned order) {
     constexpr int kColumns = decltype(columns)::value;
     constexpr bool kAligned = decltype(aligned)::value;
     constexpr int kShared = MultiLoraDecodeKernel<T, kColumns, kAligned>::kSharedBytes;
-    emulated::run(Plan(call.n, call.k, call.rank, sms).grid, kThreads, kShared, order,
+    emulated::run(Plan(call, sms).grid, kThreads, kShared, order,
                   [&] { multi_lora_decode_kernel<T, kColumns, kAligned>(call, sms); });
   });
 }
@@ -20,9 +20,11 @@ void launch(const MultiLoraDecode& call, int sms, unsigned order) {
 
 extern "C" {
 
-int64_t workspace(int rows, int n, int k, int rank, int sms) { return workspace_bytes(rows, n, k, rank, sms); }
+int64_t workspace(int rows, const int64_t* n, int layers, int k, int rank, int sms) {
+  return workspace_bytes(rows, n, layers, k, rank, sms);
+}
 
-int grid(int n, int k, int rank, int sms) { return Plan(n, k, rank, sms).grid; }
+int grid(int n, int k, int rank, int sms) { return Plan(divide_up(n, kTile), 1, k, rank, sms).grid; }
 
 int shared_bytes(int columns) {
   switch (columns) {
@@ -47,46 +49,63 @@ void decode(const MultiLoraDecode* call, int dtype, int sms, unsigned order) {
 
 }  // extern "C"
 
-// program [rows n k rank groups sms aligned] ...: one call each, buffers of exactly the size, against sums in float64.
+// program [rows n k rank groups sms aligned layers] ...: one call each, buffers of exactly the size, against sums in float64.
+// The first layer has n columns, each further one a few more than half of those before.
 int main(int count, char** values) {
   std::minstd_rand random(7);
   const auto fill = [&](std::vector<uint16_t>& to) {
     for (uint16_t& v : to) v = narrow<Bf16>(float(random() % 2001) / 1000 - 1);
   };
-  for (int i = 1; i + 6 < count; i += 7) {
-    int v[7];
-    for (int j = 0; j < 7; ++j) v[j] = std::atoi(values[i + j]);
-    const int rows = v[0], n = v[1], k = v[2], rank = v[3], groups = v[4], sms = v[5];
+  struct Made {
+    std::vector<uint16_t> w, a, b, bias, y;
+  };
+  for (int i = 1; i + 7 < count; i += 8) {
+    int v[8];
+    for (int j = 0; j < 8; ++j) v[j] = std::atoi(values[i + j]);
+    const int rows = v[0], k = v[2], rank = v[3], groups = v[4], sms = v[5], layers = v[7];
     const int64_t stride = v[6] ? (k + 7) / 8 * 8 : k;
-    std::vector<uint16_t> x(rows * stride), w(n * stride), a(rank * stride), b(n * rank), bias(n), y(rows * n, 0xffff);
+    std::vector<uint16_t> x(rows * stride);
+    fill(x);
     std::vector<float> gate(groups * rank);
     std::vector<int32_t> index(rows);
-    for (auto* t : {&x, &w, &a, &b, &bias}) fill(*t);
     for (float& g : gate) g = float(random() % 2001) / 1000 - 1;
     for (int32_t& at : index) at = int(random() % groups);
-    const int64_t bytes = workspace_bytes(rows, n, k, rank, sms);
+    std::vector<Made> made(layers);
+    std::vector<int64_t> columns;
+    MultiLoraDecode call{x.data(), gate.data(), index.data(), nullptr, stride, rows, k, rank, groups, layers, true, false, {}};
+    for (int l = 0, n = v[1]; l < layers; ++l, n = n / 2 + 3) {
+      Made& m = made[l];
+      m.w.resize(n * stride), m.a.resize(rank * stride), m.b.resize(n * rank), m.bias.resize(n), m.y.assign(rows * n, 0xffff);
+      for (auto* t : {&m.w, &m.a, &m.b, &m.bias}) fill(*t);
+      call.layer[l] = {m.w.data(), m.a.data(), m.b.data(), m.bias.data(), m.y.data(), stride, stride, rank, n};
+      columns.push_back(n);
+    }
+    const int64_t bytes = workspace_bytes(rows, columns.data(), layers, k, rank, sms);
     std::unique_ptr<float[]> space(new float[bytes / 4 + 4]);
     std::memset(space.get(), 0xff, bytes + 16);
-    const MultiLoraDecode call{x.data(), w.data(), a.data(), b.data(), bias.data(), gate.data(), index.data(), y.data(),
-                               space.get(), stride, stride, stride, rank, rows, n, k, rank, groups, true, false};
+    call.workspace = space.get();
     decode(&call, 0, sms, unsigned(i));
     double worst = 0;
     std::vector<double> s(rank);
-    for (int m = 0; m < rows; ++m) {
-      for (int r = 0; r < rank; ++r) {
-        double h = 0;
-        for (int c = 0; c < k; ++c) h += double(widen<Bf16>(x[m * stride + c])) * widen<Bf16>(a[r * stride + c]);
-        s[r] = widen<Bf16>(narrow<Bf16>(float(h * gate[index[m] * rank + r])));
-      }
-      for (int c = 0; c < n; ++c) {
-        double exact = widen<Bf16>(bias[c]);
-        for (int d = 0; d < k; ++d) exact += double(widen<Bf16>(x[m * stride + d])) * widen<Bf16>(w[c * stride + d]);
-        for (int r = 0; r < rank; ++r) exact += s[r] * widen<Bf16>(b[c * rank + r]);
-        const double error = std::fabs(widen<Bf16>(y[m * n + c]) - exact) / (1 + std::fabs(exact));
-        worst = error <= worst ? worst : error;  // NaN too
-        if (!(error < 0.02)) return std::printf("y[%d, %d] is %g, expected %g\n", m, c, widen<Bf16>(y[m * n + c]), exact), 1;
+    for (int l = 0; l < layers; ++l) {
+      const Made& t = made[l];
+      const int n = int(columns[l]);
+      for (int m = 0; m < rows; ++m) {
+        for (int r = 0; r < rank; ++r) {
+          double h = 0;
+          for (int c = 0; c < k; ++c) h += double(widen<Bf16>(x[m * stride + c])) * widen<Bf16>(t.a[r * stride + c]);
+          s[r] = widen<Bf16>(narrow<Bf16>(float(h * gate[index[m] * rank + r])));
+        }
+        for (int c = 0; c < n; ++c) {
+          double exact = widen<Bf16>(t.bias[c]);
+          for (int d = 0; d < k; ++d) exact += double(widen<Bf16>(x[m * stride + d])) * widen<Bf16>(t.w[c * stride + d]);
+          for (int r = 0; r < rank; ++r) exact += s[r] * widen<Bf16>(t.b[c * rank + r]);
+          const double got = widen<Bf16>(t.y[m * n + c]), error = std::fabs(got - exact) / (1 + std::fabs(exact));
+          worst = error <= worst ? worst : error;  // NaN too
+          if (!(error < 0.02)) return std::printf("y[%d, %d] of layer %d is %g, expected %g\n", m, c, l, got, exact), 1;
+        }
       }
     }
-    std::printf("%d x %d x %d rank %d on %d: worst %.2g\n", rows, n, k, rank, sms, worst);
+    std::printf("%d x %d x %d rank %d on %d: worst %.2g\n", rows, v[1], k, rank, sms, worst);
   }
 }
