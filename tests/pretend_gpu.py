@@ -3,7 +3,8 @@
 Tensors on device "cuda" are wrappers around CPU tensors that do as a GPU's would in what goes wrong most easily:
 
     devices         an operator that mixes them raises, as does numpy() of a tensor that was not brought to the host
-    Triton          launchers see a GPU of capability 9.0; their kernels run in the interpreter on the tensors inside
+    Triton          launchers see a GPU of capability 9.0; their kernels run in the interpreter on the tensors inside. A launch
+                    while another device is current raises (`second_gpu`)
     CUDA graphs     what is launched while one is captured is noted, and done again on the same memory when it is replayed;
                     whatever would wait for the device meanwhile raises, as do launches by side streams that nobody joined
     generators      a CPU generator draws nothing on the device
@@ -70,7 +71,7 @@ class OnGpu(torch.Tensor):
         self.inner = other.inner
 
     def get_device(self) -> int:
-        return 0
+        return CUDA.index
 
     def __repr__(self) -> str:
         return f"OnGpu({self.inner})"
@@ -442,10 +443,41 @@ class _Event:
         return (other._at - self._at) * 1e3
 
 
-class _Device(contextlib.AbstractContextManager):
+class _Nothing(contextlib.AbstractContextManager):
     def __init__(self, *args) -> None: ...
 
     def __exit__(self, *error) -> None: ...
+
+
+_current = [0]  # the device that is current, by its number
+
+
+class _Device(contextlib.AbstractContextManager):
+    """torch.cuda.device"""
+
+    def __init__(self, device) -> None:
+        index = device if type(device) is int else torch.device(device).index
+        self._index = _current[0] if index is None else index
+
+    def __enter__(self) -> None:
+        self._before, _current[0] = _current[0], self._index
+
+    def __exit__(self, *error) -> None:
+        _current[0] = self._before
+
+
+def _device_of(tensor) -> _Device:
+    return _Device(tensor.device if isinstance(tensor, OnGpu) else _current[0])
+
+
+@contextlib.contextmanager
+def second_gpu():
+    """In the block there are two, device 0 is current, and tensors are made on device 1."""
+    with (
+        mock.patch.dict(globals(), CUDA=torch.device("cuda", 1)),
+        mock.patch.object(torch.cuda, "device_count", lambda: 2),
+    ):
+        yield
 
 
 PROPERTIES = SimpleNamespace(
@@ -459,8 +491,8 @@ _CUDA_FUNCTIONS = {
     "init": _NOTHING,
     "_lazy_init": _NOTHING,
     "device_count": lambda: 1,
-    "current_device": lambda: 0,
-    "set_device": _NOTHING,
+    "current_device": lambda: _current[0],
+    "set_device": lambda device: _Device(device).__enter__(),
     "get_device_name": lambda device=None: PROPERTIES.name,
     "get_device_capability": lambda device=None: (9, 0),
     "get_device_properties": lambda device=None: PROPERTIES,
@@ -480,9 +512,9 @@ _CUDA_FUNCTIONS = {
     "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     "current_stream": lambda device=None: _Stream(),
     "default_stream": lambda device=None: _Stream(),
-    "stream": _Device,
+    "stream": _Nothing,
     "device": _Device,
-    "device_of": _Device,
+    "device_of": _device_of,
     "Stream": _Stream,
     "Event": _Event,
     "CUDAGraph": _Graph,
@@ -518,8 +550,11 @@ def _unwrapped_launches(stack: contextlib.ExitStack) -> None:
     launch, unwrap = interpreter.GridExecutor.__call__, interpreter._unwrap_tensor
 
     def noted(self, *args, **kwargs):
+        operands = [t.base if hasattr(t, "base") and hasattr(t, "block_shape") else t for t in args]
+        for operand in operands:
+            if isinstance(operand, OnGpu) and operand.device.index != _current[0]:
+                raise RuntimeError(f"a launch on cuda:{_current[0]} whose arguments are on {operand.device}")
         for graph in _capturing:
-            operands = [t.base if hasattr(t, "base") and hasattr(t, "block_shape") else t for t in args]
             graph.launch(lambda: launch(self, *args, **kwargs), tree_map(_inner, (operands, kwargs)))
         return launch(self, *args, **kwargs)
 

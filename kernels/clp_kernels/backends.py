@@ -8,6 +8,7 @@ back-ends for results that do not depend on the number of rows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Iterator, Mapping
@@ -182,7 +183,7 @@ def plain_eager(*tensors: torch.Tensor) -> bool:
 
 
 def select(op: str, table: Mapping[str, str], device: torch.device, **call) -> Implementation:
-    """The implementation module that serves this call.
+    """The implementation module that serves this call, with its launches on `device` (`launching_on`).
 
     table: back-end name -> module name. A module is imported on first use, so that a missing Triton costs nothing.
     call: the arguments of the op's `unsupported(device=..., **call)`. They must be hashable and have few different values (a
@@ -191,7 +192,7 @@ def select(op: str, table: Mapping[str, str], device: torch.device, **call) -> I
     Raises RuntimeError if the forced back-end cannot serve the call.
     """
     forced = forced_backend()
-    key = (op, device.type, forced, *call.values())
+    key = (op, device, forced, *call.values())
     if key in _CHOSEN:
         return _CHOSEN[key]
     names = (forced,) if forced else _PREFERENCE.get(device.type, ("reference",))
@@ -207,14 +208,42 @@ def select(op: str, table: Mapping[str, str], device: torch.device, **call) -> I
         module = importlib.import_module(table[name])
         reason = module.unsupported(device=device, **call)
         if reason is None:
-            _CHOSEN[key] = module
-            return module
+            return _CHOSEN.setdefault(key, launching_on(module, device))
         refusals.append(f"{name}: {reason}")
     raise RuntimeError(
         f"{op}: no back-end serves this call. "
         + "; ".join(refusals)
         + ". Use clp_kernels.use_backend('auto'), or 'reference' for the plain-torch version."
     )
+
+
+class _OnDevice:
+    """A back-end's module whose functions run with `device` as the current device."""
+
+    def __init__(self, module: Implementation, device: torch.device) -> None:
+        self._module, self._device = module, device
+
+    def __getattr__(self, name: str):
+        value = getattr(self._module, name)
+        if not callable(value):
+            return value
+
+        @functools.wraps(value)
+        def there(*args, **kwargs):
+            with torch.cuda.device(self._device):
+                return value(*args, **kwargs)
+
+        return there
+
+
+def launching_on(module: Implementation, device: torch.device) -> Implementation:
+    """The module, launching on `device`: Triton and CUDA launch on the current device, wherever their arguments are.
+
+    The module itself where the device cannot be another one: a guard takes a microsecond of Python.
+    """
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return module
+    return _OnDevice(module, device)
 
 
 _CHOSEN: dict[tuple, Implementation] = {}

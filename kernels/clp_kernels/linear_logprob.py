@@ -9,7 +9,6 @@ and without LoRA. If policy and reference have the same weight, both use each ti
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 
@@ -34,6 +33,7 @@ from clp_kernels.token_stats import (
     check_rows,
     constant_outputs,
     empty_outputs,
+    implementation,
     what_to_keep,
 )
 
@@ -304,8 +304,8 @@ def _problem(
 
 def _forward(*arguments):
     *inputs, asked, differentiable, kept_rows, kept_copies, directions, backend = arguments
-    module = importlib.import_module(backend)
     head, rows = _problem(*inputs)
+    module = implementation(backend, head.hidden.device)
     keep = Keep(kept_rows, kept_copies, tuple(differentiable.split(",")) if directions else ())
     kept = head.hidden.new_empty(keep.shape(head), dtype=torch.float32)
     options = {"directions": keep.directions} if directions else {}
@@ -328,8 +328,8 @@ def _backward(*arguments):
         dict(zip(DIFFERENTIABLE, arguments[:count])),
         arguments[count:],
     )
-    module = importlib.import_module(backend)
     head, rows = _problem(*inputs)
+    module = implementation(backend, head.hidden.device)
     needed = frozenset(n for n, need in zip(_NEEDS, needs) if need)
     if directions:
         result = module.linear_backward_along(head, rows, grads, kept, directions.split(","), needed)

@@ -7,7 +7,6 @@ The logits are read in place, once forward and once backward. Beyond them and th
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 
@@ -29,6 +28,7 @@ from clp_kernels.token_stats import (
     check_rows,
     constant_outputs,
     empty_outputs,
+    implementation,
 )
 
 _TABLE = (
@@ -119,7 +119,7 @@ def _columns_contiguous(tensor: Tensor | None) -> Tensor | None:
 def _forward(
     logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, asked, _, backend
 ):
-    module = importlib.import_module(backend)
+    module = implementation(backend, logits.device)
     rows = Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
     outputs, saved = module.logits_forward(
         _columns_contiguous(logits), _columns_contiguous(ref_logits), rows, frozenset(asked.split(","))
@@ -139,7 +139,7 @@ def _backward(*arguments):
     logits, ref_logits, targets, inv_temperature, softcap, logit_scale, ignore_index, saved, backend = (
         arguments[count:]
     )
-    module = importlib.import_module(backend)
+    module = implementation(backend, logits.device)
     rows = Rows(targets, inv_temperature, softcap, logit_scale, ignore_index)
     return module.logits_backward(
         _columns_contiguous(logits), _columns_contiguous(ref_logits), rows, grads, saved

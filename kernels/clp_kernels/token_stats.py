@@ -15,6 +15,7 @@ k_i = e^(m_i - m), s = sum k_i s_i, a = sum k_i (a_i + (m_i - m) s_i), d = sum k
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clp_kernels.backends import select
+from clp_kernels.backends import Implementation, launching_on, select
 
 OUTPUTS = ("logprob", "entropy", "ref_logprob", "kl", "reverse_kl", "lse", "top1")
 DIFFERENTIABLE = ("logprob", "entropy", "kl", "reverse_kl", "lse")
@@ -262,6 +263,11 @@ def coefficients(grads: dict[str, Tensor | None], saved: Tensor) -> Tensor:
 def backend_module(op: str, table: tuple[tuple[str, str], ...], device: str, dtype: torch.dtype) -> str:
     """Name of the module that serves the call. torch.compile keeps the choice made during tracing."""
     return select(op, dict(table), torch.device(device), dtype=dtype).__name__
+
+
+def implementation(module: str, device: torch.device) -> Implementation:
+    """The module that `backend_module` named, for tensors on `device`."""
+    return launching_on(importlib.import_module(module), device)
 
 
 def check_outputs(

@@ -20,7 +20,6 @@ over the vocabulary.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +44,7 @@ from clp_kernels.token_stats import (
     as_token_stats,
     backend_module,
     check_differentiable,
+    implementation,
     merge,
     merge_top1,
     statistics,
@@ -428,7 +428,7 @@ class _Fused(torch.autograd.Function):
         kept = head.hidden.new_empty(keep.shape(head), dtype=torch.float32)
         sums = top1 = None
         if head.weight.shape[0]:
-            module = importlib.import_module(call.module)
+            module = implementation(call.module, head.hidden.device)
             sums, top1 = module.linear_sums(head, _shard_rows(call, ranks), frozenset(names), kept)
         values, saved = _statistics(*_gather(sums, top1, call, ranks), call, ranks)
         ctx.set_materialize_grads(False)
@@ -467,7 +467,7 @@ class _Fused(torch.autograd.Function):
         rows = replace(ctx.call.rows, targets=targets, inv_temperature=inv_temperature)
         call = replace(ctx.call, head=head, rows=rows)
         if weight.shape[0]:
-            module = importlib.import_module(call.module)
+            module = implementation(call.module, head.hidden.device)
             with torch.autocast(hidden.device.type, enabled=False):
                 result = module.linear_backward(
                     head, _shard_rows(call, ctx.ranks), incoming, saved, kept, frozenset(needs)

@@ -3,9 +3,11 @@
 Accuracy is tested where each op is, with the back-end "triton" (conftest.py).
 """
 
+import sys
+
 import pytest
 import torch
-from clp_kernels import batch_invariant, use_backend
+from clp_kernels import batch_invariant, decode_step, use_backend
 from devices import PRETENDED, default_device
 
 from bench.calls.small import ALL, CONSTANT, DIFFERENTIABLE, outputs_and_gradients
@@ -152,6 +154,41 @@ def test_no_element_is_left_as_it_was(case):
     with use_backend("reference"):
         expected = outputs_and_gradients(case.call, tensors)
     torch.testing.assert_close((outputs, gradients), expected, rtol=1e-3, atol=1e-4)
+
+
+@EACH
+@pytest.mark.skipif(not PRETENDED, reason="CLP_PRETEND_GPU=1 pretends a second GPU")
+def test_every_launch_is_on_the_device_of_its_tensors(case, monkeypatch):
+    """Of forward and backward, while another device is current; the pretended GPU raises at a launch elsewhere."""
+    from pretend_gpu import second_gpu
+
+    monkeypatch.setattr(sys.modules["clp_kernels.backends"], "_CHOSEN", {})
+    with second_gpu():
+        tensors = case.tensors()
+        assert all(tensor.device.index == 1 for tensor in tensors.values())
+        outputs_and_gradients(case.call, tensors)
+        assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.skipif(not PRETENDED, reason="CLP_PRETEND_GPU=1 pretends a second GPU")
+def test_every_launch_of_a_decode_step_is_on_the_device_of_its_tensors(monkeypatch):
+    from pretend_gpu import second_gpu
+
+    monkeypatch.setattr(sys.modules["clp_kernels.backends"], "_CHOSEN", {})
+    with second_gpu(), use_backend("triton"):
+        x, y, gain = torch.randn(3, 16), torch.randn(3, 16), torch.ones(16)
+        decode_step.embed(torch.arange(3), torch.randn(5, 16), 1.0, gain, 1e-6)
+        decode_step.add_norm(x, y, None, gain, 1.0, 1e-6)
+        decode_step.gated(x, y, "silu")
+        q, k, v = (torch.randn(3, heads, 16) for heads in (4, 2, 2))
+        own, prompts = (
+            [torch.randn(rows, 2, width, 16) for _ in range(2)] for rows, width in ((3, 4), (1, 5))
+        )
+        lengths, prompt_lengths = torch.zeros(3, dtype=torch.int64), torch.full((1,), 5)
+        cos, sin = torch.ones(9, 16), torch.zeros(9, 16)
+        decode_step.rope_and_store(q, k, v, *own, lengths, prompt_lengths, cos, sin, None, 3, 1e-6)
+        decode_step.attend(q, tuple(prompts), tuple(own), lengths, prompt_lengths, 3, 0.25, None, None)
+        assert torch.cuda.current_device() == 0
 
 
 @EACH

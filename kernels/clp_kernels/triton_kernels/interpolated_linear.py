@@ -162,34 +162,33 @@ def _launch_mixed(
     y = x.new_empty((rows, columns)) if wants_y else None
     dots = None if other is None else x.new_empty((tiles_n, rows, models), dtype=torch.float32)
     blend = blend.contiguous()
-    with torch.cuda.device_of(x):
-        _mixed[(tiles_m * tiles_n,)](
-            x,
-            stack,
-            base,
-            None if bias is None else bias.contiguous(),
-            blend,
-            None if gate_index is None else gate_index.reshape(-1).contiguous(),
-            y,
-            other,
-            dots,
-            rows,
-            columns,
-            depth,
-            models,
-            blend.shape[0],
-            span_of(blend, gate_index, rows),
-            *x.stride(),
-            *stack.stride(),
-            *((0, 0) if base is None else base.stride()),
-            *((0, 0) if other is None else other.stride()),
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.columns,
-            BLOCK_K=tile.depth,
-            GROUP_M=8,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    _mixed[(tiles_m * tiles_n,)](
+        x,
+        stack,
+        base,
+        None if bias is None else bias.contiguous(),
+        blend,
+        None if gate_index is None else gate_index.reshape(-1).contiguous(),
+        y,
+        other,
+        dots,
+        rows,
+        columns,
+        depth,
+        models,
+        blend.shape[0],
+        span_of(blend, gate_index, rows),
+        *x.stride(),
+        *stack.stride(),
+        *((0, 0) if base is None else base.stride()),
+        *((0, 0) if other is None else other.stride()),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        GROUP_M=8,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return y, None if dots is None else dots.sum(0)
 
 

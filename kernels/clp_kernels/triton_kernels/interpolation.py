@@ -333,24 +333,23 @@ def blend(call: Blends) -> None:
         rows.append([sizes[p], firsts[p], call.rows[p], *found])
     # With several blends, all but the first start `elements` behind the address of out.
     aligned = _aligned(addresses) and (blends == 1 or not any(size % 16 for size in sizes))
-    with torch.cuda.device_of(call.outs[0]):
-        table = _table(rows, device)
-        _blend[(firsts[-1],)](
-            table,
-            _owner(table, firsts[-1], blocks.chunk),
-            weights,
-            blends,
-            float(call.base_scale),
-            M=models,
-            BASE=call.bases is not None,
-            MERGE=call.merge,
-            TYPE=_TYPES[call.stacks[0][0].dtype],
-            OUT_TYPE=_TYPES[call.outs[0].dtype],
-            ALIGNED=aligned,
-            CHUNK=blocks.chunk,
-            BLOCK=blocks.block,
-            num_warps=blocks.num_warps,
-        )
+    table = _table(rows, device)
+    _blend[(firsts[-1],)](
+        table,
+        _owner(table, firsts[-1], blocks.chunk),
+        weights,
+        blends,
+        float(call.base_scale),
+        M=models,
+        BASE=call.bases is not None,
+        MERGE=call.merge,
+        TYPE=_TYPES[call.stacks[0][0].dtype],
+        OUT_TYPE=_TYPES[call.outs[0].dtype],
+        ALIGNED=aligned,
+        CHUNK=blocks.chunk,
+        BLOCK=blocks.block,
+        num_warps=blocks.num_warps,
+    )
 
 
 def inner_products(call: Pairs) -> Tensor:
@@ -368,24 +367,23 @@ def inner_products(call: Pairs) -> Tensor:
     pairs, chunks = left * right, firsts[-1]
     partial = torch.empty((chunks, pairs), dtype=torch.float32, device=device)
     out = torch.empty((len(sizes), left, right), dtype=torch.float64, device=device)
-    with torch.cuda.device_of(partial):
-        table = _table(rows, device)
-        _inner_products[(chunks, pairs)](
-            table,
-            _owner(table, chunks),
-            partial,
-            L=left,
-            R=right,
-            LEFT_TYPE=_TYPES[call.left[0][0].dtype],
-            RIGHT_TYPE=_TYPES[call.right[0][0].dtype],
-            ALIGNED=_aligned(addresses),
-            CHUNK=_CHUNK,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
-        _add_up[(len(sizes), pairs)](
-            table, partial, out, pairs, WIDTH=2 + left + right, CHUNK=_CHUNK, BLOCK=_SUMS, num_warps=_WARPS
-        )
+    table = _table(rows, device)
+    _inner_products[(chunks, pairs)](
+        table,
+        _owner(table, chunks),
+        partial,
+        L=left,
+        R=right,
+        LEFT_TYPE=_TYPES[call.left[0][0].dtype],
+        RIGHT_TYPE=_TYPES[call.right[0][0].dtype],
+        ALIGNED=_aligned(addresses),
+        CHUNK=_CHUNK,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
+    )
+    _add_up[(len(sizes), pairs)](
+        table, partial, out, pairs, WIDTH=2 + left + right, CHUNK=_CHUNK, BLOCK=_SUMS, num_warps=_WARPS
+    )
     return out
 
 
@@ -404,20 +402,19 @@ def sparsify(call: Sparse) -> None:
         found = [dense([tensor[None]], alive)[0], out.data_ptr()]
         addresses += found
         rows.append([sizes[p], firsts[p], *found, call.states[p] if call.states is not None else 0])
-    with torch.cuda.device_of(call.outs[0]):
-        table = _table(rows, device)
-        _sparsify[(firsts[-1],)](
-            table,
-            _owner(table, firsts[-1]),
-            call.thresholds,
-            call.kept,
-            float(call.scale),
-            TYPE=_TYPES[call.outs[0].dtype],
-            ALIGNED=_aligned(addresses),
-            CHUNK=_CHUNK,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
+    table = _table(rows, device)
+    _sparsify[(firsts[-1],)](
+        table,
+        _owner(table, firsts[-1]),
+        call.thresholds,
+        call.kept,
+        float(call.scale),
+        TYPE=_TYPES[call.outs[0].dtype],
+        ALIGNED=_aligned(addresses),
+        CHUNK=_CHUNK,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
+    )
 
 
 def aot_specs() -> Iterator[AotSpec]:
