@@ -50,6 +50,27 @@ def decode_step_checks() -> Iterator[Call]:
         out = decode_step.attend(q, (t["prompt_keys"], t["prompt_values"]), own, *place, group, 0.2, *options)
         return {"q": q, "keys": own[0], "values": own[1], "out": out}
 
+    def recorded(t: Tensors) -> Tensors:
+        names = ("tokens", "logprobs", "seeds", "count", "limit", "last", "seed", "lengths")
+        into = decode_step.Completions(*(t[name].clone() for name in names))
+        decode_step.record(t["drawn"], t["logprob"], t["stop_ids"], into, t["chosen"])
+        return vars(into)
+
+    room_of_rows, apart = 5, torch.arange(rows)
+    yield Call(
+        "record",
+        {
+            "tokens": torch.arange(rows * room_of_rows).view(rows, -1), "logprobs": torch.zeros(rows, room_of_rows),
+            "seeds": torch.arange(rows * room_of_rows).view(rows, -1) * 11, "count": torch.tensor([0, 1, 4, 2, 3, 5]),
+            "limit": torch.tensor([5, 2, 5, 2, 5, 5]), "last": apart, "seed": apart + 100, "lengths": apart + 200,
+            "drawn": torch.tensor([40, 7, -1, 42]), "logprob": torch.linspace(-3, -1, 4), "stop_ids": torch.tensor([3, 7]),
+            "chosen": torch.tensor([5, 0, 4, 2]),
+        },
+        recorded,
+        graph=True,
+        wide=("logprobs", "logprob"),
+    )  # fmt: skip
+
     width = 130
     rows_of = {name: normal(rows, width) for name in ("y", "z")}
     vectors = {"tokens": torch.arange(rows) % 4, "embedding": normal(5, width), "gain": torch.rand(width)}
