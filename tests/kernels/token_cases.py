@@ -57,8 +57,8 @@ def call_logits(leaves, targets, outputs, **options):
 def assert_as_accurate(got, plain, exact, what):
     """Root-mean-square error <= 1.5 times, largest error <= 3 times that of plain torch in the same dtype, for many values.
 
-    (The largest of a few hundred rounding errors varies by a factor of two from seed to seed. The mean square of n errors varies
-    by 1 / sqrt(n), and with it how lucky torch is on a processor: a few values get that much more.)
+    (The largest of a few hundred rounding errors varies by a factor of two from seed to seed. The mean square of n errors
+    varies by 1 / sqrt(n), and with it how lucky torch is on a processor: a few values get that much more.)
     One rounding is allowed on top, for where torch happens to be exact: of the largest value, and for a statistic of 1,
     the sum that the probabilities have.
     """
