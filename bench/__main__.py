@@ -1,9 +1,10 @@
-"""python -m bench: list | run | tune | profile-step | work | compare | plot | collect | readme; see bench/README.md.
+"""python -m bench: list | run | tune | profile-step | processes | work | compare | plot | collect | readme; bench/README.md.
 
 python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
 python -m bench tune [KERNEL ...] --out FILE [--budget 240] [--resume]    the kernels' tiles and choices, on this device
 python -m bench tune --write FILE ...           the table of them in the code, from such files
 python -m bench profile-step --model docsum     every millisecond of a training step, and the engine's own share
+python -m bench processes --out FILE          a step by two processes beside one
 python -m bench work [--operators]             what a training step does, counted
 python -m bench compare BEFORE.json AFTER.json [--tolerance 0.05]
 python -m bench ceilings --out FILE      only what the machine can do
@@ -102,6 +103,13 @@ def parser() -> argparse.ArgumentParser:
         "work", help="what a step of a small model does, counted: FLOPs, launches, bytes, host reads"
     )
     work.add_argument("--operators", action="store_true", help="the commonest operators too")
+    processes = commands.add_parser(
+        "processes", help="a step by two processes of a core each, and by one of one core and of two"
+    )
+    processes.add_argument("--model", default="docsum", help="of the group e2e (default %(default)s)")
+    processes.add_argument("--steps", type=int, default=10, help="of a run (default %(default)s)")
+    processes.add_argument("--rounds", type=int, default=3, help="runs of each (default %(default)s)")
+    processes.add_argument("--out", required=True, metavar="FILE", help="the result as JSON")
     compare = commands.add_parser("compare", help="ratios of two result files; fails on a regression")
     compare.add_argument("before")
     compare.add_argument("after")
@@ -157,6 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench.step import profile
 
         return profile.main(options)
+    if options.command == "processes":
+        from bench.step import processes
+
+        return processes.main(options)
     if options.command == "work":
         from bench.step import work
 

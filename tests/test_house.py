@@ -111,3 +111,10 @@ def test_no_file_is_long_without_a_reason():
         path.relative_to(PACKAGE).as_posix(): path.read_text().count("\n") for path in PACKAGE.rglob("*.py")
     }
     assert {name for name, count in lengths.items() if count > LINES} == set(LONGER)
+
+
+def test_processes_are_asked_for_in_one_place():
+    """Everything else asks `training.parallel.processes.Parallel`."""
+    aside = PACKAGE / "training" / "parallel"
+    found = [p for p in PACKAGE.rglob("*.py") if "torch.distributed" in p.read_text(encoding="utf-8")]
+    assert found and all(aside in p.parents for p in found), found

@@ -1,4 +1,4 @@
-"""Parallel: the processes of a run, one of which this is. Nothing else in clp_engine imports torch.distributed.
+"""Parallel: the processes of a run, one of which this is. Nothing outside this folder imports torch.distributed.
 
 A launcher starts the processes (`torchrun`, `accelerate launch`), and accelerate joins them. What they do is one run:
 

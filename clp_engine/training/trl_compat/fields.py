@@ -63,7 +63,7 @@ _HUB = "nothing is uploaded; write trainer.policy.merge(weights) or export_adapt
 _LOSS = "is of a loss_type that is not here; the loss types are sequence, grpo, dapo and dr_grpo"
 _ENTROPY = "there is no entropy bonus; the KL to the reference (beta, alpha) keeps the policy from collapsing"
 _REFERENCE = "the reference is the frozen base model, which the policy shares, and stays; start a new run from a merged policy"
-_ONE_PROCESS = "training is one process on one device; leave it out"
+_ONE_BUFFER = "the trained parameters' gradient is one buffer, added up over the processes in one collective"
 _LOADER = "there is no DataLoader: a step reads its few prompts by index; leave it out"
 _COMPILE = "the kernels are compiled already; leave it out"
 _EVAL_LOOP = "evaluation keeps means of completions and rewards alone; leave it out"
@@ -89,7 +89,7 @@ FIELDS: dict[str, Field] = {
         ANYTHING,
     ),
     "use_cpu": _same(False, "model and adapters are on the CPU"),
-    "local_rank": _refused(-1, _ONE_PROCESS),
+    "local_rank": _accepted(-1, "the launcher says it in the environment", ANYTHING),
     # the model
     "model_init_kwargs": _same(
         None, "dtype and attn_implementation (eager, sdpa); other keys are refused, each with its reason"
@@ -297,20 +297,26 @@ FIELDS: dict[str, Field] = {
     "max_grad_norm": _same(1.0),
     "label_smoothing_factor": _refused(0.0, "there are no labels to smooth; leave it out"),
     "average_tokens_across_devices": _accepted(
-        True, "there is one device, whose average it is", (True, False)
+        True, "a token weighs as much in whichever process it is", (True,)
     ),
-    # one process
-    "ddp_find_unused_parameters": _refused(None, _ONE_PROCESS),
-    "ddp_bucket_cap_mb": _refused(None, _ONE_PROCESS),
-    "ddp_broadcast_buffers": _refused(None, _ONE_PROCESS),
-    "ddp_static_graph": _refused(None, _ONE_PROCESS),
+    # several processes
+    "ddp_find_unused_parameters": _accepted(None, _ONE_BUFFER, ANYTHING),
+    "ddp_bucket_cap_mb": _accepted(None, _ONE_BUFFER, ANYTHING),
+    "ddp_broadcast_buffers": _accepted(None, _ONE_BUFFER, ANYTHING),
+    "ddp_static_graph": _accepted(None, _ONE_BUFFER, ANYTHING),
     "ddp_backend": _same(None),
     "ddp_timeout": _same(1800),
     "fsdp": _same(None),
     "fsdp_config": _same(None),
-    "deepspeed": _refused(None, _ONE_PROCESS),
-    "accelerator_config": _refused(None, _ONE_PROCESS),
-    "parallelism_config": _refused(None, _ONE_PROCESS),
+    "deepspeed": _refused(
+        None, "ZeRO hides weights that the kernels read; use fsdp='full_shard', which shards as ZeRO-3 does"
+    ),
+    "accelerator_config": _refused(
+        None, "batches are dealt by whole groups, and there is no DataLoader to configure"
+    ),
+    "parallelism_config": _refused(
+        None, "processes share the data (DDP) and the base model's weights (fsdp), no other dimension"
+    ),
     # evaluation
     "eval_strategy": _same("no"),
     "eval_steps": _other(None, "TRL's None is logging_steps; given as None it is that here, too"),
@@ -334,7 +340,7 @@ FIELDS: dict[str, Field] = {
     "save_only_model": _refused(
         False, "a checkpoint can always be resumed; the policy alone is in output_dir/policy"
     ),
-    "save_on_each_node": _accepted(False, _ONE_PROCESS),
+    "save_on_each_node": _accepted(False, "the main process writes; nodes share the output folder"),
     "enable_jit_checkpoint": _accepted(
         False, "an interrupt (Ctrl-C) ends the step and saves; other signals are not caught"
     ),
@@ -365,7 +371,9 @@ FIELDS: dict[str, Field] = {
     ),
     "log_on_each_node": _accepted(True, "there is one node, which logs", (True, False)),
     "log_level": _refused("passive", "use logging.getLogger('clp_engine').setLevel(...)"),
-    "log_level_replica": _refused("warning", _ONE_PROCESS),
+    "log_level_replica": _accepted(
+        "warning", "of several processes the main one speaks", ("warning", "error", "passive")
+    ),
     "include_num_input_tokens_seen": _refused(
         "no", "num_tokens is always logged; leave it out", ("no", False)
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ FORMER = {
 _READ: dict[str, Callable[[Any], Any]] = {
     "activation_checkpointing": lambda config: config.gradient_checkpointing,
     "generation_batch_size": lambda config: config.rollout_size,
+    "world_size": lambda _: world_size(),
+    "process_index": lambda _: int(os.environ.get("RANK", "0")),
+    "local_process_index": lambda _: int(os.environ.get("LOCAL_RANK", "0")),
     "use_bias_correction_kl": lambda config: config.kl_estimator != "k3",
 }
 
