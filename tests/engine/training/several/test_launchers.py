@@ -30,7 +30,8 @@ def trained(folder, command, **more):
     )
     done = subprocess.run(
         [sys.executable, "-m", *command, "clp_engine", "train", str(folder / "config.yaml")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A sharded base is decoded by these modules, whose rounding can draw another token than the C++ decoder's.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CLP_ENGINE_DECODING": "torch"},
         cwd=ROOT,
         capture_output=True,
         text=True,
