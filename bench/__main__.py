@@ -104,7 +104,6 @@ def parser() -> argparse.ArgumentParser:
         "work", help="what a step of a small model does, counted: FLOPs, launches, bytes, host reads"
     )
     work.add_argument("--operators", action="store_true", help="the commonest operators too")
-<<<<<<< HEAD
     processes = commands.add_parser(
         "processes", help="a step by two processes of a core each, and by one of one core and of two"
     )
@@ -112,11 +111,9 @@ def parser() -> argparse.ArgumentParser:
     processes.add_argument("--steps", type=int, default=10, help="of a run (default %(default)s)")
     processes.add_argument("--rounds", type=int, default=3, help="runs of each (default %(default)s)")
     processes.add_argument("--out", required=True, metavar="FILE", help="the result as JSON")
-=======
     commands.add_parser(
         "scaling", help="what a step of several processes should cost: formulas, nothing measured"
     )
->>>>>>> 85865c2 (bench scaling: what a step of several processes should cost, on paper; launchers tested (WIP))
     compare = commands.add_parser("compare", help="ratios of two result files; fails on a regression")
     compare.add_argument("before")
     compare.add_argument("after")

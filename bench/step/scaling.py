@@ -22,8 +22,7 @@ Computation, P weights in bfloat16, K bytes of keys and values a token:
     update        6 P tokens / FLOPs: policy forward, backward through frozen weights, reference forward
 
 Left out: attention's FLOPs, sampling, launches, the reward functions, tokens of prompts in the update. The lengths of
-completions are log-normal, with half of the variance in the prompt, and are cut at MOST tokens. Groups are dealt by the functions
-that training uses.
+completions are log-normal, half of their variance in the prompt, cut at MOST tokens. Groups are dealt as training does.
 """
 
 from __future__ import annotations
