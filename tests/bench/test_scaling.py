@@ -14,7 +14,7 @@ from clp_engine.training.collecting.dealt import _on_host
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 QWEN = {"num_attention_heads": 28, "num_key_value_heads": 4}
-LLAMA = {"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 1}
+LLAMA = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
 
 
 @pytest.mark.parametrize("shape, config", [(SMALL, Qwen2Config(**QWEN)), (LARGE, LlamaConfig(**LLAMA))])

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import yaml
 from launch import ROOT
+
+from clp_engine import RewardSet
 
 SETTINGS = {
     "task": "docsum",
@@ -70,3 +73,10 @@ def test_the_files_differ_in_sharding_alone():
     options = sharded.pop("fsdp_config")
     assert options["fsdp_version"] == 2 and sharded.pop("distributed_type") == "FSDP"
     assert plain.pop("distributed_type") == "MULTI_GPU" and plain == sharded
+
+
+def test_the_reward_function_of_the_page_runs_on_the_main_process():
+    page, names = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), {}
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "docs/scaling.md", "exec"), names)
+    assert RewardSet([names["rare"]]).of_main == ("rare",) and names["rare"](["a", "a", "b"])[2] == 1 - 1 / 3
