@@ -166,3 +166,17 @@ def test_checkpoints_do_not_know_how_many_wrote_them(tmp_path):
                     readers,
                     name,
                 )
+
+
+def test_a_reward_of_the_main_process_sees_all_completions(tmp_path):
+    """Rewards, columns and metrics as in one process, although they depend on every completion of the step."""
+    said = []
+    for count in (1, 2):
+        done = launched(count, "judged.py", str(tmp_path / str(count)))
+        assert done.returncode == 0, done.stderr[-3000:]
+        said.append(done.stdout)
+    assert "rank 0 was asked [6, 6]" in said[1] and "rank 1 was asked []" in said[1]
+    first, second = (lines(tmp_path / str(count) / "completions.jsonl") for count in (1, 2))
+    assert first == second and all("others" in row for row in first)
+    logs = [lines(tmp_path / str(count) / "log.jsonl") for count in (1, 2)]
+    assert [entry.get("distinct") for entry in logs[0]] == [entry.get("distinct") for entry in logs[1]]
