@@ -1,4 +1,4 @@
-"""python -m bench: list | run | tune | profile-step | processes | work | compare | plot | collect | readme; bench/README.md.
+"""python -m bench: list | run | tune | profile-step | processes | work | scaling | compare | ...; see bench/README.md.
 
 python -m bench run [GROUP ...] --out FILE [--device cuda] [--peers auto] [--quick] [--budget 600] [--resume]
 python -m bench tune [KERNEL ...] --out FILE [--budget 240] [--resume]    the kernels' tiles and choices, on this device
@@ -6,6 +6,7 @@ python -m bench tune --write FILE ...           the table of them in the code, f
 python -m bench profile-step --model docsum     every millisecond of a training step, and the engine's own share
 python -m bench processes --out FILE          a step by two processes beside one
 python -m bench work [--operators]             what a training step does, counted
+python -m bench scaling                  what a step of several processes should cost: formulas, nothing measured
 python -m bench compare BEFORE.json AFTER.json [--tolerance 0.05]
 python -m bench ceilings --out FILE      only what the machine can do
 python -m bench table FILE               the tables of a result file, in Markdown
@@ -110,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     processes.add_argument("--steps", type=int, default=10, help="of a run (default %(default)s)")
     processes.add_argument("--rounds", type=int, default=3, help="runs of each (default %(default)s)")
     processes.add_argument("--out", required=True, metavar="FILE", help="the result as JSON")
+    commands.add_parser(
+        "scaling", help="what a step of several processes should cost: formulas, nothing measured"
+    )
     compare = commands.add_parser("compare", help="ratios of two result files; fails on a regression")
     compare.add_argument("before")
     compare.add_argument("after")
@@ -175,6 +179,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(work.report())
         if options.operators:
             print(work.operators("KL"))
+        return 0
+    if options.command == "scaling":
+        from bench.step import scaling
+
+        print(scaling.report())
         return 0
     if options.command == "compare":
         from bench.pages.compare import compare
