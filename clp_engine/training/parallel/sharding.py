@@ -17,6 +17,7 @@ the tests on CPUs run what GPUs run. Source: torch's documentation of torch.dist
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,12 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.rollouts.engines.choice import detours
 from clp_engine.training.parallel.processes import Parallel
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
     from clp_engine.policy.policy import ConditionedPolicy
+
+logger = logging.getLogger(__name__)
 
 _TRUE = ("1", "true", "yes")
 # accelerate's variables, by the names that transformers' fsdp_config has for them.
@@ -166,5 +170,7 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
         layer.set_modules_to_forward_prefetch([after])
         layer.set_modules_to_backward_prefetch([before])
     policy.conditioned.weights_stay = False
+    for detour in detours(policy.conditioned):
+        logger.warning("%s: %s", type(policy.model).__name__, detour)
     parallel.in_step = True
     return ShardedBase(layers, settings.reshard_after_forward)
