@@ -8,7 +8,7 @@ possible is the adapters' gradient once, in float32.
 from __future__ import annotations
 
 import argparse
-import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench.core import environment
+from bench.core import environment, schema
 from bench.core.measure import summary
+from bench.step.step_case import case_of
 
 # name -> (processes, threads of each)
 VARIANTS = {
@@ -33,23 +34,36 @@ WARM = 2  # steps before those that count
 COUNTED = ("all_reduce", "all_gather")
 
 
-def measure(model: str, steps: int, rounds: int) -> dict:
+def measure(model: str, steps: int, rounds: int) -> schema.Result:
     found: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     for _ in range(rounds):
         for name, (processes, threads) in VARIANTS.items():
             found[name].append(_launched(model, steps, processes, threads))
             print(f"{name}: {statistics.median(found[name][-1]['steps']):.3f} s a step", flush=True)
-    times = {name: summary([s for run in runs for s in run["steps"]]) for name, runs in found.items()}
-    one, two, whole = (times[name].median for name in VARIANTS)
-    return {
-        "model": model,
-        "environment": environment.describe("cpu"),
-        "times": {name: dataclasses.asdict(t) for name, t in times.items()},
-        "two processes over one of one core": one / two,
-        "two processes over one of two cores": whole / two,
-        "collectives": found["two processes, one core each"][0]["collectives"],
-        "adapter_bytes": found["two processes, one core each"][0]["adapter_bytes"],
-    }
+    case = case_of(model, "cpu")
+    variants = [
+        schema.Variant(
+            name,
+            "ok",
+            times=summary([seconds for run in runs for seconds in run["steps"]]),
+            timing=f"steps of a run, the first {WARM} left out",
+            measures=_collectives(runs[0]),
+        )
+        for name, runs in found.items()
+    ]
+    record = schema.Case(
+        case.id, "e2e", case.op, case.title, case.shape, case.dtype, variants, {"model": model}
+    )
+    settings = {"steps": steps, "rounds": rounds}
+    return schema.Result(schema.VERSION, environment.describe("cpu"), settings, {}, [], [record])
+
+
+def _collectives(run: dict) -> dict[str, float]:
+    """Of the main process in a run's last step; nothing for a process alone."""
+    sizes = run["collectives"].items()
+    counts = {f"{name}_calls": float(len(given)) for name, given in sizes}
+    given = {f"{name}_bytes": float(sum(given)) for name, given in sizes}
+    return {**counts, **given, "adapter_bytes": float(run["adapter_bytes"])} if counts else {}
 
 
 def _launched(model: str, steps: int, processes: int, threads: int) -> dict:
@@ -71,20 +85,21 @@ def worker(model: str, steps: int, threads: int, out: str) -> None:
     import torch
     from transformers import TrainerCallback
 
-    from bench.step.step_case import case_of, length_reward, other_reward, our_trainer
+    from bench.step.step_case import length_reward, other_reward, our_trainer
 
     torch.set_num_threads(threads)
-    seconds, seen = [], collections.defaultdict(list)
+    seconds: list[float] = []
+    seen: list[tuple[str, int]] = []
     counts: dict[str, list[int]] = {}
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             seconds.append(time.perf_counter())
-            counts.update({name: list(sizes) for name, sizes in seen.items()})
+            counts.update({name: [size for n, size in seen if n == name] for name, _ in seen})
             seen.clear()
 
     case = case_of(model, "cpu")
-    with _counting(seen):
+    with counting(seen):
         case = dataclasses.replace(case, batch=case.batch // count)
         trainer = our_trainer(case, WARM + steps, [length_reward, other_reward], f"{out}.run", [Clock])
         trainer.train()
@@ -95,43 +110,40 @@ def worker(model: str, steps: int, threads: int, out: str) -> None:
         Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 
-def _counting(seen: dict[str, list[int]]):
-    import contextlib
-
+@contextlib.contextmanager
+def counting(seen: list[tuple[str, int]]) -> Iterator[None]:
+    """Inside the block every collective of COUNTED adds (name, bytes that this process gives) to `seen`."""
     import torch.distributed as dist
 
-    @contextlib.contextmanager
-    def counting() -> Iterator[None]:
-        originals = {name: getattr(dist, name) for name in COUNTED}
+    originals = {name: getattr(dist, name) for name in COUNTED}
 
-        def counted(name: str):
-            def call(tensor, *arguments, **options):
-                own = arguments[0] if name == "all_gather" else tensor
-                seen[name].append(own.numel() * own.element_size())
-                return originals[name](tensor, *arguments, **options)
+    def counted(name: str):
+        def call(tensor, *arguments, **options):
+            own = arguments[0] if name == "all_gather" else tensor  # whose first argument is filled
+            seen.append((name, own.numel() * own.element_size()))
+            return originals[name](tensor, *arguments, **options)
 
-            return call
+        return call
 
+    def put(made: Callable[[str], Callable]) -> None:
         for module in (dist, dist.distributed_c10d):
             for name in COUNTED:
-                setattr(module, name, counted(name))
-        try:
-            yield
-        finally:
-            for module in (dist, dist.distributed_c10d):
-                for name, original in originals.items():
-                    setattr(module, name, original)
+                setattr(module, name, made(name))
 
-    return counting()
+    put(counted)
+    try:
+        yield
+    finally:
+        put(originals.__getitem__)
 
 
 def main(arguments: argparse.Namespace) -> int:
     found = measure(arguments.model, arguments.steps, arguments.rounds)
-    Path(arguments.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name in ("two processes over one of one core", "two processes over one of two cores"):
-        print(f"{name}: {found[name]:.2f}x")
-    given = {name: (len(sizes), sum(sizes)) for name, sizes in found["collectives"].items()}
-    print(f"collectives of a step (calls, bytes): {given}; the adapters are {found['adapter_bytes']} bytes")
+    schema.save(found, arguments.out)
+    (case,) = found.cases
+    one, two, whole = (v.times.median for v in case.variants if v.times)
+    print(f"two processes over one of one core: {one / two:.2f}x; over one of two cores: {whole / two:.2f}x")
+    print(f"of the main process in a step: {case.variants[1].measures}")
     return 0
 
 

@@ -33,6 +33,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from clp_engine.core.tables import markdown
 from clp_engine.training.parallel.dealing import deal, deal_rows
 
 PROCESSES = (8, 16, 64, 128, 512)
@@ -240,9 +241,7 @@ def partial(processes: int, groups: int, limit: int, shape=SMALL, machine=Machin
 
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> str:
-    names = head.split(" | ")
-    lines = [f"| {head} |", "|" + "---|" * len(names), *("| " + " | ".join(map(str, r)) + " |" for r in rows)]
-    return "\n".join(lines)
+    return markdown(head.split(" | "), [tuple(map(str, row)) for row in rows], left=1)
 
 
 def traffic(machine: Machine = Machine()) -> str:

@@ -313,11 +313,6 @@ class PendingRewards:
         return values
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """Their means."""
-        return {name: sum(v) / len(v) for name, v in self.logged.items()}
-
-    @property
     def seconds(self) -> dict[str, float]:
         """Seconds from start to end of each function."""
         return {call.name: call.ended - call.started for call in self._calls}

@@ -142,9 +142,25 @@ def parts(batch: Rollout, max_rows: int, max_tokens: int | None) -> Iterator[tup
     """
     if max_tokens is not None:
         yield from within_budget(batch, max_tokens)
-        return
-    prompts, step = batch.prompt_ids.shape[0], max(1, max_rows // batch.group)
+    else:
+        yield from _by_rows(batch.prompt_ids.shape[0], batch.group, max_rows)
+
+
+def parts_of(
+    tokens: Sequence[int], group: int, max_rows: int, max_tokens: int | None
+) -> Iterator[tuple[int, int]]:
+    """The same for groups of `group` completions with these numbers of tokens."""
+    return _by_rows(len(tokens), group, max_rows) if max_tokens is None else _within(tokens, max_tokens)
+
+
+def _by_rows(prompts: int, group: int, max_rows: int) -> Iterator[tuple[int, int]]:
+    step = max(1, max_rows // group)
     yield from ((start, min(start + step, prompts)) for start in range(0, prompts, step))
+
+
+def tokens_of_groups(batch: Rollout) -> list[int]:
+    """Of each prompt the tokens of its group, its own counted once."""
+    return (batch.counts[0] + batch.counts[1].view(-1, batch.group).sum(-1)).tolist()
 
 
 def within_budget(batch: Rollout, max_tokens: int) -> Iterator[tuple[int, int]]:
@@ -152,7 +168,10 @@ def within_budget(batch: Rollout, max_tokens: int) -> Iterator[tuple[int, int]]:
 
     A larger group is a part of its own.
     """
-    tokens = (batch.counts[0] + batch.counts[1].view(-1, batch.group).sum(-1)).tolist()
+    yield from _within(tokens_of_groups(batch), max_tokens)
+
+
+def _within(tokens: Sequence[int], max_tokens: int) -> Iterator[tuple[int, int]]:
     start = total = 0
     for i, count in enumerate(tokens):
         if total and total + count > max_tokens:

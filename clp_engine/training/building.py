@@ -168,9 +168,13 @@ def build_policy(
         policy.to("cuda")
     if a.gradient_checkpointing:
         policy.checkpoint_layers()
+    return policy
+
+
+def say_detours(policy: ConditionedPolicy) -> None:
+    """Warn of what is slower for this policy, on the device and in the pieces that it is trained in."""
     for detour in detours(policy):
         logger.warning("%s: %s", type(policy.model).__name__, detour)
-    return policy
 
 
 def _policy_of(

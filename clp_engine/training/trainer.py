@@ -109,18 +109,46 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         # Of the run that it goes on with, where it resumes one.
         self.run_id: str | None = self.parallel.gather(uuid.uuid4().hex)[0]
         with one_voice(self.parallel):
-            self._build(
-                model,
-                reward_funcs,
-                train_dataset,
-                eval_dataset,
-                processing_class,
-                reward_processing_classes,
-                peft_config,
-                condition_sampler,
-                objective,
-                reference,
+            self.rewards = RewardSet(reward_funcs, reward_processing_classes, a.reward_workers)
+            building.check(a, self.rewards, condition_sampler, objective)
+            self.sampler = condition_sampler or building.build_weighting(a, self.rewards)
+            self.policy = building.build_policy(
+                model, processing_class, peft_config, a, self.rewards, self.sampler.min_kl
             )
+            self.sharded = None if a.sharding is None else shard(self.policy, a.sharding, self.parallel)
+            building.say_detours(self.policy)
+            self.rewards.to(self.policy.device)
+            self.policy.tokenizer = self.tokenizer = building.tokenizer_of(self.policy, processing_class, a)
+            self.train_dataset = None if train_dataset is None else self._training_prompts(train_dataset)
+            self.eval_dataset = self._evaluation_prompts(eval_dataset)
+            if self.eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
+                raise ConfigError(
+                    f"eval_strategy={a.eval_strategy!r}, eval_on_start={a.eval_on_start}: there is no "
+                    "eval_dataset; give one, or eval_strategy='no'"
+                )
+            self.timer = PhaseTimer(self.policy.device)
+            self.objective = objective or building.build_objective(a, self.policy)
+            self.reference = reference or FrozenReference()
+            self.collector_parts = building.build_collector_parts(
+                a,
+                self.policy,
+                self.rewards,
+                self.objective,
+                self.reference,
+                self.sampler,
+                self.timer,
+                self.parallel,
+            )
+            self.collector = (PartialRollouts if a.partial_rollouts else WholeRollouts)(self.collector_parts)
+            self.selector = Selector(
+                self.policy,
+                self.objective,
+                self.reference,
+                a.selection_settings,
+                a.micro_batching,
+                self.parallel,
+            )
+            self.optimisation: Optimisation | None = None
         self.num_generated_tokens = 0
         local_main = self.parallel.accelerator is None or self.parallel.accelerator.is_local_main_process
         self.state = TrainerState(
@@ -134,56 +162,6 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         self._epoch_begun: int | None = None
         self._interrupted, self._stops = threading.Event(), False  # this process, any of them
         self._hear("on_init_end")
-
-    def _build(
-        self,
-        model,
-        reward_funcs,
-        train_dataset,
-        eval_dataset,
-        processing_class,
-        reward_processing_classes,
-        peft_config,
-        condition_sampler: Weighting | None,
-        objective: Objective | None,
-        reference: Reference | None,
-    ) -> None:
-        """Everything of a step, from the arguments of the trainer."""
-        a = self.args
-        self.rewards = RewardSet(reward_funcs, reward_processing_classes, a.reward_workers)
-        building.check(a, self.rewards, condition_sampler, objective)
-        self.sampler = condition_sampler or building.build_weighting(a, self.rewards)
-        self.policy = building.build_policy(
-            model, processing_class, peft_config, a, self.rewards, self.sampler.min_kl
-        )
-        self.sharded = None if a.sharding is None else shard(self.policy, a.sharding, self.parallel)
-        self.rewards.to(self.policy.device)
-        self.policy.tokenizer = self.tokenizer = building.tokenizer_of(self.policy, processing_class, a)
-        self.train_dataset = None if train_dataset is None else self._training_prompts(train_dataset)
-        self.eval_dataset = self._evaluation_prompts(eval_dataset)
-        if self.eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
-            raise ConfigError(
-                f"eval_strategy={a.eval_strategy!r}, eval_on_start={a.eval_on_start}: there is no "
-                "eval_dataset; give one, or eval_strategy='no'"
-            )
-        self.timer = PhaseTimer(self.policy.device)
-        self.objective = objective or building.build_objective(a, self.policy)
-        self.reference = reference or FrozenReference()
-        self.collector_parts = building.build_collector_parts(
-            a,
-            self.policy,
-            self.rewards,
-            self.objective,
-            self.reference,
-            self.sampler,
-            self.timer,
-            self.parallel,
-        )
-        self.collector = (PartialRollouts if a.partial_rollouts else WholeRollouts)(self.collector_parts)
-        self.selector = Selector(
-            self.policy, self.objective, self.reference, a.selection_settings, a.micro_batching, self.parallel
-        )
-        self.optimisation: Optimisation | None = None
 
     def _training_prompts(self, rows) -> Prompts:
         return building.training_prompts(rows, self.args, self.policy, self.tokenizer)

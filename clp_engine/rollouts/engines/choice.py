@@ -48,11 +48,11 @@ def detours(model: ConditionedModel) -> list[str]:
             f"completions are written by transformers' generate and scored as whole sequences, each with its prompt: {fault}"
         ]
     found = []
-    if not model.weights_stay:
-        return ["decoding goes through transformers' modules: the base model is sharded"]
     if fault is not None:
         found.append(f"scoring pads its batches and computes prompts and completions in two passes: {fault}")
-    if model.device.type == "cpu" and (reason := native.plan(model).reason) is not None:
+    if not model.weights_stay:
+        found.append("decoding goes through transformers' modules: the base model is sharded")
+    elif model.device.type == "cpu" and (reason := native.plan(model).reason) is not None:
         found.append(f"decoding goes through transformers' modules: {reason}")
     elif model.device.type == "cuda" and not cuda_graphs.serves(model):
         found.append(

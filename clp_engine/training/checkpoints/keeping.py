@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import set_seed
 
@@ -13,9 +12,6 @@ from clp_engine.core.files import check_folder
 from clp_engine.training import building
 from clp_engine.training.checkpoints import best, checkpoint, resuming
 from clp_engine.training.runs import run_folder
-
-if TYPE_CHECKING:
-    pass
 
 
 class KeptRun(resuming.Run):

@@ -15,6 +15,7 @@ import torch
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.rewards import PendingRewards
+from clp_engine.rollouts.scoring import tokens_of_groups
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.parallel.dealing import Shares, deal, deal_rows
 from clp_engine.training.parallel.processes import Parallel
@@ -47,8 +48,7 @@ def dealt(parallel: Parallel, drawn: Rollout, per_step: int) -> Shares | None:
     shares with nearly as many tokens, prompts and completions. None for a single process: all."""
     if parallel.count == 1:
         return None
-    prompts, completions = drawn.counts
-    costs = (prompts + completions.view(len(prompts), -1).sum(-1)).tolist()
+    costs = tokens_of_groups(drawn)
     shares: list[list[int]] = [[] for _ in range(parallel.count)]
     for start in range(0, len(costs), per_step):
         for share, part in zip(shares, deal(costs[start : start + per_step], parallel.count)):
@@ -77,6 +77,7 @@ class Rewarded:
 
     @property
     def metrics(self) -> dict[str, float]:
+        """Means of the values of `log_metric`."""
         return {name: sum(values) / len(values) for name, values in self.logged.items()}
 
 

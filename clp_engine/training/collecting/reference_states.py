@@ -13,7 +13,7 @@ import torch
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.policy.references import reference_states as states_of
-from clp_engine.rollouts.scoring import parts, unpacked
+from clp_engine.rollouts.scoring import parts, parts_of, tokens_of_groups, unpacked
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.parallel.dealing import Shares
 
@@ -108,9 +108,14 @@ def micro_parts(
             yield prompts, [p * group + i for p in prompts for i in range(group)], own.prompts(start, stop)
 
 
-def most_parts(drawn: Rollout, batching: MicroBatching, shares: Shares) -> int:
-    """How many parts the process has that has most."""
-    return max(sum(1 for _ in micro_parts(drawn, batching, share)) for share in shares.of_ranks)
+def parts_of_ranks(drawn: Rollout, batching: MicroBatching, shares: Shares) -> list[int]:
+    """How many parts `micro_parts` makes of each process's share."""
+    tokens = tokens_of_groups(drawn)
+    cuts = (
+        parts_of([tokens[p] for p in share], drawn.group, batching.completions, batching.max_tokens)
+        for share in shares.of_ranks
+    )
+    return [sum(1 for _ in cut) for cut in cuts]
 
 
 def _most_tokens(drawn: Rollout, shares: Shares) -> int:

@@ -12,6 +12,7 @@ Decisions are taken from what all of them hold, and so are the same everywhere. 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import logging
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 # Where transformers and TRL set it: torch's own limit for NCCL is 10 minutes, shorter than a slow reward function's step.
 TIMEOUT = 1800
+TRUE = ("1", "true", "yes")
 
 
 def world_size() -> int:
@@ -61,7 +63,7 @@ class Parallel:
 
         Raises ConfigError under DeepSpeed, and where the processes do not meet.
         """
-        if _asked("ACCELERATE_USE_DEEPSPEED"):
+        if asked("ACCELERATE_USE_DEEPSPEED"):
             raise ConfigError(
                 "DeepSpeed: ZeRO partitions parameters and optimiser behind hooks of its own, and the blended layers, the "
                 "decoder and the one-pass loss read weights themselves; use FSDP2 (fsdp='full_shard'), which shards the base "
@@ -89,6 +91,9 @@ class Parallel:
                 f"the {world_size()} processes of this run did not meet ({str(error).splitlines()[0]}); look at "
                 "MASTER_ADDR, MASTER_PORT and the launcher's own messages"
             ) from error
+        # A thread of gloo's that lets go of a tensor while Python ends aborts the process ("terminate called without an active
+        # exception"); it must have ended before.
+        atexit.register(_left)
         found = cls(accelerator, timeout)
         if not found.is_main:  # what is said is said once
             for name in ("clp_engine", "transformers", "py.warnings"):
@@ -145,6 +150,11 @@ class Parallel:
             raise Lost(reason) from error
 
 
+def _left() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _started_again() -> int:
     """How many times torchrun has started processes on this one node before: they find the store of those that failed, with
     addresses that nobody answers at."""
@@ -152,8 +162,9 @@ def _started_again() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if alone else 0
 
 
-def _asked(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+def asked(variable: str) -> bool:
+    """Whether the environment sets a switch of accelerate's."""
+    return os.environ.get(variable, "").lower() in TRUE
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ the tests on CPUs run what GPUs run. Source: torch's documentation of torch.dist
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,17 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.models.backbones.causal import CausalBackbone
-from clp_engine.rollouts.engines.choice import detours
-from clp_engine.training.parallel.processes import Parallel
+from clp_engine.training.parallel.processes import TRUE, Parallel, asked
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
     from clp_engine.policy.policy import ConditionedPolicy
 
-logger = logging.getLogger(__name__)
-
-_TRUE = ("1", "true", "yes")
 # accelerate's variables, by the names that transformers' fsdp_config has for them.
 _VARIABLES = {
     "version": "FSDP_VERSION",
@@ -61,16 +56,12 @@ class ShardSettings:
     activation_checkpointing: bool = False
 
     @classmethod
-    def of(cls, fsdp: Any, config: Mapping[str, Any] | None) -> ShardSettings | None:
+    def of(cls, fsdp: str | None, config: Mapping[str, Any] | None) -> ShardSettings | None:
         """From transformers' fields `fsdp` and `fsdp_config`, else from accelerate's environment; None: nothing is sharded.
 
         Raises ConfigError for what cannot be honoured.
         """
-        words = (
-            fsdp.split() if isinstance(fsdp, str) else list(fsdp) if isinstance(fsdp, list | tuple) else []
-        )
-        if words in (["true"], ["false"]):
-            fsdp, words = words == ["true"], []
+        words = (fsdp or "").split()
         if odd := [w for w in words if w not in ("full_shard", "shard_grad_op", "offload", "auto_wrap")]:
             raise ConfigError(
                 f"fsdp={shown(fsdp)}: {odd[0]} is not here; expected full_shard, shard_grad_op, offload, auto_wrap"
@@ -81,7 +72,7 @@ class ShardSettings:
                 raise ConfigError(
                     "fsdp_config was given without fsdp; give fsdp='full_shard', or leave it out"
                 )
-            if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in _TRUE:
+            if not asked("ACCELERATE_USE_FSDP"):
                 return None
             given = {name: os.environ[v] for name, v in _VARIABLES.items() if v in os.environ}
             given.setdefault("version", "1")  # accelerate's default
@@ -94,7 +85,7 @@ class ShardSettings:
                 f"fsdp_config: {sorted(unknown)[0]} is not here; expected {', '.join(cls.__annotations__)}"
             )
         found = {
-            n: str(v).lower() in (*_TRUE, "full_shard") for n, v in given.items() if n in cls.__annotations__
+            n: str(v).lower() in (*TRUE, "full_shard") for n, v in given.items() if n in cls.__annotations__
         }
         if "offload" in words:
             found["cpu_offload"] = True
@@ -170,7 +161,5 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
         layer.set_modules_to_forward_prefetch([after])
         layer.set_modules_to_backward_prefetch([before])
     policy.conditioned.weights_stay = False
-    for detour in detours(policy.conditioned):
-        logger.warning("%s: %s", type(policy.model).__name__, detour)
     parallel.in_step = True
     return ShardedBase(layers, settings.reshard_after_forward)

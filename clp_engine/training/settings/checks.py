@@ -62,7 +62,7 @@ def check(c: CLPConfig) -> None:
     _check_rollouts(c)
     _check_selection(c)
     _check_groups(c)
-    if c.sharding is not None and c.sharding.activation_checkpointing:
+    if (sharding := c.sharding) is not None and sharding.activation_checkpointing:
         c.gradient_checkpointing = True
 
 

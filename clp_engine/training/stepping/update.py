@@ -18,7 +18,7 @@ from clp_engine.policy.references import FrozenReference, Reference
 from clp_engine.rollouts.scoring import ALL, completion_stats, unpacked
 from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting.batches import TrainingBatch
-from clp_engine.training.collecting.reference_states import joined, micro_parts, most_parts
+from clp_engine.training.collecting.reference_states import joined, micro_parts, parts_of_ranks
 from clp_engine.training.parallel.dealing import Shares
 from clp_engine.training.settings.groups import MicroBatching
 
@@ -247,8 +247,8 @@ def keep_pace(
     shares, drawn = batch.shares, batch.rollout
     if shares is None or not shares.in_step:
         return
-    done = sum(1 for _ in micro_parts(drawn, batching, shares.mine))
-    if missing := most_parts(drawn, batching, shares) - done:
+    of_ranks = parts_of_ranks(drawn, batching, shares)
+    if missing := max(of_ranks) - of_ranks[shares.rank]:
         least = dataclasses.replace(batch, shares=Shares([shares.mine[:1] or [0]], 0, True), values=None)
         ((_, part),) = micro_batches(least, objective, batching)
         if batch.reference is not None and part.ref_hidden is None:  # another process has them

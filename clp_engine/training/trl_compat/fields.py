@@ -297,7 +297,9 @@ FIELDS: dict[str, Field] = {
     "max_grad_norm": _same(1.0),
     "label_smoothing_factor": _refused(0.0, "there are no labels to smooth; leave it out"),
     "average_tokens_across_devices": _accepted(
-        True, "a token weighs as much in whichever process it is", (True,)
+        True,
+        "TRL's GRPO loss does not read it either: a token weighs as much in whichever process it is",
+        (True, False),
     ),
     # several processes
     "ddp_find_unused_parameters": _accepted(None, _ONE_BUFFER, ANYTHING),

@@ -113,10 +113,10 @@ def _translate(settings: dict[str, Any], trl: Mapping[str, Any], defaults: Mappi
     for name in ("disable_tqdm", "output_dir"):
         if name in settings and settings[name] is None:
             settings[name] = defaults[name]
-    if isinstance(settings.get("fsdp"), bool):
-        settings["fsdp"] = "full_shard" if settings["fsdp"] else None
     if isinstance(settings.get("fsdp"), list):
-        settings["fsdp"] = " ".join(map(str, settings["fsdp"])) or None
+        settings["fsdp"] = " ".join(map(str, settings["fsdp"]))
+    if (asked := str(settings.get("fsdp")).lower()) in ("true", "false", ""):
+        settings["fsdp"] = "full_shard" if asked == "true" else None
     if "eval_steps" in settings and settings["eval_steps"] is None:
         settings["eval_steps"] = settings.get("logging_steps", defaults["logging_steps"])
     if isinstance(settings.get("scale_rewards"), bool):

@@ -84,42 +84,39 @@ def forward_layers(
     layers = [(w, None if bias is None else bias.contiguous(), a, b) for w, bias, a, b in layers]
     if gate_index is not None:
         gate_index = gate_index.reshape(-1).contiguous()
-    with torch.cuda.device_of(x):
-        sms = _properties(x.device.index)[2]
-        columns = tuple(w.shape[0] for w, *_ in layers)
-        ys = [x.new_empty((rows, n)) for n in columns]
-        workspace = torch.empty(
-            _workspace(rows, columns, depth, rank, sms), dtype=torch.uint8, device=x.device
-        )
-        _native.multi_lora_decode(
-            flat.data_ptr(),
-            gate.data_ptr(),
-            0 if gate_index is None else gate_index.data_ptr(),
-            workspace.data_ptr(),
-            flat.stride(0),
-            rows,
-            depth,
-            rank,
-            gate.shape[0],
-            gate.dtype is torch.float32,
-            gate_index is not None and gate_index.dtype is torch.int64,
-            [
-                (
-                    w.data_ptr(),
-                    a.data_ptr(),
-                    b.data_ptr(),
-                    0 if bias is None else bias.data_ptr(),
-                    y.data_ptr(),
-                    w.stride(0),
-                    a.stride(0),
-                    b.stride(0),
-                    n,
-                )
-                for (w, bias, a, b), y, n in zip(layers, ys, columns)
-            ],
-            _DTYPES[x.dtype],
-            x.device.index,
-            sms,
-            torch.cuda.current_stream().cuda_stream,
-        )
+    sms = _properties(x.device.index)[2]
+    columns = tuple(w.shape[0] for w, *_ in layers)
+    ys = [x.new_empty((rows, n)) for n in columns]
+    workspace = torch.empty(_workspace(rows, columns, depth, rank, sms), dtype=torch.uint8, device=x.device)
+    _native.multi_lora_decode(
+        flat.data_ptr(),
+        gate.data_ptr(),
+        0 if gate_index is None else gate_index.data_ptr(),
+        workspace.data_ptr(),
+        flat.stride(0),
+        rows,
+        depth,
+        rank,
+        gate.shape[0],
+        gate.dtype is torch.float32,
+        gate_index is not None and gate_index.dtype is torch.int64,
+        [
+            (
+                w.data_ptr(),
+                a.data_ptr(),
+                b.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                w.stride(0),
+                a.stride(0),
+                b.stride(0),
+                n,
+            )
+            for (w, bias, a, b), y, n in zip(layers, ys, columns)
+        ],
+        _DTYPES[x.dtype],
+        x.device.index,
+        sms,
+        torch.cuda.current_stream().cuda_stream,
+    )
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]

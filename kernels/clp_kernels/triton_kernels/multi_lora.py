@@ -96,29 +96,26 @@ def forward(
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: K may be 0
     rows, rank = flat.shape[0], lora_a.shape[0]
     h = x.new_empty((rows, rank)) if keep_h else x.new_empty(0)
-    with torch.cuda.device_of(x):
-        w, b = weight.t(), lora_b.t()
-        if not (rows and rank):
-            y = _product(flat, w, None, b, bias)
+    w, b = weight.t(), lora_b.t()
+    if not (rows and rank):
+        y = _product(flat, w, None, b, bias)
+    else:
+        scaled = x.new_empty((rows, rank))
+        index = None if gate_index is None else gate_index.reshape(-1).contiguous()
+        gate = gate.contiguous()
+        family = base_product.family(flat, w, scaled, b)
+        blas = _product_way(family, flat, w, scaled, b) == "blas"
+        # Only a base product by itself leaves something to run beside it.
+        way = strategy.stream(rows, w.shape[1], flat.shape[1], x.dtype, x.is_cuda) if blas else "same"
+        beside = _Beside(x.device, way)
+        y = F.linear(flat, weight, bias) if blas else None
+        with beside():
+            low_rank.skinny(flat, lora_a, gate, index, raw=h if keep_h else None, scaled=scaled)
+        beside.join()
+        if blas:
+            y.addmm_(scaled, b)
         else:
-            scaled = x.new_empty((rows, rank))
-            index = None if gate_index is None else gate_index.reshape(-1).contiguous()
-            gate = gate.contiguous()
-            family = base_product.family(flat, w, scaled, b)
-            blas = _product_way(family, flat, w, scaled, b) == "blas"
-            # Only a base product by itself leaves something to run beside it.
-            way = strategy.stream(rows, w.shape[1], flat.shape[1], x.dtype, x.is_cuda) if blas else "same"
-            beside = _Beside(x.device, way)
-            y = F.linear(flat, weight, bias) if blas else None
-            with beside():
-                low_rank.skinny(flat, lora_a, gate, index, raw=h if keep_h else None, scaled=scaled)
-            beside.join()
-            if blas:
-                y.addmm_(scaled, b)
-            else:
-                y = base_product.linear(
-                    flat, w, scaled, b, None if bias is None else bias.contiguous(), family
-                )
+            y = base_product.linear(flat, w, scaled, b, None if bias is None else bias.contiguous(), family)
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -144,29 +141,28 @@ def backward(
     alone = gate_index is None and gate.shape[0] == rows
     scaled = product = gated = d_a = d_b = d_gate = None
     grads = []
-    with torch.cuda.device_of(dy):
-        if rows and rank:
-            scaled = torch.empty_like(h) if need_x or need_a else None
-            product = torch.empty_like(h, dtype=gate.dtype if alone else torch.float32) if need_gate else None
-            d_b, gated = _low_rank_gradients(dy, lora_b, gate, index, h, need_b, scaled, product)
-        way = strategy.stream(*dy.shape, in_features, dy.dtype, dy.is_cuda) if need_x else "same"
-        beside = _Beside(dy.device, way)
-        # dX is launched first: what runs beside it fills the multiprocessors that its last tiles leave idle.
-        if need_x:
-            grads.append(_product(dy, weight, scaled, lora_a, None).view(*lead, in_features))
-        if need_weight:
-            grads.append(dy.t() @ flat)
-        if need_bias:
-            grads.append(dy.sum(0))
-        if rows and rank:
-            with beside():
-                if gated is not None:
-                    d_b = low_rank.rank_grad(dy, gated, transposed=False)
-                d_a = low_rank.rank_grad(flat, scaled, transposed=True) if need_a else None
-                d_gate = low_rank.group_sum(product, gate, index) if need_gate and not alone else None
-                d_a, d_b, d_gate = low_rank.summed(d_a, d_b, d_gate)
-            beside.join()
-            d_gate = product if alone else d_gate
+    if rows and rank:
+        scaled = torch.empty_like(h) if need_x or need_a else None
+        product = torch.empty_like(h, dtype=gate.dtype if alone else torch.float32) if need_gate else None
+        d_b, gated = _low_rank_gradients(dy, lora_b, gate, index, h, need_b, scaled, product)
+    way = strategy.stream(*dy.shape, in_features, dy.dtype, dy.is_cuda) if need_x else "same"
+    beside = _Beside(dy.device, way)
+    # dX is launched first: what runs beside it fills the multiprocessors that its last tiles leave idle.
+    if need_x:
+        grads.append(_product(dy, weight, scaled, lora_a, None).view(*lead, in_features))
+    if need_weight:
+        grads.append(dy.t() @ flat)
+    if need_bias:
+        grads.append(dy.sum(0))
+    if rows and rank:
+        with beside():
+            if gated is not None:
+                d_b = low_rank.rank_grad(dy, gated, transposed=False)
+            d_a = low_rank.rank_grad(flat, scaled, transposed=True) if need_a else None
+            d_gate = low_rank.group_sum(product, gate, index) if need_gate and not alone else None
+            d_a, d_b, d_gate = low_rank.summed(d_a, d_b, d_gate)
+        beside.join()
+        d_gate = product if alone else d_gate
     for need, grad, like in ((need_a, d_a, lora_a), (need_b, d_b, lora_b), (need_gate, d_gate, gate)):
         if need:
             zeros = grad is None  # no rows, or no rank

@@ -411,26 +411,23 @@ def sample(
     place = vocab, *logits.stride()
     tiles = {"BLOCK": block, "UNUSED": unused, "num_warps": blocks.num_warps}
     of_parts = {**tiles, "PARTS": power_of_2(parts)}
-    with torch.cuda.device_of(logits):
-        _parts[(rows, parts)](
-            logits, t_rows, k_rows, tops, sums, maxima, peaks, wholes, state, arrived, *place, t, k, parts, GROUPS=groups,
-            ALL_GROUPS=power_of_2(parts * groups), **of_parts,
-        )  # fmt: skip
-        for asked, mass in ((k, False), (p, True)):
-            # Each launch cuts 11 bits.
-            for level in range(0 if asked is None else cdiv(32 - unused, 11)):
-                _count[(rows, parts)](
-                    logits, t_rows, k_rows, p_rows, peaks, wholes, state, histogram, arrived, *place, t, k, p, parts,
-                    2.0 ** (62 - vocab.bit_length()), FIRST=level == 0, MASS=mass, BINS=_BINS, **tiles,
-                )  # fmt: skip
-        if truncated:
-            _kept[(rows, parts)](
-                logits, t_rows, m_rows, tops, sums, state, kept, *place, t, m, parts, **of_parts
-            )
-        _draw[(rows,)](
-            logits, draws, t_rows, m_rows, tops, sums, state, kept if truncated else None, tokens, logprob, *place, t, m,
-            parts, SEEDED=not draws.dtype.is_floating_point, **of_parts,
-        )  # fmt: skip
+    _parts[(rows, parts)](
+        logits, t_rows, k_rows, tops, sums, maxima, peaks, wholes, state, arrived, *place, t, k, parts, GROUPS=groups,
+        ALL_GROUPS=power_of_2(parts * groups), **of_parts,
+    )  # fmt: skip
+    for asked, mass in ((k, False), (p, True)):
+        # Each launch cuts 11 bits.
+        for level in range(0 if asked is None else cdiv(32 - unused, 11)):
+            _count[(rows, parts)](
+                logits, t_rows, k_rows, p_rows, peaks, wholes, state, histogram, arrived, *place, t, k, p, parts,
+                2.0 ** (62 - vocab.bit_length()), FIRST=level == 0, MASS=mass, BINS=_BINS, **tiles,
+            )  # fmt: skip
+    if truncated:
+        _kept[(rows, parts)](logits, t_rows, m_rows, tops, sums, state, kept, *place, t, m, parts, **of_parts)
+    _draw[(rows,)](
+        logits, draws, t_rows, m_rows, tops, sums, state, kept if truncated else None, tokens, logprob, *place, t, m,
+        parts, SEEDED=not draws.dtype.is_floating_point, **of_parts,
+    )  # fmt: skip
     if logits.device.type == "cpu" and (bad := tokens < 0).any():
         return int(bad.int().argmax())
     return None

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, Gemma3Config
 
 from clp_engine.data.rewards import ClassifierReward, RewardSet
 from clp_engine.training.collecting import reference_states
+from clp_engine.training.collecting.dealt import Rewarded
 
 BATCH = (["p"] * 3, ["a", "b", "c"], [[1], [2], [3]], {})
 
@@ -102,7 +103,7 @@ def test_results_and_logs_come_in_the_order_of_the_functions(workers):
         result, torch.tensor([[0.1, torch.nan], [0.1, 0.2], [0.1, 0.3]]), equal_nan=True
     )
     assert list(pending.columns) == ["slow", "quick"]
-    assert pending.metrics == {"shared": 1.5, "own": 5.0}
+    assert Rewarded.of(pending).metrics == {"shared": 1.5, "own": 5.0}
     assert list(pending.seconds) == ["slow", "quick"] and pending.seconds["slow"] >= 0.05
     assert 0.05 <= pending.busy <= sum(pending.seconds.values()) + 1e-6
 

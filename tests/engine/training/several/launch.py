@@ -17,7 +17,7 @@ def launched(count, script, *arguments, seconds=300, options=()):
 
 def torchrun(count, command, seconds=300, options=()):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    paths = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(ROOT / "tools"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [*launcher, *options, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},

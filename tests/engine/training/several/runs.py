@@ -3,6 +3,7 @@
 OUT/NAME is a run's folder. Beside it NAME.pt has the first step's gradient, and NAME.json the collectives of each step.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import same_bits
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
+from bench.step.processes import counting
+
 COUNT, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 
 
 class Watch(TrainerCallback):
@@ -22,18 +23,6 @@ class Watch(TrainerCallback):
 
     def __init__(self):
         self.gradient, self.steps, self.seen = None, [], []
-
-    def counting(self, name):
-        original = getattr(dist.distributed_c10d, name)
-
-        def call(*arguments, **options):
-            tensors = [t for a in arguments[:1] for t in (a if isinstance(a, list) else [a])]
-            self.seen.append((name, sum(t.numel() * t.element_size() for t in tensors)))
-            return original(*arguments, **options)
-
-        for module in (dist, dist.distributed_c10d):
-            setattr(module, name, call)
-        return lambda: [setattr(module, name, original) for module in (dist, dist.distributed_c10d)]
 
     def on_step_begin(self, args, state, control, **_):
         self.seen.clear()
@@ -54,12 +43,8 @@ def once(name, place, extra):
     trainer, watch = same_bits.trainer(family, {**settings, **extra}, place), Watch()
     watch.trainer = trainer
     trainer.add_callback(watch)
-    undo = [watch.counting(one) for one in COLLECTIVES]
-    try:
+    with counting(watch.seen):
         trainer.train()
-    finally:
-        for back in undo:
-            back()
     if RANK == 0:
         torch.save(watch.gradient, place.with_suffix(".pt"))
         own = sum(p.numel() * p.element_size() for p in trainer.policy.model.parameters())
@@ -73,7 +58,14 @@ def once(name, place, extra):
         place.with_suffix(".json").write_text(json.dumps(found))
 
 
+def processes_have_parted():
+    """Fails the process where gloo's threads outlive the run: they abort some."""
+    if torch.distributed.is_initialized():
+        os._exit(3)
+
+
 if __name__ == "__main__":
+    atexit.register(processes_have_parted)  # the first registered is called last
     torch.set_num_threads(1)
     out, extra, names = map(json.loads, sys.argv[1:])
     for each in names:
