@@ -342,7 +342,7 @@ def forward(
     terms = head.hidden.new_empty(min(height, count), min(chunk, triton.cdiv(vocabulary, 16) * 16))
     for top in range(0, count, max(height, 1)):
         block = slice(top, min(top + height, count))
-        # On capability 10 the descriptors' tiles would spill.
+        # On capability 10 the descriptors' tiles would spill, and so would the larger ones of pointers.
         describe = launch.major(head.hidden.device) < 10
         logits = HeadLogits(head.block(block), needed["REFERENCE"], GRADIENT, describe)
         for first in range(0, vocabulary, chunk):

@@ -301,10 +301,11 @@ class HeadLogits:
         self.described = described = describe and dense and launch.describable(*present)
         # On capability 10 the halves of two tiles, whose maxima are taken first, do not fit in the registers.
         self._by_slices = described and with_reference and launch.major(hidden.device) >= 10
-        family, kind = (
-            "tma" if described else launch.family(hidden, weight),
-            "pair" if with_reference else "single",
-        )
+        family, kind = launch.family(hidden, weight), "pair" if with_reference else "single"
+        if described:
+            family = "tma"
+        elif family == "half" and not describe:
+            family = "ampere"  # the smaller tiles
         tile = (
             tunable.choice(f"{family} {kind}", hidden, self.vocabulary, hidden.shape[1])
             or _TILES[family][kind]
