@@ -142,19 +142,8 @@ def multiply(x: Tensor, w: Tensor, out: Tensor, add: bool, factor: Tensor | None
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if not described:
         _product[(tiles,)](
-            x,
-            w,
-            out,
-            factor,
-            rows,
-            columns,
-            depth,
-            *x.stride(),
-            *w.stride(),
-            out.stride(0),
-            **blocks,
-            **options,
-        )
+            x, w, out, factor, rows, columns, depth, *x.stride(), *w.stride(), out.stride(0), **blocks, **options,
+        )  # fmt: skip
         return
     w_across = w.stride(1) != 1
     programs = min(tiles, launch.multiprocessors(x.device))
