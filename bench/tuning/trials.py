@@ -374,7 +374,7 @@ def head_gradient(
             kept[key] = (saved.contiguous(), coefficients({name: t[f"grad_{name}"]}, saved))
         out = t["hidden"].new_empty(rows, triton.cdiv(chunk, 16) * 16)[:, :chunk]
         logits = head_logits.HeadLogits(head, kind == "pair", head_logits.GRADIENT)
-        logits.gradient(options, *kept[key], out, 0, 0)
+        logits.gradient(options, *kept[key], False, out, 0, 0)
         return {"d_logits": out}
 
     def exact(t: Tensors, dtype: torch.dtype) -> Tensors:

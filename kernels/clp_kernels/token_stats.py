@@ -18,7 +18,7 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -74,6 +74,12 @@ class Head:
     ref_bias: Tensor | None
     lora: HeadLoRA | None
 
+    def block(self, rows: slice) -> Head:
+        """The call for some of the rows."""
+        ref_hidden = None if self.ref_hidden is None else self.ref_hidden[rows]
+        lora = None if self.lora is None else self.lora._replace(gate=self.lora.gate[rows])
+        return replace(self, hidden=self.hidden[rows], ref_hidden=ref_hidden, lora=lora)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -85,6 +91,11 @@ class Rows:
     logit_scale: float
     ignore_index: int
     shard: bool = False  # the columns are a shard of the vocabulary; a target of -1 lies in another shard
+
+    def block(self, rows: slice) -> Rows:
+        """The options of some of the rows."""
+        targets = None if self.targets is None else self.targets[rows]
+        return replace(self, targets=targets, inv_temperature=self.inv_temperature[rows])
 
 
 @dataclass(frozen=True)
@@ -389,30 +400,36 @@ def what_to_keep(
     direction: its sum e (z - m) W would be one product more, which makes 2, as many as recomputing takes. reverse_kl has none:
     near the reference, the difference of sum p W and sum q W would lose the precision that sum (p - q) W keeps.
 
-    Directions have four conditions. The head is frozen: a gradient of weight, bias or lora_b is a sum over rows, which needs
-    the incoming gradients first. The device is a CPU: a GPU's tile of logits has no room for sums as wide as H. The vocabulary
-    is not sharded: a shard's maximum is not that of the whole. With products of 16-bit operands there is only a single term:
-    the difference of two rounded sums would lose the precision of a difference that is rounded once. Directions count towards
-    keep_bytes. Without it they may take KEEP_BYTES or a tenth of the logits, whichever is more.
+    Directions have these conditions. The head is frozen: a gradient of weight, bias or lora_b is a sum over rows, which needs
+    the incoming gradients first. The vocabulary is not sharded: a shard's maximum is not that of the whole. With products of
+    16-bit operands there is only a single term: the difference of two rounded sums would lose the precision of a difference
+    that is rounded once. On a GPU there is a single term in any dtype, and no LoRA: other sums have no kernel. Directions count
+    towards keep_bytes. Without it they may take KEEP_BYTES on a CPU, or a tenth of the logits, whichever is more.
     """
+    backend = module.split(".")[1]
     count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     with_reference = "kl" in names or "reverse_kl" in names
     copies = 2 if with_reference else 1
     kept = Keep(kept_rows(module, count, vocabulary, head.hidden.shape[1], copies, keep_bytes), copies)
     terms = 2 if "kl" in names else 1
     size = 4 * count * len(names) * direction_width(head)
-    bound = max(KEEP_BYTES, 4 * count * vocabulary // 10) if keep_bytes is None else keep_bytes
+    bound = (
+        max(KEEP_BYTES * (backend == "cpu"), 4 * count * vocabulary // 10)
+        if keep_bytes is None
+        else keep_bytes
+    )
     if (
-        module.split(".")[1] != "cpu"
+        backend not in _WORTH_KEEPING
         or shard
         or not set(names).issubset(DIRECTED)
         or "hidden" not in needs
         or needs.intersection(("weight", "bias", "lora_b"))
-        or (terms > 1 and head.hidden.dtype is not torch.float32)
+        or (terms > 1 and (backend != "cpu" or head.hidden.dtype is not torch.float32))
+        or (head.lora is not None and backend != "cpu")
         or size > bound
     ):
         return kept
-    traffic = copies * _WORTH_KEEPING["cpu"] / max(head.hidden.shape[1], 1)
+    traffic = copies * _WORTH_KEEPING[backend] / max(head.hidden.shape[1], 1)
     others = kept.rows * (1 + traffic) + (count - kept.rows) * (1 + copies)
     return Keep(directions=tuple(names)) if terms * count <= others else kept
 

@@ -46,19 +46,32 @@ def compiled(spec):
     return triton.compile(source, target=TARGETS[spec.target], options=options)
 
 
-def spilled(kernel) -> int:
-    """Bytes of local memory a thread has (CUDA), or vector registers spilled (ROCm; scalar ones spill into those)."""
-    if "amdgcn" in kernel.asm:
-        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
+def dumped(kernel, what: str) -> str:
+    """What cuobjdump says of a kernel's code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        )
-    stack, local = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage.stdout).groups()
+        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def spilled(kernel) -> int:
+    """Bytes of local memory a thread has (CUDA), or vector registers spilled (ROCm; scalar ones spill into those)."""
+    if "amdgcn" in kernel.asm:
+        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
+    stack, local = re.search(r"STACK:(\d+).*LOCAL:(\d+)", dumped(kernel, "--dump-resource-usage")).groups()
     return int(stack) + int(local)
+
+
+def serialized(kernel) -> bool:
+    """Whether ptxas waits for each wgmma before it issues the next one (its warning C7510), of several in a group.
+
+    It does where something else touches accumulators while products are in flight. A group's last instruction alone has gsb0.
+    """
+    ptx = kernel.asm.get("ptx", "")
+    if ptx.count("wgmma.mma_async") <= ptx.count("wgmma.commit_group"):
+        return False
+    return all("gsb0" in line for line in dumped(kernel, "-sass").splitlines() if "HGMMA" in line)
 
 
 def covering(specs):
@@ -130,6 +143,7 @@ def report(spec) -> dict:
         "shared": kernel.metadata.shared,
         "spills": spilled(kernel),
         "wgmma": "wgmma.mma_async" in kernel.asm.get("ptx", ""),
+        "serialized": serialized(kernel),
         "tma": "cp.async.bulk.tensor" in kernel.asm.get("ptx", ""),
         "described": any(kind.startswith("tensordesc") for kind in spec.types.values()),
         "seconds": round(time.perf_counter() - started, 2),

@@ -97,7 +97,7 @@ def test_sizes_that_no_triton_tile_divides(backend, rows, vocabulary, width, mon
     """With wide tiles, as the interpreter takes a millisecond for each operation on a tile, however large it is."""
     from clp_kernels.triton_kernels import head_logits, launch, products
 
-    wide = launch.Tile(16, 2048, 32, 4, 2)
+    wide = launch.Tile(16, 1024, 32, 4, 2)
     monkeypatch.setitem(head_logits._TILES, "plain", {"single": wide, "pair": wide})
     monkeypatch.setitem(products._TILES, "plain", launch.Tile(512, 16, 512, 4, 2))
     assert_right(

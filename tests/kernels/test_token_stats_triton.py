@@ -1,12 +1,15 @@
 """linear_logprob's Triton back-end: descriptors or pointers, kept or recomputed, in any blocks: the same statistics."""
 
+import functools
+
 import pytest
 import torch
-from accuracy import TRITON_HALVES
-from clp_kernels import token_stats
+from accuracy import TRITON_HALVES, here
+from clp_kernels import token_stats, use_backend
 from later import later
 from token_cases import (
     OUTPUTS,
+    assert_as_accurate,
     assert_right,
     call_linear,
     head_tensors,
@@ -18,6 +21,7 @@ from token_cases import (
 
 pytest.importorskip("triton")
 
+from clp_kernels.triton_kernels import directions as along  # noqa: E402
 from clp_kernels.triton_kernels import head_logits, launch  # noqa: E402
 from clp_kernels.triton_kernels import token_stats as back_end  # noqa: E402
 
@@ -109,9 +113,9 @@ def test_kept_logits_of_some_rows_give_what_recomputed_ones_give(
     recomputed = run_all(call_linear, tensors, targets, outputs, wanted, softcap=8.0)
     products, inner = [], head_logits.HeadLogits.gradient
 
-    def gradient(self, rows, saved, coefs, out, top, first):
+    def gradient(self, rows, saved, coefs, entropy, out, top, first):
         products.append((top, out.shape[0]))
-        inner(self, rows, saved, coefs, out, top, first)
+        inner(self, rows, saved, coefs, entropy, out, top, first)
 
     monkeypatch.setattr(head_logits.HeadLogits, "gradient", gradient)
     bound = 150 * 400 * 4 * (2 if "kl" in outputs else 1)
@@ -149,8 +153,109 @@ def test_a_frozen_head_costs_no_product_and_a_trained_one_one_for_each_chunk(bac
     monkeypatch.setattr(back_end, "multiply", multiply)
     monkeypatch.setattr(back_end, "CHUNK", 256)
     tensors, targets = head_tensors(20, 16, 300), targets_for(20, 300)
-    run_all(call_linear, tensors, targets, ("logprob",), ("hidden",))
+    run_all(call_linear, tensors, targets, ("logprob",), ("hidden",), keep_bytes=0)
     assert shapes == [(20, 256, 16), (20, 44, 16)]
     shapes.clear()
     run_all(call_linear, tensors, targets, ("logprob",), ("weight",))
     assert shapes == [(256, 20, 16), (44, 20, 16)]
+
+
+# --- directions: a frozen head's gradient, prepared by the forward pass
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Chunks of 256 columns and blocks of 128 rows; (rows, columns) of the terms that are multiplied, and their factors."""
+    monkeypatch.setattr(back_end, "CHUNK", 256)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    seen, inner = [], along.multiply
+
+    def multiply(x, w, out, add, factor):
+        seen.append((tuple(x.shape), factor.clone() if add else None))
+        inner(x, w, out, add, factor)
+
+    monkeypatch.setattr(along, "multiply", multiply)
+    return seen
+
+
+def along_directions(tensors, targets, names, outputs=OUTPUTS, **options):
+    """Every output and d_hidden, of a call whose outputs `names` alone are differentiable, along directions."""
+    incoming = {n: g for n, g in incoming_gradients(tensors, outputs).items() if n in names}
+    call = functools.partial(call_linear, differentiable=names, keep_bytes=1 << 30)
+    return run(call, tensors, targets, outputs, ("hidden",), incoming, **options)
+
+
+def assert_along_right(tensors, targets, names, outputs=OUTPUTS, **options):
+    got = along_directions(tensors, targets, names, outputs, **options)
+    incoming = {n: g for n, g in incoming_gradients(tensors, outputs).items() if n in names}
+    wide = {name: None if t is None else t.double() for name, t in tensors.items()}
+    with use_backend("reference"):
+        plain, exact = (
+            run(call_linear, each, targets, outputs, ("hidden",), incoming, **options)
+            for each in (tensors, wide)
+        )
+    for name in got:
+        if name == "top1":
+            assert torch.equal(got[name], exact[name])
+        else:
+            assert_as_accurate(got[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("dtype", [*TRITON_HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *later(
+            {"softcap": 5.0, "logit_scale": 1.3},
+            {"logit_scale": -0.8},
+            {"temperature": torch.linspace(0.5, 1.5, 137)},
+        ),
+    ],
+    ids=lambda o: "-".join(o) or "plain",
+)
+@pytest.mark.parametrize("case", ["reference", *later("alone", "bias", "peaked")])
+def test_directions_with_ragged_edges(backend, in_chunks, dtype, options, case):
+    """(137, 72) x (72, 700): no tile divides any of them; two blocks of rows, three chunks."""
+    options = {name: here(value) for name, value in options.items()}
+    tensors = head_tensors(
+        137, 72, 700, bias=case == "bias", spread=20.0 if case == "peaked" else 1.0, dtype=dtype
+    )
+    outputs = OUTPUTS
+    if case == "alone":
+        tensors["ref_hidden"], outputs = None, ("logprob", "lse", "entropy")
+    if case == "peaked":
+        outputs = outputs[:-1]  # logits that a softcap has made equal
+    assert_along_right(tensors, targets_for(137, 700), ("logprob", "lse"), outputs, **options)
+    assert [shape for shape, _ in in_chunks] == [
+        (rows, columns) for rows in (128, 9) for columns in (256, 256, 188)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [*TRITON_HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("climb", [30.0, *later(3.0, 300.0)])
+def test_the_centre_of_the_terms_is_raised_as_logits_climb(backend, in_chunks, dtype, climb):
+    """What earlier columns added is worth less and less. float16 holds no e^11, and of tiles of one chunk some are raised."""
+    tensors = head_tensors(40, 16, 900, bias=True, dtype=dtype)
+    tensors["bias"] += torch.linspace(-climb, 0, 900).to(dtype)
+    assert_along_right(tensors, targets_for(40, 900), ("logprob",))
+    factors = torch.stack([factor for _, factor in in_chunks if factor is not None])
+    assert (factors < 1).any() == (dtype is torch.float16 or climb > 100) and (factors <= 1).all()
+
+
+def test_d_hidden_along_directions_has_the_same_bits_in_any_batch(backend, in_chunks):
+    tensors, targets = head_tensors(300, 16, 600, dtype=torch.float16), targets_for(300, 600, False)
+    whole = along_directions(tensors, targets, ("logprob",))
+    few = {n: t if n == "weight" or t is None else t[140:143] for n, t in tensors.items()}
+    incoming = {"logprob": incoming_gradients(tensors, OUTPUTS)["logprob"][140:143]}
+    call = functools.partial(call_linear, differentiable=("logprob",), keep_bytes=1 << 30)
+    part = run(call, few, targets[140:143], OUTPUTS, ("hidden",), incoming)
+    assert torch.equal(part["d_hidden"], whole["d_hidden"][140:143])
+
+
+def test_directions_take_two_products_and_the_backward_pass_none(backend, in_chunks, monkeypatch):
+    tensors, targets = head_tensors(20, 16, 300), targets_for(20, 300)
+    monkeypatch.setattr(back_end, "multiply", None)
+    monkeypatch.setattr(head_logits.HeadLogits, "fold", None)
+    along_directions(tensors, targets, ("logprob",), ("logprob", "entropy"))
+    assert [shape for shape, _ in in_chunks] == [(20, 256), (20, 44)]

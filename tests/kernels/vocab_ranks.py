@@ -236,7 +236,7 @@ def main(process, folder):
         wide = launch.Tile(16, 128, 32, 4, 2)
         head_logits._TILES["plain"] = {"single": wide, "pair": wide}
         products._TILES["plain"] = launch.Tile(512, 16, 512, 4, 2)
-        token_sums.SPLIT = 256
+        token_sums.SPLIT, token_sums.NARROW = 256, 128
     results = {}
     for name, spec in CASES.items():
         absent = 3 - len(shard_bounds(spec))

@@ -11,6 +11,8 @@ rows.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,11 +176,16 @@ def _described_tile(x: Tensor, columns: int, transposed: bool) -> Tile:
     tile = LINEAR.choice("tma" if transposed else "tma across", x, counted(rows), columns, depth)
     if tile is not None or is_batch_invariant():
         return tile or _DESCRIBED[0]
+    return _least_waves(rows, columns, launch.multiprocessors(x.device))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _least_waves(rows: int, columns: int, programs: int) -> Tile:
+    """Asked for at every launch: kept for each shape."""
 
     def time(tile: Tile) -> float:
         tiles = cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
-        waves = cdiv(tiles, launch.multiprocessors(x.device))
-        return waves * tile.columns / (1.0 if tile is _DESCRIBED[0] else _NARROW)
+        return cdiv(tiles, programs) * tile.columns / (1.0 if tile is _DESCRIBED[0] else _NARROW)
 
     return min(_DESCRIBED, key=time)
 

@@ -1,7 +1,7 @@
 """Logits of a head, tile by tile in registers: hidden W^T, with LoRA and a reference where there are any, forward and back.
 
-    forward     one program per (block of rows, SPLIT columns of the vocabulary): each tile folded into the rows' running sums
-    gradient    one program per tile: d(loss)/d(logits) of a block of rows and CHUNK columns, in hidden's dtype
+    forward     one program per (block of rows, split of the vocabulary): each tile folded into the rows' running sums
+    gradient    programs that take tile after tile: d(loss)/d(logits) of a block of rows and CHUNK columns, in hidden's dtype
 
 Policy and reference share each tile of the weight where they share the weight. Operands come through tensor descriptors
 where these can be had (DESCRIBED; see `launch`), otherwise through pointers with masks. Through descriptors the rank is as
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from clp_kernels.token_stats import Head, Rows
 from clp_kernels.triton_kernels import launch
-from clp_kernels.triton_kernels.launch import SLICE, Tile, descriptor
+from clp_kernels.triton_kernels.launch import SLICE, Tile, cdiv, descriptor
 from clp_kernels.triton_kernels.products import multiply
-from clp_kernels.triton_kernels.token_gradient import _store_gradient
-from clp_kernels.triton_kernels.token_sums import Partial, _fold_raw, _store_sums, flags
+from clp_kernels.triton_kernels.token_gradient import _row_terms, _store_gradient
+from clp_kernels.triton_kernels.token_sums import Partial, _fold_raw, _hit, _span, _store_sums, _unit, flags
 from clp_kernels.triton_kernels.tuning import Tunable
 
 # "pair": two accumulators, the policy's and the reference's. Through descriptors a tile of 128 x 256, or a pair of 128 x
@@ -141,15 +141,16 @@ def _raw_described(
             for step in range(tl.cdiv(H_ref, BLOCK_H)):
                 k = step * BLOCK_H
                 acc_q = tl.dot(ref_x.load([row, k]), ref_w.load([column, k]).T, acc_q)
-    for step in range(done, base_steps + rank_steps * PARTS):
-        left, right = x, w
-        k, at = step * BLOCK_H, step * BLOCK_H
-        if lora_s is not None:
-            if step >= base_steps:
-                left, right = lora_s, lora_b
-                k = (step - base_steps) * BLOCK_H
-                at = (step - base_steps) % rank_steps * BLOCK_H
-        acc = tl.dot(left.load([row, k]), right.load([column, at]).T, acc)
+    if ref_w is not None or lora_s is not None or not REFERENCE:
+        for step in range(done, base_steps + rank_steps * PARTS):
+            left, right = x, w
+            k, at = step * BLOCK_H, step * BLOCK_H
+            if lora_s is not None:
+                if step >= base_steps:
+                    left, right = lora_s, lora_b
+                    k = (step - base_steps) * BLOCK_H
+                    at = (step - base_steps) % rank_steps * BLOCK_H
+            acc = tl.dot(left.load([row, k]), right.load([column, at]).T, acc)
     return acc, acc_q
 
 
@@ -174,6 +175,16 @@ def _raw_logits(
 
 
 @triton.jit
+def _banded(place, blocks, columns, BAND):
+    """(block of rows, block of columns) of the place-th tile. The row blocks of a band, whose hidden stays in L2, come one
+    after another on each block of columns: its weight is read from memory once a band."""
+    of_band = BAND * columns
+    first = place // of_band * BAND
+    height = tl.minimum(blocks - first, BAND)
+    return first + place % of_band % height, place % of_band // height
+
+
+@triton.jit
 def _linear_forward(
     x,  # (T, H); here and below a descriptor, or a pointer to a matrix of any strides
     w,  # (V, H)
@@ -188,15 +199,13 @@ def _linear_forward(
     partial_top,  # (splits, T) int32, or None
     kept_p, kept_q,  # (kept_rows, V) float32, or None: raw logits for the backward pass
     T, V, H, H_ref, R, stride_xt, stride_xh, stride_wv, stride_wh, stride_s, stride_bv, stride_br, stride_rt, stride_rh,
-    stride_qv, stride_qh, kept_rows, span, softcap, logit_scale,
+    stride_qv, stride_qh, kept_rows, splits, wide, span, narrow, softcap, logit_scale, band,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    DESCRIBED: tl.constexpr, SLICE: tl.constexpr,
+    DESCRIBED: tl.constexpr, FLATTEN: tl.constexpr, SLICE: tl.constexpr, PROPORTIONAL: tl.constexpr,
     REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr, TOP1: tl.constexpr,
 ):  # fmt: skip
-    # All row blocks of a split run side by side and read the same weight tiles: one read from memory, the rest from L2.
-    blocks = tl.cdiv(T, BLOCK_T)
-    split = tl.program_id(0) // blocks
-    first_row = tl.program_id(0) % blocks * BLOCK_T
+    block, split = _banded(tl.program_id(0), tl.cdiv(T, BLOCK_T), splits, band)
+    first_row = block * BLOCK_T
     row = first_row + tl.arange(0, BLOCK_T).to(tl.int64)
     inv_t = tl.load(inv_temperature + row, mask=row < T, other=1.0)
     target = tl.full((BLOCK_T,), -1, tl.int64)
@@ -206,17 +215,19 @@ def _linear_forward(
     m_p, m_q = zero + float("-inf"), zero + float("-inf")
     s_p, a_p, d_p, t_p, s_q, d_q, t_q = zero, zero, zero, zero, zero, zero, zero
     top = tl.full((BLOCK_T,), -1, tl.int32)
-    for first in tl.range(split * span, tl.minimum(split * span + span, V), BLOCK_V):
+    start, stop = _span(split, wide, span, narrow, V)
+    # Flattened: the first loads of a tile are in flight while the tile before it is folded.
+    for first in tl.range(start, stop, BLOCK_V, flatten=FLATTEN):
         raw_p, raw_q = _raw_logits(x, w, lora_s, lora_b, ref_x, ref_w, first_row, first, T, V, H, H_ref, R,
                                    stride_xt, stride_xh, stride_wv, stride_wh, stride_s, stride_bv, stride_br,
                                    stride_rt, stride_rh, stride_qv, stride_qh,
                                    BLOCK_T, BLOCK_V, BLOCK_H, BLOCK_R, PARTS, DESCRIBED, REFERENCE)  # fmt: skip
         m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_raw(
             raw_p, raw_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap, inv_t, target,
-            m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, REFERENCE, ENTROPY, KL, REVERSE, TOP1)  # fmt: skip
-    _store_sums(
-        partial, partial_top, split, row, T, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, REFERENCE, TOP1
-    )
+            m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, PROPORTIONAL, REFERENCE, ENTROPY, KL, REVERSE,
+            TOP1)  # fmt: skip
+    _store_sums(partial, partial_top, split, row, T, _unit(logit_scale, inv_t, PROPORTIONAL), m_p, s_p, a_p, d_p, m_q, s_q,
+                d_q, t_p, t_q, top, REFERENCE, TOP1)  # fmt: skip
 
 
 @triton.jit
@@ -224,30 +235,37 @@ def _linear_gradient(
     x, w, lora_s, lora_b, ref_x, ref_w, bias, ref_bias, targets, inv_temperature,  # as in _linear_forward
     saved,  # (6, T)
     coefs,  # (5, T)
-    out,  # rows from first_row to last_row, columns from `first` to `last`
+    out,  # rows from first_row to last_row, columns from `first` to `last`; where DESCRIBED a descriptor
     T, V, H, H_ref, R, stride_xt, stride_xh, stride_wv, stride_wh, stride_s, stride_bv, stride_br, stride_rt, stride_rh,
-    stride_qv, stride_qh, first_row, last_row, first, last, softcap, logit_scale, ignore_index, stride_out,
+    stride_qv, stride_qh, first_row, last_row, first, last, softcap, logit_scale, ignore_index, stride_out, programs,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
-    DESCRIBED: tl.constexpr, SLICE: tl.constexpr, REFERENCE: tl.constexpr,
+    DESCRIBED: tl.constexpr, FLATTEN: tl.constexpr, SLICE: tl.constexpr, PROPORTIONAL: tl.constexpr,
+    REFERENCE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(last_row - first_row, BLOCK_T)
-    at = first_row + tl.program_id(0) % blocks * BLOCK_T
-    start = first + tl.program_id(0) // blocks * BLOCK_V
-    row = at + tl.arange(0, BLOCK_T).to(tl.int64)
-    inv_t = tl.load(inv_temperature + row, mask=row < last_row, other=1.0)
-    raw_p, raw_q = _raw_logits(x, w, lora_s, lora_b, ref_x, ref_w, at, start, T, V, H, H_ref, R,
-                               stride_xt, stride_xh, stride_wv, stride_wh, stride_s, stride_bv, stride_br,
-                               stride_rt, stride_rh, stride_qv, stride_qh,
-                               BLOCK_T, BLOCK_V, BLOCK_H, BLOCK_R, PARTS, DESCRIBED, REFERENCE)  # fmt: skip
-    _store_gradient(raw_p, raw_q, bias, ref_bias, targets, saved, coefs, out, row, T, V, first_row, last_row, start, first,
-                    last, softcap, logit_scale, ignore_index, inv_t, stride_out, SLICE, REFERENCE)  # fmt: skip
+    tiles = blocks * tl.cdiv(last - first, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+        top = tile % blocks * BLOCK_T
+        start = first + tile // blocks * BLOCK_V
+        raw_p, raw_q = _raw_logits(x, w, lora_s, lora_b, ref_x, ref_w, first_row + top, start, T, V, H, H_ref, R,
+                                   stride_xt, stride_xh, stride_wv, stride_wh, stride_s, stride_bv, stride_br,
+                                   stride_rt, stride_rh, stride_qv, stride_qh,
+                                   BLOCK_T, BLOCK_V, BLOCK_H, BLOCK_R, PARTS, DESCRIBED, REFERENCE)  # fmt: skip
+        row = first_row + top + tl.arange(0, BLOCK_T).to(tl.int64)
+        inv_t, target, ignored, unit, m_p, m_q, of_p, of_shift, of_apart, of_q, of_target = _row_terms(
+            targets, inv_temperature, saved, coefs, row, last_row, T, logit_scale, ignore_index, PROPORTIONAL,
+            REFERENCE)  # fmt: skip
+        hit, some_ignored = _hit(target, start, BLOCK_V), tl.max(ignored.to(tl.int32), 0) > 0
+        _store_gradient(raw_p, raw_q, bias, ref_bias, out, top, row, V, first_row, last_row, start, first, last, softcap,
+                        logit_scale, stride_out, hit, some_ignored, inv_t, target, ignored, unit, m_p, m_q, of_p, of_shift,
+                        of_apart, of_q, of_target, SLICE, PROPORTIONAL, REFERENCE, ENTROPY, DESCRIBED)  # fmt: skip
 
 
 class HeadLogits:
     """What the two kernels of one linear_logprob call have in common: operands, what LoRA holds, and the tile, which is the
     one for FORWARD or for GRADIENT."""
 
-    def __init__(self, head: Head, with_reference: bool, tunable: Tunable) -> None:
+    def __init__(self, head: Head, with_reference: bool, tunable: Tunable, describe: bool = True) -> None:
         hidden, weight = head.hidden, head.weight
         self.rows, self.vocabulary = hidden.shape[0], weight.shape[0]
         self.with_reference = with_reference
@@ -263,7 +281,7 @@ class HeadLogits:
             self.gated = wide.to(hidden.dtype)
             # 16 bits of it would be the one rounding between hidden and z: what they lose comes as a second part.
             count = 1 if hidden.dtype is torch.float32 else 2
-            parts = hidden.new_zeros(self.rows, count, triton.cdiv(rank, 64) * 64)
+            parts = hidden.new_zeros(self.rows, count, cdiv(rank, 64) * 64)
             parts[:, 0, :rank] = self.gated
             if count == 2:
                 parts[:, 1, :rank] = wide - self.gated
@@ -279,16 +297,21 @@ class HeadLogits:
             ref_weight = None if shares else head.ref_weight
         matrices = (hidden, weight, parts, lora_b, ref_hidden, ref_weight)
         present = [matrix for matrix in matrices if matrix is not None]
-        self.described = described = launch.describable(*present) and all(m.stride(1) == 1 for m in present)
-        family, kind = (
-            "tma" if described else launch.family(hidden, weight),
-            "pair" if with_reference else "single",
-        )
+        dense = all(matrix.stride(1) == 1 for matrix in present)
+        self.described = described = describe and dense and launch.describable(*present)
+        # On capability 10 the halves of two tiles, whose maxima are taken first, do not fit in the registers.
+        self._by_slices = described and with_reference and launch.major(hidden.device) >= 10
+        family, kind = launch.family(hidden, weight), "pair" if with_reference else "single"
+        if described:
+            family = "tma"
+        elif family == "half" and not describe:
+            family = "ampere"  # the smaller tiles
         tile = (
             tunable.choice(f"{family} {kind}", hidden, self.vocabulary, hidden.shape[1])
             or _TILES[family][kind]
         )
         self.tile = tile
+        ref_width = ref_hidden.shape[1] if with_reference else 0
         strides = [(0, 0) if matrix is None else matrix.stride() for matrix in matrices]
         if described:
             heights = (tile.rows, tile.columns) * 3
@@ -296,17 +319,23 @@ class HeadLogits:
                 None if matrix is None else descriptor(matrix, height, tile.depth)
                 for matrix, height in zip(matrices, heights)
             ]
-        ref_width = ref_hidden.shape[1] if with_reference else 0
-        self._tensors = (*matrices, head.bias, ref_bias)
-        self._sizes = (self.rows, self.vocabulary, hidden.shape[1], ref_width, rank)
-        self._strides = (*strides[0], *strides[1], strides[2][0], *strides[3], *strides[4], *strides[5])
-        self._constants = {
+        self._biases = (head.bias, ref_bias)
+        self.tensors = (*matrices, *self._biases)
+        # As many row blocks as have half of the cache for their hidden, policy's and reference's.
+        row_bytes = tile.rows * (hidden.shape[1] + ref_width) * hidden.element_size()
+        self._band = max(1, launch.cache_bytes(hidden.device) // 2 // max(row_bytes, 1))
+        self.sizes = (self.rows, self.vocabulary, hidden.shape[1], ref_width, rank)
+        self.strides = (*strides[0], *strides[1], strides[2][0], *strides[3], *strides[4], *strides[5])
+        self.constants = {
             "BLOCK_T": tile.rows,
             "BLOCK_V": tile.columns,
             "BLOCK_H": tile.depth,
             "BLOCK_R": 16,
             "PARTS": count,
             "DESCRIBED": described,
+            "FLATTEN": described
+            and (ref_weight is None or not with_reference)
+            and not (with_reference and rank),
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
@@ -316,22 +345,45 @@ class HeadLogits:
         if not self.rows:
             return
         keeps = kept is not None and kept.numel() > 0
-        # What a slice needs beside the accumulators: z and z', their statistics, and 64-bit addresses where it is kept.
-        piece = SLICE // (1 + self.with_reference) if self.described else min(SLICE, self.tile.columns)
-        piece = min(piece, 16) if keeps else piece
         kept_q = kept[1] if keeps and kept.shape[0] > 1 else None
-        _linear_forward[(triton.cdiv(self.rows, self.tile.rows) * partial.splits,)](
-            *self._tensors, rows.targets, rows.inv_temperature, partial.sums, partial.top, kept[0] if keeps else None,
-            kept_q, *self._sizes, *self._strides, kept.shape[1] if keeps else 0, partial.span, rows.softcap, rows.logit_scale,
-            SLICE=piece, **flags(partial.asked), **self._constants)  # fmt: skip
+        constants = self._flattened(not keeps)
+        _linear_forward[(cdiv(self.rows, self.tile.rows) * partial.splits,)](
+            *self.tensors, rows.targets, rows.inv_temperature, partial.sums, partial.top, kept[0] if keeps else None,
+            kept_q, *self.sizes, *self.strides, kept.shape[1] if keeps else 0, partial.splits, *partial.spans, rows.softcap,
+            rows.logit_scale, self._band, SLICE=self.columns_at_once(keeps), PROPORTIONAL=self.proportional(rows),
+            **flags(partial.asked), **constants)  # fmt: skip
+
+    def _flattened(self, may: bool) -> dict[str, int | bool]:
+        """The constants; not flattened where, as compiled, ptxas would wait for each product before the next
+        (tests/kernels/test_aot.py)."""
+        return self.constants | {"FLATTEN": self.constants["FLATTEN"] and may}
+
+    def columns_at_once(self, keeps: bool = False) -> int:
+        """Columns that are folded together. What a slice needs beside the accumulators: z and z', their statistics, and
+        64-bit addresses where it is kept."""
+        piece = SLICE // (1 + self.with_reference) if self.described else min(SLICE, self.tile.columns)
+        return min(piece, 16) if keeps else piece
+
+    def proportional(self, rows: Rows) -> bool:
+        """Whether z is a positive multiple of the raw logits, and whole tiles are folded by that."""
+        multiple = (
+            rows.softcap is None and rows.logit_scale > 0 and all(bias is None for bias in self._biases)
+        )
+        return multiple and not self._by_slices
 
     def gradient(
-        self, rows: Rows, saved: Tensor, coefs: Tensor, out: Tensor, first_row: int, first: int
+        self, rows: Rows, saved: Tensor, coefs: Tensor, entropy: bool, out: Tensor, first_row: int, first: int
     ) -> None:
-        """d(loss)/d(logits) of the block that starts at (first_row, first) and has out's shape."""
+        """d(loss)/d(logits) of the block that starts at (first_row, first) and has out's shape. entropy: whether its
+        coefficient may differ from 0."""
         height, width = out.shape
-        grid = (triton.cdiv(height, self.tile.rows) * triton.cdiv(width, self.tile.columns),)
-        _linear_gradient[grid](
-            *self._tensors, rows.targets, rows.inv_temperature, saved, coefs, out, *self._sizes, *self._strides, first_row,
+        tiles = cdiv(height, self.tile.rows) * cdiv(width, self.tile.columns)
+        programs = min(tiles, launch.multiprocessors(out.device)) if self.described else tiles
+        piece = SLICE if self.described else self.tile.columns
+        place = descriptor(out, self.tile.rows, piece) if self.described else out
+        constants = self._flattened(not self.with_reference)
+        _linear_gradient[(programs,)](
+            *self.tensors, rows.targets, rows.inv_temperature, saved, coefs, place, *self.sizes, *self.strides, first_row,
             first_row + height, first, first + width, rows.softcap, rows.logit_scale, rows.ignore_index, out.stride(0),
-            SLICE=SLICE if self.described else self.tile.columns, REFERENCE=self.with_reference, **self._constants)  # fmt: skip
+            programs, SLICE=piece, PROPORTIONAL=self.proportional(rows), REFERENCE=self.with_reference, ENTROPY=entropy,
+            **constants)  # fmt: skip

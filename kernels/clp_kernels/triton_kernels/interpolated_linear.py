@@ -28,7 +28,7 @@ from clp_kernels.reference.multi_lora import sum_over_rows
 from clp_kernels.row_groups import Machine, blends_weights
 from clp_kernels.triton_kernels import interpolation
 from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
-from clp_kernels.triton_kernels.launch import Tile
+from clp_kernels.triton_kernels.launch import Tile, cdiv
 from clp_kernels.triton_kernels.launch import unsupported as unsupported
 from clp_kernels.triton_kernels.low_rank import group_of, pointer_family, span_of
 from clp_kernels.triton_kernels.tuning import Tunable, counted
@@ -158,7 +158,7 @@ def _launch_mixed(
     tile = MIXED.choice(family, x, counted(rows), columns, depth) or next(
         tile for most, tile in _TILES[family] if most is None or (rows <= most and not is_batch_invariant())
     )
-    tiles_m, tiles_n = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
+    tiles_m, tiles_n = cdiv(rows, tile.rows), cdiv(columns, tile.columns)
     y = x.new_empty((rows, columns)) if wants_y else None
     dots = None if other is None else x.new_empty((tiles_n, rows, models), dtype=torch.float32)
     blend = blend.contiguous()

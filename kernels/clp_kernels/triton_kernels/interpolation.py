@@ -26,6 +26,7 @@ from clp_kernels.backends import interpreting
 from clp_kernels.reference import interpolation as reference
 from clp_kernels.tensor_lists import Blends, Pairs, Sparse, dense, on_device
 from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
+from clp_kernels.triton_kernels.launch import cdiv
 from clp_kernels.triton_kernels.tuning import Tunable
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -288,7 +289,7 @@ def _write(
 
 def _chunks(sizes: Sequence[int], chunk: int = _CHUNK) -> list[int]:
     """The number of the first chunk of each item, and of all chunks."""
-    return [0, *itertools.accumulate(triton.cdiv(size, chunk) for size in sizes)]
+    return [0, *itertools.accumulate(cdiv(size, chunk) for size in sizes)]
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:

@@ -65,6 +65,11 @@ def multiprocessors(device: torch.device) -> int:
     return _properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def cache_bytes(device: torch.device) -> int:
+    """The size of the device's L2 cache; an H100's or H200's without a GPU."""
+    return _properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
+
+
 def family(*operands: Tensor) -> str:
     """Which row of a table of tiles serves a kernel that loads through pointers: "half", "ampere", "hip" or "plain".
 

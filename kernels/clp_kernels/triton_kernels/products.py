@@ -1,4 +1,4 @@
-"""out = x w, or out += x w in float32: the products of linear_logprob's backward pass.
+"""out = x w, or in float32 out += x w or out = out * factor + x w: the products of linear_logprob beside its logits.
 
 Through tensor descriptors where these can be had, by programs that stay and take tile after tile; otherwise through
 pointers with masks. A tile's product is formed first and then added to what is there, so that the sum over many chunks of
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.triton_kernels import launch
-from clp_kernels.triton_kernels.launch import SLICE, Tile, _halves, descriptor
+from clp_kernels.triton_kernels.launch import SLICE, Tile, _halves, cdiv, descriptor
 from clp_kernels.triton_kernels.tuning import Tunable
 
 _TILES = {
@@ -40,19 +40,31 @@ PRODUCT = Tunable(
 
 
 @triton.jit
-def _add(acc, out, row, first, M, N, stride_out, SLICE: tl.constexpr, ADD: tl.constexpr):
-    """out += acc, or out = acc, for acc (rows, columns from `first` on), at most SLICE columns at a time."""
+def _add(acc, out, factor, row, first, M, N, stride_out, SLICE: tl.constexpr, ADD: tl.constexpr):
+    """out = out * factor + acc, or out = acc, for acc (rows, columns from `first` on), at most SLICE columns at a time.
+    factor (rows,): None for ones."""
     if acc.shape[1] > SLICE:
         left, right = _halves(acc)
-        _add(left, out, row, first, M, N, stride_out, SLICE, ADD)
-        _add(right, out, row, first + left.shape[1], M, N, stride_out, SLICE, ADD)
+        _add(left, out, factor, row, first, M, N, stride_out, SLICE, ADD)
+        _add(right, out, factor, row, first + left.shape[1], M, N, stride_out, SLICE, ADD)
     else:
         column = first + tl.arange(0, acc.shape[1]).to(tl.int64)
         mask = (row < M)[:, None] & (column < N)[None, :]
         at = out + row[:, None] * stride_out + column[None, :]
         if ADD:
-            acc += tl.load(at, mask=mask, other=0.0)
+            before = tl.load(at, mask=mask, other=0.0)
+            if factor is not None:
+                before *= factor[:, None]
+            acc += before
         tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _loaded(factor, row, M):
+    loaded = None
+    if factor is not None:
+        loaded = tl.load(factor + row, mask=row < M, other=0.0)
+    return loaded
 
 
 @triton.jit
@@ -60,6 +72,7 @@ def _product(
     x,  # (M, K), any strides
     w,  # (K, N), any strides
     out,  # (M, N), rows any stride apart; float32 where ADD
+    factor,  # (M,) float32, or None
     M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +94,7 @@ def _product(
         )
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
     first = tl.program_id(0) // blocks * BLOCK_N
-    _add(acc, out, row, first, M, N, stride_out, BLOCK_N, ADD)
+    _add(acc, out, _loaded(factor, row, M), row, first, M, N, stride_out, BLOCK_N, ADD)
 
 
 @triton.jit
@@ -89,6 +102,7 @@ def _product_described(
     x,  # descriptor of (M, K), or of (K, M) where X_ACROSS
     w,  # descriptor of (K, N), or of (N, K) where W_ACROSS
     out,  # (M, N), rows any stride apart; float32 where ADD
+    factor,  # (M,) float32, or None
     M, N, K, stride_out, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, X_ACROSS: tl.constexpr, W_ACROSS: tl.constexpr,
     SLICE: tl.constexpr, ADD: tl.constexpr,
@@ -109,33 +123,34 @@ def _product_described(
                 w_tile = w.load([k, column])
             acc = tl.dot(x_tile, w_tile, acc)
         rows = row + tl.arange(0, BLOCK_M).to(tl.int64)
-        _add(acc, out, rows, column, M, N, stride_out, SLICE, ADD)
+        _add(acc, out, _loaded(factor, rows, M), rows, column, M, N, stride_out, SLICE, ADD)
 
 
-def multiply(x: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
-    """out (M, N) = x (M, K) w (K, N), or out, in float32, += it."""
+def multiply(x: Tensor, w: Tensor, out: Tensor, add: bool, factor: Tensor | None = None) -> None:
+    """out (M, N) = x (M, K) w (K, N), or out, in float32, += it, or out = out * factor + it with a factor (M,) of each row."""
     (rows, depth), columns = x.shape, w.shape[1]
     if rows == 0 or columns == 0:
         return
+    factor = factor if add else None
     described, x_across = launch.describable(x, w), x.stride(1) != 1
     family = ("tma across" if x_across else "tma") if described else launch.family(x, w)
     tile = PRODUCT.choice(family, x, columns, depth)
     if tile is None:
         tile = _described_tile(columns) if described else _TILES[family]
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    tiles = cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "ADD": add}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if not described:
         _product[(tiles,)](
-            x, w, out, rows, columns, depth, *x.stride(), *w.stride(), out.stride(0), **blocks, **options
-        )
+            x, w, out, factor, rows, columns, depth, *x.stride(), *w.stride(), out.stride(0), **blocks, **options,
+        )  # fmt: skip
         return
     w_across = w.stride(1) != 1
     programs = min(tiles, launch.multiprocessors(x.device))
     _product_described[(programs,)](
         descriptor(x.t(), tile.depth, tile.rows) if x_across else descriptor(x, tile.rows, tile.depth),
         descriptor(w.t(), tile.columns, tile.depth) if w_across else descriptor(w, tile.depth, tile.columns),
-        out, rows, columns, depth, out.stride(0), programs, X_ACROSS=x_across, W_ACROSS=w_across, SLICE=SLICE,
+        out, factor, rows, columns, depth, out.stride(0), programs, X_ACROSS=x_across, W_ACROSS=w_across, SLICE=SLICE,
         **blocks, **options,
     )  # fmt: skip
 

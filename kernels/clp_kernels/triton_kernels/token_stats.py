@@ -5,6 +5,7 @@
     gradient    d(loss)/d(logits) of a block of rows and a chunk of columns at a time, in hidden's dtype, from logits that
                 were kept or are computed again (head_logits, token_gradient)
     product     d_hidden, d_weight and what LoRA needs, float32, accumulated over the chunks in order (products)
+    along       a frozen head's d_hidden, which the forward pass has prepared with one product more (directions)
 
 No atomics: the same call gives the same bits. Splits, chunks and tiles depend on the vocabulary, the width and the dtype,
 never on the number of rows, so that a row's statistics, and its d_hidden, do not depend on what else is in the batch,
@@ -23,7 +24,7 @@ devices in `tuned.py` they are measured ones.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -45,13 +46,23 @@ from clp_kernels.token_stats import (
     merge,
     merge_top1,
 )
+from clp_kernels.triton_kernels import directions as along
 from clp_kernels.triton_kernels import launch
 from clp_kernels.triton_kernels.aot import AotSpec, recorded, recorded_choices
 from clp_kernels.triton_kernels.head_logits import FORWARD, GRADIENT, HeadLogits
+from clp_kernels.triton_kernels.launch import cdiv
 from clp_kernels.triton_kernels.launch import unsupported as unsupported
 from clp_kernels.triton_kernels.products import PRODUCT, multiply
 from clp_kernels.triton_kernels.token_gradient import _logits_gradient
-from clp_kernels.triton_kernels.token_sums import Partial, _fold_raw, _store_sums, flags
+from clp_kernels.triton_kernels.token_sums import (
+    Partial,
+    _fold_slices,
+    _hit,
+    _span,
+    _store_sums,
+    _unit,
+    flags,
+)
 
 CHUNK = 4096  # columns of d(loss)/d(logits) that exist at a time, at least
 _LOGITS_ROWS, _LOGITS_COLUMNS = 4, 1024
@@ -62,8 +73,8 @@ def _logits_forward(
     logits,  # (T, V), rows any stride apart
     ref_logits,  # likewise, or None
     targets, inv_temperature, partial, partial_top,  # as in head_logits._linear_forward
-    T, V, span, softcap, logit_scale, stride_t, stride_rt,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    T, V, wide, span, narrow, softcap, logit_scale, stride_t, stride_rt,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PROPORTIONAL: tl.constexpr,
     REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr, TOP1: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BLOCK_T)
@@ -77,21 +88,22 @@ def _logits_forward(
     m_p, m_q = zero + float("-inf"), zero + float("-inf")
     s_p, a_p, d_p, t_p, s_q, d_q, t_q = zero, zero, zero, zero, zero, zero, zero
     top = tl.full((BLOCK_T,), -1, tl.int32)
-    for first in tl.range(split * span, tl.minimum(split * span + span, V), BLOCK_V):
+    start, stop = _span(split, wide, span, narrow, V)
+    for first in tl.range(start, stop, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V).to(tl.int64)
         mask = (row < T)[:, None] & (column < V)[None, :]
         at = logits + row[:, None] * stride_t + column[None, :]
-        raw_p = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        raw_p = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
         raw_q = raw_p
         if REFERENCE:
             at = ref_logits + row[:, None] * stride_rt + column[None, :]
-            raw_q = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_raw(
-            raw_p, raw_q, None, None, None, None, first, row, 0, V, logit_scale, softcap, inv_t, target,
-            m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, BLOCK_V, REFERENCE, ENTROPY, KL, REVERSE, TOP1)  # fmt: skip
-    _store_sums(
-        partial, partial_top, split, row, T, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, REFERENCE, TOP1
-    )
+            raw_q = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_slices(
+            raw_p, raw_q, None, None, None, None, None, None, first, row, 0, V, logit_scale, softcap, inv_t, target,
+            _hit(target, first, BLOCK_V), m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, BLOCK_V, PROPORTIONAL, REFERENCE,
+            ENTROPY, KL, REVERSE, TOP1)  # fmt: skip
+    _store_sums(partial, partial_top, split, row, T, _unit(logit_scale, inv_t, PROPORTIONAL), m_p, s_p, a_p, d_p, m_q, s_q,
+                d_q, t_p, t_q, top, REFERENCE, TOP1)  # fmt: skip
 
 
 def _head_partial(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | None) -> Partial:
@@ -102,10 +114,14 @@ def _head_partial(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | 
 
 
 def linear_forward(
-    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | None
+    head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | None, directions: Sequence[str] = ()
 ) -> tuple[list[Tensor], Tensor]:
     """-> outputs in the order of OUTPUTS, saved (SAVED, T). kept (copies, T_kept, V) float32 is filled with the raw logits of
-    the leading T_kept rows, the policy's and, where copies is 2, the reference's."""
+    the leading T_kept rows, the policy's and, where copies is 2, the reference's; or kept (directions, T, H) with these."""
+    if directions:
+        (count, width), vocabulary = head.hidden.shape, head.weight.shape[0]
+        height = _row_block(count, width, head.hidden.device)
+        return along.forward(head, rows, asked, kept, directions, _chunk(vocabulary), height)
     return _head_partial(head, rows, asked, kept).finish(rows)
 
 
@@ -119,6 +135,18 @@ def linear_sums(head: Head, rows: Rows, asked: frozenset[str], kept: Tensor | No
     return merge(fields), top if partial.top is None else merge_top1(fields.m_p, fields.s_p, partial.top)
 
 
+def linear_backward_along(
+    head: Head,
+    rows: Rows,
+    grads: dict[str, Tensor | None],
+    kept: Tensor,
+    directions: Sequence[str],
+    needs: frozenset[str],
+) -> HeadGradients:
+    """`linear_backward` from the directions in `kept`, of a head without LoRA: no product at all."""
+    return HeadGradients(hidden=along.backward(grads, kept, directions, head.hidden.dtype))
+
+
 def _chunk(vocabulary: int) -> int:
     """A sixteenth of the vocabulary, in steps of CHUNK: wide chunks read and write d_hidden less often."""
     return max(CHUNK, vocabulary // 16 // CHUNK * CHUNK)
@@ -126,7 +154,7 @@ def _chunk(vocabulary: int) -> int:
 
 def _row_block(rows: int, width: int, device: torch.device) -> int:
     """Rows whose product with a chunk of the weight is one wave of programs, each 128 rows and 256 columns."""
-    return min(rows, 128 * max(1, launch.multiprocessors(device) // max(1, triton.cdiv(width, 256))))
+    return min(rows, 128 * max(1, launch.multiprocessors(device) // max(1, cdiv(width, 256))))
 
 
 def _without_ignored(head: Head, ignored: Tensor) -> Head:
@@ -152,7 +180,7 @@ def linear_backward(
     logits = HeadLogits(head, with_reference, GRADIENT)
     hidden, weight = head.hidden, head.weight
     (count, width), vocabulary = hidden.shape, weight.shape[0]
-    coefs = coefficients(grads, saved)
+    coefs, entropy = coefficients(grads, saved), grads.get("entropy") is not None
     saved = saved.contiguous()
 
     def wide(*shape: int) -> Tensor:
@@ -169,13 +197,13 @@ def linear_backward(
     sums_over_rows = needs & {"weight", "bias", "lora_b"}
     height = count if sums_over_rows else _row_block(count, width, hidden.device)
     chunk = _chunk(vocabulary)
-    buffer = hidden.new_empty(height, min(chunk, triton.cdiv(vocabulary, 16) * 16))
+    buffer = hidden.new_empty(height, min(chunk, cdiv(vocabulary, 16) * 16))
     for top in range(0, count, max(height, 1)):
         bottom = min(top + height, count)
         for first in range(0, vocabulary, chunk):
             last = min(first + chunk, vocabulary)
             out = buffer[: bottom - top, : last - first]
-            _fill(out, logits, head, rows, saved, coefs, kept, top, first)
+            _fill(out, logits, head, rows, saved, coefs, entropy, kept, top, first)
             if d_hidden is not None:
                 multiply(out, weight[first:last], d_hidden[top:bottom], add=True)
             if d_gated is not None:
@@ -216,6 +244,7 @@ def _fill(
     rows: Rows,
     saved: Tensor,
     coefs: Tensor,
+    entropy: bool,
     kept: Tensor | None,
     top: int,
     first: int,
@@ -227,10 +256,15 @@ def _fill(
         reference = kept[1] if logits.with_reference else None
         ref_bias = head.ref_bias if logits.with_reference else None
         _differentiate_logits(
-            kept[0], reference, head.bias, ref_bias, rows, saved, coefs, out[:there], top, first
+            kept[0], reference, head.bias, ref_bias, rows, saved, coefs, entropy, out[:there], top, first
         )
     if there < height:
-        logits.gradient(rows, saved, coefs, out[there:], top + there, first)
+        logits.gradient(rows, saved, coefs, entropy, out[there:], top + there, first)
+
+
+def _proportional(rows: Rows) -> bool:
+    """Whether z is a positive multiple of the logits."""
+    return rows.softcap is None and rows.logit_scale > 0
 
 
 def _differentiate_logits(
@@ -241,17 +275,19 @@ def _differentiate_logits(
     rows: Rows,
     saved: Tensor,
     coefs: Tensor,
+    entropy: bool,
     out: Tensor,
     top: int,
     first: int,
 ) -> None:
     """d(loss)/d(logits) of the block of logits (T or fewer rows, V) that starts at (top, first) and has out's shape."""
     height, width = out.shape
-    _logits_gradient[(triton.cdiv(height, _LOGITS_ROWS) * triton.cdiv(width, _LOGITS_COLUMNS),)](
+    _logits_gradient[(cdiv(height, _LOGITS_ROWS) * cdiv(width, _LOGITS_COLUMNS),)](
         logits, ref_logits, bias, ref_bias, rows.targets, rows.inv_temperature, saved, coefs, out, saved.shape[1],
         logits.shape[1], top, top + height, first, first + width, rows.softcap, rows.logit_scale, rows.ignore_index,
         logits.stride(0), 0 if ref_logits is None else ref_logits.stride(0), out.stride(0),
-        BLOCK_T=_LOGITS_ROWS, BLOCK_V=_LOGITS_COLUMNS, REFERENCE=ref_logits is not None, num_warps=8)  # fmt: skip
+        BLOCK_T=_LOGITS_ROWS, BLOCK_V=_LOGITS_COLUMNS, PROPORTIONAL=bias is ref_bias is None and _proportional(rows),
+        REFERENCE=ref_logits is not None, ENTROPY=entropy, num_warps=8)  # fmt: skip
 
 
 def logits_forward(
@@ -264,10 +300,10 @@ def logits_forward(
     if not needed["REFERENCE"]:
         ref_logits = None
     if count:
-        _logits_forward[(triton.cdiv(count, _LOGITS_ROWS) * partial.splits,)](
-            logits, ref_logits, rows.targets, rows.inv_temperature, partial.sums, partial.top, count, vocabulary, partial.span,
-            rows.softcap, rows.logit_scale, logits.stride(0), 0 if ref_logits is None else ref_logits.stride(0),
-            BLOCK_T=_LOGITS_ROWS, BLOCK_V=_LOGITS_COLUMNS, **needed, num_warps=8)  # fmt: skip
+        _logits_forward[(cdiv(count, _LOGITS_ROWS) * partial.splits,)](
+            logits, ref_logits, rows.targets, rows.inv_temperature, partial.sums, partial.top, count, vocabulary,
+            *partial.spans, rows.softcap, rows.logit_scale, logits.stride(0), 0 if ref_logits is None else ref_logits.stride(0),
+            BLOCK_T=_LOGITS_ROWS, BLOCK_V=_LOGITS_COLUMNS, PROPORTIONAL=_proportional(rows), **needed, num_warps=8)  # fmt: skip
     return partial.finish(rows)
 
 
@@ -281,7 +317,10 @@ def logits_backward(
         ref_logits = None
     if logits.shape[0]:
         coefs = coefficients(grads, saved)
-        _differentiate_logits(logits, ref_logits, None, None, rows, saved.contiguous(), coefs, out, 0, 0)
+        entropy = grads.get("entropy") is not None
+        _differentiate_logits(
+            logits, ref_logits, None, None, rows, saved.contiguous(), coefs, entropy, out, 0, 0
+        )
     return out
 
 
@@ -327,6 +366,11 @@ def aot_specs() -> Iterator[AotSpec]:
             if grads:
                 linear_backward(head, options, grads, saved, logits, needs if bias else needs - {"bias"})
                 linear_backward(head, options, grads, saved, None, frozenset(("hidden",)))
+            if not lora:
+                room = make(2, rows, width, dtype=torch.float32)
+                linear_forward(
+                    head, options, asked, room, ("logprob", "lse") if targets is not None else ("lse",)
+                )
             logits = make(rows, vocabulary)
             outputs, saved = logits_forward(logits, logits, options, asked)
             if grads:
@@ -335,7 +379,13 @@ def aot_specs() -> Iterator[AotSpec]:
         return call
 
     def matrix(kernel: str, constants) -> bool:
-        return kernel in ("_linear_forward", "_linear_gradient", "_product", "_product_described")
+        return kernel in (
+            "_linear_forward",
+            "_linear_gradient",
+            "_linear_terms",
+            "_product",
+            "_product_described",
+        )
 
     subsets = [frozenset(OUTPUTS), *(frozenset({name}) for name in OUTPUTS), frozenset({"entropy", "kl"})]
     for target, dtype, asked, odd, apart, lora, bias, softcap, kept in itertools.product(

@@ -13,11 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.token_stats import NEED_REFERENCE, OUTPUTS, SAVED, Rows
-from clp_kernels.triton_kernels.launch import _halves
+from clp_kernels.triton_kernels.launch import _halves, cdiv
 
-SPLIT = 4096  # columns of the vocabulary per program; a multiple of every tile's columns
+# Columns of the vocabulary per program; multiples of every tile's. The last quarter of the vocabulary goes in the narrow ones,
+# so that multiprocessors that are done early find work: 2048 programs of 4096 columns, of 128 rows out of 8192 and a vocabulary
+# of 131072, would take 16 waves of 132 for the work of 15.5.
+SPLIT, NARROW = 4096, 1024
 _STATES = tl.constexpr(9)  # floats per row and split: the fields of token_stats.Sums, in order
 _COMBINE_ROWS = 64
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_MOST_RATE = tl.constexpr(2.0**100)
 
 
 @triton.jit
@@ -34,18 +40,55 @@ def _tanh(x):
 
 
 @triton.jit
-def _transform(raw, bias, column, V, logit_scale, softcap, inv_temperature):
-    """raw (rows, columns) -> z, -inf beyond the vocabulary, and tanh(u / softcap) (z where there is no softcap)."""
-    if bias is not None:
-        raw += tl.load(bias + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
-    u = raw * logit_scale
-    if softcap is not None:
-        capped = _tanh(u / softcap)
-        z = softcap * capped * inv_temperature[:, None]
+def _unit(logit_scale, inv_temperature, PROPORTIONAL: tl.constexpr):
+    """z / raw (rows,) where the two are PROPORTIONAL: without a bias or a softcap, and with a positive scale. Sums are then
+    made of raw logits, whose order is z's, and are multiplied once a row. Otherwise 1: they are made of z."""
+    if PROPORTIONAL:
+        unit = logit_scale * inv_temperature
     else:
-        z = u * inv_temperature[:, None]
-        capped = z
-    return tl.where((column < V)[None, :], z, float("-inf")), capped
+        unit = tl.zeros_like(inv_temperature) + 1.0
+    return unit
+
+
+@triton.jit
+def _rate(unit):
+    """log2(e) times the unit, for exp2. A row with a temperature below 2^-100 has the same softmax with that one: one-hot."""
+    return tl.minimum(unit * _LOG2_E, _MOST_RATE)
+
+
+@triton.jit
+def _transform(raw, bias, column, V, logit_scale, softcap, inv_temperature, PROPORTIONAL: tl.constexpr):
+    """raw (rows, columns) -> z in `_unit`s, and tanh(u / softcap) (z where there is no softcap)."""
+    z, capped = raw, raw
+    if not PROPORTIONAL:
+        if bias is not None:
+            z += tl.load(bias + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
+        z *= logit_scale
+        if softcap is not None:
+            capped = _tanh(z / softcap)
+            z = softcap * capped
+        z *= inv_temperature[:, None]
+    return z, capped
+
+
+@triton.jit
+def _masked(z, first, V):
+    """z with -inf beyond the vocabulary. Where there is nothing beyond it, this costs a branch and no selections.
+
+    Not for accumulators of a flattened loop, but for what was made of them, a half for instance: Triton would put the wait for
+    the products into the branch, and ptxas then waits for each product before the next.
+    """
+    if first + z.shape[1] > V:
+        z = tl.where((tl.arange(0, z.shape[1]) + first < V)[None, :], z, float("-inf"))
+    return z
+
+
+@triton.jit
+def _masked_halves(z, first, V):
+    """The halves of z, `_masked`, and the rows' maxima."""
+    left, right = _halves(z)
+    left, right = _masked(left, first, V), _masked(right, first + left.shape[1], V)
+    return left, right, tl.max(tl.maximum(left, right), 1)
 
 
 @triton.jit
@@ -63,25 +106,39 @@ def _within(target, first, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def _hit(target, first, BLOCK_V: tl.constexpr):
+    """Whether any row's target is in the tile: of 128 rows and 256 columns of a large vocabulary, one in three or four is."""
+    return tl.max(_within(target, first, BLOCK_V), 0) >= 0
+
+
+@triton.jit
 def _fold(
-    z_p, z_q, first, target, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
+    z_p, z_q, bound_p, bound_q, rate, first, m_p, s_p, a_p, d_p, m_q, s_q, d_q, top,
     BLOCK_V: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr,
     TOP1: tl.constexpr,
 ):  # fmt: skip
-    """One tile of z into the rows' running sums (token_stats.Sums) and the column of the largest z."""
+    """One tile of z, in `_unit`s, into the rows' running sums (token_stats.Sums), but t, and the column of the largest z.
+
+    m and d are in units of z, a in powers of two; `_store_sums` converts them. rate (rows,): `_rate` of the units.
+    bound_p, bound_q (rows,): the largest z of a tile that this one is a slice of, or None: this one's. With them m moves once a
+    tile. -> the sums, top and e^(z_p - m_p)
+    """
     place = tl.arange(0, BLOCK_V)[None, :]
-    is_target = place == _within(target, first, BLOCK_V)[:, None]
-    highest = tl.max(z_p, 1)
+    if bound_p is None or TOP1:
+        highest = tl.max(z_p, 1)
+    else:
+        highest = bound_p
     if TOP1:
         best = (tl.min(tl.where(z_p == highest[:, None], place, BLOCK_V), 1) + first).to(tl.int32)
         top = tl.where((s_p == s_p) & ((highest > m_p) | (top < 0)), best, top)
     m_new = tl.maximum(m_p, highest)
-    scale = tl.exp(m_p - _finite(m_new))
-    shifted = z_p - _finite(m_new)[:, None]
-    e = tl.exp(shifted)
+    scale = tl.exp2((m_p - _finite(m_new)) * rate)
+    shifted = (z_p - _finite(m_new)[:, None]) * rate[:, None]
+    e = tl.exp2(shifted)
     if ENTROPY:
-        a_p = scale * (a_p + (_finite(m_p) - _finite(m_new)) * s_p) + tl.sum(
-            tl.where(e > 0.0, e * shifted, 0.0), 1
+        # An e of 0 has a shift of -inf, or one below -149, and adds nothing.
+        a_p = scale * (a_p + (_finite(m_p) - _finite(m_new)) * rate * s_p) + tl.sum(
+            e * tl.maximum(shifted, -200.0), 1
         )
     if KL:
         d_p = scale * d_p + tl.sum(tl.where(e > 0.0, e * (z_p - z_q), 0.0), 1)
@@ -94,17 +151,30 @@ def _fold(
             top = tl.where(has_nan, first_nan.to(tl.int32), top)
     s_p = scale * s_p + total
     m_p = m_new
-    t_p += tl.sum(tl.where(is_target, z_p, 0.0), 1)
     if REFERENCE:
-        m_new = tl.maximum(m_q, tl.max(z_q, 1))
-        scale = tl.exp(m_q - _finite(m_new))
-        f = tl.exp(z_q - _finite(m_new)[:, None])
+        if bound_q is None:
+            m_new = tl.maximum(m_q, tl.max(z_q, 1))
+        else:
+            m_new = tl.maximum(m_q, bound_q)
+        scale = tl.exp2((m_q - _finite(m_new)) * rate)
+        f = tl.exp2((z_q - _finite(m_new)[:, None]) * rate[:, None])
         if REVERSE:
             d_q = scale * d_q + tl.sum(tl.where(f > 0.0, f * (z_q - z_p), 0.0), 1)
         s_q = scale * s_q + tl.sum(f, 1)
         m_q = m_new
-        t_q += tl.sum(tl.where(is_target, z_q, 0.0), 1)
-    return m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top
+    return m_p, s_p, a_p, d_p, m_q, s_q, d_q, top, e
+
+
+@triton.jit
+def _at_target(z, target, first):
+    """z at the rows' targets, 0 where they are in other tiles."""
+    place = tl.arange(0, z.shape[1])[None, :]
+    return tl.sum(tl.where(place == _within(target, first, z.shape[1])[:, None], z, 0.0), 1)
+
+
+@triton.jit
+def _at_target_of_halves(left, right, target, first):
+    return _at_target(left, target, first) + _at_target(right, target, first + left.shape[1])
 
 
 @triton.jit
@@ -115,60 +185,113 @@ def _keep(raw, kept, row, column, kept_rows, V):
 
 
 @triton.jit
-def _fold_raw(
-    raw_p, raw_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap, inv_t, target,
-    m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
-    SLICE: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr,
-    TOP1: tl.constexpr,
+def _fold_slices(
+    raw_p, raw_q, bound_p, bound_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap, inv_t,
+    target, hit, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
+    SLICE: tl.constexpr, PROPORTIONAL: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
+    REVERSE: tl.constexpr, TOP1: tl.constexpr,
 ):  # fmt: skip
-    """Raw logits (rows, columns from `first` on) into the rows' running sums, at most SLICE columns at a time.
-
-    kept_p, kept_q (kept_rows, V) float32, or None: where the raw logits of the leading rows go.
-    """
+    """`_fold_raw` of a part of the tile, whose largest raw logits are the bounds; PROPORTIONAL ones are masked."""
     if raw_p.shape[1] > SLICE:
         left_p, right_p = _halves(raw_p)
         left_q, right_q = left_p, right_p
         if REFERENCE:
             left_q, right_q = _halves(raw_q)
-        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_raw(
-            left_p, left_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap, inv_t, target,
-            m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, REFERENCE, ENTROPY, KL, REVERSE, TOP1)  # fmt: skip
-        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_raw(
-            right_p, right_q, bias, ref_bias, kept_p, kept_q, first + left_p.shape[1], row, kept_rows, V, logit_scale,
-            softcap, inv_t, target, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, REFERENCE, ENTROPY, KL,
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_slices(
+            left_p, left_q, bound_p, bound_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap,
+            inv_t, target, hit, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, PROPORTIONAL, REFERENCE, ENTROPY, KL,
             REVERSE, TOP1)  # fmt: skip
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_slices(
+            right_p, right_q, bound_p, bound_q, bias, ref_bias, kept_p, kept_q, first + left_p.shape[1], row, kept_rows, V,
+            logit_scale, softcap, inv_t, target, hit, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, PROPORTIONAL,
+            REFERENCE, ENTROPY, KL, REVERSE, TOP1)  # fmt: skip
     else:
-        column = first + tl.arange(0, raw_p.shape[1]).to(tl.int64)
+        column = tl.arange(0, raw_p.shape[1]) + first
         _keep(raw_p, kept_p, row, column, kept_rows, V)
-        z_p, _ = _transform(raw_p, bias, column, V, logit_scale, softcap, inv_t)
+        z_p, _ = _transform(raw_p, bias, column, V, logit_scale, softcap, inv_t, PROPORTIONAL)
+        if not PROPORTIONAL:
+            z_p = _masked(z_p, first, V)
         z_q = z_p
         if REFERENCE:
             _keep(raw_q, kept_q, row, column, kept_rows, V)
-            z_q, _ = _transform(raw_q, ref_bias, column, V, logit_scale, softcap, inv_t)
-        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold(
-            z_p, z_q, first, target, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, raw_p.shape[1], REFERENCE, ENTROPY,
-            KL, REVERSE, TOP1)  # fmt: skip
+            z_q, _ = _transform(raw_q, ref_bias, column, V, logit_scale, softcap, inv_t, PROPORTIONAL)
+            if not PROPORTIONAL:
+                z_q = _masked(z_q, first, V)
+        rate = _rate(_unit(logit_scale, inv_t, PROPORTIONAL))
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, top, _ = _fold(
+            z_p, z_q, bound_p, bound_q, rate, first, m_p, s_p, a_p, d_p, m_q, s_q, d_q, top, raw_p.shape[1], REFERENCE,
+            ENTROPY, KL, REVERSE, TOP1)  # fmt: skip
+        if bound_p is None:
+            if hit:
+                t_p += _at_target(z_p, target, first)
+                if REFERENCE:
+                    t_q += _at_target(z_q, target, first)
     return m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top
 
 
 @triton.jit
+def _fold_raw(
+    raw_p, raw_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap, inv_t, target,
+    m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
+    SLICE: tl.constexpr, PROPORTIONAL: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
+    REVERSE: tl.constexpr, TOP1: tl.constexpr,
+):  # fmt: skip
+    """Raw logits (rows, columns from `first` on) into the rows' running sums, at most SLICE columns at a time.
+
+    kept_p, kept_q (kept_rows, V) float32, or None: where the raw logits of the leading rows go.
+    """
+    hit = _hit(target, first, raw_p.shape[1])
+    if PROPORTIONAL:
+        left_p, right_p, bound_p = _masked_halves(raw_p, first, V)
+        left_q, right_q, bound_q = left_p, right_p, bound_p
+        if REFERENCE:
+            left_q, right_q, bound_q = _masked_halves(raw_q, first, V)
+        if hit:
+            t_p += _at_target_of_halves(left_p, right_p, target, first)
+            if REFERENCE:
+                t_q += _at_target_of_halves(left_q, right_q, target, first)
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_slices(
+            left_p, left_q, bound_p, bound_q, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap,
+            inv_t, target, hit, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, PROPORTIONAL, REFERENCE, ENTROPY, KL,
+            REVERSE, TOP1)  # fmt: skip
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_slices(
+            right_p, right_q, bound_p, bound_q, bias, ref_bias, kept_p, kept_q, first + left_p.shape[1], row, kept_rows, V,
+            logit_scale, softcap, inv_t, target, hit, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, PROPORTIONAL,
+            REFERENCE, ENTROPY, KL, REVERSE, TOP1)  # fmt: skip
+    else:
+        m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top = _fold_slices(
+            raw_p, raw_q, None, None, bias, ref_bias, kept_p, kept_q, first, row, kept_rows, V, logit_scale, softcap, inv_t,
+            target, hit, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top, SLICE, PROPORTIONAL, REFERENCE, ENTROPY, KL,
+            REVERSE, TOP1)  # fmt: skip
+    return m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top
+
+
+@triton.jit
+def _span(split, wide, span, narrow, V):
+    """The first column of a split and the one behind its last: the first `wide` have `span` columns, the others `narrow`."""
+    behind = tl.maximum(split - wide, 0)
+    start = tl.minimum(split, wide) * span + behind * narrow
+    return start, tl.minimum(start + tl.where(split < wide, span, narrow), V)
+
+
+@triton.jit
 def _store_sums(
-    partial, partial_top, split, row, T, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
+    partial, partial_top, split, row, T, unit, m_p, s_p, a_p, d_p, m_q, s_q, d_q, t_p, t_q, top,
     REFERENCE: tl.constexpr, TOP1: tl.constexpr,
 ):  # fmt: skip
     mask = row < T
     size = tl.full((), T, tl.int64)
     at = partial + split.to(tl.int64) * _STATES * size + row
-    tl.store(at, m_p, mask=mask)
+    tl.store(at, m_p * unit, mask=mask)
     tl.store(at + size, s_p, mask=mask)
-    tl.store(at + 2 * size, a_p, mask=mask)
-    tl.store(at + 3 * size, d_p, mask=mask)
-    tl.store(at + 7 * size, t_p, mask=mask)
+    tl.store(at + 2 * size, a_p * _LN_2, mask=mask)
+    tl.store(at + 3 * size, d_p * unit, mask=mask)
+    tl.store(at + 7 * size, t_p * unit, mask=mask)
     if REFERENCE:
-        tl.store(at + 4 * size, m_q, mask=mask)
+        tl.store(at + 4 * size, m_q * unit, mask=mask)
         tl.store(at + 5 * size, s_q, mask=mask)
-        tl.store(at + 6 * size, d_q, mask=mask)
-        tl.store(at + 8 * size, t_q, mask=mask)
+        tl.store(at + 6 * size, d_q * unit, mask=mask)
+        tl.store(at + 8 * size, t_q * unit, mask=mask)
     if TOP1:
         tl.store(partial_top + split.to(tl.int64) * size + row, top, mask=mask)
 
@@ -267,9 +390,12 @@ def flags(asked: frozenset[str]) -> dict[str, bool]:
 class Partial:
     """The splits' running sums: made here, filled by a forward kernel, merged by `finish`."""
 
-    def __init__(self, like: Tensor, rows: int, vocabulary: int, asked: frozenset[str]) -> None:
-        self.span = SPLIT
-        self.splits = triton.cdiv(vocabulary, self.span)
+    def __init__(
+        self, like: Tensor, rows: int, vocabulary: int, asked: frozenset[str], splits: int | None = None
+    ) -> None:
+        wide = vocabulary * 3 // 4 // SPLIT
+        self.splits = splits or wide + cdiv(vocabulary - wide * SPLIT, NARROW)
+        self.spans = (wide, SPLIT, NARROW)
         self.asked, self.vocabulary = asked, vocabulary
         self.sums = like.new_empty(self.splits, _STATES.value, rows, dtype=torch.float32)
         self.top = like.new_empty(self.splits, rows, dtype=torch.int32) if "top1" in asked else None
@@ -284,7 +410,7 @@ class Partial:
         # Zeros: without a reference its four rows are never written.
         saved = self.sums.new_zeros(SAVED, count)
         if count:
-            _combine[(triton.cdiv(count, _COMBINE_ROWS),)](
+            _combine[(cdiv(count, _COMBINE_ROWS),)](
                 self.sums, self.top, rows.targets, *(outputs.get(name) for name in OUTPUTS), saved, count, self.vocabulary,
                 self.splits, rows.ignore_index, BLOCK_T=_COMBINE_ROWS, REFERENCE=flags(self.asked)["REFERENCE"],
                 num_warps=2)  # fmt: skip
