@@ -52,16 +52,16 @@ def _api(package: str) -> str:
 
 def _settings(_) -> str:
     from clp_engine.core.ranges import TRAINING
+    from clp_engine.core.tables import compact
     from clp_engine.training.settings.config import CLPConfig
 
-    rows = ["| setting | type | numbers | default | |", "|---|---|---|---|---|"]
+    rows = []
     for option in dataclasses.fields(CLPConfig):
         kind = option.type.replace(" | ", "` or `")
         numbers = TRAINING[option.name].described if option.name in TRAINING else ""
-        text = option.metadata["help"].replace("|", "\\|")
-        cells = (f"`{option.name}`", f"`{kind}`", numbers, f"`{option.default}`", text)
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        text = option.metadata["help"]
+        rows.append((f"`{option.name}`", f"`{kind}`", numbers, f"`{option.default}`", text))
+    return "\n".join(compact(["setting", "type", "numbers", "default", ""], rows))
 
 
 def _command_line(_) -> str:

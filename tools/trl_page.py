@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clp_engine.core.tables import compact
 from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.trl_compat.fields import ACCEPTED, ANYTHING, DEFAULT, FIELDS, SAME, TRANSLATED, Field
 
@@ -29,20 +30,20 @@ def render(text: str) -> str:
 def defaults_table() -> str:
     """Settings whose default is another than TRL's, and why."""
     rows = [
-        f"| `{name}` | {_code(field.default)} | {_code(_OWN[name])} | {field.note} |"
+        (f"`{name}`", _code(field.default), _code(_OWN[name]), field.note)
         for name, field in FIELDS.items()
         if field.fate == DEFAULT
     ]
-    return "\n".join(["| setting | TRL | here | why |", "|---|---|---|---|", *rows])
+    return "\n".join(compact(["setting", "TRL", "here", "why"], rows))
 
 
 def fields_table() -> str:
     """Every field of GRPOConfig, in alphabetical order."""
     rows = [
-        f"| `{name}` | {_code(field.default)} | {_fate(field)} | {field.note} |"
+        (f"`{name}`", _code(field.default), _fate(field), field.note)
         for name, field in sorted(FIELDS.items())
     ]
-    return "\n".join(["| field | TRL's default | here | |", "|---|---|---|---|", *rows])
+    return "\n".join(compact(["field", "TRL's default", "here", ""], rows))
 
 
 def _fate(field: Field) -> str:

@@ -1,4 +1,4 @@
-"""Numbers and tables as text: seconds and bytes with their unit, a table in Markdown."""
+"""Numbers as text: seconds and bytes with their unit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,3 @@ def size(value: int | None) -> str:
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
     return f"{value} B"
-
-
-def markdown(names: list[str], rows: list[list[str]]) -> list[str]:
-    def row(cells):
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-    return [row(names), "|" + "---|" * len(names), *map(row, rows)]

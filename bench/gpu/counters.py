@@ -197,7 +197,7 @@ def _short(name: str) -> str:
 
 
 def table(content: dict) -> list[str]:
-    from bench.core import text
+    from clp_engine.core import tables
 
     def percent(value: float | None) -> str:
         return "" if value is None else f"{value:.0f}%"
@@ -226,7 +226,7 @@ def table(content: dict) -> list[str]:
         "occupancy",
         "registers",
     ]
-    return text.markdown([*names, "shared memory"], lines)
+    return tables.compact([*names, "shared memory"], lines)
 
 
 # --- what ncu watches --------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
 
-from bench.core import text
+from clp_engine.core import tables
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.statistics import Interval
 from clp_engine.evaluation.front import Point
@@ -174,7 +174,7 @@ def markdown(content: dict) -> str:
         [c.what, _shown(c.reference), _shown(c.measured), f"{c.z:+.1f}", f"{c.p:.2f}", f"{c.smallest:.3f}"]
         for c in found
     ]
-    lines += text.markdown([*names, "difference / error", "p, corrected", "smallest that is seen"], rows)
+    lines += tables.compact([*names, "difference / error", "p, corrected", "smallest that is seen"], rows)
     lines += [
         "",
         "KL to the base model in nats and tokens of a completion (not judged: no intervals are kept):",
@@ -187,7 +187,7 @@ def markdown(content: dict) -> str:
             content["weightings"], one["kl"], other["kl"], one["length"], other["length"]
         )
     ]
-    lines += text.markdown(["weighting", "KL, reference", "measured", "tokens, reference", "measured"], rows)
+    lines += tables.compact(["weighting", "KL, reference", "measured", "tokens, reference", "measured"], rows)
     return "\n".join(lines) + "\n"
 
 

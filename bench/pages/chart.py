@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from clp_engine.core import tables
+
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 # The variant of this project, the first that a case has. Of a rollout it is the one with the most weightings.
 _OURS = ("clp-engine, one objective", "clp-engine")
@@ -192,17 +194,13 @@ def _text(
 
 def table(results: Path = RESULTS) -> list[str]:
     """Lines of Markdown for the README: the main figures, the processor and the file of each. Links start at the repository."""
-    rows = [_row("Volume of the front, " + what, *rest) for what, *rest in _volumes(results.parents[1])]
+    rows = [("Volume of the front, " + what, *rest) for what, *rest in _volumes(results.parents[1])]
     for f in _main(figures(results)):
         memory = f", with {f.memory:.2f} times the memory" if f.group == "e2e" and f.memory else ""
         what = f"{_SECTIONS.get(f.group, f.group)}: {f.what}"
         source = f"[{f.file}](bench/results/{f.file})"
-        rows.append(_row(what, f"{f.faster:.1f} times as fast{memory}", f.against, f.processor, source))
-    return (
-        [_row("what", "figure", "compared with", "processor", "from"), "|" + "---|" * 5, *rows]
-        if rows
-        else []
-    )
+        rows.append((what, f"{f.faster:.1f} times as fast{memory}", f.against, f.processor, source))
+    return tables.compact(["what", "figure", "compared with", "processor", "from"], rows) if rows else []
 
 
 def _main(found: list[Figure]) -> list[Figure]:
@@ -233,10 +231,6 @@ def _volumes(root: Path) -> list[tuple[str, str, str, str, str]]:
             what = f"one run of LoRA-CLP with {wanted[contrast['reference']]}"
             rows.append((what, value, contrast["reference"], content["machine"]["processor"], source))
     return rows
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bench.core import schema, text
 from bench.core.schema import Times
 from bench.core.targets import OURS
+from clp_engine.core import tables
 
 
 def interval(times: Times) -> tuple[float, float]:
@@ -42,7 +43,7 @@ def compare(before: str, after: str, tolerance: float, everyone: bool = False) -
             if verdict.startswith(("slower", "no longer")) and (everyone or variant.name.startswith(OURS)):
                 regressions.append(f"{case.id}: {variant.name}: {verdict}")
     rows += [[case, "", "", "", "only in the second"] for case in found]
-    print("\n".join(text.markdown(["case", "variant", "before", "after / before", ""], rows)))
+    print("\n".join(tables.compact(["case", "variant", "before", "after / before", ""], rows)))
     for line in regressions:
         print(f"REGRESSION {line}")
     return 1 if regressions else 0

@@ -23,6 +23,7 @@ from bench.core import schema, text
 from bench.core.targets import OURS, TARGETS
 from bench.gpu import counters, fronts
 from bench.pages import report
+from clp_engine.core import tables
 
 GPU = "H200"  # what TARGETS calls the machine
 _EXITS = {0: "passed", 3: "budget used up", 124: "stopped at its limit"}
@@ -87,7 +88,7 @@ def _targets(results: Path, worst: bool = False) -> list[str]:
             [target.what, limit, "not measured", "", "", "", ""]
         ]
     names = ["target", "limit", "measured", "", "of the floor", "bound by", "on"]
-    table = text.markdown(names, rows)
+    table = tables.compact(names, rows)
     return table if measured else [NOTHING, "", *table]
 
 
@@ -116,7 +117,7 @@ def _ceilings(results: Path) -> list[str]:
         numbers = [f"{c[name] / 1e12:.2f}" for name in ("copy_bytes", "read_bytes", "exp_rate")]
         rows.append([f"`{stem}`", result.environment["device"], rates, *numbers])
     names = ["result", "device", "matrix product, TFLOP/s", "copy, TB/s", "read, TB/s", "exponentials, T/s"]
-    return text.markdown(names, rows) if rows else [NOTHING]
+    return tables.compact(names, rows) if rows else [NOTHING]
 
 
 def _cases(results: Path) -> list[str]:
@@ -156,7 +157,7 @@ def _round(results: Path) -> list[str]:
         ]
         e, file = content["environment"], f"`bench/results/rounds/{stem}.json`"
         source = f"{e['device']}, {e['date']}, commit {(e.get('commit') or 'unknown')[:7]} ({file})."
-        lines += [*text.markdown(["stage", "", "seconds", "its last line"], rows), "", source, ""]
+        lines += [*tables.compact(["stage", "", "seconds", "its last line"], rows), "", source, ""]
     return lines or [NOTHING]
 
 
@@ -174,7 +175,7 @@ def _steps(results: Path) -> list[str]:
             ]
         )
     names = ["profile", "model", "shape", "step", "engine's own"]
-    return text.markdown(names, rows) if rows else [NOTHING]
+    return tables.compact(names, rows) if rows else [NOTHING]
 
 
 def _tokens(results: Path) -> list[str]:
@@ -189,7 +190,7 @@ def _tokens(results: Path) -> list[str]:
             f"{found['tokens']} tokens of {found['model']}: {span}, of which kernels run {busy}; "
             f"{found['environment']['device']} (`bench/results/tokens/{stem}.json`)."
         )
-        lines += [*text.markdown(["kernel", "launches", "ms"], rows), "", source, ""]
+        lines += [*tables.compact(["kernel", "launches", "ms"], rows), "", source, ""]
     return lines or [NOTHING]
 
 

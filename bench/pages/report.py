@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from bench.core.schema import Case, Result, Variant
 from bench.core.targets import OURS, blend_over_merged, most_over_one, most_weightings
-from bench.core.text import markdown, seconds, size
+from bench.core.text import seconds, size
+from clp_engine.core.tables import compact
 
 YARDSTICKS = ("torch", "torch, full logits", "trl + peft", "transformers generate, merged model")
 
@@ -130,7 +131,7 @@ def case_table(case: Case) -> list[str]:
     if any(v.times is not None and v.times.q1 is None for v in case.variants):
         names[1] = "median [range]"
     filled = [i for i in range(len(names)) if i < 2 or any(row[i] for row in rows)]
-    table = markdown([names[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    table = compact([names[i] for i in filled], [[row[i] for i in filled] for row in rows])
     phases = phase_table(case)
     return [*table, "", *phases] if phases else table
 
@@ -168,7 +169,7 @@ def decode_table(cases: Iterable[Case]) -> list[str]:
         "model", "rows", "step, merged model", "step, blend", "weightings", "over merged", "over base", "over one weighting",
         "of its floor", "tokens/s", "faster than transformers generate",
     ]  # fmt: skip
-    return markdown(names, rows) if rows else []
+    return compact(names, rows) if rows else []
 
 
 def phase_table(case: Case) -> list[str]:
@@ -184,7 +185,7 @@ def phase_table(case: Case) -> list[str]:
         rows.append(
             [v.name, *("" if s is None else f"{seconds(s)} ({100 * s / whole:.0f}%)" for s in shares)]
         )
-    return markdown(["phase", *names], rows) if rows else []
+    return compact(["phase", *names], rows) if rows else []
 
 
 def _measures(variant: Variant) -> list[str]:
@@ -210,4 +211,4 @@ def targets(cases: Iterable[Case]) -> list[str]:
             rows.append(
                 [where, v.on, f"{v.sense} {v.limit:g}", value, verdict + (f": {v.note}" if v.note else "")]
             )
-    return markdown(["target", "on", "limit", "measured", ""], rows) if rows else []
+    return compact(["target", "on", "limit", "measured", ""], rows) if rows else []

@@ -310,7 +310,8 @@ def profile(case: StepCase, rewards: Sequence[Callable], steps: int, keep: str |
 
 def table(found: StepProfile) -> str:
     """What the terminal shows: kinds by phase, scopes, what the engine's own time consists of, the verdict."""
-    from bench.core.text import markdown, seconds
+    from bench.core.text import seconds
+    from clp_engine.core import tables
 
     def cell(**wanted: str) -> float:
         return sum(row["seconds"] for row in found.table if all(row[n] == v for n, v in wanted.items()))
@@ -343,7 +344,7 @@ def table(found: StepProfile) -> str:
     return "\n".join([
         f"{found.model}, {found.objectives} objective{'s' * (found.objectives > 1)}, {sizes}, {found.environment['device']}",
         "",
-        *markdown(names, rows),
+        *tables.compact(names, rows),
         "",
         f"A step: {seconds(found.step)} by the clock, {seconds(found.traced_step)} under the profiler. By the clock: {clock}.",
         f"Python and dispatch of the whole step, under the profiler: {100 * found.python_share:.1f}%.",

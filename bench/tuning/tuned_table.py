@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from clp_kernels.triton_kernels import tuned, tuning
 
 from bench.core import schema
+from clp_engine.core.tables import compact
 
 MARGIN, SAME = 0.02, 0.01
 PATH = Path(tuned.__file__)
@@ -187,22 +188,15 @@ def report(found: Mapping[str, Device]) -> str:
     lines = []
     for name, device in sorted(found.items()):
         lines += [f"{name} ({device.source})", ""]
-        lines += [
-            "| choice | shapes | entries | right: default / table / unseen | loss, mean / worst: default | table | unseen |"
-        ]
-        lines += ["|---|---|---|---|---|---|---|"]
-        changes, ways = [], []
+        rows, changes, ways = [], [], []
         for key, measured in sorted(device.entries.items()):
-            lines.append(_row(key, measured))
+            rows.append(_row(key, measured))
             changes += _changes(key, measured)
             if any(isinstance(m.default, str) for m in measured.values()):
                 ways += _ways(key, measured)
-        lines += [
-            "",
-            "| choice | shape | default | taken | predicted | measured |",
-            "|---|---|---|---|---|---|",
-            *changes,
-        ]
+        losses = ["loss, mean / worst: default", "table", "unseen"]
+        lines += compact(["choice", "shapes", "entries", "right: default / table / unseen", *losses], rows)
+        lines += ["", *compact(["choice", "shape", "default", "taken", "predicted", "measured"], changes)]
         lines += ["", *ways, ""]
     return "\n".join(lines)
 
@@ -212,7 +206,7 @@ def _label(key: Key) -> str:
     return f"{kernel}, {family}, {8 * itemsize} bits"
 
 
-def _row(key: Key, measured: Mapping[Sizes, Measured]) -> str:
+def _row(key: Key, measured: Mapping[Sizes, Measured]) -> Sequence[object]:
     table = reduced(measured)
     winners = {sizes: m.winner for sizes, m in measured.items()}
     picks = {
@@ -234,11 +228,11 @@ def _row(key: Key, measured: Mapping[Sizes, Measured]) -> str:
             text + (f" ({len(found) - len(known)} not measured)" if len(known) < len(found) else "")
         )
     counts = " / ".join(map(str, right))
-    return f"| {_label(key)} | {len(measured)} | {len(table)} | {counts} | {' | '.join(losses)} |"
+    return _label(key), len(measured), len(table), counts, *losses
 
 
-def _changes(key: Key, measured: Mapping[Sizes, Measured]) -> list[str]:
-    lines = []
+def _changes(key: Key, measured: Mapping[Sizes, Measured]) -> list[Sequence[str]]:
+    rows = []
     table = reduced(measured)
     for sizes, m in sorted(measured.items()):
         choice = tuning.nearest(table, sizes)
@@ -246,10 +240,8 @@ def _changes(key: Key, measured: Mapping[Sizes, Measured]) -> list[str]:
             continue
         said = f"{m.promised[choice]:.2f}" if choice in m.promised else "-"
         shape = " ".join(f"{name}={size}" for name, size in zip(m.names, sizes))
-        lines.append(
-            f"| {_label(key)} | {shape} | {m.default} | {choice} | {said} | {m.ratios[choice]:.2f} |"
-        )
-    return lines
+        rows.append((_label(key), shape, str(m.default), str(choice), said, f"{m.ratios[choice]:.2f}"))
+    return rows
 
 
 def _ways(key: Key, measured: Mapping[Sizes, Measured]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+BAR = "\\|"  # in a cell
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
@@ -14,6 +16,15 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(f"| {' | '.join(_padded(line, widths, left))} |" for line in (header, rule, *rows))
+
+
+def compact(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table whose cells are as wide as their text, for tables that are read on a page alone."""
+
+    def line(cells: Sequence[object]) -> str:
+        return f"| {' | '.join(str(cell).replace('|', BAR) for cell in cells)} |"
+
+    return [line(header), "|" + "---|" * len(header), *map(line, rows)]
 
 
 def columns(rows: Sequence[Sequence[str]], widths: Sequence[int], left: int = 1) -> list[str]:

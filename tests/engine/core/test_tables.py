@@ -26,3 +26,8 @@ def test_columns_and_pairs_keep_what_is_wider_than_they_are():
 def test_an_interval_is_written_in_the_format_of_its_numbers():
     value = Interval(0.12345, -1.0, 2.5)
     assert f"{value:.3f}" == "0.123 [-1.000, 2.500]" and f"{value:.2g}" == "0.12 [-1, 2.5]"
+
+
+def test_a_compact_table_pads_nothing_and_keeps_its_columns():
+    lines = tables.compact(["name", "a|b"], [["x", 1], ["much longer", "|"]])
+    assert lines == ["| name | a\\|b |", "|---|---|", "| x | 1 |", "| much longer | \\| |"]
