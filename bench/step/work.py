@@ -350,7 +350,7 @@ def count(**settings) -> Counted:
 
         trainer._step = counted_step
         trainer.train()
-        drawn = trainer._generation.rollout
+        drawn = trainer._batch.rollout
         prompts, completions = drawn.prompt_mask.sum(-1).tolist(), drawn.lengths.tolist()
         return Counted(
             counter.work,

@@ -118,9 +118,9 @@ class RewardSet:
         name are used.
     workers: the number of threads for functions that are not async (module docstring).
 
-    A function, sync or async, is called with keywords only: `prompts`, `completions`, `completion_ids`, every dataset column,
-    `trainer_state`, `log_extra`, `log_metric`. It returns a number or None for each row, as a list, an array or a tensor, also
-    of shape (rows, 1). NaN counts as None. Each function gets its own copy of the lists.
+    A function, sync or async, is called with keywords only: `prompts`, `completions`, `completion_ids`, every dataset column of
+    another name, `trainer_state`, `log_extra`, `log_metric`. It returns a number or None for each row, as a list, an array or a
+    tensor, also of shape (rows, 1). NaN counts as None. Each function gets its own copy of the lists.
     """
 
     def __init__(self, reward_funcs, processing_classes=None, workers: int = 0):

@@ -28,7 +28,7 @@ from clp_engine.objectives.coefficients import Coefficients, RewardedTokens
 class Needs:
     """What an objective is computed from, beside the policy's log-probs.
 
-    exact_kl, entropy: the exact KL to the reference, the entropy, of each step; differentiated.
+    exact_kl: the exact KL to the reference of each step; differentiated.
     group: completions of one prompt are compared with each other, so at least two are needed.
     old_logprob: the log-probs of sampling, where the policy has moved since.
     value: a prediction of each token's return from the policy's hidden states.
@@ -36,7 +36,6 @@ class Needs:
     """
 
     exact_kl: bool = False
-    entropy: bool = False
     group: bool = False
     old_logprob: bool = True
     value: bool = False
@@ -45,7 +44,7 @@ class Needs:
     @property
     def differentiated(self) -> tuple[str, ...]:
         """Statistics of a token that the loss is differentiated through; the others are constants in it."""
-        return "logprob", *(["kl"] if self.exact_kl else []), *(["entropy"] if self.entropy else [])
+        return ("logprob", "kl") if self.exact_kl else ("logprob",)
 
 
 class ForwardPass(Protocol):

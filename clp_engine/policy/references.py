@@ -15,6 +15,10 @@ class Reference(Protocol):
     """Where the reference's hidden states come from: a condition of the policy's own layers, other deltas, another model of the
     same hidden size.
 
+    The states of a rollout's completions are computed once, before the first update on them, and kept while there is room
+    (`training/collecting/reference_states.py`): a reference that moves between updates on one rollout is seen with the next.
+    `CLPTrainer.evaluate` reports the KL to the base model.
+
     The output projection that makes log-probs of these states is the base model's. A reference other than the base model can
     therefore not be that of a policy whose output projection is conditioned (conditioning "logit").
     """

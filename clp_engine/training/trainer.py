@@ -60,7 +60,8 @@ logger = logging.getLogger(__name__)
 
 
 class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
-    """Trains a conditioned policy; order and names of the arguments are GRPOTrainer's.
+    """Trains a conditioned policy; order and names of the arguments are GRPOTrainer's. KeptRun has the run's folder,
+    checkpoints and best model, Evaluating `evaluate`, ScriptSurface what scripts expect of a Trainer beside training.
 
     model: a ConditionedPolicy, a model name or path, or a loaded causal or encoder-decoder language model; the latter become
         a policy with one objective per reward, as `args` and `peft_config` (see `lora_config`) say. A PeftModel's adapters are
@@ -106,7 +107,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         )
         self.args = a = args or CLPConfig()
         self.parallel = Parallel.joined(a.use_cpu, a.ddp_timeout, a.ddp_backend)
-        # Of the run that it goes on with, where it resumes one.
+        # A run that is resumed keeps the id that it had.
         self.run_id: str | None = self.parallel.gather(uuid.uuid4().hex)[0]
         with one_voice(self.parallel):
             self.rewards = RewardSet(reward_funcs, reward_processing_classes, a.reward_workers)
@@ -149,6 +150,10 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
                 self.parallel,
             )
             self.optimisation: Optimisation | None = None
+        self._batches: list[TrainingBatch] | None = (
+            None  # of the last rollout, one for each step that it serves
+        )
+        self._batch: TrainingBatch | None = None  # of the last step
         self.num_generated_tokens = 0
         local_main = self.parallel.accelerator is None or self.parallel.accelerator.is_local_main_process
         self.state = TrainerState(
@@ -185,7 +190,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         self.timer.seconds.clear()
         self._hear("on_step_begin")
         generated = self._collect() if iteration == 0 else 0
-        self._generation = batch = self._generations[iteration % a.rollout_steps]
+        self._batch = batch = self._batches[iteration % a.rollout_steps]
         if self.objective.needs.old_logprob and (iteration > 0 or batch.stale):
             batch.old_logprob = batch.rollout.logprobs
         metrics = self._update(batch)
@@ -207,7 +212,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
     def _collect(self) -> int:
         """The completions of the steps up to the next rollout; returns how many tokens were drawn."""
         a, state = self.args, self.state
-        self._generation = self._generations = None  # what they keep would lie beside the next rollout
+        self._batch = self._batches = None  # what they keep would lie beside the next rollout
         with self.whole_base():
             whole = self.collector.training_batch(self.train_dataset, state.global_step, state)
             state.num_input_tokens_seen += whole.num_tokens
@@ -215,7 +220,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
             if self.selector.settings.selects:
                 with self.timer("selection"):
                     whole = self.selector.selected(whole, state.global_step / max(state.max_steps, 1))
-        self._generations = whole.split(a.rollout_steps)
+        self._batches = whole.split(a.rollout_steps)
         return whole.new_tokens
 
     def _update(self, batch: TrainingBatch) -> dict[str, float]:

@@ -47,6 +47,7 @@ _ARGUMENTS = (
     "Tensor? ref_weight, Tensor? ref_bias, Tensor? targets, Tensor inv_temperature, float? softcap, float logit_scale, "
     "int ignore_index"
 )
+_HOW = "str asked, str differentiable, SymInt kept_rows, int kept_copies, bool keeps_directions, str backend"
 _NEEDS = (
     "hidden",
     "weight",
@@ -303,23 +304,26 @@ def _problem(
 
 
 def _forward(*arguments):
-    *inputs, asked, differentiable, kept_rows, kept_copies, directions, backend = arguments
+    *inputs, asked, differentiable, kept_rows, kept_copies, keeps_directions, backend = arguments
     head, rows = _problem(*inputs)
     module = implementation(backend, head.hidden.device)
-    keep = Keep(kept_rows, kept_copies, tuple(differentiable.split(",")) if directions else ())
+    keep = _keep(differentiable, kept_rows, kept_copies, keeps_directions)
     kept = head.hidden.new_empty(keep.shape(head), dtype=torch.float32)
-    options = {"directions": keep.directions} if directions else {}
+    options = {"directions": keep.directions} if keeps_directions else {}
     outputs, saved = module.linear_forward(head, rows, frozenset(asked.split(",")), kept, **options)
     return *outputs, saved, kept
 
 
 def _fake_forward(*arguments):
-    *inputs, asked, differentiable, kept_rows, kept_copies, directions, _ = arguments
+    *inputs, asked, differentiable, kept_rows, kept_copies, keeps_directions, _ = arguments
     head, _ = _problem(*inputs)
-    keep = Keep(kept_rows, kept_copies, tuple(differentiable.split(",")) if directions else ())
-    hidden = head.hidden
+    hidden, keep = head.hidden, _keep(differentiable, kept_rows, kept_copies, keeps_directions)
     kept = hidden.new_empty(keep.shape(head), dtype=torch.float32)
     return *empty_outputs(asked, hidden, hidden.shape[0]), kept
+
+
+def _keep(differentiable: str, rows: int, copies: int, keeps_directions: bool) -> Keep:
+    return Keep(rows, copies, tuple(differentiable.split(",")) if keeps_directions else ())
 
 
 def _backward(*arguments):
@@ -346,10 +350,10 @@ def _fake_backward(*arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, softcap, logit_scale, ignore_index, _, differentiable, _, _, directions, backend = inputs
+    *tensors, softcap, logit_scale, ignore_index, _, differentiable, _, _, keeps_directions, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*constant_outputs(differentiable, output), *output[-2:])
-    ctx.directions = differentiable if directions else ""
+    ctx.directions = differentiable if keeps_directions else ""  # names, with commas
     ctx.save_for_backward(*tensors, *output[-2:])
     ctx.options = (softcap, logit_scale, ignore_index)
     ctx.backend = backend
@@ -359,7 +363,7 @@ def _autograd_backward(ctx, *grads):
     *tensors, saved, kept = ctx.saved_tensors
     grads = dict(zip(OUTPUTS, grads))
     incoming = [grads[name] for name in DIFFERENTIABLE]
-    arguments = len(tensors) + len(ctx.options) + 6
+    arguments = len(tensors) + len(ctx.options) + len(_HOW.split(", "))
     needs = list(ctx.needs_input_grad[: len(_NEEDS)])
     if all(g is None for g in incoming) or not any(needs):
         return (None,) * arguments
@@ -372,9 +376,7 @@ def _autograd_backward(ctx, *grads):
 
 
 register(
-    f"linear_logprob({_ARGUMENTS}, str asked, str differentiable, SymInt kept_rows, int kept_copies, "
-    "bool directions, str backend) -> "
-    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor kept)",
+    f"linear_logprob({_ARGUMENTS}, {_HOW}) -> ({', '.join(f'Tensor {name}' for name in OUTPUTS)}, Tensor saved, Tensor kept)",
     _forward,
     _fake_forward,
 )

@@ -418,16 +418,16 @@ def what_to_keep(
         if keep_bytes is None
         else keep_bytes
     )
-    if (
-        backend not in _WORTH_KEEPING
-        or shard
-        or not set(names).issubset(DIRECTED)
-        or "hidden" not in needs
-        or needs.intersection(("weight", "bias", "lora_b"))
-        or (terms > 1 and (backend != "cpu" or head.hidden.dtype is not torch.float32))
-        or (head.lora is not None and backend != "cpu")
-        or size > bound
-    ):
+    on_cpu, frozen = backend == "cpu", not needs.intersection(("weight", "bias", "lora_b"))
+    possible = (
+        set(names).issubset(DIRECTED)
+        and "hidden" in needs
+        and frozen
+        and not shard
+        and (terms == 1 or (on_cpu and head.hidden.dtype is torch.float32))
+        and (on_cpu or head.lora is None)
+    )
+    if backend not in _WORTH_KEEPING or not possible or size > bound:
         return kept
     traffic = copies * _WORTH_KEEPING[backend] / max(head.hidden.shape[1], 1)
     others = kept.rows * (1 + traffic) + (count - kept.rows) * (1 + copies)

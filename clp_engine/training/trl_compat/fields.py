@@ -62,7 +62,7 @@ _VLLM = (
 _HUB = "nothing is uploaded; write trainer.policy.merge(weights) or export_adapter to a folder and push that"
 _LOSS = "is of a loss_type that is not here; the loss types are sequence, grpo, dapo and dr_grpo"
 _ENTROPY = "there is no entropy bonus; the KL to the reference (beta, alpha) keeps the policy from collapsing"
-_REFERENCE = "the reference is the frozen base model, which the policy shares, and stays; start a new run from a merged policy"
+_REFERENCE = "the reference is the frozen base model, which the policy shares; one that moves is CLPTrainer(reference=)"
 _ONE_BUFFER = "the trained parameters' gradient is one buffer, added up over the processes in one collective"
 _LOADER = "there is no DataLoader: a step reads its few prompts by index; leave it out"
 _COMPILE = "the kernels are compiled already; leave it out"

@@ -26,7 +26,7 @@ ABSENT = {
     "does not change it",
     "training_step": "a step is CLPTrainer._step; callbacks hear its parts",
     "hyperparameter_search": "start a run for each setting: clp-engine train config.yaml --learning_rate ...",
-    "ref_model": "the reference is the policy with every adapter off: policy.model under no blend",
+    "ref_model": "the reference is the policy with every adapter off, unless trainer.reference is another",
     "model_wrapped": "the model is not wrapped; use trainer.model",
     "tools": "prompts and completions are text of one turn; there are no tools",
     "environments": "prompts come from a dataset; there are no environments",

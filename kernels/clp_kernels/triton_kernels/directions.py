@@ -44,8 +44,17 @@ from clp_kernels.triton_kernels.head_logits import GRADIENT, HeadLogits, _raw_lo
 from clp_kernels.triton_kernels.launch import SLICE, _halves, cdiv, descriptor, power_of_2
 from clp_kernels.triton_kernels.products import multiply
 from clp_kernels.triton_kernels.token_sums import (
+    _A_P,
+    _D_P,
+    _D_Q,
     _LOG2_E,
+    _M_P,
+    _M_Q,
+    _S_P,
+    _S_Q,
     _STATES,
+    _T_P,
+    _T_Q,
     Partial,
     _at_target_of_halves,
     _finite,
@@ -239,9 +248,12 @@ def _merge(partial, partial_top, sums, sums_top, row, T, piece, mask, stride_sum
     size, wide = tl.full((), T, tl.int64), tl.full((), stride_sums, tl.int64)
     at = partial + piece[:, None] * _STATES * size + row[None, :]
     own, inside = sums + row, row < T
-    m_i = tl.load(at, mask=mask, other=float("-inf"))
-    s_i = tl.load(at + size, mask=mask, other=0.0)
-    m_0, s_0 = tl.load(own, mask=inside, other=0.0), tl.load(own + wide, mask=inside, other=1.0)
+    m_i = tl.load(at + _M_P * size, mask=mask, other=float("-inf"))
+    s_i = tl.load(at + _S_P * size, mask=mask, other=0.0)
+    m_0, s_0 = (
+        tl.load(own + _M_P * wide, mask=inside, other=0.0),
+        tl.load(own + _S_P * wide, mask=inside, other=1.0),
+    )
     if partial_top is not None:
         # As token_stats.merge_top1: a NaN is the largest, and the lowest column of equals wins.
         top = tl.load(partial_top + piece[:, None] * size + row[None, :], mask=mask, other=0)
@@ -254,36 +266,42 @@ def _merge(partial, partial_top, sums, sums_top, row, T, piece, mask, stride_sum
         tl.store(sums_top + row, tl.where(better, column, old), mask=inside)
     m = tl.maximum(m_0, tl.max(m_i, 0))
     k_0, k_i = tl.exp(m_0 - _finite(m)), tl.exp(m_i - _finite(m)[None, :])
-    a_0 = tl.load(own + 2 * wide, mask=inside, other=0.0) + (_finite(m_0) - _finite(m)) * s_0
-    a_i = tl.load(at + 2 * size, mask=mask, other=0.0) + (_finite(m_i) - _finite(m)[None, :]) * s_i
-    d_0, d_i = tl.load(own + 3 * wide, mask=inside, other=0.0), tl.load(at + 3 * size, mask=mask, other=0.0)
-    t_0, t_i = tl.load(own + 7 * wide, mask=inside, other=0.0), tl.load(at + 7 * size, mask=mask, other=0.0)
-    tl.store(own, m, mask=inside)
-    tl.store(own + wide, k_0 * s_0 + tl.sum(k_i * s_i, 0), mask=inside)
-    tl.store(own + 2 * wide, k_0 * a_0 + tl.sum(k_i * a_i, 0), mask=inside)
-    tl.store(own + 3 * wide, k_0 * d_0 + tl.sum(k_i * d_i, 0), mask=inside)
-    tl.store(own + 7 * wide, t_0 + tl.sum(t_i, 0), mask=inside)
+    a_0 = tl.load(own + _A_P * wide, mask=inside, other=0.0) + (_finite(m_0) - _finite(m)) * s_0
+    a_i = tl.load(at + _A_P * size, mask=mask, other=0.0) + (_finite(m_i) - _finite(m)[None, :]) * s_i
+    d_0, d_i = (
+        tl.load(own + _D_P * wide, mask=inside, other=0.0),
+        tl.load(at + _D_P * size, mask=mask, other=0.0),
+    )
+    t_0, t_i = (
+        tl.load(own + _T_P * wide, mask=inside, other=0.0),
+        tl.load(at + _T_P * size, mask=mask, other=0.0),
+    )
+    tl.store(own + _M_P * wide, m, mask=inside)
+    tl.store(own + _S_P * wide, k_0 * s_0 + tl.sum(k_i * s_i, 0), mask=inside)
+    tl.store(own + _A_P * wide, k_0 * a_0 + tl.sum(k_i * a_i, 0), mask=inside)
+    tl.store(own + _D_P * wide, k_0 * d_0 + tl.sum(k_i * d_i, 0), mask=inside)
+    tl.store(own + _T_P * wide, t_0 + tl.sum(t_i, 0), mask=inside)
     if REFERENCE:
-        m_i = tl.load(at + 4 * size, mask=mask, other=float("-inf"))
-        m_0 = tl.load(own + 4 * wide, mask=inside, other=0.0)
+        m_i = tl.load(at + _M_Q * size, mask=mask, other=float("-inf"))
+        m_0 = tl.load(own + _M_Q * wide, mask=inside, other=0.0)
         m = tl.maximum(m_0, tl.max(m_i, 0))
         k_0, k_i = tl.exp(m_0 - _finite(m)), tl.exp(m_i - _finite(m)[None, :])
         s_0, s_i = (
-            tl.load(own + 5 * wide, mask=inside, other=1.0),
-            tl.load(at + 5 * size, mask=mask, other=0.0),
+            tl.load(own + _S_Q * wide, mask=inside, other=1.0),
+            tl.load(at + _S_Q * size, mask=mask, other=0.0),
         )
         d_0, d_i = (
-            tl.load(own + 6 * wide, mask=inside, other=0.0),
-            tl.load(at + 6 * size, mask=mask, other=0.0),
+            tl.load(own + _D_Q * wide, mask=inside, other=0.0),
+            tl.load(at + _D_Q * size, mask=mask, other=0.0),
         )
         t_0, t_i = (
-            tl.load(own + 8 * wide, mask=inside, other=0.0),
-            tl.load(at + 8 * size, mask=mask, other=0.0),
+            tl.load(own + _T_Q * wide, mask=inside, other=0.0),
+            tl.load(at + _T_Q * size, mask=mask, other=0.0),
         )
-        tl.store(own + 4 * wide, m, mask=inside)
-        tl.store(own + 5 * wide, k_0 * s_0 + tl.sum(k_i * s_i, 0), mask=inside)
-        tl.store(own + 6 * wide, k_0 * d_0 + tl.sum(k_i * d_i, 0), mask=inside)
-        tl.store(own + 8 * wide, t_0 + tl.sum(t_i, 0), mask=inside)
+        tl.store(own + _M_Q * wide, m, mask=inside)
+        tl.store(own + _S_Q * wide, k_0 * s_0 + tl.sum(k_i * s_i, 0), mask=inside)
+        tl.store(own + _D_Q * wide, k_0 * d_0 + tl.sum(k_i * d_i, 0), mask=inside)
+        tl.store(own + _T_Q * wide, t_0 + tl.sum(t_i, 0), mask=inside)
 
 
 @triton.jit
@@ -328,13 +346,14 @@ def _along(total, own, of_sums, of_target, row, inside, ignored):
 def forward(
     head: Head, rows: Rows, asked: frozenset[str], kept: Tensor, names: Sequence[str], chunk: int, height: int
 ) -> tuple[list[Tensor], Tensor]:
-    """As token_stats.linear_forward, with d(output)/d(hidden) of the outputs `names`, logprob and lse alone, in kept
-    (names, T, H); `chunk` columns of the vocabulary and `height` rows at a time."""
+    """As triton_kernels.token_stats.linear_forward, with d(output)/d(hidden) of the outputs `names`, logprob and lse alone, in
+    kept (names, T, H); `chunk` columns of the vocabulary and `height` rows at a time."""
     needed = flags(asked)
     count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     total = Partial(head.hidden, count, vocabulary, asked, splits=1)
     total.sums.zero_()
-    total.sums[0, :8:4].fill_(-torch.inf)  # m_p and m_q
+    for largest in (_M_P, _M_Q):
+        total.sums[0, largest.value].fill_(-torch.inf)
     if total.top is not None:
         total.top.fill_(-1)
     centre = total.sums.new_full((count,), -torch.inf)
@@ -370,20 +389,20 @@ def _terms(
     (height, width), tile, needed = out.shape, logits.tile, flags(total.asked)
     columns = cdiv(width, tile.columns)
     partial = out.new_empty(columns, _STATES.value, height, dtype=torch.float32)
-    top = None if total.top is None else out.new_empty(columns, height, dtype=torch.int32)
+    top1 = None if total.top is None else out.new_empty(columns, height, dtype=torch.int32)
     centres = partial.new_empty(columns, height)
     tiles = cdiv(height, tile.rows) * columns
     programs = min(tiles, launch.multiprocessors(out.device)) if logits.described else tiles
     piece = min(SLICE // (1 + needed["REFERENCE"]), tile.columns)
     _linear_terms[(programs,)](
-        *logits.tensors, rows.targets, rows.inv_temperature, partial, top, centre, centres,
+        *logits.tensors, rows.targets, rows.inv_temperature, partial, top1, centre, centres,
         descriptor(out, tile.rows, piece) if logits.described else out, *logits.sizes, *logits.strides, first, first + width,
         rows.softcap, rows.logit_scale, out.stride(0), programs, SLICE=piece, PROPORTIONAL=logits.proportional(rows),
         FLOAT16=out.dtype is torch.float16, **needed, **logits.constants)  # fmt: skip
     pieces = power_of_2(columns)
     some = max(1, _SETTLED // pieces)
     _settle[(cdiv(height, some) * columns,)](
-        partial, top, centres, out, total.sums[0, :, block], None if top is None else total.top[0, block], centre, factor,
+        partial, top1, centres, out, total.sums[0, :, block], None if top1 is None else total.top[0, block], centre, factor,
         height, width, columns, out.stride(0), total.sums.stride(1), BLOCK_T=some, BLOCK_V=tile.columns,
         PIECES=pieces, REFERENCE=needed["REFERENCE"], num_warps=4)  # fmt: skip
 
@@ -395,7 +414,7 @@ def _finish(
     m_p, inv_s = saved[:2]
     chain = rows.logit_scale * rows.inv_temperature
     scale = chain * (centre - m_p).exp() * inv_s
-    t_p = total.sums[0, 7]
+    t_p = total.sums[0, _T_P.value]
     log_p = t_p - m_p + inv_s.log()
     slope = chain
     if rows.softcap is not None:

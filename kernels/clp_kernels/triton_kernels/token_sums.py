@@ -19,7 +19,17 @@ from clp_kernels.triton_kernels.launch import _halves, cdiv
 # so that multiprocessors that are done early find work: 2048 programs of 4096 columns, of 128 rows out of 8192 and a vocabulary
 # of 131072, would take 16 waves of 132 for the work of 15.5.
 SPLIT, NARROW = 4096, 1024
-_STATES = tl.constexpr(9)  # floats per row and split: the fields of token_stats.Sums, in order
+# Floats of a row and split: the fields of token_stats.Sums, in their order.
+_M_P = tl.constexpr(0)
+_S_P = tl.constexpr(1)
+_A_P = tl.constexpr(2)
+_D_P = tl.constexpr(3)
+_M_Q = tl.constexpr(4)
+_S_Q = tl.constexpr(5)
+_D_Q = tl.constexpr(6)
+_T_P = tl.constexpr(7)
+_T_Q = tl.constexpr(8)
+_STATES = tl.constexpr(9)
 _COMBINE_ROWS = 64
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -282,16 +292,16 @@ def _store_sums(
     mask = row < T
     size = tl.full((), T, tl.int64)
     at = partial + split.to(tl.int64) * _STATES * size + row
-    tl.store(at, m_p * unit, mask=mask)
-    tl.store(at + size, s_p, mask=mask)
-    tl.store(at + 2 * size, a_p * _LN_2, mask=mask)
-    tl.store(at + 3 * size, d_p * unit, mask=mask)
-    tl.store(at + 7 * size, t_p * unit, mask=mask)
+    tl.store(at + _M_P * size, m_p * unit, mask=mask)
+    tl.store(at + _S_P * size, s_p, mask=mask)
+    tl.store(at + _A_P * size, a_p * _LN_2, mask=mask)
+    tl.store(at + _D_P * size, d_p * unit, mask=mask)
+    tl.store(at + _T_P * size, t_p * unit, mask=mask)
     if REFERENCE:
-        tl.store(at + 4 * size, m_q * unit, mask=mask)
-        tl.store(at + 5 * size, s_q, mask=mask)
-        tl.store(at + 6 * size, d_q * unit, mask=mask)
-        tl.store(at + 8 * size, t_q * unit, mask=mask)
+        tl.store(at + _M_Q * size, m_q * unit, mask=mask)
+        tl.store(at + _S_Q * size, s_q, mask=mask)
+        tl.store(at + _D_Q * size, d_q * unit, mask=mask)
+        tl.store(at + _T_Q * size, t_q * unit, mask=mask)
     if TOP1:
         tl.store(partial_top + split.to(tl.int64) * size + row, top, mask=mask)
 
@@ -321,29 +331,29 @@ def _combine(
     top = tl.zeros((BLOCK_T,), tl.int32)
     at = partial + row
     for split in range(splits):
-        m = tl.load(at, mask=mask, other=0.0)
-        s = tl.load(at + size, mask=mask, other=1.0)
+        m = tl.load(at + _M_P * size, mask=mask, other=0.0)
+        s = tl.load(at + _S_P * size, mask=mask, other=1.0)
         if partial_top is not None:
             column = tl.load(partial_top + split * size + row, mask=mask, other=0)
             better = (s_p == s_p) & ((s != s) | (m > m_p))
             top = tl.where(better | (split == 0), column, top)
         m_new = tl.maximum(m_p, m)
         old, new = tl.exp(m_p - _finite(m_new)), tl.exp(m - _finite(m_new))
-        a = tl.load(at + 2 * size, mask=mask, other=0.0)
+        a = tl.load(at + _A_P * size, mask=mask, other=0.0)
         shift_old, shift_new = _finite(m_p) - _finite(m_new), _finite(m) - _finite(m_new)
         a_p = old * (a_p + shift_old * s_p) + new * (a + shift_new * s)
-        d_p = old * d_p + new * tl.load(at + 3 * size, mask=mask, other=0.0)
+        d_p = old * d_p + new * tl.load(at + _D_P * size, mask=mask, other=0.0)
         s_p = old * s_p + new * s
         m_p = m_new
-        t_p += tl.load(at + 7 * size, mask=mask, other=0.0)
+        t_p += tl.load(at + _T_P * size, mask=mask, other=0.0)
         if REFERENCE:
-            m = tl.load(at + 4 * size, mask=mask, other=0.0)
+            m = tl.load(at + _M_Q * size, mask=mask, other=0.0)
             m_new = tl.maximum(m_q, m)
             old, new = tl.exp(m_q - _finite(m_new)), tl.exp(m - _finite(m_new))
-            s_q = old * s_q + new * tl.load(at + 5 * size, mask=mask, other=1.0)
-            d_q = old * d_q + new * tl.load(at + 6 * size, mask=mask, other=0.0)
+            s_q = old * s_q + new * tl.load(at + _S_Q * size, mask=mask, other=1.0)
+            d_q = old * d_q + new * tl.load(at + _D_Q * size, mask=mask, other=0.0)
             m_q = m_new
-            t_q += tl.load(at + 8 * size, mask=mask, other=0.0)
+            t_q += tl.load(at + _T_Q * size, mask=mask, other=0.0)
         at += _STATES * size
 
     ignored = row >= T

@@ -123,7 +123,7 @@ def test_values_of_the_first_pass_serve_the_passes_after_it(tmp_path):
         tmp_path, baseline="value", num_iterations=2, max_steps=2, value_learning_rate=1.0, epsilon=1e9
     )
     trainer.train()
-    generation = trainer._generation
+    generation = trainer._batch
     assert (generation.values == 0).all()  # those of the new head, though it has been fitted twice since
     assert trainer.objective.value_head.output.weight.abs().max() > 0
 
