@@ -32,7 +32,7 @@ NUMERIC := $(addprefix tests/kernels/test_,matmul.py multi_lora.py linear_logpro
   $(addprefix tests/engine/,rollouts/test_native_decoding.py rollouts/test_rollout.py objectives/test_estimators.py policy/test_steerable.py)
 
 # What other versions of the libraries may change: everything of the engine, and of the kernels what torch and Triton run.
-VERSIONED := tests/engine tests/tasks $(filter tests/kernels/%,$(NUMERIC)) tests/kernels/test_composition.py
+VERSIONED := tests/engine tests/tasks $(filter tests/kernels/%,$(NUMERIC)) tests/kernels/test_composition.py tests/kernels/test_aot.py
 # Old libraries call what others have deprecated since; how many operations a step has is counted with the pinned ones.
 OF_lowest := -W default::DeprecationWarning -W default::FutureWarning --ignore tests/engine/training/test_step_work.py
 

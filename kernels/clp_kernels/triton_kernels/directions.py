@@ -398,7 +398,7 @@ def _terms(
         *logits.tensors, rows.targets, rows.inv_temperature, partial, top1, centre, centres,
         descriptor(out, tile.rows, piece) if logits.described else out, *logits.sizes, *logits.strides, first, first + width,
         rows.softcap, rows.logit_scale, out.stride(0), programs, SLICE=piece, PROPORTIONAL=logits.proportional(rows),
-        FLOAT16=out.dtype is torch.float16, **needed, **logits.constants)  # fmt: skip
+        FLOAT16=out.dtype is torch.float16, **needed, **logits.flattened(rows))  # fmt: skip
     pieces = power_of_2(columns)
     some = max(1, _SETTLED // pieces)
     _settle[(cdiv(height, some) * columns,)](

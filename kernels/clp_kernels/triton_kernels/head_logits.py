@@ -32,10 +32,10 @@ _TILES = {
     "hip": {"single": Tile(128, 128, 32, 8, 2), "pair": Tile(64, 64, 32, 4, 2)},
     "plain": {"single": Tile(64, 64, 32, 4, 2), "pair": Tile(32, 64, 16, 8, 2)},
 }
-# Those of the gradient are fewer: 256 x 128, and 128 x 128 with four warps, spill there. Forward, three stages in place of
-# four spill, and so does a pair of 64 x 256.
+# What spills is left out: of the gradient 256 x 128, 128 x 128 with four warps, and a pair of 64 x 128; forward three stages in
+# place of four, and pairs of 64 x 256, or 64 x 128 with four warps.
+_PAIR = (_TILES["tma"]["pair"], (128, 64, 64, 8, 4))
 _BOTH_WAYS = {
-    "tma pair": (_TILES["tma"]["pair"], (64, 128, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 8, 4)),
     "plain single": (_TILES["plain"]["single"], (64, 64, 16, 4, 3), (64, 64, 16, 8, 3)),
     "plain pair": (_TILES["plain"]["pair"], (64, 64, 16, 8, 2), (32, 64, 16, 4, 2)),
 }
@@ -47,10 +47,20 @@ _SIZES = (
 FORWARD = Tunable(
     "head_forward",
     _SIZES,
-    {"tma single": (*_SINGLE, (256, 128, 64, 8, 4), (128, 128, 64, 4, 4)), **_BOTH_WAYS},
+    {
+        "tma single": (*_SINGLE, (256, 128, 64, 8, 4), (128, 128, 64, 4, 4)),
+        "tma pair": (*_PAIR, (64, 128, 64, 8, 4)),
+        **_BOTH_WAYS,
+    },
     Tile._make,
 )
-GRADIENT = Tunable("head_gradient", _SIZES, {"tma single": _SINGLE, **_BOTH_WAYS}, Tile._make)
+GRADIENT = Tunable(
+    "head_gradient", _SIZES, {"tma single": _SINGLE, "tma pair": _PAIR, **_BOTH_WAYS}, Tile._make
+)
+
+
+# As 3.6 flattens a pair, ptxas waits for each of its products.
+_FLATTENS_PAIRS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
 @triton.jit
@@ -333,9 +343,7 @@ class HeadLogits:
             "BLOCK_R": 16,
             "PARTS": count,
             "DESCRIBED": described,
-            "FLATTEN": described
-            and (ref_weight is None or not with_reference)
-            and not (with_reference and rank),
+            "FLATTEN": described and not rank and (ref_weight is None or not with_reference),
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
@@ -346,23 +354,24 @@ class HeadLogits:
             return
         keeps = kept is not None and kept.numel() > 0
         kept_q = kept[1] if keeps and kept.shape[0] > 1 else None
-        constants = self._flattened(not keeps)
+        constants = self.flattened(rows, not keeps)
         _linear_forward[(cdiv(self.rows, self.tile.rows) * partial.splits,)](
             *self.tensors, rows.targets, rows.inv_temperature, partial.sums, partial.top, kept[0] if keeps else None,
             kept_q, *self.sizes, *self.strides, kept.shape[1] if keeps else 0, partial.splits, *partial.spans, rows.softcap,
             rows.logit_scale, self._band, SLICE=self.columns_at_once(keeps), PROPORTIONAL=self.proportional(rows),
             **flags(partial.asked), **constants)  # fmt: skip
 
-    def _flattened(self, may: bool) -> dict[str, int | bool]:
-        """The constants; not flattened where, as compiled, ptxas would wait for each product before the next
-        (tests/kernels/test_aot.py)."""
+    def flattened(self, rows: Rows, may: bool = True) -> dict[str, int | bool]:
+        """The constants; not flattened where Triton 3.6 or 3.7 fails to make one loop of two, or where ptxas would wait for
+        each product before the next (tests/kernels/test_aot.py)."""
+        may &= self.proportional(rows) and (_FLATTENS_PAIRS or not self.with_reference)
         return self.constants | {"FLATTEN": self.constants["FLATTEN"] and may}
 
     def columns_at_once(self, keeps: bool = False) -> int:
         """Columns that are folded together. What a slice needs beside the accumulators: z and z', their statistics, and
         64-bit addresses where it is kept."""
         piece = SLICE // (1 + self.with_reference) if self.described else min(SLICE, self.tile.columns)
-        return min(piece, 16) if keeps else piece
+        return min(piece, 32) if keeps else piece
 
     def proportional(self, rows: Rows) -> bool:
         """Whether z is a positive multiple of the raw logits, and whole tiles are folded by that."""
@@ -381,7 +390,7 @@ class HeadLogits:
         programs = min(tiles, launch.multiprocessors(out.device)) if self.described else tiles
         piece = SLICE if self.described else self.tile.columns
         place = descriptor(out, self.tile.rows, piece) if self.described else out
-        constants = self._flattened(not self.with_reference)
+        constants = self.flattened(rows, not self.with_reference)
         _linear_gradient[(programs,)](
             *self.tensors, rows.targets, rows.inv_temperature, saved, coefs, place, *self.sizes, *self.strides, first_row,
             first_row + height, first, first + width, rows.softcap, rows.logit_scale, rows.ignore_index, out.stride(0),
