@@ -256,4 +256,5 @@ def keep_pace(
             part = dataclasses.replace(part, ref_hidden=part.rewards.new_zeros(part.rollout.tokens, width))
         for _ in range(missing):
             hidden = forward(policy, part, objective, ("logprob",), reference).hidden
-            hidden.backward(torch.zeros_like(hidden))
+            if hidden.requires_grad:
+                hidden.backward(torch.zeros_like(hidden))

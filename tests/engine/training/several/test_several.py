@@ -23,15 +23,18 @@ FEW = [
     "partial rollouts",
     "evaluations",
 ]
-# A frozen base with low-rank deltas.
-SHARDED = [
-    name
-    for name, (family, settings) in same_bits.RUNS.items()
-    if family not in ("t5", "bart")
-    and settings.get("conditioning", "lora") in ("lora", "prompt", "none")
-    and settings.get("carrier", "lora") == "lora"
+# Decoders of one stack.
+SHARDED = [name for name, (family, _) in same_bits.RUNS.items() if family not in ("t5", "bart")]
+FEW_SHARDED = [
+    "form lora",
+    "form full",
+    "form attention+prompt",
+    "estimator mixed",
+    "baseline value",
+    "checkpointing",
+    "partial rollouts",
+    "best",
 ]
-FEW_SHARDED = ["form lora", "estimator mixed", "baseline value", "checkpointing", "partial rollouts", "best"]
 TIMES = ("time", "runtime", "per_second", "logp_difference")  # the last is rounding itself
 
 
@@ -89,6 +92,10 @@ def test_two_processes_with_a_sharded_base_are_one_run(one, tmp_path):
         assert_same(name, one, tmp_path)
     found = json.loads((tmp_path / "form_lora.json").read_text())
     assert found["shards"] > 0
+    # Of the deltas of layers and AdamW's two moments half is left, besides half of the layers and the gradients between steps.
+    first, second = (json.loads((f / "form_full.json").read_text()) for f in (one, tmp_path))
+    assert second["resident"] <= first["resident"] - 0.5 * 3 * second["sharded deltas"]
+    assert second["pieces and moments"] == 0.5 * 3 * second["sharded deltas"]
 
 
 def test_collectives_of_a_step(one, tmp_path):
@@ -120,9 +127,9 @@ def test_every_kind_of_run_is_the_same_over_a_sharded_base(tmp_path):
 @pytest.mark.parametrize("extra", [{}, {"fsdp": "shard_grad_op"}, {"fsdp": "full_shard offload"}])
 def test_more_processes_than_groups(tmp_path, extra):
     """Three groups a step: the fourth process draws, rewards and trains on nothing."""
-    names = ["form lora", "estimator mixed", "baseline value"]
+    names = ["form lora", "form full", "estimator mixed", "baseline value"]
     first = alone(names, tmp_path / "one")
-    second = together(names, tmp_path / "four", 6, **extra)
+    second = together(names, tmp_path / "six", 6, **extra)
     for name in names:
         assert_same(name, first, second)
 
@@ -138,15 +145,28 @@ def test_an_evaluation_is_dealt(tmp_path):
     assert reports[0] == reports[1]
 
 
-def test_checkpoints_do_not_know_how_many_wrote_them(tmp_path):
+VALUE = {"kl_estimator": "mixed", "baseline": "value"}
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "metric_for_best_model": "eval_reward",
+    "load_best_model_at_end": True,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(
+            {"conditioning": "lora+attention", "fsdp": "full_shard", **VALUE}, id="sharded and whole"
+        ),
+        pytest.param(VALUE, id="whole", marks=pytest.mark.check),
+        pytest.param({"conditioning": "full", "fsdp": True, **BEST}, id="the best", marks=pytest.mark.check),
+    ],
+)
+def test_checkpoints_do_not_know_how_many_wrote_them(settings, tmp_path):
     """Two processes go on from a checkpoint of one as one would, to summation order; and two from one of two, to the bit."""
-    settings = {
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "max_steps": 3,
-        "kl_estimator": "mixed",
-        "baseline": "value",
-    }
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, **settings}
     for writers in (1, 2):
         done = launched(writers, "resuming.py", str(tmp_path / f"by{writers}"), settings, None)
         assert done.returncode == 0, done.stderr[-3000:]
