@@ -3,7 +3,8 @@
 Each decoder layer's weights are cut into as many pieces as there are processes, gathered before the layer runs and dropped
 after it, in the forward and in the backward pass. Whole-weight deltas of a layer are cut with it, and each process steps its
 own piece (`trained_shards`). Low-rank factors stay whole in every process, and so do embeddings, norms outside the layers and
-the output projection, with the deltas of these: the kernels read them out of their module.
+the output projection, with the deltas of these: the kernels read them out of their module. With `vocab_parallel` the output
+projection is cut by tokens of the vocabulary, and is not gathered in the update (`vocab_parallel`).
 
 Gathering is a collective, so that all processes have to run the same number of passes through the layers:
 
@@ -25,6 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from clp_kernels import linear_logprob
 from torch import nn
 
 from clp_engine.core.errors import ConfigError, shown
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Shard
 
     from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.training.parallel.vocab_parallel import SplitProjection
 
 # accelerate's variables, by the names that transformers' fsdp_config has for them.
 _VARIABLES = {
@@ -58,11 +61,13 @@ _WITHOUT_EFFECT = frozenset(
 @dataclass(frozen=True)
 class ShardSettings:
     """reshard_after_forward: drop a layer's weights after its forward pass, too, and gather them again for the backward pass.
-    cpu_offload: keep the pieces in the host's memory. activation_checkpointing: as gradient_checkpointing."""
+    cpu_offload: keep the pieces of layers in the host's memory. activation_checkpointing: as gradient_checkpointing.
+    vocab_parallel: cut the output projection, too, and compute token statistics over its pieces."""
 
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     activation_checkpointing: bool = False
+    vocab_parallel: bool = False
 
     @classmethod
     def of(cls, fsdp: str | None, config: Mapping[str, Any] | None) -> ShardSettings | None:
@@ -105,12 +110,16 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class ShardedBase:
-    """The decoder layers of a policy, whose weights are sharded. trained: the deltas among these weights, by name."""
+    """The modules of a policy whose weights are sharded: decoder layers, and the output projection where it is cut.
+
+    trained: the deltas among these weights, by name. split: token statistics over the pieces of the output projection, or None.
+    """
 
     policy: ConditionedPolicy
     modules: list[FSDPModule]
     reshard_after_forward: bool
     trained: dict[str, TrainedShard]
+    split: SplitProjection | None = None
     _inside: list[bool] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -125,6 +134,7 @@ class ShardedBase:
         for module in self.modules:
             module.set_reshard_after_forward(False)
             module.unshard()
+        self._read_pieces(False)
         self._inside.append(True)
         try:
             yield
@@ -134,6 +144,12 @@ class ShardedBase:
             for module in self.modules:
                 module.reshard()
                 module.set_reshard_after_forward(self.reshard_after_forward)
+            self._read_pieces(True)
+
+    def _read_pieces(self, pieces: bool) -> None:
+        """Whether token statistics are computed over the pieces of the output projection."""
+        if self.split is not None:
+            self.policy.conditioned.token_statistics = self.split if pieces else linear_logprob
 
     @torch.no_grad()
     def _keep_changes(self) -> None:
@@ -180,10 +196,33 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
     for layer, before, after in zip(layers, [layers[0], *layers], [*layers[1:], layers[-1]]):
         layer.set_modules_to_forward_prefetch([after])
         layer.set_modules_to_backward_prefetch([before])
+    cut, split = [], None
+    if settings.vocab_parallel:
+        # Imported late: it needs torch.distributed, which a torch without it lacks.
+        from clp_engine.training.parallel.vocab_parallel import SplitProjection
+
+        split = SplitProjection(options["mesh"].get_group(), backbone.head.module.weight.shape[0])
+        cut = _cut_projection(policy, options)
     policy.conditioned.weights_stay = False
     parallel.in_step = True
     pieces = {n: TrainedShard.of(p) for n, p in policy.adapter_parameters().items() if isinstance(p, DTensor)}
-    return ShardedBase(policy, layers, settings.reshard_after_forward, pieces)
+    found = ShardedBase(policy, [*layers, *cut], settings.reshard_after_forward, pieces, split)
+    found._read_pieces(True)
+    return found
+
+
+def _cut_projection(policy: ConditionedPolicy, options: dict[str, Any]) -> list[FSDPModule]:
+    """Cut the tensors of the output projection that have a row for each token, but for those that the input embedding shares,
+    which has to be whole. The pieces are read where they lie, and so are never offloaded."""
+    from torch.distributed.fsdp import OffloadPolicy, fully_shard
+
+    module = policy.conditioned.backbone.head.module
+    inside = set(module.modules())
+    elsewhere = {p for m in policy.model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    kept = {p for name, p in module.named_parameters() if name == "lora_a" or p in elsewhere}
+    if kept >= set(module.parameters()):
+        return []
+    return [fully_shard(module, ignored_params=kept, **{**options, "offload_policy": OffloadPolicy()})]
 
 
 def _cut(count: int, parameter: nn.Parameter) -> Shard | None:
