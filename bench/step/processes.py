@@ -31,7 +31,7 @@ VARIANTS = {
     "one process, two cores": (1, 2),
 }
 WARM = 2  # steps before those that count
-COUNTED = ("all_reduce", "all_gather")
+COUNTED = ("all_reduce", "all_gather", "reduce_scatter_single", "reduce_scatter_tensor")
 
 
 def measure(model: str, steps: int, rounds: int) -> schema.Result:
@@ -115,19 +115,23 @@ def counting(seen: list[tuple[str, int]]) -> Iterator[None]:
     """Inside the block every collective of COUNTED adds (name, bytes that this process gives) to `seen`."""
     import torch.distributed as dist
 
-    originals = {name: getattr(dist, name) for name in COUNTED}
+    originals = {name: getattr(dist, name) for name in COUNTED if hasattr(dist, name)}
+    if "reduce_scatter_single" in originals:  # since torch 2.13, which calls it by its former name, too
+        del originals["reduce_scatter_tensor"]
 
     def counted(name: str):
-        def call(tensor, *arguments, **options):
-            own = arguments[0] if name == "all_gather" else tensor  # whose first argument is filled
-            seen.append((name, own.numel() * own.element_size()))
-            return originals[name](tensor, *arguments, **options)
+        said, place = name.removesuffix("_single").removesuffix("_tensor"), 0 if name == "all_reduce" else 1
+
+        def call(*arguments, **options):  # the first argument of all but all_reduce is filled
+            own = arguments[place] if len(arguments) > place else options["input"]
+            seen.append((said, own.numel() * own.element_size()))
+            return originals[name](*arguments, **options)
 
         return call
 
     def put(made: Callable[[str], Callable]) -> None:
         for module in (dist, dist.distributed_c10d):
-            for name in COUNTED:
+            for name in originals:
                 setattr(module, name, made(name))
 
     put(counted)

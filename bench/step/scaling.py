@@ -8,7 +8,10 @@ Collectives of a step, counted by tests/engine/training/several/test_several.py.
                metrics        some 200 bytes a process
     all-reduce the adapters' float32 gradient, after the update and not beside it; and a few flags
     FSDP2      an all-gather of each layer's weights in the forward and in the backward pass of each micro-batch, and of all
-               layers once for each rollout; no gradient of them, as they are frozen
+               layers once for each rollout; of frozen weights no gradient
+    split projection (vocab_parallel), for each micro-batch of L tokens in each process, T = N L, width H:
+               all-gathers of 2 T H bytes, twice (policy, reference); of 4 bytes for 8 sums of each of T rows from each process;
+               of 4 bytes for 2 gradients of a row; a reduce-scatter of 4 T H bytes, in the time of an all-gather
 
 A collective of B bytes takes alpha + B / bandwidth in each of its hops (Hockney's model), inside a node first:
 
@@ -45,6 +48,7 @@ PROMPT, GROUP, ROWS, BATCH = (
 )  # tokens; completions of a prompt, of a process, of a fixed batch
 MEDIAN, SIGMA, MOST = 600, 0.7, 4096  # of the lengths
 OBJECTIVES, RANK = 3, 16
+TOKENS = 2000  # of a micro-batch of one process
 STEPS = 6  # that are simulated
 
 
@@ -323,6 +327,28 @@ def sharded(machine: Machine = Machine()) -> str:
     )
 
 
+def split_projection(machine: Machine = Machine()) -> str:
+    """What a micro-batch of TOKENS tokens in each process sends, holds and saves with vocab_parallel."""
+    rows = []
+    for shape in (SMALL, LARGE):
+        for n in PROCESSES[:3]:
+            every = n * TOKENS * shape.width
+            sums, gradients = 4 * 8 * n * TOKENS * n, 4 * 2 * n * TOKENS
+            parts = (
+                2 * machine.all_gather(2 * every, n),
+                machine.all_gather(sums, n),
+                machine.all_gather(gradients, n) + machine.all_gather(4 * every, n),
+            )
+            held = (2 + 2 + 4) * every + sums  # hidden states of both, the gradient, sums of all
+            saved = shape.vocabulary * shape.width * (1 - 1 / n)
+            sizes = (f"{size / 1e9:.1f} GB" for size in (held, 2 * saved, (2 + 16 * OBJECTIVES) * saved))
+            rows.append((shape.name, n, *(f"{1e3 * part:.1f}" for part in parts), *sizes))
+    return table(
+        "shape | GPUs | hidden states, ms | sums, ms | backward, ms | rows of all hold | weights saved | with whole deltas",
+        rows,
+    )
+
+
 def tensor_parallel(machine: Machine = Machine()) -> str:
     """A decode step of ROWS rows of the large shape, its weights cut over the GPUs of a node: two all-reduces a layer."""
     rows = []
@@ -343,6 +369,7 @@ def report() -> str:
             ("A step of the 7B shape (simulated)", steps()),
             ("Partial rollouts (simulated)", partials()),
             ("FSDP2 (predicted)", sharded()),
+            (f"A split projection, micro-batches of {TOKENS:,} tokens (predicted)", split_projection()),
             ("Decoding with tensor parallelism, 70B shape (predicted; not built)", tensor_parallel()),
         )
     )

@@ -38,6 +38,7 @@ class ConditionedModel(nn.Module):
     targets: names of the layers with low-rank factors. ranks, scalings: one per delta. seed: seed of the initial factors.
     model: the transformers module. backbone: computes its hidden states. layers: the layers with deltas, by name.
     blend: the coefficients in force, separate for each thread. room: the limits of the model's input.
+    token_statistics: `linear_logprob`, or a function of the same arguments where the output projection is cut over processes.
     weights_stay: the base weights lie where they are. False where they are gathered for a pass (a sharded base): decoders that
         keep their addresses, or copies of them, do not serve the model then.
     """
@@ -55,6 +56,7 @@ class ConditionedModel(nn.Module):
         self.conditioning, self.deltas = conditioning, len(ranks)
         self.blend = Blend()
         self.weights_stay = True
+        self.token_statistics: Callable[..., TokenStats] = linear_logprob
         self.model = model.requires_grad_(False).eval()
         self.backbone = make_backbone(model)
         self.room = Room.of(model)
@@ -167,7 +169,7 @@ class ConditionedModel(nn.Module):
             with self.blend.use(blend):
                 gate = self.blend.gate(head.module.ranks, head.module.scalings)
             lora = HeadLoRA(head.module.lora_a.to(hidden.dtype), head.module.lora_b.to(hidden.dtype), gate)
-        return linear_logprob(
+        return self.token_statistics(
             hidden,
             head.module.weight,
             targets,

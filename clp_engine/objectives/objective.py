@@ -106,7 +106,8 @@ class Objective(Protocol):
 
     def learn(self, forward: ForwardPass, step_tokens: int | torch.Tensor) -> Any:
         """Add gradients to the objective's own parameters; returns what `metrics` takes of the micro-batch. step_tokens:
-        completion tokens of the whole optimiser step."""
+        completion tokens of the whole optimiser step. Tokens that are not `counted` add no gradient: of several processes with
+        a sharded base, one with less work makes passes in which no token is counted."""
 
     def metrics(self, learned: Sequence[Any], first: bool) -> dict[str, torch.Tensor]:
         """Scalars of a step, left on their device. first: it is the first pass over these completions."""

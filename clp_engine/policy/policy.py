@@ -223,10 +223,16 @@ class ConditionedPolicy(SteerableModel):
 
     def write_files(self, directory: Path) -> None:
         """Write the files of `save_pretrained` one by one into an existing directory."""
+        adapters = self.adapter_parameters()
+        if any(hasattr(p, "to_local") for p in adapters.values()):
+            raise ConfigError(
+                "the deltas are cut over the processes (fsdp); write the policy with trainer.save_model(), or inside `with "
+                "trainer.whole_base():`"
+            )
         spec = json.dumps(asdict(self.spec), indent=2) + "\n"
         (directory / _SPEC_FILE).write_text(spec, encoding="utf-8")
         save_file(
-            {n: p.detach().cpu().contiguous() for n, p in self.adapter_parameters().items()},
+            {n: p.detach().cpu().contiguous() for n, p in adapters.items()},
             directory / _ADAPTER_FILE,
         )
         fingerprint.write(directory, self.model)

@@ -47,7 +47,7 @@ from clp_engine.training.evaluating import Evaluating
 from clp_engine.training.metrics import MetricLog, PhaseTimer, read_scalars
 from clp_engine.training.parallel.faults import agree, finish_step_on_interrupt, one_voice
 from clp_engine.training.parallel.processes import Parallel
-from clp_engine.training.parallel.sharding import shard
+from clp_engine.training.parallel.sharding import check_own, shard
 from clp_engine.training.settings.checks import STEPS
 from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.stepping.optimisation import Optimisation, check_norm
@@ -117,6 +117,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
                 model, processing_class, peft_config, a, self.rewards, self.sampler.min_kl
             )
             self.sharded = None if a.sharding is None else shard(self.policy, a.sharding, self.parallel)
+            check_own(self.sharded, optimizers[0], reference)
             building.say_detours(self.policy)
             self.rewards.to(self.policy.device)
             self.policy.tokenizer = self.tokenizer = building.tokenizer_of(self.policy, processing_class, a)
@@ -252,13 +253,15 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
             batch.values = values
         with self.timer("optimizer"):
             self.optimisation.add_up(self.parallel)
-            found["grad_norm"] = self.optimisation.clip(a.max_grad_norm, self.state.global_step)
+            found["grad_norm"] = self.optimisation.clip(
+                a.max_grad_norm, self.state.global_step, self.parallel
+            )
             self._hear("on_pre_optimizer_step")
             learning_rate = self.lr_scheduler.get_last_lr()[0]
             self.optimizer.step()
             self._hear("on_optimizer_step")
             self.optimisation.advance_schedule(self.num_generated_tokens)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimisation.zero_grad()
             metrics = read_scalars(found)
         check_norm(metrics["grad_norm"], self.state.global_step)
         return self.objective.after_step(metrics) | {"learning_rate": learning_rate}
@@ -333,6 +336,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
                 self.budget,
                 self.optimizer,
                 self.lr_scheduler,
+                {} if self.sharded is None else self.sharded.trained,
             )
             self.optimizer, self.lr_scheduler = self.optimisation.optimizer, self.optimisation.scheduler
             self.callback_handler.optimizer = self.optimizer

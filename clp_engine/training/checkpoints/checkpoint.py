@@ -25,7 +25,7 @@ from clp_engine.models import fingerprint
 from clp_engine.objectives.objective import Objective
 from clp_engine.training.runs import run_folder
 from clp_engine.training.runs.run_folder import STATE_FILE, checkpoints
-from clp_engine.training.stepping.flat_adamw import set_slots_of, slots_of
+from clp_engine.training.stepping.optimisation import Optimisation
 
 _TENSORS, _POLICY = "training.safetensors", "policy"
 _ADAPTERS = f"{_POLICY}/adapters.safetensors"
@@ -100,10 +100,9 @@ def save(
     step: int,
     run: str | None,
     policy,
-    optimizer: torch.optim.Optimizer,
+    slots: Mapping[str, torch.Tensor],
     state: dict[str, Any],
     keep: int | None,
-    parameters: Mapping[str, torch.nn.Parameter] = MappingProxyType({}),
     own: Mapping[str, torch.Tensor] = MappingProxyType({}),
     unfinished: Mapping[str, torch.Tensor] = MappingProxyType({}),
     states: Sequence[tuple[dict[str, Any], dict[str, torch.Tensor]]] | None = None,
@@ -111,7 +110,7 @@ def save(
     """Write <output_dir>/checkpoint-<step>; `state` must be JSON. run: its identity. Its older ones beyond `keep` go, see
     `run_folder.rotate`.
 
-    parameters, own: the objective's, that the optimiser has, and the tensors of its state. unfinished: the collector's tensors.
+    slots: the optimiser's state, by "<parameter>.<slot>". own, unfinished: the tensors of the objective's and the collector's.
     states: `random_states` of each process; None: of this one alone.
     """
     path = Path(output_dir) / f"checkpoint-{step}"
@@ -120,10 +119,7 @@ def save(
     for rank, (_, more) in enumerate(others, 1):
         tensors |= {f"{name}@{rank}": tensor for name, tensor in more.items()}
     tensors |= {f"{_UNFINISHED}{name}": tensor for name, tensor in unfinished.items()}
-    for name, parameter in {**policy.adapter_parameters(), **parameters}.items():
-        for slot, value in slots_of(optimizer, parameter).items():
-            # Copied: adapters of one buffer share its step count, and a file holds nothing twice.
-            tensors[f"optimizer.{name}.{slot}"] = value.detach().cpu().clone()
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in slots.items()}
     state = {**state, "step": step, "run": run, "written": time.time(), "random": plain}
     state["random_of_others"] = [of_rank for of_rank, _ in others]
     with run_folder.writing(output_dir, path.name) as temporary:
@@ -214,7 +210,7 @@ def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 def load(
     path: str | Path,
     policy,
-    optimizer: torch.optim.Optimizer,
+    optimisation: Optimisation,
     objective: Objective | None = None,
     rank: int = 0,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -232,8 +228,8 @@ def load(
     if objective is not None:
         with restoring(path):
             objective.load_state_dict(own)
-    for name, parameter in parameters.items():
-        set_slots_of(optimizer, parameter, {slot: t.to(parameter.device) for slot, t in slots[name].items()})
+    for name in parameters:
+        optimisation.set_slots(name, slots[name])
     with restoring(path):
         plain = [state["random"], *state.get("random_of_others", [])]
         if rank < len(plain):

@@ -45,6 +45,11 @@ class Run(Protocol):
 def save(run: Run) -> None:
     """Write <output_dir>/checkpoint-<step>: the main process, with the random states of all."""
     states = run.parallel.gather(checkpoint.random_states())
+    slots = {}
+    for name, slot, value in run.optimisation.slots():
+        if run.parallel.is_main:
+            # Copied: adapters of one buffer share its step count, and a file holds nothing twice.
+            slots[f"{name}.{slot}"] = value.detach().cpu().clone()
     if not run.parallel.is_main:
         return
     run.state.stateful_callbacks = callback_states.exported(run.callback_handler.callbacks)
@@ -56,7 +61,7 @@ def save(run: Run) -> None:
         run.state.global_step,
         run.run_id,
         run.policy,
-        run.optimisation.optimizer,
+        slots,
         {
             "config": run.args.to_dict(),
             "scheduler": run.optimisation.state_dict(),
@@ -70,7 +75,6 @@ def save(run: Run) -> None:
             "batches": run.args.batches,
         },
         run.args.save_total_limit,
-        run.objective.parameters(),
         {name: tensor.detach().cpu() for name, tensor in tensors.items()},
         run.collector.state_dict(),
         states,
@@ -102,7 +106,7 @@ def restore(run: Run, path: Path) -> None:
             "(or start a new run from its policy folder)"
         )
     rank = run.parallel.rank
-    held = checkpoint.load(path, run.policy, run.optimisation.optimizer, run.objective, rank)
+    held = checkpoint.load(path, run.policy, run.optimisation, run.objective, rank)
     with checkpoint.restoring(path):
         _restore_state(run, saved, *held)
 

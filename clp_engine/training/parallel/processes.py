@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -153,6 +154,8 @@ class Parallel:
 def _left() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        # A device mesh (FSDP2) keeps the group and its threads alive. They get the time to let go of the last tensors.
+        time.sleep(0.1)
 
 
 def _started_again() -> int:

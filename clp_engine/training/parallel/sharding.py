@@ -1,8 +1,10 @@
 """A base model that is sharded over the processes, by torch's fully_shard (FSDP2), where it does not fit in each of them.
 
 Each decoder layer's weights are cut into as many pieces as there are processes, gathered before the layer runs and dropped
-after it, in the forward and in the backward pass. Low-rank factors, embeddings, norms outside the layers and the output
-projection stay whole in every process: they are trained, or read out of their module by the kernels.
+after it, in the forward and in the backward pass. Whole-weight deltas of a layer are cut with it, and each process steps its
+own piece (`trained_shards`). Low-rank factors stay whole in every process, and so do embeddings, norms outside the layers and
+the output projection, with the deltas of these: the kernels read them out of their module. With `vocab_parallel` the output
+projection is cut by tokens of the vocabulary, and is not gathered in the update (`vocab_parallel`).
 
 Gathering is a collective, so that all processes have to run the same number of passes through the layers:
 
@@ -20,16 +22,25 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
+from clp_kernels import linear_logprob
+from torch import nn
 
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.models.backbones.causal import CausalBackbone
+from clp_engine.policy.references import FrozenReference, Reference
 from clp_engine.training.parallel.processes import TRUE, Parallel, asked
+from clp_engine.training.parallel.trained_shards import TrainedShard
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import Shard
 
     from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.training.parallel.vocab_parallel import SplitProjection
 
 # accelerate's variables, by the names that transformers' fsdp_config has for them.
 _VARIABLES = {
@@ -38,6 +49,7 @@ _VARIABLES = {
     "cpu_offload": "FSDP_OFFLOAD_PARAMS",
     "activation_checkpointing": "FSDP_ACTIVATION_CHECKPOINTING",
 }
+FACTORS = ("lora_a", "lora_b")  # parts of adapters that stay whole
 # Those that describe what is done here anyway, or only FSDP1.
 _WITHOUT_EFFECT = frozenset(
     """auto_wrap_policy transformer_layer_cls_to_wrap state_dict_type cpu_ram_efficient_loading sync_module_states
@@ -49,11 +61,13 @@ _WITHOUT_EFFECT = frozenset(
 @dataclass(frozen=True)
 class ShardSettings:
     """reshard_after_forward: drop a layer's weights after its forward pass, too, and gather them again for the backward pass.
-    cpu_offload: keep the pieces in the host's memory. activation_checkpointing: as gradient_checkpointing."""
+    cpu_offload: keep the pieces of layers in the host's memory. activation_checkpointing: as gradient_checkpointing.
+    vocab_parallel: cut the output projection, too, and compute token statistics over its pieces."""
 
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     activation_checkpointing: bool = False
+    vocab_parallel: bool = False
 
     @classmethod
     def of(cls, fsdp: str | None, config: Mapping[str, Any] | None) -> ShardSettings | None:
@@ -96,38 +110,62 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class ShardedBase:
-    """The decoder layers of a policy, whose weights are sharded."""
+    """The modules of a policy whose weights are sharded: decoder layers, and the output projection where it is cut.
 
-    layers: list[FSDPModule]
+    trained: the deltas among these weights, by name. split: token statistics over the pieces of the output projection, or None.
+    """
+
+    policy: ConditionedPolicy
+    modules: list[FSDPModule]
     reshard_after_forward: bool
+    trained: dict[str, TrainedShard]
+    split: SplitProjection | None = None
     _inside: list[bool] = field(default_factory=list)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside the block every process has all weights, and passes need no collective. Every process must enter it."""
+        """Inside the block every process has all weights, and passes need no collective. Every process must enter it.
+
+        What the block changes of trained parameters is kept; every process must change the same.
+        """
         if self._inside:
             yield
             return
-        for layer in self.layers:
-            layer.set_reshard_after_forward(False)
-            layer.unshard()
+        for module in self.modules:
+            module.set_reshard_after_forward(False)
+            module.unshard()
+        self._read_pieces(False)
         self._inside.append(True)
         try:
             yield
         finally:
             self._inside.clear()
-            for layer in self.layers:
-                layer.reshard()
-                layer.set_reshard_after_forward(self.reshard_after_forward)
+            self._keep_changes()
+            for module in self.modules:
+                module.reshard()
+                module.set_reshard_after_forward(self.reshard_after_forward)
+            self._read_pieces(True)
+
+    def _read_pieces(self, pieces: bool) -> None:
+        """Whether token statistics are computed over the pieces of the output projection."""
+        if self.split is not None:
+            self.policy.conditioned.token_statistics = self.split if pieces else linear_logprob
+
+    @torch.no_grad()
+    def _keep_changes(self) -> None:
+        whole = self.policy.adapter_parameters() if self.trained else {}
+        for name, shard_ in self.trained.items():
+            shard_.local.copy_(shard_.piece(whole[name]))
 
 
 def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel) -> ShardedBase:
-    """Shard the frozen weights of the policy's decoder layers, in place.
+    """Shard the weights of the policy's decoder layers, the frozen ones and whole-weight deltas, in place.
 
     Raises ConfigError for a model whose layers are not driven one stack at a time (encoder-decoders).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     backbone = policy.conditioned.backbone
@@ -135,13 +173,9 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
         raise ConfigError(
             f"fsdp: {type(policy.model).__name__} is no decoder of one stack; leave fsdp out (DDP), or use a smaller model"
         )
-    trained = set(policy.adapter_parameters().values())
+    # Low-rank factors are small, and are trained where they are.
+    factors = {p for n, p in policy.adapter_parameters().items() if n.rpartition(".")[2] in FACTORS}
     layers = [m for m in backbone.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if any(name.rpartition(".")[2] not in ("lora_a", "lora_b") for name in policy.adapter_parameters()):
-        raise ConfigError(
-            "fsdp shards a frozen base under low-rank deltas; with whole-weight deltas every process holds all weights: leave "
-            "fsdp out"
-        )
     offloaded = settings.cpu_offload and policy.device.type != "cpu"  # else they are there already
     options = {
         "mesh": init_device_mesh(policy.device.type, (parallel.count,)),
@@ -149,17 +183,70 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
         "offload_policy": CPUOffloadPolicy() if offloaded else OffloadPolicy(),
     }
     for layer in layers:
-        fully_shard(layer, ignored_params=trained & set(layer.parameters()), **options)
+        own = factors & set(layer.parameters())
+        fully_shard(layer, ignored_params=own, shard_placement_fn=partial(_cut, parallel.count), **options)
+        # The gradient is the sum of the processes', not their mean.
+        layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)
     # Of the stack itself nothing is sharded: it orders the layers, so that the next is gathered while one computes.
     inside = {p for layer in layers for p in layer.parameters()}
-    fully_shard(
-        backbone.decoder, ignored_params=trained | (set(backbone.decoder.parameters()) - inside), **options
-    )
+    fully_shard(backbone.decoder, ignored_params=set(backbone.decoder.parameters()) - inside, **options)
     # Said outright. By default FSDP2 goes by the order of the passes since the last backward pass; drawing adds passes to that,
     # of which every process has its own number, and a process would gather what no other gathers.
     for layer, before, after in zip(layers, [layers[0], *layers], [*layers[1:], layers[-1]]):
         layer.set_modules_to_forward_prefetch([after])
         layer.set_modules_to_backward_prefetch([before])
+    cut, split = [], None
+    if settings.vocab_parallel:
+        # Imported late: it needs torch.distributed, which a torch without it lacks.
+        from clp_engine.training.parallel.vocab_parallel import SplitProjection
+
+        split = SplitProjection(options["mesh"].get_group(), backbone.head.module.weight.shape[0])
+        cut = _cut_projection(policy, options)
     policy.conditioned.weights_stay = False
     parallel.in_step = True
-    return ShardedBase(layers, settings.reshard_after_forward)
+    pieces = {n: TrainedShard.of(p) for n, p in policy.adapter_parameters().items() if isinstance(p, DTensor)}
+    found = ShardedBase(policy, [*layers, *cut], settings.reshard_after_forward, pieces, split)
+    found._read_pieces(True)
+    return found
+
+
+def _cut_projection(policy: ConditionedPolicy, options: dict[str, Any]) -> list[FSDPModule]:
+    """Cut the tensors of the output projection that have a row for each token, but for those that the input embedding shares,
+    which has to be whole. The pieces are read where they lie, and so are never offloaded."""
+    from torch.distributed.fsdp import OffloadPolicy, fully_shard
+
+    module = policy.conditioned.backbone.head.module
+    inside = set(module.modules())
+    elsewhere = {p for m in policy.model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    kept = {p for name, p in module.named_parameters() if name == "lora_a" or p in elsewhere}
+    if kept >= set(module.parameters()):
+        return []
+    return [fully_shard(module, ignored_params=kept, **{**options, "offload_policy": OffloadPolicy()})]
+
+
+def _cut(count: int, parameter: nn.Parameter) -> Shard | None:
+    """Deltas of D objectives along a later dimension that `count` divides, where there is one: D may be less than `count`.
+    None: along the first."""
+    from torch.distributed.tensor import Shard
+
+    later = range(1, parameter.dim()) if parameter.requires_grad else ()
+    return next((Shard(dim) for dim in later if parameter.shape[dim] % count == 0), None)
+
+
+def check_own(
+    sharded: ShardedBase | None, optimizer: torch.optim.Optimizer | None, reference: Reference | None
+) -> None:
+    """Raises ConfigError for a user's own parts that read or step deltas which are cut over the processes."""
+    if sharded is None or not sharded.trained:
+        return
+    if optimizer is not None:
+        raise ConfigError(
+            "optimizers: an optimiser of your own was made over whole deltas, and fsdp cuts them over the processes; leave it "
+            "out (AdamW, by learning_rate and the adam_ settings), or leave fsdp out"
+        )
+    if reference is not None and not isinstance(reference, FrozenReference):
+        raise ConfigError(
+            f"reference={type(reference).__name__}: a reference that reads or exchanges deltas would find pieces of them, as "
+            "fsdp cuts them over the processes; leave it out (the base model), or leave fsdp out"
+        )

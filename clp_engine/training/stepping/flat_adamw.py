@@ -40,10 +40,11 @@ class _Place:
 class FlatAdamW(torch.optim.AdamW):
     """torch's fused AdamW over `parameters`, which become views of one buffer for each device and dtype among them.
 
-    Parameter groups that are added later are stepped as they are, with the same `grad_scale`.
+    apart: more parameters, which stay where they are. They are stepped with the same `grad_scale`, and so are parameter groups
+        that are added later.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], **settings):
+    def __init__(self, parameters: Sequence[nn.Parameter], *, apart: Sequence[nn.Parameter] = (), **settings):
         self._places: dict[nn.Parameter, _Place] = {}
         ends: dict[tuple[torch.device, torch.dtype], int] = {}
         spans = []
@@ -60,7 +61,7 @@ class FlatAdamW(torch.optim.AdamW):
         for p, kind, start in spans:
             self._places[p] = _Place(flats[kind], start, start + p.numel())
         self._flats = list(flats.values())
-        super().__init__(self._flats, fused=True, **settings)
+        super().__init__([{"params": [*self._flats, *apart]}], fused=True, **settings)
         self.bind()
 
     @torch.no_grad()
@@ -98,12 +99,13 @@ class FlatAdamW(torch.optim.AdamW):
         return [flat.grad for flat in self._flats if flat.grad is not None]
 
     @torch.no_grad()
-    def clip(self, max_norm: float | None) -> torch.Tensor:
+    def clip(self, max_norm: float | None, apart: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         """Have the next step divide gradients by max(1, norm / max_norm), and do nothing where the norm is not finite.
 
-        Returns the norm, a scalar on the device, of the flat gradients; None: no clipping.
+        Returns the norm, a scalar on the device, of the flat gradients and of those whose norms `apart` has; None: no clipping.
         """
         norms = [torch.linalg.vector_norm(flat.grad, dtype=torch.float32) for flat in self._flats]
+        norms += apart
         norm = norms[0]
         if len(norms) > 1:
             norm = torch.linalg.vector_norm(torch.stack([n.to(norm.device) for n in norms]))

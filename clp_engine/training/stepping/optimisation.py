@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from transformers import get_scheduler
@@ -12,15 +13,18 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.objectives.objective import Objective
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.training.budget import Budget
+from clp_engine.training.parallel import trained_shards
 from clp_engine.training.parallel.processes import Parallel
+from clp_engine.training.parallel.trained_shards import TrainedShard
 from clp_engine.training.settings.groups import OptimiserSettings
-from clp_engine.training.stepping.flat_adamw import FlatAdamW
+from clp_engine.training.stepping.flat_adamw import FlatAdamW, set_slots_of, slots_of
 
 
 class Optimisation:
     """Optimiser and schedule over the parameters of policy and objective.
 
     optimizer, scheduler: a user's own, instead of `FlatAdamW` over the adapters and `lr_scheduler_type`; either may be None.
+    shards: the adapters of which each process steps one piece, by name; their optimiser is `FlatAdamW`.
     Raises ConfigError where a scheduler cannot take in the objective's own parameters.
     """
 
@@ -32,9 +36,12 @@ class Optimisation:
         budget: Budget,
         optimizer: torch.optim.Optimizer | None = None,
         scheduler=None,
+        shards: Mapping[str, TrainedShard] = MappingProxyType({}),
     ):
-        self._adapters = list(policy.adapter_parameters().values())
-        self._others = list(objective.parameters().values())
+        self._shards, self._device = shards, policy.device
+        whole = {n: p for n, p in policy.adapter_parameters().items() if n not in shards}
+        self._adapters, self._others = list(whole.values()), list(objective.parameters().values())
+        self._named = {**whole, **{n: s.local for n, s in shards.items()}, **objective.parameters()}
         if optimizer is not None and self._others and scheduler is not None:
             raise ConfigError(
                 "optimizers: a scheduler of your own knows nothing of the value head of baseline='value'; "
@@ -42,6 +49,7 @@ class Optimisation:
             )
         self.optimizer = optimizer or FlatAdamW(
             self._adapters,
+            apart=[shard.local for shard in shards.values()],
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.epsilon,
@@ -65,7 +73,10 @@ class Optimisation:
             self.optimizer.bind()
 
     def add_up(self, parallel: Parallel) -> None:
-        """Make every gradient the sum of all processes': one collective for the adapters, one for what the objective trains."""
+        """Make every gradient the sum of all processes': one collective for the adapters, one for what the objective trains.
+        The backward passes have summed those of the shards."""
+        for shard in self._shards.values():
+            shard.take_gradient()
         if parallel.count == 1:
             return
         if isinstance(self.optimizer, FlatAdamW):
@@ -75,12 +86,14 @@ class Optimisation:
         if self._others:
             _sum_together(parallel, self._others)
 
-    def clip(self, max_norm: float, step: int) -> torch.Tensor:
+    def clip(self, max_norm: float, step: int, parallel: Parallel) -> torch.Tensor:
         """Clip the gradients to `max_norm`, 0 for no clipping. Returns the norm of the adapters', unread where the optimiser
         itself leaves out a step whose norm is not finite."""
         limit, flat = max_norm or None, isinstance(self.optimizer, FlatAdamW)
         if flat:
-            norm = self.optimizer.clip(limit)
+            shards = self._shards.values()
+            apart = [trained_shards.norm(shards, parallel, self._device)] if shards else []
+            norm = self.optimizer.clip(limit, apart)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self._adapters, limit or math.inf)
             check_norm(norm.item(), step)
@@ -96,8 +109,28 @@ class Optimisation:
             self.scheduler.last_epoch = min(generated_tokens, self._tokens) - 1
         self.scheduler.step()
 
+    def zero_grad(self) -> None:
+        """After a step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for shard in self._shards.values():
+            shard.parameter.grad = None
+
+    def slots(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(parameter, slot, value) of the optimiser's state, with whole values: every process must iterate over all."""
+        for name, parameter in self._named.items():
+            for slot, value in slots_of(self.optimizer, parameter).items():
+                whole = name not in self._shards or value.dim() == 0
+                yield name, slot, value if whole else self._shards[name].joined(value)
+
+    def set_slots(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:
+        """The other way round, of one parameter."""
+        parameter, shard = self._named[name], self._shards.get(name)
+        if shard is not None:
+            slots = {n: t if t.dim() == 0 else shard.piece(t).clone() for n, t in slots.items()}
+        set_slots_of(self.optimizer, parameter, {n: t.to(parameter.device) for n, t in slots.items()})
+
     def state_dict(self) -> dict:
-        """Of the schedule; the optimiser's slots are tensors, see `checkpoints`."""
+        """Of the schedule; the optimiser's slots are tensors, see `slots`."""
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:

@@ -254,6 +254,6 @@ def keep_pace(
         if batch.reference is not None and part.ref_hidden is None:  # another process has them
             width = policy.backbone.head.module.weight.shape[-1]
             part = dataclasses.replace(part, ref_hidden=part.rewards.new_zeros(part.rollout.tokens, width))
+        part = dataclasses.replace(part, weights=torch.zeros_like(part.weights), token_share=1.0)
         for _ in range(missing):
-            hidden = forward(policy, part, objective, ("logprob",), reference).hidden
-            hidden.backward(torch.zeros_like(hidden))
+            backward(policy, part, objective, reference=reference)

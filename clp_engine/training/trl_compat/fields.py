@@ -317,7 +317,8 @@ FIELDS: dict[str, Field] = {
         None, "batches are dealt by whole groups, and there is no DataLoader to configure"
     ),
     "parallelism_config": _refused(
-        None, "processes share the data (DDP) and the base model's weights (fsdp), no other dimension"
+        None,
+        "processes share the data (DDP) and the weights (fsdp, with vocab_parallel the output projection), no other dimension",
     ),
     # evaluation
     "eval_strategy": _same("no"),
