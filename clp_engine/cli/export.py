@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clp_engine.cli.arguments import RUN_HELP, WEIGHTS_HELP, add_kl, add_number, parse_assignments
+from clp_engine.cli.arguments import RUN_HELP, WEIGHTS_HELP, add_kl, add_number
 from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
-from clp_engine.core.ranges import COMMANDS
+from clp_engine.core.ranges import COMMANDS, parse_assignments
 from clp_engine.training import running
 
 HELP = "write weightings or objectives as ordinary PEFT adapters or models"

@@ -18,9 +18,9 @@ import torch
 from engine.conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 
-from clp_engine.cli.arguments import parse_assignments
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
+from clp_engine.core.ranges import parse_assignments
 from clp_engine.data import sources
 from clp_engine.training import running
 from clp_engine.training.runs import run_spec
