@@ -8,6 +8,7 @@
 # make aarch64   cross-compile the C++ kernels for aarch64 and run their tests there, emulated by qemu (tools/aarch64.py). Needs Debian
 #             and a cross compiler; ARGS="-k matmul" for some of the tests
 # make peers  install TRL, PEFT, verl and others as well, then run the tests that compare with them (tests/peers)
+# make vllm   install vLLM's CPU build and this package into .venv-vllm (3.5 GB), and run the tests of the plug-in there (tests/vllm)
 # make lowest   the engine's and the kernels' main tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 #             (constraints-lowest.txt; on x86-64 Linux, PyPI's torch of that age comes with 4 GB of CUDA)
 # make newest   the same with the newest versions that there are, in .venv-newest (constraints-newest.txt)
@@ -36,7 +37,7 @@ VERSIONED := tests/engine tests/tasks $(filter tests/kernels/%,$(NUMERIC)) tests
 # Old libraries call what others have deprecated since; how many operations a step has is counted with the pinned ones.
 OF_lowest := -W default::DeprecationWarning -W default::FutureWarning --ignore tests/engine/training/test_step_work.py
 
-.PHONY: demo test check pretend avx2 aarch64 lowest newest peers docs install lint clean
+.PHONY: demo test check pretend avx2 aarch64 lowest newest peers vllm docs install lint clean
 
 install:
 	@command -v $(PYTHON) >/dev/null || { echo "clp-engine: $(PYTHON) was not found; Python 3.10 or newer is needed" >&2; exit 1; }
@@ -57,6 +58,7 @@ ifndef ARGS
 	$(MAKE) lowest
 	$(MAKE) newest
 	$(MAKE) peers
+	$(MAKE) vllm
 endif
 
 pretend: install
@@ -76,6 +78,12 @@ peers: install
 	@$(PYTHON) tools/environment.py --venv $(VENV) $(OWN_TORCH) --peers
 	CLP_PEERS=required $(PYTEST) --dist loadfile tests/peers $(ARGS)
 
+# One process, as each test loads an engine of gigabytes; what vLLM's own code calls may be deprecated.
+vllm:
+	@$(PYTHON) tools/environment.py --venv $(VENV)-vllm --vllm
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)-vllm/bin/python -m pytest -W default::DeprecationWarning \
+	  -W default::FutureWarning $(or $(ARGS),tests/vllm)
+
 docs: install
 	$(VENV)/bin/python -m pip install --quiet -e .[docs] && $(VENV)/bin/python -m mkdocs build --strict
 
@@ -87,4 +95,4 @@ lint: install
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build runs .pytest_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-vllm build runs .pytest_cache

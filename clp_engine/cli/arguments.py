@@ -104,25 +104,6 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_assignments(text: str, name: str) -> dict[str, float] | list[float]:
-    """The mapping of 'a=0.7,b=0.3', or the list of '0.7,0.3'. Raises ConfigError for another text."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    pairs = [part.partition("=") for part in parts]
-    named = [bool(equals) for _, equals, _ in pairs]
-    try:
-        if parts and all(named):
-            values = {key.strip(): float(value) for key, _, value in pairs}
-            if len(values) < len(pairs):
-                raise ConfigError(f"{name}={text!r}: an objective occurs twice")
-            return values
-        if parts and not any(named):
-            return [float(part) for part in parts]
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-    raise ConfigError(f"{name}={text!r}: expected numbers by objective, such as a=0.7,b=0.3")
-
-
 def whole_numbers(text: str, flag: str) -> list[int]:
     """The list [0, 1] of the text '0,1'. Raises ConfigError that names the flag for another text."""
     try:

@@ -11,12 +11,11 @@ from clp_engine.cli.arguments import (
     add_sampling,
     add_trust,
     in_range,
-    parse_assignments,
     sampling_params,
 )
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder, read_json
-from clp_engine.core.ranges import EVALUATION
+from clp_engine.core.ranges import EVALUATION, parse_assignments
 from clp_engine.data import sources
 from clp_engine.training import running
 from clp_engine.training.runs import run_spec, trust

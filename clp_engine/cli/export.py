@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clp_engine.cli.arguments import RUN_HELP, WEIGHTS_HELP, add_kl, add_number, parse_assignments
+from clp_engine.cli.arguments import RUN_HELP, WEIGHTS_HELP, add_kl, add_number
 from clp_engine.core import files
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import check_folder
-from clp_engine.core.ranges import COMMANDS
+from clp_engine.core.ranges import COMMANDS, parse_assignments
 from clp_engine.training import running
 
 HELP = "write weightings or objectives as ordinary PEFT adapters or models"
@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--each",
         action="store_true",
         help="one adapter per objective instead of a blend, and clp_blend.json, which says how they are blended",
+    )
+    parser.add_argument(
+        "--stack",
+        action="store_true",
+        help="one adapter of all objectives, unblended, for vLLM with clp-engine's plug-in, with weights per request; "
+        "--weights and --kl are those of a request that names none",
     )
     add_number(
         parser,
@@ -49,8 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"{target} exists and is not empty; give --overwrite to write into it, or another folder"
         )
-    if arguments.merged and (arguments.rank is not None or arguments.each):
-        raise ConfigError("--rank and --each are of adapters; --merged writes whole weights, leave one out")
+    if arguments.merged and (arguments.rank is not None or arguments.each or arguments.stack):
+        raise ConfigError(
+            "--rank, --each and --stack are of adapters; --merged writes whole weights, leave one out"
+        )
+    if arguments.each and arguments.stack:
+        raise ConfigError("--each writes an adapter per objective, --stack one of all; leave one out")
     if arguments.each and (weights is not None or arguments.kl is not None):
         raise ConfigError("--each writes every objective's adapter unblended; leave out --weights and --kl")
     check_folder("to", target.parent)
@@ -60,6 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
         for name, error in policy.save_adapters(target, rank=arguments.rank).items():
             print(f"adapter: {target / name}{base}{_adapter_notes(target / name, arguments.rank, error)}")
         print(f"blend: {target}/clp_blend.json")
+        return
+    if arguments.stack:
+        error = policy.export_stack(target, rank=arguments.rank, weights=weights, kl=arguments.kl)
+        print(f"stack: {target}{base}{_adapter_notes(target, arguments.rank, error)}")
+        if policy.conditioning.prompt:
+            print("its prompts need the text of prompt_template in them (see clp_blend.json)")
         return
     if weights is None and len(policy.objectives) > 1:
         raise ConfigError(f"--weights is missing; the objectives are {', '.join(policy.objectives)}")

@@ -12,11 +12,10 @@ from clp_engine.cli.arguments import (
     add_kl,
     add_number,
     add_sampling,
-    parse_assignments,
     sampling_params,
 )
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.ranges import COMMANDS, GENERATION
+from clp_engine.core.ranges import COMMANDS, GENERATION, parse_assignments
 from clp_engine.data import sources
 from clp_engine.training import running
 from clp_engine.training.runs import run_spec

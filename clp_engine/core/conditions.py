@@ -145,3 +145,61 @@ def parse_weights(
     if abs(total - 1) > tolerance:
         raise ValueError(f"weights must sum to 1; got {given}, which sums to {total:g}")
     return torch.tensor(values, dtype=torch.float64).div(total).float()
+
+
+@dataclass(frozen=True)
+class Blending:
+    """What makes the coefficients of a policy's deltas out of a user's weights and KL coefficient.
+
+    objectives: their names in order. blended: there is a delta for each of them; otherwise a single delta serves all.
+    kl_conditioning, min_kl, kl_is_beta: see `blend_coefficients`.
+    default_kl, default_weights: those of a row that names none; None is the uniform weighting.
+    """
+
+    objectives: tuple[str, ...]
+    blended: bool = True
+    kl_conditioning: str = "none"
+    min_kl: float | None = None
+    default_kl: float = 0.1
+    kl_is_beta: bool = False
+    default_weights: tuple[float, ...] | None = None
+
+    def conditions(self, weights: Any = None, kl: Any = None, rows: int = 1) -> Conditions:
+        """Per-row conditions. weights, kl: as of `SteerableModel.conditions`. Raises ConfigError naming the invalid value."""
+        per_row = (
+            isinstance(weights, torch.Tensor)
+            and weights.dim() == 2
+            or isinstance(weights, Sequence)
+            and weights
+            and not isinstance(weights[0], int | float)
+        )
+        given = self.default_weights if weights is None else weights
+        try:
+            parsed = [parse_weights(w, self.objectives) for w in (weights if per_row else [given])]
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        except (TypeError, OverflowError) as error:
+            raise ConfigError(f"weights={shown(weights)}: expected numbers from 0 to 1 ({error})") from None
+        try:
+            kls = torch.as_tensor(self.default_kl if kl is None else kl, dtype=torch.float32).reshape(-1)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ConfigError(f"kl={shown(kl)}: expected a number, or one per row ({error})") from None
+        for name, count in (("weights", len(parsed)), ("kl", len(kls))):
+            if count not in (1, rows):
+                raise ConfigError(f"{name} has {count} entries for {rows} rows; expected one, or one per row")
+        if not bool(((kls >= 0) & kls.isfinite()).all()) or not self.kl_is_beta and bool((kls > 1).any()):
+            raise ConfigError(
+                f"kl={shown(kl)}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
+            )
+        return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
+
+    def coefficients(self, conditions: Conditions) -> torch.Tensor:
+        """The blend (rows, D), one coefficient per delta, see `blend_coefficients`. Raises ConfigError if there is none."""
+        if not self.blended:
+            conditions = Conditions(conditions.weights.any(-1, keepdim=True).float(), conditions.kl)
+        try:
+            return blend_coefficients(
+                conditions, self.kl_conditioning, min_kl=self.min_kl, kl_is_beta=self.kl_is_beta
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -294,3 +295,12 @@ def refuse_overlap(target: str | Path, read: Iterable[str | Path]) -> None:
             raise ConfigError(
                 f"{target} {how} {source}, which is being read; give another folder to write to"
             )
+
+
+def digest(path: Path) -> str:
+    """16 hexadecimal digits of a file's SHA-256."""
+    found = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()[:16]

@@ -33,7 +33,7 @@ from clp_engine.models.forms import Conditioning
 from clp_engine.models.targets import lora_targets
 from clp_engine.policy import attached, prompt_conditioning
 from clp_engine.policy.merging import merged
-from clp_engine.policy.peft import warm_start, writing
+from clp_engine.policy.peft import stacking, warm_start, writing
 from clp_engine.policy.peft.reading import Adapter
 from clp_engine.policy.soups import soup
 from clp_engine.policy.spec import PolicySpec, per_delta, read_spec
@@ -307,6 +307,22 @@ class ConditionedPolicy(SteerableModel):
         rank: as for `export_adapter`.
         """
         return writing.export_each(self, directory, rank)
+
+    def export_stack(self, path: str | Path, *, rank: int | None = None, weights=None, kl=None) -> float:
+        """Write all objectives as one rank-stacked PEFT LoRA adapter, which vLLM serves under a weighting per request (see
+        `serving.vllm_plugin`). Returns its error, as `export_adapter`.
+
+        A is stacked, and B is side by side, scaled by lora_alpha / rank alone. peft loads the stack as an ordinary adapter: the
+        sum of all deltas with unit weights. clp_blend.json says which rows are whose, and how weights and KL coefficient
+        become the coefficients of the deltas. The rank is the sum of the ranks, padded with zeros to the next one that vLLM
+        has. Other files in the folder stay.
+
+        rank: the most products of each objective per layer, as for `export_adapter`.
+        weights, kl: those of a request that has none. Defaults: uniform, and the policy's own default.
+
+        Raises ConfigError as `export_adapter`, for a delta with a bias, and for a sum of ranks above vLLM's largest.
+        """
+        return stacking.export_stack(self, path, rank, weights, kl)
 
     def merge(self, weights=None, kl=None) -> PreTrainedModel:
         """An ordinary transformers model with the weights of the blend at (weights, kl). This policy is not changed.

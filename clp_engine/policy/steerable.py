@@ -15,12 +15,8 @@ import torch
 from clp_kernels import TokenStats
 from transformers import PreTrainedModel
 
-from clp_engine.core.conditions import (
-    Conditions,
-    blend_coefficients,
-    parse_weights,
-)
-from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.conditions import Blending, Conditions
+from clp_engine.core.errors import ConfigError
 from clp_engine.data.positions import Room
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.forms import Conditioning
@@ -108,6 +104,18 @@ class SteerableModel(ConditionedModel):
 
     # -- conditions ---------------------------------------------------------------------------------------------------
 
+    @property
+    def blending(self) -> Blending:
+        spec = self.spec
+        return Blending(
+            spec.objectives,
+            self.conditioning.blended,
+            spec.kl_conditioning,
+            spec.min_kl,
+            spec.default_kl,
+            spec.kl_is_beta,
+        )
+
     def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
         """Per-row conditions from a user's weights and KL coefficients.
 
@@ -117,45 +125,13 @@ class SteerableModel(ConditionedModel):
 
         Raises ConfigError naming the invalid value.
         """
-        per_row = (
-            isinstance(weights, torch.Tensor)
-            and weights.dim() == 2
-            or isinstance(weights, Sequence)
-            and weights
-            and not isinstance(weights[0], int | float)
-        )
-        try:
-            parsed = [parse_weights(w, self.objectives) for w in (weights if per_row else [weights])]
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        except (TypeError, OverflowError) as error:
-            raise ConfigError(f"weights={shown(weights)}: expected numbers from 0 to 1 ({error})") from None
-        try:
-            kls = torch.as_tensor(self.spec.default_kl if kl is None else kl, dtype=torch.float32).reshape(-1)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise ConfigError(f"kl={shown(kl)}: expected a number, or one per row ({error})") from None
-        for name, count in (("weights", len(parsed)), ("kl", len(kls))):
-            if count not in (1, rows):
-                raise ConfigError(f"{name} has {count} entries for {rows} rows; expected one, or one per row")
-        if not bool(((kls >= 0) & kls.isfinite()).all()) or not self.kl_is_beta and bool((kls > 1).any()):
-            raise ConfigError(
-                f"kl={shown(kl)}: expected {'beta >= 0' if self.kl_is_beta else 'alpha between 0 and 1'}"
-            )
-        return Conditions(torch.stack(parsed).expand(rows, -1), kls.expand(rows))
+        return self.blending.conditions(weights, kl, rows)
 
     def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
         """The blend (rows, D) on the model's device, one coefficient per delta, or None if every row is the reference."""
         if conditions is None or not bool(conditions.weights.any()):
             return None
-        if not self.conditioning.blended:
-            conditions = Conditions(conditions.weights.any(-1, keepdim=True).float(), conditions.kl)
-        try:
-            blend = blend_coefficients(
-                conditions, self.spec.kl_conditioning, min_kl=self.spec.min_kl, kl_is_beta=self.kl_is_beta
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        return blend.to(self.device)
+        return self.blending.coefficients(conditions).to(self.device)
 
     def prompt_text(self, weights=None, kl=None) -> str:
         """The text that prompt conditioning writes into a prompt at one weighting. Empty for other policies."""

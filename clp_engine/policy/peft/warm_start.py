@@ -125,6 +125,11 @@ def read_blend(directory: Path) -> tuple[dict[str, Path], dict[str, Any]]:
             "objective to its adapter"
         )
     raw = read_json(directory / BLEND_FILE)
+    if "stack" in raw:
+        raise ConfigError(
+            f"{directory} holds a stack for vLLM (export_stack); expected a directory written by save_adapters, which keeps "
+            "the objectives apart"
+        )
     missing = [name for name in ("conditioning", "carrier", "adapters", *BLEND_SETTINGS) if name not in raw]
     adapters = raw.get("adapters")
     if missing or not isinstance(adapters, Mapping) or not all(isinstance(p, str) for p in adapters.values()):

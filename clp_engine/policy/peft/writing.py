@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,50 +73,56 @@ def save_each(directory: Path, policy: SteerableModel, rank: int | None = None) 
         one[i] = 1.0
         errors[name] = _save(directory / name, policy, one, (1.0,) * len(spec.ranks), spec.scalings[i], rank)
     names = list(errors) if len(errors) > 1 else list(errors) * len(policy.objectives)
+    write_blend(directory, policy, {"adapters": dict(zip(policy.objectives, names))})
+    return errors
+
+
+def write_blend(directory: Path, policy: SteerableModel, entries: Mapping[str, object]) -> None:
+    """Write BLEND_FILE: how deltas are blended, and the entries of one kind of export."""
+    spec = policy.spec
     blend = {
         "blend": "theta(w, kl) = theta_ref + c * sum_i w_i * Delta_i",
         "c": _C_OF_ALPHA[spec.kl_conditioning],
         "alpha": "kl / (1 + kl)" if spec.kl_is_beta else "kl",
         "base_model": spec.base_model,
-        "adapters": dict(zip(policy.objectives, names)),
+        **entries,
         "conditioning": spec.conditioning,
         "carrier": spec.carrier,
-        **{name: getattr(spec, name) for name in BLEND_SETTINGS},
+        **{name: getattr(spec, name) for name in BLEND_SETTINGS if name not in entries},
     }
     (directory / BLEND_FILE).write_text(json.dumps(blend, indent=2) + "\n", encoding="utf-8")
-    return errors
 
 
 def export(policy: SteerableModel, path: str | Path, weights, kl, rank: int | None) -> float:
     """See `ConditionedPolicy.export_adapter`."""
     refuse_overlap(path, policy.read_from)
-    _warn_of_tied_head(policy)
+    warn_of_tied_head(policy)
     coefficients = policy.coefficients(policy.conditions(weights, kl))
     with write_directory(path) as temporary:
         error = save(temporary, policy, coefficients[0], rank)
         _describe_blend(temporary, policy, weights, kl)
-        _complete(temporary, policy)
+        complete(temporary, policy)
     return error
 
 
 def export_each(policy: SteerableModel, directory: str | Path, rank: int | None) -> dict[str, float]:
     """See `ConditionedPolicy.save_adapters`."""
     refuse_overlap(directory, policy.read_from)
-    _warn_of_tied_head(policy)
+    warn_of_tied_head(policy)
     with write_directory(directory) as temporary:
         errors = save_each(temporary, policy, rank)
-        _complete(temporary, policy)
+        complete(temporary, policy)
     return errors
 
 
-def _complete(directory: Path, policy: SteerableModel) -> None:
+def complete(directory: Path, policy: SteerableModel) -> None:
     """Write the files beside the adapters: the base model's fingerprint, and the tokenizer."""
     fingerprint.write(directory, policy.model)
     if policy.tokenizer is not None:
         policy.tokenizer.save_pretrained(directory)
 
 
-def _warn_of_tied_head(policy: SteerableModel) -> None:
+def warn_of_tied_head(policy: SteerableModel) -> None:
     if policy.splits_tied_head:
         warnings.warn(
             "this adapter changes an output projection that shares its weight with the input embedding: use it as an "
@@ -164,23 +170,53 @@ def _save(
     if rank is not None and rank < 1:
         raise ConfigError(f"rank={rank}: expected at least 1")
     cuts = {
-        name: _cut(name, layer, coefficients, scalings, scaling, rank)
+        name: cut_layer(name, layer, coefficients, scalings, scaling, rank)
         for name, layer in policy.layers.items()
     }
-    common = max(cut.a.shape[0] for cut in cuts.values())
+    biases = {name: getattr(layer, "delta_bias", None) for name, layer in policy.layers.items()}
+    common = write_adapter(
+        path,
+        policy,
+        {name: (cut.a, cut.b) for name, cut in cuts.items()},
+        scaling,
+        {
+            name: coefficients.to(bias) @ bias.detach() / scaling
+            for name, bias in biases.items()
+            if bias is not None
+        },
+    )
+    lost, size = (sum(getattr(cut, part) for cut in cuts.values()) for part in ("lost", "size"))
+    if vllm_rank(common) is None:
+        warnings.warn(
+            f"rank {common} is more than vLLM takes ({VLLM_RANKS[-1]} at most): give rank={VLLM_RANKS[-1]} or less to cut the "
+            "adapter by SVD (the error is reported), or serve merge(weights); peft and transformers take it as it is",
+            stacklevel=4,
+        )
+    return (lost / size) ** 0.5 if lost else 0.0
+
+
+def write_adapter(
+    path: str | Path,
+    policy: SteerableModel,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    scaling: float,
+    biases: Mapping[str, torch.Tensor] | None = None,
+    rank: int | None = None,
+) -> int:
+    """Write an adapter that PEFT scales by `scaling`. Returns its rank: `rank`, or that of the largest factors.
+
+    factors: (A (r, K), B (N, r)) by layer; fewer products than the adapter's rank are padded with zeros.
+    biases: lora_B's, by layer. PEFT has biases for every layer or for none, and scales them, too.
+    """
+    common = max(a.shape[0] for a, _ in factors.values()) if rank is None else rank
     tensors = {}
-    for name, cut in cuts.items():
-        missing = common - cut.a.shape[0]
-        parts = {"A": functional.pad(cut.a, (0, 0, 0, missing)), "B": functional.pad(cut.b, (0, missing))}
+    for name, (a, b) in factors.items():
+        missing = common - a.shape[0]
+        parts = {"A": functional.pad(a, (0, 0, 0, missing)), "B": functional.pad(b, (0, missing))}
         for part, tensor in parts.items():
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.cpu().contiguous()
-    biases = {name: getattr(layer, "delta_bias", None) for name, layer in policy.layers.items()}
-    biased = any(bias is not None for bias in biases.values())
-    if biased:  # PEFT has biases for every layer or for none, and scales them, too
-        for name, cut in cuts.items():
-            bias = cut.b.new_zeros(cut.b.shape[0])
-            if biases[name] is not None:
-                bias = coefficients.to(biases[name]) @ biases[name].detach() / scaling
+        if biases:
+            bias = biases.get(name, b.new_zeros(b.shape[0]))
             tensors[f"base_model.model.{name}.lora_B.bias"] = bias.cpu().contiguous()
     alpha = scaling * common
     config = {
@@ -194,7 +230,7 @@ def _save(
         "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
-        "lora_bias": biased,
+        "lora_bias": bool(biases),
         "use_rslora": False,
         "use_dora": False,
         "target_modules": sorted(policy.layers),
@@ -206,17 +242,10 @@ def _save(
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    lost, size = (sum(getattr(cut, part) for cut in cuts.values()) for part in ("lost", "size"))
-    if vllm_rank(common) is None:
-        warnings.warn(
-            f"rank {common} is more than vLLM takes ({VLLM_RANKS[-1]} at most): give rank={VLLM_RANKS[-1]} or less to cut the "
-            "adapter by SVD (the error is reported), or serve merge(weights); peft and transformers take it as it is",
-            stacklevel=4,
-        )
-    return (lost / size) ** 0.5 if lost else 0.0
+    return common
 
 
-def _cut(
+def cut_layer(
     name: str,
     layer: ConditionedLayer,
     coefficients: torch.Tensor,

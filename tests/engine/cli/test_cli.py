@@ -18,9 +18,9 @@ import torch
 from engine.conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 
-from clp_engine.cli.arguments import parse_assignments
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
+from clp_engine.core.ranges import parse_assignments
 from clp_engine.data import sources
 from clp_engine.training import running
 from clp_engine.training.runs import run_spec
@@ -204,10 +204,28 @@ def test_export_writes_an_adapter_or_a_model_and_does_not_replace_a_folder_unask
     assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
 
 
+def test_export_writes_a_stack_whose_defaults_are_the_given_weights(trained, tmp_path, capsys):
+    arguments = [
+        "export",
+        "run",
+        "--stack",
+        "--weights",
+        "even=0.25,small=0.75",
+        "--to",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "stack: " in printed and "rank: 8 (for vLLM: --max-lora-rank 8)" in printed
+    blend = json.loads((tmp_path / "out" / "clp_blend.json").read_text())
+    assert (blend["ranks"], blend["default_weights"]) == ([2, 2], {"even": 0.25, "small": 0.75})
+
+
 EXPORTS = {
     "adapter": ["--weights", "0.5,0.5"],
     "model": ["--weights", "0.5,0.5", "--merged"],
     "each": ["--each"],
+    "stack": ["--stack"],
 }
 
 
@@ -472,8 +490,12 @@ def test_the_demo_with_three_objectives_prints_the_corners_of_the_front(small_de
             "--each writes every objective's adapter unblended",
         ),
         (
+            ["export", "run", "--to", "x", "--each", "--stack"],
+            "--each writes an adapter per objective, --stack one of all; leave one out",
+        ),
+        (
             ["export", "run", "--to", "x", "--each", "--merged"],
-            "--rank and --each are of adapters; --merged writes",
+            "--rank, --each and --stack are of adapters; --merged writes",
         ),
         (
             ["evaluate", "run", "--reference-point", "even=0"],

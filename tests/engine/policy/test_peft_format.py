@@ -200,6 +200,7 @@ def test_all_layers_of_an_adapter_have_one_rank_as_vllm_reads_it(tmp_path):
 WRITES = {
     "export_adapter": lambda policy, folder: policy.export_adapter(folder, weights=[0.5, 0.5]),
     "save_adapters": lambda policy, folder: policy.save_adapters(folder),
+    "export_stack": lambda policy, folder: policy.export_stack(folder),
     "save_pretrained": lambda policy, folder: policy.save_pretrained(folder),
 }
 
@@ -232,3 +233,80 @@ def test_nothing_is_written_into_a_base_model_or_over_adapters_that_were_read(tm
         with pytest.raises(ConfigError, match="give another folder"):
             write(written, tmp_path / folder)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+# -- stacks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stack_in_peft_is_the_sum_of_all_deltas_and_a_gate_of_its_rows_makes_any_blend(family, tmp_path):
+    policy = build_policy(family, rank=(3, 4), lora_alpha=(6, 4), kl_conditioning="linear")
+    assert policy.export_stack(tmp_path / "stack") == 0
+    blend = json.loads((tmp_path / "stack" / "clp_blend.json").read_text())
+    assert (blend["objectives"], blend["ranks"], blend["kl_conditioning"]) == (["a", "b"], [3, 4], "linear")
+    model = PeftModel.from_pretrained(build_model(family), tmp_path / "stack")
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (8, 8)  # 7 products, padded to the next rank of vLLM
+    coefficients = torch.tensor([[1.0, 1.0]])
+    with policy.blend.use(coefficients):
+        summed = policy.model(**model_inputs(family)).logits.log_softmax(-1)
+    assert distance(log_probs(model, family), summed) < 1e-4
+    weights, kl = [0.3, 0.7], 0.25
+    gate = policy.coefficients(policy.conditions(weights, kl))[0].repeat_interleave(torch.tensor([3, 4]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            assert not parameter[:, 7:].any()
+            parameter.data[:, :7] *= gate
+        elif "lora_A" in name:
+            assert not parameter[7:].any()
+    blended = log_probs(policy, family, weights=weights, kl=kl)
+    assert distance(log_probs(model, family), blended) < 1e-4
+    assert distance(blended, summed) > 1e-3
+
+
+def test_a_stack_of_cut_deltas_has_their_error_and_the_rows_of_each(tmp_path):
+    policy = build_policy("llama", rank=(3, 6), lora_alpha=(6, 4))
+    assert 0 < policy.export_stack(tmp_path, rank=4) < 1
+    blend = json.loads((tmp_path / "clp_blend.json").read_text())
+    assert blend["ranks"] == [3, 4]
+    layer = policy.layers["model.layers.0.mlp.up_proj"]
+    u, s, v = torch.linalg.svd(layer.weight_delta(torch.tensor([0.0, 1.0])))
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    a, b = (written[f"base_model.model.model.layers.0.mlp.up_proj.lora_{part}.weight"] for part in "AB")
+    torch.testing.assert_close(b[:, 3:7] @ a[3:7], u[:, :4] * s[:4] @ v[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stack_knows_its_defaults_and_its_version(tmp_path):
+    policy = build_policy("llama", kl_conditioning="odds", min_kl=0.1)
+    policy.export_stack(tmp_path / "one", weights={"a": 0.25, "b": 0.75}, kl=0.5)
+    policy.export_stack(tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / "clp_blend.json").read_text()) for name in ("one", "two"))
+    assert (one["default_weights"], one["default_kl"]) == ({"a": 0.25, "b": 0.75}, 0.5)
+    assert (two["default_weights"], two["default_kl"]) == ({"a": 0.5, "b": 0.5}, policy.spec.default_kl)
+    assert one["version"] == two["version"] and (one["min_kl"], one["kl_is_beta"]) == (0.1, False)
+    next(iter(policy.adapter_parameters().values())).data += 1
+    policy.export_stack(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "clp_blend.json").read_text())["version"] != one["version"]
+    with pytest.raises(ConfigError, match="needs a KL coefficient above 0"):
+        policy.export_stack(tmp_path / "three", kl=0.0)
+
+
+def test_what_cannot_be_a_stack_is_refused_with_the_remedy(tmp_path):
+    large = build_policy("llama", rank=(300, 213), target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match="sum to 513, and vLLM takes 512 at most: give rank=256 or less"):
+        large.export_stack(tmp_path / "a")
+    assert large.export_stack(tmp_path / "a", rank=32) < 1e-6  # layers are 32 wide
+    with pytest.raises(ConfigError, match="has no LoRA form; write a whole model instead"):
+        build_policy("llama", conditioning="full").export_stack(tmp_path / "b", rank=8)
+    with pytest.raises(ConfigError, match="has a bias, which no gate of ranks reaches"):
+        build_policy("qwen2", conditioning="attention").export_stack(tmp_path / "b", rank=8)
+    with pytest.raises(ConfigError, match="is a whole weight; give a rank to cut it to"):
+        build_policy("llama", conditioning="attention").export_stack(tmp_path / "b")
+    with pytest.raises(ConfigError, match="unknown objective 'c'; this policy has a, b"):
+        build_policy("llama").export_stack(tmp_path / "b", weights={"c": 1.0})
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(
+        ConfigError,
+        match="holds a stack for vLLM .export_stack.; expected a directory written by save_adapters",
+    ):
+        ConditionedPolicy.from_adapters(build_model("llama"), tmp_path / "a")

@@ -1,0 +1,206 @@
+"""`vllm serve` with the plug-in, in processes of its own, asked over HTTP as users ask it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from engine.conftest import build_tokenizer
+from served import CHAT_TEMPLATE, DEFAULT, NEW_TOKENS, PLAIN, prepare, prompt
+
+START, ANSWER = 300, 120  # seconds
+WEIGHTS = {"a": 0.3, "b": 0.7}
+
+
+class Server:
+    def __init__(self, served, log):
+        self.served, self.log = served, log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [
+            # What `vllm serve` runs; the command itself asks for the version of a package "vllm", which the CPU build is not.
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served.base)),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "base"),
+            *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
+            *("--max-num-batched-tokens", "32", "--max-num-seqs", "16", "--gpu-memory-utilization", "0.05"),
+            *("--enable-lora", "--max-loras", "2", "--max-lora-rank", str(served.max_lora_rank)),
+            *("--lora-modules", f"stack={served.stack}", f"plain={served.plain}"),
+        ]
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self):
+        end = time.monotonic() + START
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        pytest.fail(f"vllm serve did not start: {self.log.read_text(errors='replace')[-4000:]}")
+
+    def stop(self):
+        """vLLM's own end of its processes, and the end of the group that it may leave."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait(10)
+
+    def post(self, path, **body):
+        """(status, answer), by the standard library alone: what curl sends."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def tokens(self, model, ids, xargs=None):
+        body = {"model": model, "prompt": ids, "max_tokens": NEW_TOKENS, "temperature": 0}
+        status, answer = self.post("/v1/completions", **body, return_token_ids=True, vllm_xargs=xargs)
+        assert status == 200, answer
+        return answer["choices"][0]["token_ids"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    made = Server(prepare(folder, "llama"), folder / "log.txt")
+    yield made
+    made.stop()
+
+
+XARGS = [
+    {"clp": json.dumps({"weights": WEIGHTS, "kl": 0.2})},
+    {"clp_weights": "a=0.3,b=0.7", "clp_kl": 0.2},
+    {"clp_weights": [0.3, 0.7], "clp_kl": 0.2},
+]
+
+
+def test_every_form_that_vllm_xargs_carries(server):
+    ids = prompt(9, 0)
+    own = server.served.tokens([ids], WEIGHTS, 0.2)
+    assert [server.tokens("stack", ids, xargs) for xargs in XARGS] == own * 3
+
+
+def test_no_weights_a_plain_adapter_and_the_base_model(server):
+    ids = prompt(9, 1)
+    assert server.tokens("stack", ids) == server.served.tokens([ids], DEFAULT, 0.1)[0]
+    assert server.tokens("plain", ids) == server.served.tokens([ids], PLAIN, 0.1)[0]
+    assert server.tokens("base", ids) == server.served.base_tokens([ids])[0]
+
+
+def test_many_requests_at_once_each_under_its_own_weighting(server):
+    weightings = [[i / 15, 1 - i / 15] for i in range(16)] * 2
+    prompts = [prompt(5 + 3 * i, i) for i in range(32)]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(
+            pool.map(
+                lambda ids, w: server.tokens("stack", ids, {"clp": json.dumps({"weights": w})}),
+                prompts,
+                weightings,
+            )
+        )
+    assert found == server.served.tokens(prompts, weightings, 0.1)
+
+
+def test_openai_python_completes_and_chats(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=ANSWER, max_retries=0)
+    extra = {"vllm_xargs": {"clp": json.dumps({"weights": WEIGHTS, "kl": 0.2})}}
+    tokenizer = build_tokenizer()
+    text = tokenizer.decode(prompt(8, 2))
+    done = client.completions.create(
+        model="stack", prompt=text, max_tokens=NEW_TOKENS, temperature=0, extra_body=extra
+    )
+    ids = tokenizer(text)["input_ids"]
+    own = server.served.tokens([ids], WEIGHTS, 0.2)[0]
+    assert done.choices[0].text.split() == tokenizer.decode(own, skip_special_tokens=True).split()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    messages = [{"role": "user", "content": text}]
+    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+    own = server.served.tokens([ids], WEIGHTS, 0.2)[0]
+    stream = client.chat.completions.create(
+        model="stack", messages=messages, max_tokens=NEW_TOKENS, temperature=0, extra_body=extra, stream=True
+    )
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert said.split() == tokenizer.decode(own, skip_special_tokens=True).split()
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"clp": '{"weights": {"a": 0.5, "c": 0.5}}'}, "unknown objective 'c'; this policy has a, b"),
+        ({"clp_weights": "a=1.5,b=-0.5"}, "weights must not be negative; got a=1.5, b=-0.5"),
+        ({"clp_weights": [0.5, 0.6]}, "weights must sum to 1; got a=0.5, b=0.6, which sums to 1.1"),
+        ({"clp_kl": 2}, "kl=2.0: expected alpha between 0 and 1"),
+        ({"clp_weight": "a=1"}, "unknown field 'clp_weight'; expected clp, or clp_weights and clp_kl"),
+        ({"clp": "{"}, "expected a JSON object with weights and kl"),
+    ],
+)
+def test_a_wrong_request_is_answered_with_400_and_the_server_lives_on(server, xargs, message):
+    ids = prompt(9, 3)
+    for path, asked in (
+        ("/v1/completions", {"prompt": ids}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w1"}]}),
+    ):
+        status, answer = server.post(path, model="stack", max_tokens=4, vllm_xargs=xargs, **asked)
+        assert status == 400 and message in answer["error"]["message"], answer
+    status, answer = server.post(
+        "/v1/completions", model="base", prompt=ids, max_tokens=4, vllm_xargs=XARGS[0]
+    )
+    assert status == 400 and "the base model has no objectives" in answer["error"]["message"]
+    assert server.tokens("stack", ids, XARGS[0]) == server.served.tokens([ids], WEIGHTS, 0.2)[0]
+
+
+def test_a_beam_search_with_weights_is_refused(server):
+    body = {
+        "model": "stack",
+        "prompt": prompt(9, 4),
+        "max_tokens": 4,
+        "use_beam_search": True,
+        "n": 2,
+        "temperature": 0,
+    }
+    status, answer = server.post("/v1/completions", **body, vllm_xargs=XARGS[0])
+    assert status == 400 and "beam search passes no vllm_xargs on" in answer["error"]["message"]
+
+
+def test_the_plug_in_is_found_by_its_entry_point_and_refuses_another_vllm(tmp_path):
+    """In a process that vLLM starts itself: an untested version ends it with the range."""
+    script = (
+        "from clp_engine.serving.vllm_plugin import patching\n"
+        "patching.TESTED = '>=0.40'\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=ANSWER)
+    assert done.returncode != 0
+    assert "clp-engine's plug-in was tested with vllm >=0.40, and this is vllm 0.32.0" in done.stderr
