@@ -309,8 +309,9 @@ class HeadLogits:
         present = [matrix for matrix in matrices if matrix is not None]
         dense = all(matrix.stride(1) == 1 for matrix in present)
         self.described = described = describe and dense and launch.describable(*present)
-        # On capability 10 the halves of two tiles, whose maxima are taken first, do not fit in the registers.
-        self._by_slices = described and with_reference and launch.major(hidden.device) >= 10
+        # On capability 10 a flattened tile, and the halves of two, whose maxima are taken first, do not fit in the registers.
+        self._spills = launch.major(hidden.device) >= 10
+        self._by_slices = described and with_reference and self._spills
         family, kind = launch.family(hidden, weight), "pair" if with_reference else "single"
         if described:
             family = "tma"
@@ -364,7 +365,7 @@ class HeadLogits:
     def flattened(self, rows: Rows, may: bool = True) -> dict[str, int | bool]:
         """The constants; not flattened where Triton 3.6 or 3.7 fails to make one loop of two, or where ptxas would wait for
         each product before the next (tests/kernels/test_aot.py)."""
-        may &= self.proportional(rows) and (_FLATTENS_PAIRS or not self.with_reference)
+        may &= self.proportional(rows) and (_FLATTENS_PAIRS or not self.with_reference) and not self._spills
         return self.constants | {"FLATTEN": self.constants["FLATTEN"] and may}
 
     def columns_at_once(self, keeps: bool = False) -> int:
