@@ -31,7 +31,7 @@ def small(completion_ids, **_):
 
 def test_the_examples_of_the_page_run(tmp_path):
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 7
     names = {
         "MODEL": lambda: build_model("qwen2"),
         "TOKENIZER": build_tokenizer("qwen2"),

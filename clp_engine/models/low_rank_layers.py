@@ -117,9 +117,9 @@ def of_one_input(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Ten
     each layer is called.
     """
     first = layers[0]
-    one_gate = isinstance(first, ConditionedLinear) and all(
-        isinstance(layer, ConditionedLinear)
-        and (layer.ranks, layer.scalings) == (first.ranks, first.scalings)
+    # A class derived from ConditionedLinear may have a product of its own.
+    one_gate = type(first) is ConditionedLinear and all(
+        type(layer) is ConditionedLinear and (layer.ranks, layer.scalings) == (first.ranks, first.scalings)
         for layer in layers
     )
     if not one_gate or first._blend.coefficients is None or first._blend.index_for(x) is not None:
