@@ -23,7 +23,7 @@ OLDEST = (3, 10)
 INPUTS = ("pyproject.toml", "CMakeLists.txt", "csrc")
 # So does another set of packages: the finder of an editable installation lists those that there were.
 PACKAGES = ("clp_engine", "kernels")
-VLLM = "tests/vllm/requirements.txt"
+VLLM = "tests/in_vllm/requirements.txt"
 # What vLLM asks for and its CPU build does not load: their builds are for CUDA's torch.
 NOT_FOR_CPUS = ("torchvision", "torchaudio", "torchcodec")
 PEERS, PEERS_ALONE = "tests/peers/requirements.txt", "tests/peers/requirements-alone.txt"
