@@ -147,6 +147,10 @@ def parse_weights(
     return torch.tensor(values, dtype=torch.float64).div(total).float()
 
 
+# The file beside adapters on disk that says how they are blended, and the version of its entries for a stack.
+BLEND_FILE, STACK_FORMAT = "clp_blend.json", 1
+
+
 @dataclass(frozen=True)
 class Blending:
     """What makes the coefficients of a policy's deltas out of a user's weights and KL coefficient.

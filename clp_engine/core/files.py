@@ -298,9 +298,9 @@ def refuse_overlap(target: str | Path, read: Iterable[str | Path]) -> None:
 
 
 def digest(path: Path) -> str:
-    """16 hexadecimal digits of a file's SHA-256."""
+    """The SHA-256 of a file, in hexadecimal digits."""
     found = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             found.update(block)
-    return found.hexdigest()[:16]
+    return found.hexdigest()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from clp_engine.core.conditions import STACK_FORMAT
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import digest, refuse_overlap, write_directory
 from clp_engine.policy.peft.writing import (
@@ -28,8 +29,6 @@ from clp_engine.policy.peft.writing import (
     write_blend,
 )
 from clp_engine.policy.steerable import SteerableModel
-
-FORMAT = 1  # of the entries that BLEND_FILE has for a stack
 
 
 def export_stack(policy: SteerableModel, path: str | Path, rank: int | None, weights, kl) -> float:
@@ -69,13 +68,13 @@ def export_stack(policy: SteerableModel, path: str | Path, rank: int | None, wei
     with write_directory(path) as temporary:
         write_adapter(temporary, policy, factors, 1.0, rank=served)
         entries = {
-            "stack": FORMAT,
+            "stack": STACK_FORMAT,
             "objectives": list(policy.objectives),
             "ranks": ranks,
             "blended": policy.conditioning.blended,
             "default_weights": dict(zip(policy.objectives, condition.weights[0].tolist())),
             "default_kl": policy.spec.default_kl if kl is None else condition.kl[0].item(),
-            "version": digest(temporary / "adapter_model.safetensors"),
+            "version": digest(temporary / "adapter_model.safetensors")[:16],
         }
         write_blend(temporary, policy, entries)
         complete(temporary, policy)

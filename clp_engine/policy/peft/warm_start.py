@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from clp_engine.core.conditions import BLEND_FILE
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import read_json
 from clp_engine.models import fingerprint
@@ -28,7 +29,7 @@ from clp_engine.models.low_rank_layers import ConditionedLinear
 from clp_engine.models.targets import find_targets, head_name
 from clp_engine.models.text_path import beside_text
 from clp_engine.policy.peft.reading import Adapter, Factors, adapters_of, read_adapter, take_out_adapters
-from clp_engine.policy.peft.writing import BLEND_FILE, BLEND_SETTINGS
+from clp_engine.policy.peft.writing import BLEND_SETTINGS
 from clp_engine.policy.steerable import SteerableModel
 
 DEFAULT_RANK = 16

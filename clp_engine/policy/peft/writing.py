@@ -18,6 +18,7 @@ from clp_kernels import expand_gate
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from clp_engine.core.conditions import BLEND_FILE
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import refuse_overlap, write_directory
 from clp_engine.models import fingerprint
@@ -27,7 +28,6 @@ from clp_engine.models.whole_weight_layers import InterpolatedLinear
 from clp_engine.policy.peft.svd_cut import Cut, cut_matrix, cut_product
 from clp_engine.policy.steerable import SteerableModel
 
-BLEND_FILE = "clp_blend.json"
 # Settings of a policy that determine how its adapters are blended.
 BLEND_SETTINGS = ("kl_conditioning", "min_kl", "default_kl", "kl_is_beta", "prompt_template")
 _C_OF_ALPHA = {

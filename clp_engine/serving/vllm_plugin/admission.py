@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
+from clp_engine.core.conditions import BLEND_FILE
 from clp_engine.core.errors import ConfigError
 from clp_engine.serving.vllm_plugin import stack
 from clp_engine.serving.vllm_plugin.patching import Patch
@@ -36,7 +37,7 @@ def admit(request: Any, directory: str | None) -> None:
     found = None if directory is None else stack.read(directory)
     if found is None:
         if wanted is not None:
-            served = "the base model" if directory is None else f"an adapter without {stack.BLEND_FILE}"
+            served = "the base model" if directory is None else f"an adapter without {BLEND_FILE}"
             raise ConfigError(
                 f"this request has weights or a KL coefficient, and {served} has no objectives; name a stack as its model, or "
                 "leave them out"

@@ -9,13 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from clp_engine.core.conditions import Blending
+from clp_engine.core.conditions import BLEND_FILE, STACK_FORMAT, Blending
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import digest
 from clp_engine.core.ranges import parse_assignments
 
-BLEND_FILE = "clp_blend.json"
-FORMAT = 1  # the newest that this version reads
 # Keys of a request's extra_args (vllm_xargs): one with everything, or one each.
 WHOLE, WEIGHTS, KL = "clp", "clp_weights", "clp_kl"
 FIELDS = ("weights", "kl")
@@ -50,9 +48,9 @@ def _read(path: Path, weights: Path, states: tuple) -> Stack | None:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or "stack" not in raw:
             return None  # how separate adapters are blended
-        if raw["stack"] != FORMAT:
+        if raw["stack"] != STACK_FORMAT:
             raise ConfigError(f"{path} was written by another version of clp-engine; export the stack again")
-        if raw["version"] != digest(weights):
+        if raw["version"] != digest(weights)[:16]:
             raise ConfigError(
                 f"{path} is of another adapter than the one beside it; export the stack again, or remove {path.name} to serve "
                 "the adapter as it is"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -126,7 +125,7 @@ def save(
         (temporary / _POLICY).mkdir()
         policy.write_files(temporary / _POLICY)
         save_file(tensors, temporary / _TENSORS)
-        state["sha256"] = {name: _digest(temporary / name) for name in (_TENSORS, _ADAPTERS)}
+        state["sha256"] = {name: files.digest(temporary / name) for name in (_TENSORS, _ADAPTERS)}
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     run_folder.rotate(output_dir, keep, newest=path)
     return path
@@ -271,17 +270,9 @@ def _training_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 def _verify(path: str | Path, name: str) -> None:
     """Raises ConfigError where a file of a checkpoint is not as it was written; earlier versions noted no digests."""
     state = Path(path) / STATE_FILE  # the best policy of a run has none
-    digest = read_state(path).get("sha256", {}).get(name) if state.is_file() else None
-    if digest is not None and (not (Path(path) / name).is_file() or _digest(Path(path) / name) != digest):
+    noted = read_state(path).get("sha256", {}).get(name) if state.is_file() else None
+    if noted is not None and (not (Path(path) / name).is_file() or files.digest(Path(path) / name) != noted):
         raise ConfigError(f"{Path(path) / name} is not as it was written; resume from another checkpoint")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def resolve(output_dir: str | Path, resume: str | Path | bool) -> Path | None:
