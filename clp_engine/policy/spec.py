@@ -54,6 +54,8 @@ def read_spec(path: Path) -> PolicySpec:
         ranges.ADAPTER["rank"].check("ranks", spec.ranks, several=ranges.LISTS)
         ranges.ADAPTER["lora_alpha"].check("lora_alphas", spec.lora_alphas, several=ranges.LISTS)
         ranges.check(ranges.ADAPTER, default_kl=spec.default_kl)
+        if spec.min_kl is not None:
+            ranges.check(ranges.ADAPTER, min_kl=spec.min_kl)
     except ConfigError as error:
         raise ConfigError(f"{path} is damaged ({error}); write or copy the policy again") from error
     return spec

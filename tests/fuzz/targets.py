@@ -9,6 +9,7 @@ gets past the parser to what looks at the values.
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import logging
@@ -36,6 +37,7 @@ from clp_engine.models import fingerprint
 from clp_engine.policy.peft import reading, warm_start
 from clp_engine.policy.spec import read_spec
 from clp_engine.serving import app as server
+from clp_engine.serving.vllm_plugin import stack
 from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.runs import run_folder, run_spec
 from clp_engine.training.settings.config import CLPConfig
@@ -220,8 +222,15 @@ BLEND = {
 }  # fmt: skip
 
 
+STACK = {
+    "stack": 1, "objectives": ["a", "b"], "ranks": [4, 4], "blended": True, "default_weights": {"a": 0.5, "b": 0.5},
+    "version": hashlib.sha256(b"weights").hexdigest()[:16], "kl_conditioning": "odds", "min_kl": 0.1, "default_kl": 0.2,
+    "kl_is_beta": False,
+}  # fmt: skip
+
+
 def policy_files(source, folder):
-    which = source.ConsumeIntInRange(0, 2)
+    which = source.ConsumeIntInRange(0, 3)
     if which == 0:
         json_file(folder / "clp_config.json", POLICY, source)
         spec = read_spec(folder / "clp_config.json")
@@ -229,7 +238,13 @@ def policy_files(source, folder):
     elif which == 1:
         json_file(folder / warm_start.BLEND_FILE, BLEND, source)
         adapters, settings = warm_start.read_blend(folder)
-        assert_finite([settings.get("default_kl") or 0.0])
+        assert_finite([settings["default_kl"], settings["min_kl"] or 0.0])
+    elif which == 2:
+        json_file(folder / warm_start.BLEND_FILE, STACK, source)
+        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        stack._read.cache_clear()
+        if (found := stack.read(folder)) is not None:
+            assert_finite([found.blending.default_kl, *found.coefficients(kl=0.5)])
     else:
         json_file(folder / fingerprint.FILE, {n: list(t) for n, t in fingerprint.of(SMALL).items()}, source)
         fingerprint.check(folder, SMALL)

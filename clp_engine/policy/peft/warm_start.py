@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from clp_engine.core import records
 from clp_engine.core.conditions import BLEND_FILE
-from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import read_json
 from clp_engine.models import fingerprint
 from clp_engine.models.base import load_base, model_location
@@ -118,6 +120,20 @@ def of_model(model: nn.Module, objectives: Sequence[str]) -> tuple[PreTrainedMod
     return take_out_adapters(model), {name: found[name] for name in objectives}
 
 
+@dataclass(frozen=True)
+class _Blend:
+    """The entries of BLEND_FILE beside separate adapters: see `writing.BLEND_SETTINGS`."""
+
+    conditioning: str
+    carrier: str
+    adapters: dict[str, str]
+    kl_conditioning: str
+    min_kl: float | None
+    default_kl: float
+    kl_is_beta: bool
+    prompt_template: str | None
+
+
 def read_blend(directory: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     """(adapters by objective, settings for `build`) from a directory that `save_adapters` wrote."""
     if not (directory / BLEND_FILE).is_file():
@@ -131,20 +147,15 @@ def read_blend(directory: Path) -> tuple[dict[str, Path], dict[str, Any]]:
             f"{directory} holds a stack for vLLM (export_stack); expected a directory written by save_adapters, which keeps "
             "the objectives apart"
         )
-    missing = [name for name in ("conditioning", "carrier", "adapters", *BLEND_SETTINGS) if name not in raw]
-    adapters = raw.get("adapters")
-    if missing or not isinstance(adapters, Mapping) or not all(isinstance(p, str) for p in adapters.values()):
-        raise ConfigError(
-            f"{directory / BLEND_FILE} is damaged: "
-            + (f"{', '.join(missing)} missing" if missing else f"adapters={shown(adapters)}")
-            + "; write it again with save_adapters"
-        )
-    settings = {name: raw[name] for name in BLEND_SETTINGS}
-    if raw["conditioning"] in ("none", "prompt"):
-        settings |= {"conditioning": raw["conditioning"]}
+    remedy = "write it again with save_adapters"
+    blend = records.of(_Blend, raw, directory / BLEND_FILE, remedy)
+    records.finite({"min_kl": blend.min_kl, "default_kl": blend.default_kl}, directory / BLEND_FILE, remedy)
+    settings: dict[str, Any] = {name: getattr(blend, name) for name in BLEND_SETTINGS}
+    if blend.conditioning in ("none", "prompt"):
+        settings |= {"conditioning": blend.conditioning}
         # A whole delta that was cut to a rank for PEFT is low-rank from here on.
-        settings |= {"carrier": raw["carrier"] if raw["carrier"] == "logit" else "lora"}
-    return {name: directory / path for name, path in raw["adapters"].items()}, settings
+        settings |= {"carrier": blend.carrier if blend.carrier == "logit" else "lora"}
+    return {name: directory / path for name, path in blend.adapters.items()}, settings
 
 
 def _conditioning(

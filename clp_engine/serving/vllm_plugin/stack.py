@@ -9,14 +9,33 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from clp_engine.core import records
 from clp_engine.core.conditions import BLEND_FILE, STACK_FORMAT, Blending
 from clp_engine.core.errors import ConfigError, shown
-from clp_engine.core.files import digest
+from clp_engine.core.files import digest, read_json
 from clp_engine.core.ranges import parse_assignments
 
 # Keys of a request's extra_args (vllm_xargs): one with everything, or one each.
 WHOLE, WEIGHTS, KL = "clp", "clp_weights", "clp_kl"
 FIELDS = ("weights", "kl")
+
+
+_AGAIN = "export the stack again"
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of BLEND_FILE beside a stack."""
+
+    objectives: tuple[str, ...]
+    ranks: tuple[int, ...]
+    version: str
+    blended: bool
+    kl_conditioning: str
+    min_kl: float | None
+    default_kl: float
+    kl_is_beta: bool
+    default_weights: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -44,30 +63,34 @@ def read(directory: str | Path) -> Stack | None:
 
 @lru_cache(maxsize=256)
 def _read(path: Path, weights: Path, states: tuple) -> Stack | None:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or "stack" not in raw:
-            return None  # how separate adapters are blended
-        if raw["stack"] != STACK_FORMAT:
-            raise ConfigError(f"{path} was written by another version of clp-engine; export the stack again")
-        if raw["version"] != digest(weights)[:16]:
-            raise ConfigError(
-                f"{path} is of another adapter than the one beside it; export the stack again, or remove {path.name} to serve "
-                "the adapter as it is"
-            )
-        objectives = tuple(raw["objectives"])
-        blending = Blending(
-            objectives,
-            raw["blended"],
-            raw["kl_conditioning"],
-            raw["min_kl"],
-            raw["default_kl"],
-            raw["kl_is_beta"],
-            tuple(raw["default_weights"][name] for name in objectives),
+    raw = read_json(path)
+    if "stack" not in raw:
+        return None  # how separate adapters are blended
+    if raw["stack"] != STACK_FORMAT:
+        raise ConfigError(f"{path} was written by another version of clp-engine; {_AGAIN}")
+    entries = records.of(_Entries, raw, path, _AGAIN)
+    if entries.version != digest(weights)[:16]:
+        raise ConfigError(
+            f"{path} is of another adapter than the one beside it; {_AGAIN}, or remove {path.name} to serve the adapter as "
+            "it is"
         )
-        return Stack(blending, tuple(map(int, raw["ranks"])), raw["version"])
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is damaged ({error!r}); export the stack again") from error
+    numbers = {"min_kl": entries.min_kl, "default_kl": entries.default_kl}
+    records.finite(numbers, path, _AGAIN)
+    if set(entries.default_weights) != set(entries.objectives):
+        raise ConfigError(f"{path} is damaged (default_weights is not of its objectives); {_AGAIN}")
+    blending = Blending(
+        entries.objectives,
+        entries.blended,
+        entries.kl_conditioning,
+        **numbers,
+        kl_is_beta=entries.kl_is_beta,
+        default_weights=tuple(entries.default_weights[name] for name in entries.objectives),
+    )
+    try:
+        blending.conditions()
+    except ConfigError as error:
+        raise ConfigError(f"{path} is damaged ({error}); {_AGAIN}") from error
+    return Stack(blending, entries.ranks, entries.version)
 
 
 def asked(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:

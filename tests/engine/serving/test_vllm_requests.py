@@ -145,7 +145,16 @@ def test_a_stack_that_another_export_overwrote_is_refused(policy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [{"ranks": None}, {"objectives": 3}, {"stack": 2}, {"default_weights": {}}]
+    "damage",
+    [
+        {"ranks": None},
+        {"objectives": 3},
+        {"stack": 2},
+        {"default_weights": {}},
+        {"default_kl": float("nan")},
+        {"min_kl": float("inf")},
+        {"kl_conditioning": None},
+    ],
 )
 def test_a_damaged_stack_is_refused_with_the_remedy(folder, tmp_path, damage):
     shutil.copytree(folder, tmp_path / "copy")
