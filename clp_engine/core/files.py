@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -180,10 +181,16 @@ def check_folder(name: str, path: str | Path) -> None:
         ) from error
 
 
+def _integer(text: str) -> int:
+    if len(text) > sys.float_info.max_10_exp:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigError naming the file for any other content."""
+    """The object in a JSON file. Raises ConfigError naming the file for other content, and for an integer beyond all floats."""
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=_integer)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged or no JSON ({error}); write or copy it again") from error
     if not isinstance(raw, dict):

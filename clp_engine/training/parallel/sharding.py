@@ -30,6 +30,7 @@ from clp_kernels import linear_logprob
 from torch import nn
 
 from clp_engine.core.errors import ConfigError, shown
+from clp_engine.core.files import read_json
 from clp_engine.models.backbones.causal import CausalBackbone
 from clp_engine.policy.references import FrozenReference, Reference
 from clp_engine.training.parallel.processes import TRUE, Parallel, asked
@@ -70,8 +71,9 @@ class ShardSettings:
     vocab_parallel: bool = False
 
     @classmethod
-    def of(cls, fsdp: str | None, config: Mapping[str, Any] | None) -> ShardSettings | None:
-        """From transformers' fields `fsdp` and `fsdp_config`, else from accelerate's environment; None: nothing is sharded.
+    def of(cls, fsdp: str | None, config: Mapping[str, Any] | str | None) -> ShardSettings | None:
+        """From transformers' fields `fsdp` and `fsdp_config` (settings, or the path of a JSON file with them), else from
+        accelerate's environment; None: nothing is sharded.
 
         Raises ConfigError for what cannot be honoured.
         """
@@ -80,7 +82,8 @@ class ShardSettings:
             raise ConfigError(
                 f"fsdp={shown(fsdp)}: {odd[0]} is not here; expected full_shard, shard_grad_op, offload, auto_wrap"
             )
-        given = {name.removeprefix("fsdp_"): value for name, value in (config or {}).items()}
+        config = read_json(config) if isinstance(config, str) else config
+        given = {str(name).removeprefix("fsdp_"): value for name, value in (config or {}).items()}
         if not fsdp:
             if given:
                 raise ConfigError(

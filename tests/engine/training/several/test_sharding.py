@@ -28,6 +28,14 @@ def test_settings_that_cannot_be_honoured_are_refused(fsdp, config, words):
         ShardSettings.of(fsdp, config)
 
 
+def test_fsdp_config_may_be_a_file_as_in_transformers(tmp_path):
+    path = tmp_path / "fsdp.json"
+    path.write_text('{"fsdp_reshard_after_forward": false}')
+    assert ShardSettings.of("full_shard", str(path)) == ShardSettings(reshard_after_forward=False)
+    with pytest.raises(ConfigError, match="none.json is damaged"):
+        ShardSettings.of("full_shard", str(tmp_path / "none.json"))
+
+
 def test_parts_of_a_users_own_that_read_deltas_are_refused_where_these_are_cut():
     with pytest.raises(ConfigError, match="optimizers: .* leave it out"):
         check_own(WHOLE_DELTAS, object(), None)
