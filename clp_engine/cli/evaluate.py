@@ -53,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
     )
     parser.add_argument("--reference-point", metavar="A=X,B=Y", help="the reference point by objective")
+    parser.add_argument(
+        "--judge",
+        metavar="REWARD",
+        help="a reward function or model that compares each completion with the base model's (as for train's --rewards)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="RUN",
+        help="with --judge: compare with this run's completions at the same points",
+    )
     add_number(parser, EVALUATION, "bootstrap", "resamples for the intervals", default=1000)
     add_number(parser, EVALUATION, "batch_rows", "completions decoded together", default=128)
     parser.add_argument("--out", metavar="DIR", help="folder of the report (default: RUN)")
@@ -105,6 +115,10 @@ def run(arguments: argparse.Namespace) -> None:
             num_generations=arguments.num_generations,
             sampling=sampling_params(arguments, spec),
             max_prompt_length=spec.config.get("max_prompt_length"),
+            judge=None if arguments.judge is None else run_spec.load_reward(arguments.judge),
+            against=None
+            if arguments.against is None
+            else running.load_policy(arguments.against, arguments.device),
             batch_rows=arguments.batch_rows,
             reference_point=reference,
             bootstrap=arguments.bootstrap,
@@ -114,7 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
             train_seconds=spec.train_seconds,
             parallel=parallel,
         )
-    print(f"{rendering.table(result)}\n\n{rendering.summary(result)}\n\nreport: {out}/report.md")
+    parts = [rendering.table(result), rendering.summary(result), rendering.texts_table(result)]
+    print("\n\n".join(part for part in [*parts, f"report: {out}/report.md"] if part))
 
 
 def _spec_of(arguments: argparse.Namespace) -> run_spec.RunSpec:

@@ -8,58 +8,33 @@ so that two points differ by their parameters and not by luck.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import numbers
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from clp_engine.core import ranges, statistics
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.provenance import source_commit, versions
-from clp_engine.core.seeds import derive
 from clp_engine.core.sizes import check_size
 from clp_engine.core.statistics import CONFIDENCE, Interval
-from clp_engine.data.prompts import PromptBatch, PromptDataset, completion_texts
+from clp_engine.data.prompts import PromptDataset
 from clp_engine.data.rewards import RewardSet
+from clp_engine.evaluation import completion_metrics as metrics
 from clp_engine.evaluation import pareto
 from clp_engine.evaluation.front import Base, Point, default_grid
+from clp_engine.evaluation.measuring import Measured, Opponent, Plan, measure
 from clp_engine.evaluation.report import ParetoReport
 from clp_engine.objectives.weightings import simplex_lattice
-from clp_engine.rollouts.rollout import rollout
-from clp_engine.rollouts.scoring import score
-from clp_engine.rollouts.types import Rollout, Samplable, SamplingParams
+from clp_engine.rollouts.types import Samplable, SamplingParams
 from clp_engine.training.parallel.processes import Parallel
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    num_generations: int
-    sampling: SamplingParams
-    batch_rows: int
-    seed: int
-    progress: bool
-    parallel: Parallel
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """The measurements of P + 1 policies at N prompts; the last policy is the base model."""
-
-    rewards: np.ndarray  # (P + 1, N, M), mean over the generations the objective applies to, or NaN
-    kl: np.ndarray  # (P + 1, N)
-    length: np.ndarray  # (P + 1, N)
-    truncated: np.ndarray  # (P + 1, N)
 
 
 def evaluate(
@@ -73,6 +48,8 @@ def evaluate(
     num_generations: int = 1,
     sampling: SamplingParams | None = None,
     max_prompt_length: int | None = None,
+    judge: Callable | str | None = None,
+    against: Samplable | None = None,
     batch_rows: int = 128,
     reference_point: Mapping[str, float] | None = None,
     margin: float | Mapping[str, float] = 0.1,
@@ -96,6 +73,9 @@ def evaluate(
         points. Reports can be compared only at one limit
     num_generations: completions for each prompt and point
     max_prompt_length: tokens of a prompt that are kept, its last ones; None keeps all
+    judge: a reward function, as a name or path a reward model's, that says which of two completions is better
+        (`completion_metrics.preferences`); every point's completions are compared with those of `against` at the same
+        conditions, None: with the base model's
     batch_rows: completions decoded together
     reference_point: by objective; None takes the base model's mean reward minus `margin`, in units of reward
     bootstrap: resamples of the prompts, for the 95 % intervals
@@ -121,10 +101,7 @@ def evaluate(
     rewards = _reward_set(reward_funcs, profile.objectives)
     rows = [{"prompt": row} if isinstance(row, str) else row for row in prompts]
 
-    def check(ids: list[int], where: str) -> None:
-        profile.room.check_prompt(ids, sampling.max_new_tokens, where, profile.tokenizer)
-
-    dataset = PromptDataset(rows, profile.tokenizer, max_prompt_length, check=check)
+    dataset = _dataset(policy, rows, max_prompt_length, sampling)
     weightings = _weightings(policy, grid)
     kls = _kl_coefficients(policy, kl)
     # All weightings at the first coefficient, then all at the second.
@@ -146,8 +123,27 @@ def evaluate(
         reference_point = _by_objective(reference_point, profile.objectives, "reference_point")
 
     parallel = parallel or Parallel()
-    plan = _Plan(num_generations, sampling, batch_rows, seed, progress and parallel.is_main, parallel)
-    measured = _measure(policy, rewards, dataset, conditions, plan)
+    judging = None if judge is None else RewardSet(judge).to(policy.conditioned.device)
+    opponent = None
+    if against is not None:
+        if judging is None or against.profile.objectives != profile.objectives:
+            given = "no judge" if judging is None else f"objectives {', '.join(against.profile.objectives)}"
+            raise ConfigError(
+                f"against: expected a judge, and a policy with the objectives {', '.join(profile.objectives)}; got {given}"
+            )
+        theirs = against.conditions(weightings * len(kls), repeated, len(repeated))
+        opponent = Opponent(against, _dataset(against, rows, max_prompt_length, sampling), theirs)
+    plan = Plan(
+        num_generations,
+        sampling,
+        batch_rows,
+        seed,
+        progress and parallel.is_main,
+        parallel,
+        judging,
+        opponent,
+    )
+    measured = measure(policy, rewards, dataset, conditions, plan)
     means = pareto.mean_rewards(measured.rewards)
     for i, name in enumerate(profile.objectives):
         if np.isnan(means[:, i]).any():
@@ -211,6 +207,18 @@ def _reward_set(reward_funcs, objectives: Sequence[str]) -> RewardSet:
     return RewardSet(dict(zip(objectives, funcs)))
 
 
+def _dataset(
+    policy: Samplable, rows: Sequence[Row], max_prompt_length: int | None, sampling: SamplingParams
+) -> PromptDataset:
+    """The prompts as the policy reads them. Raises ConfigError for one that leaves no room for a completion."""
+    profile = policy.profile
+
+    def check(ids: list[int], where: str) -> None:
+        profile.room.check_prompt(ids, sampling.max_new_tokens, where, profile.tokenizer)
+
+    return PromptDataset(rows, profile.tokenizer, max_prompt_length, check=check)
+
+
 def _weightings(policy: Samplable, grid) -> list:
     if grid is None:
         return default_grid(len(policy.profile.objectives)).tolist()
@@ -243,81 +251,11 @@ def _by_objective(value, objectives: Sequence[str], name: str) -> np.ndarray:
     return np.array([float(ranges.EVALUATION[name].check(name, values[o])) for o in objectives])
 
 
-# --- measuring -----------------------------------------------------------------------------------------------
-
-
-def _measure(
-    policy: Samplable,
-    reward_set: RewardSet,
-    dataset: PromptDataset,
-    conditions: Conditions,
-    plan: _Plan,
-) -> _Measured:
-    """Run every prompt at every condition and at the base. Processes take batches in turn."""
-    parallel, found = plan.parallel, []
-    generations, objectives = plan.num_generations, len(policy.profile.objectives)
-    everyone = Conditions.cat([conditions, Conditions.reference(1, objectives)])
-    whole = dataset.batch(range(len(dataset)))
-    shape = (len(everyone), len(dataset), generations)
-    rewards = np.full((*shape, objectives), np.nan)
-    kl, length, truncated = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    with tqdm(total=math.prod(shape), desc="evaluate", unit="row", disable=not plan.progress) as bar:
-        batches = _batches(whole.token_ids, len(everyone), plan.batch_rows // generations)
-        for points, prompts in itertools.islice(batches, parallel.rank, None, parallel.count):
-            batch = whole.taken(prompts.tolist())
-            # The seeds do not depend on the point: every point has the same random streams.
-            seeds = derive(plan.seed, prompts.unsqueeze(-1), torch.arange(generations)).flatten()
-            drawn = rollout(
-                policy,
-                batch.token_ids,
-                everyone[points],
-                num_generations=generations,
-                sampling=plan.sampling,
-                row_seeds=seeds,
-                prompts=batch.prompts,
-            )
-            # Greedy decoding (temperature 0) has no distribution: the KL is that of the model at temperature 1.
-            stats = score(
-                policy, drawn, everyone[points], outputs=("kl",), temperature=plan.sampling.temperature or 1.0
-            )
-            at, group = (points.numpy(), prompts.numpy()), (len(points), generations)
-            kl_of, lengths, cut = (
-                t.reshape(group).cpu().numpy() for t in (stats.kl.sum(-1), drawn.lengths, ~drawn.terminated)
-            )
-            of_batch = _rewards(policy, reward_set, drawn, batch).reshape(*group, -1)
-            found.append((at, kl_of, lengths, cut, of_batch))
-            bar.update(len(points) * generations * parallel.count)
-    for at, kl_of, lengths, cut, of_batch in itertools.chain(*parallel.gather(found)):
-        kl[at], length[at], truncated[at], rewards[at] = kl_of, lengths, cut, of_batch
-    applies = (~np.isnan(rewards)).sum(2)
-    mean = np.divide(np.nansum(rewards, 2), applies, out=np.full(applies.shape, np.nan), where=applies > 0)
-    return _Measured(mean, kl.mean(-1), length.mean(-1), truncated.mean(-1))
-
-
-def _batches(
-    encoded: Sequence[Sequence[int]], policies: int, size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(points, prompts), at most `size` pairs at a time. Prompts of like length lie together, all points
-    of one prompt beside each other: little padding, and the same mixture of points in every batch."""
-    order = torch.tensor(sorted(range(len(encoded)), key=lambda n: len(encoded[n])))
-    points = torch.arange(policies).repeat(len(order))
-    size = max(size, 1)
-    return zip(points.split(size), order.repeat_interleave(policies).split(size))
-
-
-def _rewards(policy: Samplable, reward_set: RewardSet, drawn: Rollout, batch: PromptBatch) -> np.ndarray:
-    """(B, M) rewards of a rollout."""
-    prompts, columns = batch.repeated(drawn.group)
-    ids = drawn.token_lists()
-    values = reward_set(prompts, completion_texts(policy.profile.tokenizer, ids, prompts), ids, columns)
-    return values.cpu().numpy().astype(np.float64)
-
-
 # --- metrics -------------------------------------------------------------------------------------------------
 
 
 def _summary(
-    measured: _Measured,
+    measured: Measured,
     means: np.ndarray,
     conditions: Conditions,
     reference: np.ndarray,
@@ -343,19 +281,27 @@ def _summary(
         for p in range(len(means))
     ]
     kl, length, truncated = (getattr(measured, f).mean(-1).tolist() for f in ("kl", "length", "truncated"))
-    alone = pareto.non_dominated(front).tolist()
+    texts = _of_texts(measured, objectives, bootstrap, seed)
     # Six digits: weights and KL coefficients are float32, and 0.1 should read as 0.1.
     asked = [{name: round(w, 6) for name, w in zip(objectives, row)} for row in weights.tolist()]
     kl_coefs = [round(value, 6) for value in conditions.kl.tolist()]
-    points = [Point(*values) for values in zip(asked, kl_coefs, rewards, kl, length, truncated, alone)]
+    alone = pareto.non_dominated(front).tolist()
+    points = [
+        Point(*values, **more)
+        for *values, more in zip(asked, kl_coefs, rewards, kl, length, truncated, alone, texts)
+    ]
     realised = pareto.realised_utility(front, weights)
     lost = pareto.regret(front, weights)
-    rho = pareto.steerability(front, weights).tolist()
     return {
         "reference_point": dict(zip(objectives, reference.tolist())),
         "points": points,
         "base": Base(
-            rewards[-1], float(base_volume), Interval.of(base_volume, base_volumes), length[-1], truncated[-1]
+            rewards[-1],
+            float(base_volume),
+            Interval.of(base_volume, base_volumes),
+            length[-1],
+            truncated[-1],
+            **texts[-1],
         ),
         "hypervolume": float(volume),
         "hypervolume_interval": Interval.of(volume, volumes),
@@ -365,12 +311,47 @@ def _summary(
         "realised_utility": float(realised),
         "realised_utility_interval": Interval.of(realised, pareto.realised_utility(resampled_front, weights)),
         "regret": {"mean": float(lost.mean()), "max": float(lost.max())},
-        "steerability": {name: None if np.isnan(r) else r for name, r in zip(objectives, rho)},
+        "steerability": _by_name(objectives, pareto.steerability(front, weights)),
+        "kendall_tau": _by_name(objectives, pareto.kendall_tau(front, weights)),
+        "sparsity": pareto.sparsity(front),
     }
 
 
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else float(value)
+
+
+def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in zip(names, values.tolist())}
+
+
+def _of_texts(
+    measured: Measured, objectives: Sequence[str], bootstrap: int, seed: int
+) -> list[dict[str, Any]]:
+    """The fields of each Point, and last of Base, that describe completions."""
+    found: list[dict[str, Any]] = [
+        {
+            "distinct_2": _number(distinct),
+            "self_similarity": _number(similarity),
+            "calibration_error": _by_name(objectives, errors),
+        }
+        for distinct, similarity, errors in zip(
+            metrics.mean_of(measured.distinct), metrics.mean_of(measured.similarity), measured.calibration
+        )
+    ]
+    if measured.wins is not None:
+        judged = metrics.mean_of(measured.wins)
+        if np.isnan(judged).any():
+            raise ConfigError("judge: it returned None for every pair of a point; expected a score")
+        resampled = statistics.bootstrap_means(measured.wins[..., None], bootstrap, seed)[..., 0]
+        for of_point, mean, samples in zip(found, judged, resampled.T):
+            of_point["win_rate"] = Interval.of(mean, samples)
+    return found
+
+
 def _kl_summary(
-    measured: _Measured,
+    measured: Measured,
     means: np.ndarray,
     conditions: Conditions,
     kls: Sequence[float],

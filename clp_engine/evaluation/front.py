@@ -28,6 +28,10 @@ class Point:
     length: mean tokens of a completion, end token included
     truncated: share of the completions that were cut at the limit of tokens
     non_dominated: whether no other point is at least as good in every reward and better in one
+    distinct_2, self_similarity: diversity of the completions of a prompt (`completion_metrics`), means over prompts;
+        self_similarity is None with one completion of each
+    calibration_error: by objective, of the completions' probability per token; None for rewards outside 0 to 1
+    win_rate: share of completions that the judge prefers to those of the opponent, ties counted half; None without a judge
     """
 
     weights: dict[str, float]
@@ -37,6 +41,10 @@ class Point:
     length: float
     truncated: float
     non_dominated: bool
+    distinct_2: float | None = None
+    self_similarity: float | None = None
+    calibration_error: dict[str, float | None] | None = None
+    win_rate: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,9 @@ class Base:
     hypervolume_interval: Interval
     length: float
     truncated: float
+    distinct_2: float | None = None
+    self_similarity: float | None = None
+    calibration_error: dict[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class ParetoFront:
     expected_utility: over the default lattice of weightings
     realised_utility, regret: over the evaluated points
     steerability: by objective; None where the rank correlation is undefined
+    kendall_tau: by objective, as steerability. sparsity: of the points that no other dominates
     seconds, setup, versions, commit: how the report was made
     kl_steerability: -1 if a larger KL coefficient always leads to less KL; None where it is undefined, or one coefficient
         was evaluated
@@ -93,6 +105,8 @@ class ParetoFront:
     kl_steerability: float | None = None
     kl_hypervolume: Interval | None = None
     kl_limit: float | None = None
+    kendall_tau: dict[str, float | None] | None = None
+    sparsity: float | None = None
 
     @property
     def kl_coefs(self) -> list[float]:

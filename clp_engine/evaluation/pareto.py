@@ -81,7 +81,7 @@ def expected_utility(points: ArrayLike, lattice: ArrayLike) -> Array:
 def realised_utility(points: ArrayLike, weights: ArrayLike) -> Array:
     """Mean utility of users who take the policy conditioned on their own weighting: (..., P, M) -> (...).
 
-    RU = mean over the grid of w . R(pi_w)
+    RU = mean over the grid of w . R(pi_w), which papers also call the mean inner product (MIP)
     """
     return _own_utility(_front(points), _weights(points, weights)).mean(-1)
 
@@ -136,6 +136,49 @@ def _rank_correlation(x: Array, y: Array) -> Array:
     x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     spread = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
     return np.divide((x * y).sum(-1), spread, out=np.full(spread.shape, np.nan), where=spread > 0)
+
+
+def kendall_tau(points: ArrayLike, weights: ArrayLike) -> Array:
+    """Kendall's tau-b of w_i with R_i over the front, per objective: (..., P, M) -> (..., M).
+
+        tau_i = sum_{p<q} sign(w_i(p) - w_i(q)) sign(R_i(p) - R_i(q)) / sqrt(n_w n_R)
+
+    n_w and n_R count the pairs that do not tie in w_i and in R_i. NaN where all of them do. Of untied pairs, (1 + tau) / 2 are
+    in order. Source: Kendall, "The treatment of ties in ranking problems", 1945.
+    """
+    points, weights = _front(points), _weights(points, weights)
+    first, second = np.triu_indices(points.shape[-2], 1)
+    of_weights = np.sign(weights[first] - weights[second])
+    of_rewards = np.sign(points[..., first, :] - points[..., second, :])
+    untied = np.sqrt(np.abs(of_weights).sum(-2) * np.abs(of_rewards).sum(-2))
+    return divide((of_weights * of_rewards).sum(-2), untied)
+
+
+def sparsity(points: ArrayLike) -> float:
+    """Mean squared gap between neighbours on the front; less is better: (P, M) -> number.
+
+        S = 1 / (K - 1) sum_i sum_{k<K} (R_i[k + 1] - R_i[k])^2,    R_i sorted, over the K points that no other dominates
+
+    Zero for K = 1: a front that is a single point. Compare it beside the hypervolume and at equal P alone. Source: Xu et al.,
+    "Prediction-guided multi-objective reinforcement learning for continuous robot control", 2020.
+    """
+    points = _front(points)
+    front = np.sort(points[non_dominated(points)], axis=0)
+    return float((np.diff(front, axis=0) ** 2).sum() / max(len(front) - 1, 1))
+
+
+def igd_plus(points: ArrayLike, target: ArrayLike) -> Array:
+    """How far the points of a target front lie beyond the nearest of `points`, at least 0: (..., P, M) -> (...).
+
+        IGD+ = mean over z in target of min_p || max(z - R_p, 0) ||
+
+    target: (Z, M), usually the non-dominated points of all compared fronts together. 0 where each of its points is reached in
+    every objective. Source: Ishibuchi et al., "Modified distance calculation in generational distance and inverted generational
+    distance", 2015.
+    """
+    points, target = _front(points), _front(target, "target")
+    beyond = np.maximum(target[:, None, :] - points[..., None, :, :], 0.0)  # [..., z, p, objective]
+    return np.sqrt((beyond**2).sum(-1)).min(-1).mean(-1)
 
 
 def kl_steerability(kl: ArrayLike, kl_coefs: ArrayLike) -> Array:

@@ -9,7 +9,7 @@ from pathlib import Path
 from clp_engine.core import records, tables
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import write_text
-from clp_engine.evaluation.front import ParetoFront
+from clp_engine.evaluation.front import ParetoFront, Point
 from clp_engine.evaluation.plots import draw, write_png
 from clp_engine.training.runs.run_folder import note
 
@@ -62,6 +62,36 @@ class ParetoReport(ParetoFront):
 # --- text ---------------------------------------------------------------------------------------------------
 
 
+def texts_table(report: ParetoFront) -> str:
+    """The table of what is known of completions beside their rewards, a row for each point and one for the base model.
+
+    Empty for an early report, which has none of it. A column is left out where it has no value in any row.
+    """
+    names, every = report.objectives, [*report.points, report.base]
+    wins = [getattr(p, "win_rate", None) for p in every]
+    columns: dict[str, list[float | None]] = {
+        "distinct 2-grams": [p.distinct_2 for p in every],
+        "self-similarity": [p.self_similarity for p in every],
+        **{f"calibration error: {n}": [(p.calibration_error or {}).get(n) for p in every] for n in names},
+    }
+    shown = {head: ["" if v is None else f"{v:.3f}" for v in column] for head, column in columns.items()} | {
+        "wins": ["" if w is None else f"{w:.2f}" for w in wins]
+    }
+    shown = {head: column for head, column in shown.items() if any(column)}
+    asked = [f"{_condition(report, p)}" for p in report.points] + ["base"]
+    return (
+        tables.markdown(["point", *shown], [list(row) for row in zip(asked, *shown.values())], left=1)
+        if shown
+        else ""
+    )
+
+
+def _condition(report: ParetoFront, point: Point) -> str:
+    """Weights of a point, and its KL coefficient where that varies."""
+    weights = ", ".join(f"{n} {point.weights[n]:.2f}" for n in report.objectives)
+    return weights + (f", {report.kl_name} {point.kl_coef:g}" if len(report.kl_coefs) > 1 else "")
+
+
 def table(report: ParetoFront) -> str:
     """The table of a front: a row for each point, and one for the base model.
 
@@ -97,10 +127,10 @@ def table(report: ParetoFront) -> str:
 
 def summary(report: ParetoFront) -> str:
     """The metrics of a front, a line `name  value` for each."""
-    rho = ", ".join(
-        f"{name} {'undefined' if value is None else f'{value:.2f}'}"
-        for name, value in report.steerability.items()
-    )
+
+    def by_name(values: dict[str, float | None]) -> str:
+        return ", ".join(f"{name} {'undefined' if v is None else f'{v:.2f}'}" for name, v in values.items())
+
     reference = ", ".join(f"{name} {value:.3f}" for name, value in report.reference_point.items())
     lines = {
         "hypervolume": f"{report.hypervolume_interval:.4f}",
@@ -111,8 +141,10 @@ def summary(report: ParetoFront) -> str:
         "expected utility": f"{report.expected_utility:.3f}",
         "realised utility": f"{report.realised_utility_interval:.3f}",
         "regret": f"{report.regret['mean']:.3f} on average, {report.regret['max']:.3f} at worst",
-        "steerability": rho,
+        "steerability": by_name(report.steerability),
     }
+    if report.kendall_tau is not None:
+        lines |= {"Kendall's tau": by_name(report.kendall_tau), "sparsity": f"{report.sparsity:.4f}"}
     if report.kl_hypervolume is not None:
         of_kl = "undefined" if report.kl_steerability is None else f"{report.kl_steerability:.2f}"
         lines |= {
@@ -140,7 +172,13 @@ _HOW_TO_READ = """## How to read this
   averaged over the weightings: compare it between reports with the same limit only.
 - **expected utility** is what users with random weightings get who may pick any row; **realised utility**
   is what they get by asking for their own weighting, which punishes a model that ignores it. **regret** is
-  what the best row for a weighting would have added to the row that was asked for."""
+  what the best row for a weighting would have added to the row that was asked for.
+- **Kendall's tau** is the other rank correlation: of the pairs of rows that differ, (1 + tau) / 2 are in
+  order. **sparsity** is the mean squared gap between neighbouring rows of the front: less is smoother.
+- **distinct 2-grams** is the share of pairs of neighbouring tokens that do not repeat among the completions
+  of a prompt; **self-similarity** is the overlap of two completions of one prompt. **calibration error** is
+  how far the model's probability of its completions (per token) is from their reward, for rewards from 0
+  to 1 such as a right answer. **wins** is the share of completions that the judge prefers, ties half."""
 
 
 def markdown(report: ParetoFront, picture: bool = True) -> str:
@@ -169,6 +207,7 @@ def markdown(report: ParetoFront, picture: bool = True) -> str:
             table(report),
             f"```\n{summary(report)}\n```",
             reference,
+            *([of_texts] if (of_texts := texts_table(report)) else []),
             _HOW_TO_READ,
             f"Made with {versions}{commit}.\n",
         ]

@@ -66,6 +66,7 @@ def method_table(comparison: Comparison) -> str:
         "volume, matched",
         "utility, matched",
         "expected utility",
+        "IGD+",
         *(f"steerability: {n}" for n in names),
         *(["KL steerability"] if comparison.varies_kl else []),
         "KL",
@@ -80,6 +81,7 @@ def method_table(comparison: Comparison) -> str:
             shown(m.volume(matched=True), 4),
             shown(m.realised_utility_matched),
             shown(m.expected_utility),
+            shown(m.igd_plus),
             *(shown(m.steerability[n], 2) for n in names),
             *([shown(m.kl_steerability, 2)] if comparison.varies_kl else []),
             shown(m.kl, 2),
@@ -313,7 +315,8 @@ def _how_to_read(c: Comparison) -> str:
             f"- {interval}",
             "- **utility** is w.R, the weighted reward at the weighting that was asked for; *matched*: its mean over the "
             "specialists' weightings (`pareto.realised_utility`). **expected utility** is what users get who may pick any "
-            "point of the front (`pareto.expected_utility`).",
+            "point of the front (`pareto.expected_utility`). **IGD+** is how far the best points of all methods and seeds "
+            "lie beyond those of the method, on average (`pareto.igd_plus`): 0 is best.",
             f"- **objective** is what training maximises, {formula}, per completion: a method that buys reward with more KL "
             "does not gain by it.",
             "- **utility** and **objective** in the tables against a baseline are differences at equal weightings, paired "

@@ -34,6 +34,8 @@ class MethodResult:
     """A method over the seeds that it was evaluated for.
 
     hypervolume, expected_utility, realised_utility, steerability: see `pareto`; over all points of the method
+    igd_plus: of the non-dominated points of all methods and seeds (`pareto.igd_plus`). sparsity: see `pareto`. Both are in the
+        coordinates of the volume
     kl_volume: hypervolume of the points (reward, -KL); None with several objectives
     kl_steerability: rank correlation of the KL coefficient with the KL, -1 where a larger coefficient always means less KL;
         None where one coefficient was evaluated
@@ -57,6 +59,8 @@ class MethodResult:
     expected_utility: Estimate
     realised_utility: Estimate
     realised_utility_matched: Estimate | None
+    igd_plus: Estimate
+    sparsity: Estimate
     steerability: dict[str, Estimate | None]
     kl_steerability: Estimate | None
     kl: Estimate

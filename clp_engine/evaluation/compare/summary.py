@@ -148,7 +148,9 @@ def summarise(
         (set(next(iter(fronts[m.name].values())).keys) for m in present if m.kind.endswith("specialists")),
         set(),
     )
-    measure = _Measure(objectives, reference, base_rewards, kl_limit, kl_is_beta, matched)
+    everywhere = np.concatenate([_coordinates(f, kl_limit) for f in every])
+    target = everywhere[pareto.non_dominated(everywhere)]
+    measure = _Measure(objectives, reference, base_rewards, kl_limit, kl_is_beta, matched, target)
     results = [_method_result(m, fronts[m.name], trainings[m.name], measure) for m in present]
     contrasts = [
         _contrast(m.name, r, fronts[m.name], fronts[r], measure)
@@ -178,7 +180,8 @@ def summarise(
 
 @dataclass(frozen=True)
 class _Measure:
-    """The yardsticks that all fronts share: reference point, base model, limit of KL, and the points of specialists."""
+    """The yardsticks that all fronts share: reference point, base model, limit of KL, the points of specialists, and the best
+    points of all fronts."""
 
     objectives: Sequence[str]
     reference: np.ndarray
@@ -186,10 +189,10 @@ class _Measure:
     kl_limit: float | None
     kl_is_beta: bool
     matched: set[tuple[float, ...]]
+    target: np.ndarray
 
     def coordinates(self, front: Front) -> np.ndarray:
-        """The coordinates in which points are compared, larger ones being better: rewards (P, M), or (R, -KL) (P, 2)."""
-        return front.rewards if self.kl_limit is None else np.stack([front.rewards[:, 0], -front.kl], -1)
+        return _coordinates(front, self.kl_limit)
 
     def hypervolume(self, front: Front) -> float:
         return float(pareto.hypervolume(front.rewards, self.reference))
@@ -201,6 +204,11 @@ class _Measure:
 
     def volume(self, front: Front) -> float:
         return self.hypervolume(front) if self.kl_limit is None else self.kl_volume(front)
+
+
+def _coordinates(front: Front, kl_limit: float | None) -> np.ndarray:
+    """The coordinates in which points are compared, larger ones being better: rewards (P, M), or (R, -KL) (P, 2)."""
+    return front.rewards if kl_limit is None else np.stack([front.rewards[:, 0], -front.kl], -1)
 
 
 def _method_result(
@@ -229,6 +237,8 @@ def _method_result(
         expected_utility=_over(each, lambda f: pareto.expected_utility(f.rewards, lattice)),
         realised_utility=_over(each, lambda f: f.utility.mean()),
         realised_utility_matched=_over(matched, lambda f: f.utility.mean()),
+        igd_plus=_over(each, lambda f: pareto.igd_plus(measure.coordinates(f), measure.target)),
+        sparsity=_over(each, lambda f: pareto.sparsity(measure.coordinates(f))),
         steerability=_steerability(each, measure.objectives),
         kl_steerability=_kl_steerability(each),
         kl=_over(each, lambda f: f.kl.mean()),

@@ -726,7 +726,7 @@ def test_every_figure_of_the_page_has_its_interval_and_every_table_is_whole():
     text = report.markdown(result, pictures=False)
     assert ".png" not in text
     for line in report.method_table(result).splitlines()[2:]:
-        assert line.count("±") == 8  # volumes, utilities, steerability twice, KL, tokens
+        assert line.count("±") == 9  # volumes, utilities, IGD+, steerability twice, KL, tokens
     for block in text.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1

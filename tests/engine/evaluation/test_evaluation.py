@@ -13,8 +13,8 @@ from clp_engine.core import provenance
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.provenance import source_commit
+from clp_engine.core.seeds import derive
 from clp_engine.data.rewards import RewardSet
-from clp_engine.evaluation import evaluate as module
 from clp_engine.evaluation import pareto
 from clp_engine.evaluation.evaluate import evaluate
 from clp_engine.evaluation.front import default_grid
@@ -76,16 +76,30 @@ def test_report_has_the_published_keys(report):
         "kl_steerability",
         "kl_hypervolume",
         "kl_limit",
+        "kendall_tau",
+        "sparsity",
     }
     assert set(raw) == published | additions
     assert raw["task"] == "toy" and raw["objectives"] == ["a", "b"]
     assert set(raw["reference_point"]) == set(raw["steerability"]) == {"a", "b"}
+    texts = {"distinct_2", "self_similarity", "calibration_error"}
     for point in raw["points"]:
-        assert set(point) == {"weights", "kl_coef", "rewards", "kl", "length", "truncated", "non_dominated"}
+        assert set(point) == {
+            "weights",
+            "kl_coef",
+            "rewards",
+            "kl",
+            "length",
+            "truncated",
+            "non_dominated",
+        } | texts | {"win_rate"}
         assert set(point["weights"]) == {"a", "b"} and sum(point["weights"].values()) == pytest.approx(1)
         assert all(set(value) == {"mean", "low", "high"} for value in point["rewards"].values())
         assert isinstance(point["kl_coef"], float) and isinstance(point["kl"], float)
-    assert set(raw["base"]) == {"rewards", "hypervolume"} | {"hypervolume_interval", "length", "truncated"}
+    assert (
+        set(raw["base"])
+        == {"rewards", "hypervolume"} | {"hypervolume_interval", "length", "truncated"} | texts
+    )
     assert set(raw["seconds"]) == {"train", "evaluate"} and raw["seconds"]["train"] == 12.5
     assert {"python", "torch", "transformers", "clp_engine"} <= set(raw["versions"])
     for name in ("hypervolume", "expected_utility", "realised_utility"):
@@ -156,7 +170,7 @@ def test_each_point_is_what_a_rollout_at_that_weighting_alone_gives():
     policy = build_policy()
     report = run(policy, num_generations=2, grid=3, kl=0.3, seed=5)
     encoded = [policy.tokenizer(p).input_ids for p in PROMPTS]
-    seeds = module.derive(5, torch.arange(len(PROMPTS)).unsqueeze(-1), torch.arange(2)).flatten()
+    seeds = derive(5, torch.arange(len(PROMPTS)).unsqueeze(-1), torch.arange(2)).flatten()
     weightings = [*default_grid(2)[[0, 5, 10]], np.zeros(2)]  # (0, 1), (1/2, 1/2), (1, 0) and the base
     for w, point in zip(weightings, [*report.points, report.base]):
         rows = len(PROMPTS)
@@ -207,6 +221,8 @@ def test_metrics_of_the_report_are_those_of_its_points(report):
     assert report.realised_utility == pytest.approx(pareto.realised_utility(means, weights), abs=1e-5)
     assert [p.non_dominated for p in report.points] == pareto.non_dominated(means).tolist()
     assert list(report.steerability.values()) == pytest.approx(pareto.steerability(means, weights).tolist())
+    assert list(report.kendall_tau.values()) == pytest.approx(pareto.kendall_tau(means, weights).tolist())
+    assert report.sparsity == pytest.approx(pareto.sparsity(means))
 
 
 def test_a_reference_point_that_is_given_is_used_and_the_margin_is_then_none():

@@ -259,3 +259,35 @@ def test_a_thousand_resamples_of_the_default_grid_take_about_a_second_or_less(ob
     pareto.steerability(means, weights)
     elapsed = time.perf_counter() - start
     assert volumes.shape == (1000,) and elapsed < seconds, f"{elapsed:.2f} s"
+
+
+# --- other measures of a front --------------------------------------------------------------------------------------------
+
+
+def test_kendalls_tau_counts_pairs_in_order_and_leaves_ties_out():
+    weights = np.array([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
+    points = np.array([[1.0, 3.0], [2.0, 2.0], [0.0, 2.0], [3.0, 2.0]])
+    # Objective 0: pairs (0,1)+ (0,2)- (0,3)+ (1,3)+ (2,3)+, and (1,2) ties in w: 3 / sqrt(5 * 6).
+    # Objective 1: (0,1), (0,2), (0,3) in order, (1,3) and (2,3) tie in R: 3 / sqrt(5 * 3).
+    assert pareto.kendall_tau(points, weights) == pytest.approx([3 / 30**0.5, 3 / 15**0.5])
+    both = pareto.kendall_tau(np.stack([points, -points]), weights)
+    assert both[1] == pytest.approx(-both[0])
+    assert np.isnan(pareto.kendall_tau(np.ones((4, 2)), weights)).all()
+
+
+def test_sparsity_is_the_mean_squared_gap_between_neighbours_that_no_other_point_dominates():
+    front = [[0.0, 3.0], [3.0, 0.0], [1.0, 2.0], [0.5, 0.5]]  # the last is dominated
+    # Sorted in each objective 0, 1, 3 and 0, 2, 3: (1 + 4) + (4 + 1), over two gaps.
+    assert pareto.sparsity(front) == pytest.approx(5.0)
+    assert pareto.sparsity([[1.0, 2.0]]) == 0.0
+
+
+def test_igd_plus_counts_what_a_target_has_more_than_the_nearest_point():
+    target = [[0.0, 2.0], [2.0, 0.0]]
+    assert pareto.igd_plus(target, target) == 0.0
+    assert pareto.igd_plus([[5.0, 5.0]], target) == 0.0  # beyond the target: nothing is missing
+    # (0, 2) lacks 1 in the second objective at (1, 1), (2, 0) lacks 1 in the first.
+    assert pareto.igd_plus([[1.0, 1.0]], target) == pytest.approx(1.0)
+    # The nearest for (0, 2) is (0, 1.5), which lacks 0.5; (2, 0) is reached.
+    assert pareto.igd_plus([[2.0, 0.0], [0.0, 1.5]], target) == pytest.approx(0.25)
+    assert pareto.igd_plus(np.zeros((3, 1, 2)), target) == pytest.approx([2.0] * 3)
