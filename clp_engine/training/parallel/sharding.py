@@ -146,7 +146,7 @@ class ShardedBase:
                 "whole_base() inside at_own_pace(), where no process has the whole base model (gather_for_generation: false); "
                 "use whole_base() after the block, or trainer.save_model()"
             )
-        with self._gathering("whole", [*self.layers, *self.projection], False) as entered:
+        with self._gathering("whole", [*self.layers, *self.projection]) as entered:
             try:
                 yield
             finally:
@@ -161,7 +161,7 @@ class ShardedBase:
             with self.whole():
                 yield
             return
-        with self._gathering("at own pace", self.projection, True) as entered:
+        with self._gathering("at own pace", self.projection) as entered:
             if entered:
                 with own_pace(self.policy.conditioned.backbone.decoder, self.layers, self.parallel):
                     yield
@@ -169,16 +169,16 @@ class ShardedBase:
                 yield
 
     @contextlib.contextmanager
-    def _gathering(self, name: str, modules: Sequence[FSDPModule], reshard: bool) -> Iterator[bool]:
-        """Inside the block `modules` are whole, and layers are dropped after a forward pass if `reshard`. Gives whether this
-        block changed that, or one around it has done so already."""
+    def _gathering(self, name: str, kept: Sequence[FSDPModule]) -> Iterator[bool]:
+        """Inside the block the modules `kept` are whole, and layers that are not among them are dropped after a forward pass.
+        Gives whether this block changed that, or one around it has done so already."""
         if self._inside:
             yield False
             return
         with self.parallel.waiting():
-            for layer in self.layers:
-                layer.set_reshard_after_forward(reshard)
-            for module in modules:
+            for module in (*self.layers, *self.projection):
+                module.set_reshard_after_forward(module not in kept)
+            for module in kept:
                 module.unshard()
             self._read_pieces(False)
             self._inside.append(name)
@@ -186,10 +186,10 @@ class ShardedBase:
                 yield True
             finally:
                 self._inside.clear()
-                for module in modules:
+                for module in kept:
                     module.reshard()
-                for layer in self.layers:
-                    layer.set_reshard_after_forward(self.settings.reshard_after_forward)
+                for module in (*self.layers, *self.projection):
+                    module.set_reshard_after_forward(self.settings.reshard_after_forward)
                 self._read_pieces(True)
 
     @contextlib.contextmanager
