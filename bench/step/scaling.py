@@ -9,6 +9,7 @@ Collectives of a step, counted by tests/engine/training/several/test_several.py.
     all-reduce the adapters' float32 gradient, after the update and not beside it; and a few flags
     FSDP2      an all-gather of each layer's weights in the forward and in the backward pass of each micro-batch, and of all
                layers once for each rollout; of frozen weights no gradient
+               with gather_for_generation: false instead for each token of the longest completion, after an all-reduce of a flag
     split projection (vocab_parallel), for each micro-batch of L tokens in each process, T = N L, width H:
                all-gathers of 2 T H bytes, twice (policy, reference); of 4 bytes for 8 sums of each of T rows from each process;
                of 4 bytes for 2 gradients of a row; a reduce-scatter of 4 T H bytes, in the time of an all-gather
@@ -327,6 +328,28 @@ def sharded(machine: Machine = Machine()) -> str:
     )
 
 
+def layer_by_layer(machine: Machine = Machine()) -> str:
+    """gather_for_generation: false. While a layer reads its weights the next is gathered; nothing hides the first."""
+    rows = []
+    for shape in (SMALL, LARGE):
+        for n in PROCESSES:
+            layer = machine.all_gather(2 * shape.layer, n)
+            gather = shape.layers * layer + machine.all_reduce(4, n)
+            step = (2 * shape.weights + 4 * shape.adapters) / machine.hbm
+            each = max(gather, step) + layer
+            factors = 16 * shape.adapters
+            outside = 2 * (shape.weights - shape.layers * shape.layer)
+            held = factors + outside + 2 * shape.layer * (shape.layers / n + 3)
+            seconds = (f"{1e3 * x:.0f}" for x in (step, gather, each))
+            rest = f"{each / step:.1f}", f"{MOST * each / 60:.1f} min", f"{held / 1e9:.0f} GB"
+            rows.append((shape.name, n, *seconds, *rest))
+    return table(
+        "shape | GPUs | reading, ms | gathering, ms | a token, ms | times as slow as whole "
+        f"| {MOST} tokens | a GPU holds",
+        rows,
+    )
+
+
 def split_projection(machine: Machine = Machine()) -> str:
     """What a micro-batch of TOKENS tokens in each process sends, holds and saves with vocab_parallel."""
     rows = []
@@ -369,6 +392,7 @@ def report() -> str:
             ("A step of the 7B shape (simulated)", steps()),
             ("Partial rollouts (simulated)", partials()),
             ("FSDP2 (predicted)", sharded()),
+            ("Drawing layer by layer (predicted)", layer_by_layer()),
             (f"A split projection, micro-batches of {TOKENS:,} tokens (predicted)", split_projection()),
             ("Decoding with tensor parallelism, 70B shape (predicted; not built)", tensor_parallel()),
         )

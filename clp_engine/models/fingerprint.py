@@ -24,7 +24,8 @@ from clp_engine.core.files import read_json
 from clp_engine.models.blend import ConditionedLayer
 
 FILE = "base_model.json"
-_KEPT: WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
+# With the identity of the weights that were read; None: of weights that no longer lie in one place.
+_KEPT: WeakKeyDictionary[nn.Module, tuple[tuple | None, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
 class Tensor(NamedTuple):
@@ -41,17 +42,31 @@ def of(model: nn.Module) -> dict[str, Tensor]:
 
     It is computed once, with one read of the weights for each of the two numbers, and again after the weights change.
     """
-    layers = [module for module in model.modules() if isinstance(module, ConditionedLayer)]
-    deltas = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-    base = {n.replace(".base.", "."): p for n, p in model.named_parameters() if id(p) not in deltas}
-    identity = tuple((p.data_ptr(), p._version) for p in base.values())
     kept = _KEPT.get(model)
+    if kept is not None and kept[0] is None:
+        return kept[1]
+    base = parameters(model)
+    identity = tuple((p.data_ptr(), p._version) for p in base.values())
     if kept is None or kept[0] != identity:
-        kept = _KEPT[model] = identity, {name: _summed(p.detach()) for name, p in base.items()}
+        kept = _KEPT[model] = identity, {name: tensor(p) for name, p in base.items()}
     return kept[1]
 
 
-def _summed(p: torch.Tensor) -> Tensor:
+def keep(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """Let `of` give `found` from now on: the weights are about to be cut over processes, and do not change."""
+    _KEPT[model] = None, found
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base parameters by their names in the base model."""
+    layers = [module for module in model.modules() if isinstance(module, ConditionedLayer)]
+    deltas = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    return {n.replace(".base.", "."): p for n, p in model.named_parameters() if id(p) not in deltas}
+
+
+@torch.no_grad()
+def tensor(p: torch.Tensor) -> Tensor:
+    """The fingerprint of one tensor."""
     wide = torch.float32 if p.device.type == "mps" else torch.float64
     norm = torch.linalg.vector_norm(p, dtype=wide).item()
     return Tensor(list(p.shape), str(p.dtype).removeprefix("torch."), p.sum(dtype=wide).item(), norm)

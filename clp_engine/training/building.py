@@ -16,6 +16,7 @@ from clp_engine.data import chat_template
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import PromptStream, prompts_of
+from clp_engine.models import fingerprint
 from clp_engine.models.base import holds_adapters
 from clp_engine.models.forms import Conditioning
 from clp_engine.objectives.objective import Objective
@@ -162,13 +163,18 @@ def _shares(a: CLPConfig, rewards: RewardSet) -> list[float]:
 def build_policy(
     model, tokenizer, peft_config, a: CLPConfig, rewards: RewardSet, min_kl: float
 ) -> ConditionedPolicy:
-    """The policy that `model` is, or that is built on it, on the device that it is trained on."""
+    """The policy that `model` is, or that is built on it, on the device that it is trained on. One that is to be sharded is
+    left in the host's memory: `shard` moves it layer by layer, as it may fit in no GPU."""
     policy = _policy_of(model, tokenizer, peft_config, a, rewards, min_kl)
-    if policy.device.type == "cpu" and not a.use_cpu and torch.cuda.is_available():
+    if policy.device.type == "cpu" and _on_gpu(a) and a.sharding is None:
         policy.to("cuda")
     if a.gradient_checkpointing:
         policy.checkpoint_layers()
     return policy
+
+
+def _on_gpu(a: CLPConfig) -> bool:
+    return torch.cuda.is_available() and not a.use_cpu
 
 
 def say_detours(policy: ConditionedPolicy) -> None:
@@ -210,6 +216,9 @@ def _policy_of(
         adapter |= {"rank": None if a.rank == CLPConfig.rank else a.rank}
     elif peft_config is not None:
         adapter = _described_adapter(peft_config, adapter, a)
+    dtype, device = a.base_dtype, "cpu" if a.use_cpu else None
+    if a.sharding is not None and _on_gpu(a) and isinstance(model, str | Path):
+        dtype, device = dtype or "auto", "cpu"
     return ConditionedPolicy.from_pretrained(
         model,
         rewards.names,
@@ -219,8 +228,8 @@ def _policy_of(
         tokenizer=tokenizer,
         kl_conditioning=a.kl_conditioning,
         seed=a.seed,
-        dtype=a.base_dtype,
-        device="cpu" if a.use_cpu else None,
+        dtype=dtype,
+        device=device,
         attention=model_init_kwargs.attention(a.model_init_kwargs),
         **adapter,
         **kl,
@@ -327,9 +336,9 @@ def build_collector_parts(
 @torch.no_grad()
 def sums(policy: ConditionedPolicy) -> list[float]:
     """Sums of the base model's and of the trained parameters, by which copies of one policy are told from another."""
-    trained = policy.adapter_parameters()
-    parameters = [p for n, p in policy.model.named_parameters() if n not in trained], list(trained.values())
-    return [float(sum(p.sum(dtype=torch.float32).cpu() for p in some)) for some in parameters]
+    trained = policy.adapter_parameters().values()
+    base = sum(found.sum for found in fingerprint.of(policy.model).values())
+    return [base, float(sum(p.sum(dtype=torch.float32).cpu() for p in trained))]
 
 
 def build_objective(a: CLPConfig, policy: ConditionedPolicy) -> PolicyGradient:

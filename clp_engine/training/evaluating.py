@@ -110,7 +110,7 @@ class Evaluating:
         a, started = self.args, time.time()
         loader = PromptLoader.of_evaluation(a, dataset)
         self.callback_handler.eval_dataloader = loader
-        with self.whole_base():
+        with self.at_own_pace():
             means, completions, batches = evaluation_metrics(
                 self.collector_parts,
                 dataset,

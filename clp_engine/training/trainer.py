@@ -214,7 +214,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         """The completions of the steps up to the next rollout; returns how many tokens were drawn."""
         a, state = self.args, self.state
         self._batch = self._batches = None  # what they keep would lie beside the next rollout
-        with self.whole_base():
+        with self.at_own_pace():
             whole = self.collector.training_batch(self.train_dataset, state.global_step, state)
             state.num_input_tokens_seen += whole.num_tokens
             self.num_generated_tokens += whole.new_tokens
@@ -382,3 +382,8 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
     def whole_base(self) -> contextlib.AbstractContextManager[None]:
         """Where the base model is sharded: with all weights in every process. Every process must enter."""
         return contextlib.nullcontext() if self.sharded is None else self.sharded.whole()
+
+    def at_own_pace(self) -> contextlib.AbstractContextManager[None]:
+        """Where the base model is sharded: for `policy.generate` and `evaluate`. Every process must enter. With
+        `gather_for_generation: false` the layers are gathered for each pass, else as in `whole_base`."""
+        return contextlib.nullcontext() if self.sharded is None else self.sharded.at_own_pace()

@@ -26,13 +26,13 @@ def _decoder(request: RolloutRequest) -> StepDecoder:
 
 
 def step_decoder(request: DecoderRequest) -> StepDecoder:
-    """The native decoder on a CPU, graphs over fixed slots on a GPU, or transformers' modules if neither serves the model."""
+    """The native decoder on a CPU, graphs over fixed slots on a GPU, or transformers' modules if neither serves the model. Only
+    the modules run the hooks that gather a sharded layer."""
     model = request.model
-    if not model.weights_stay:
-        return ModulesDecoder(request)
-    if model.device.type == "cuda":
-        if cuda_graphs.serves(model):
-            return GraphDecoder(request, cuda_graphs.choose(model))
+    graphs = model.weights_stay and model.device.type == "cuda"
+    if graphs and cuda_graphs.serves(model):
+        return GraphDecoder(request, cuda_graphs.choose(model))
+    if graphs or not model.weights_stay:
         if insisted():
             raise ConfigError(f"{SWITCH}=native: {'; '.join(detours(model))}")
         return ModulesDecoder(request)
@@ -51,7 +51,9 @@ def detours(model: ConditionedModel) -> list[str]:
     if fault is not None:
         found.append(f"scoring pads its batches and computes prompts and completions in two passes: {fault}")
     if not model.weights_stay:
-        found.append("decoding goes through transformers' modules: the base model is sharded")
+        found.append(
+            "decoding goes through transformers' modules: the base model is sharded, and others keep addresses of weights"
+        )
     elif model.device.type == "cpu" and (reason := native.plan(model).reason) is not None:
         found.append(f"decoding goes through transformers' modules: {reason}")
     elif model.device.type == "cuda" and not cuda_graphs.serves(model):

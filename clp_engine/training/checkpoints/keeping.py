@@ -43,7 +43,7 @@ class KeptRun(resuming.Run):
             run_folder.check_free(a.output_dir, self.run_id, a.overwrite_output_dir, read)
         # Nothing here draws from the global generators, but reward functions may.
         set_seed(a.seed + parallel.rank)
-        with self.whole_base():
+        with self._whole_deltas(everywhere=True):
             if path is not None:
                 resuming.restore(self, path)
             if parallel.count > 1:
@@ -56,6 +56,10 @@ class KeptRun(resuming.Run):
                 run_folder.note(a.output_dir, [Path(a.output_dir) / "completions.jsonl"])
             run_folder.start_log(a.output_dir, [] if path is None else self.state.log_history)
         self._has_folder = True
+
+    def _whole_deltas(self, everywhere: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Where deltas are cut over the processes: with whole ones, see `ShardedBase`."""
+        return contextlib.nullcontext() if self.sharded is None else self.sharded.whole_deltas(everywhere)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Append to log.jsonl and the state's history, and tell the callbacks. `logs` gets the epoch, as in transformers."""
@@ -70,7 +74,7 @@ class KeptRun(resuming.Run):
         """Write the policy to `output_dir`, by default <args.output_dir>/policy. Every process calls this."""
         run = Path(self.args.output_dir)
         path = run / "policy" if output_dir is None else Path(output_dir)
-        with self.whole_base():
+        with self._whole_deltas():
             if self.parallel.is_main:
                 if output_dir is None and not self._has_folder:
                     run_folder.check_free(run, self.run_id, self.args.overwrite_output_dir)
@@ -81,17 +85,17 @@ class KeptRun(resuming.Run):
         """Write a checkpoint, or remember to: the steps on one rollout are not cut in two."""
         self._save_pending = self.state.global_step % self.args.steps_per_rollout != 0
         if not self._save_pending:
-            with self.whole_base():
+            with self._whole_deltas():
                 resuming.save(self)
             self._hear("on_save")
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         """Keep the policy if the evaluation is the best so far and the best is asked for."""
-        with self.whole_base():
+        with self._whole_deltas():
             best.note(metrics, self.args, self.state, self.policy)
 
     def _load_best(self) -> None:
         if self.args.load_best_model_at_end:
             self.parallel.gather(None)  # the main process may still be writing it
-            with self.whole_base():
+            with self._whole_deltas(everywhere=True):
                 best.load(self.state, self.policy)

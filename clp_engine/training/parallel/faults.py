@@ -39,7 +39,8 @@ def one_voice(parallel: Parallel) -> Iterator[None]:
         yield
         return
     try:
-        yield
+        with parallel.waiting():
+            yield
     except SystemExit:
         raise
     except KeyboardInterrupt:

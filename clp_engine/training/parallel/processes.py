@@ -18,7 +18,7 @@ import datetime
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -33,6 +33,8 @@ T = TypeVar("T")
 # Where transformers and TRL set it: torch's own limit for NCCL is 10 minutes, shorter than a slow reward function's step.
 TIMEOUT = 1800
 TRUE = ("1", "true", "yes")
+# Modules whose functions call a process group.
+_COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives")
 
 
 def world_size() -> int:
@@ -48,7 +50,8 @@ class Parallel:
     """The processes of a run. `Parallel()` is a single one; `Parallel.joined` meets those that a launcher started.
 
     rank, count: 0 <= rank < count. is_main: rank 0, which writes files and speaks. in_step: the base model is sharded, so that
-        all processes have to run as many passes in the update.
+        all processes have to run as many passes in the update. before_exchange: called before each exchange, where processes
+        pass through sharded layers at their own pace (`own_pace`).
     """
 
     def __init__(self, accelerator: Accelerator | None = None, timeout: float = TIMEOUT):
@@ -57,6 +60,7 @@ class Parallel:
         self.count = 1 if accelerator is None else accelerator.num_processes
         self.is_main = self.rank == 0
         self.in_step = False
+        self.before_exchange: Callable[[], None] | None = None
 
     @classmethod
     def joined(cls, use_cpu: bool = False, timeout: float = TIMEOUT, backend: str | None = None) -> Parallel:
@@ -108,13 +112,15 @@ class Parallel:
             return [value]
         from accelerate.utils import gather_object
 
-        with self._waiting():
+        self.meet()
+        with self.waiting():
             return gather_object([value])
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by the sum of all processes', one collective for each; all processes give the same shapes."""
         if self.count > 1:
-            with self._waiting():
+            self.meet()
+            with self.waiting():
                 for tensor in tensors:
                     torch.distributed.all_reduce(tensor)
 
@@ -122,10 +128,31 @@ class Parallel:
         """Whether each flag is set in any process; one collective."""
         if self.accelerator is None:
             return list(flags)
+        self.meet()
+        with self.waiting():
+            return [bool(one) for one in self._most(flags).tolist()]
+
+    def meet(self) -> None:
+        """Let all processes come here, where they pass through sharded layers at their own pace. Every exchange begins so."""
+        if self.before_exchange is not None:
+            self.before_exchange()
+
+    def tell_runs(self) -> None:
+        """Say that a pass through sharded layers begins; the answer to `others_run` of those that make none."""
+        with self.waiting():
+            self._most([True])
+
+    def others_run(self) -> bool:
+        """Whether a pass begins in any process, while none begins in this one; one collective."""
+        with self.waiting():
+            return bool(self._most([False]).item())
+
+    def _most(self, flags: Sequence[bool]) -> torch.Tensor:
+        """Of each flag the maximum of all processes; not waited for on a GPU."""
+        assert self.accelerator is not None
         found = torch.tensor(flags, dtype=torch.int32, device=self.accelerator.device)
-        with self._waiting():
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        return [bool(one) for one in found.tolist()]
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return found
 
     def check_same(self, what: str, value: Any) -> None:
         """Raises ConfigError where a process has another value than the main one: they would not be one run."""
@@ -138,10 +165,15 @@ class Parallel:
             )
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
+        """Inside the block a collective that does not end raises `Lost`, whichever library began it (torch's FSDP, DTensor)."""
         try:
             yield
+        except Lost:
+            raise
         except RuntimeError as error:
+            if not _of_a_collective(error):
+                raise
             reason = str(error).strip().splitlines()[0]
             if "timed out" in reason.lower() or "timeout" in reason.lower():
                 reason = (
@@ -149,6 +181,21 @@ class Parallel:
                     "hang, or the processes read different data"
                 )
             raise Lost(reason) from error
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    """Whether a collective raised it. NCCL's errors have a class; gloo's are known by the function that raised them."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    names, place = [], error.__traceback__
+    while place is not None:
+        names.append(place.tb_frame.f_globals.get("__name__", ""))
+        place = place.tb_next
+    while names and names[-1].startswith(
+        "torch._"
+    ):  # below a functional collective: the operator that it calls
+        names.pop()
+    return not isinstance(error, torch.OutOfMemoryError) and bool(names) and names[-1] in _COLLECTIVES
 
 
 def _left() -> None:

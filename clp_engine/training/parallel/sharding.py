@@ -8,9 +8,13 @@ projection is cut by tokens of the vocabulary, and is not gathered in the update
 
 Gathering is a collective, so that all processes have to run the same number of passes through the layers:
 
-    drawing, scoring, evaluating    lengths differ by process: the layers are gathered once and stay whole meanwhile (`whole`)
+    drawing, scoring, evaluating    lengths differ by process. By default the layers are gathered once and stay whole meanwhile
+                                    (`whole`); with gather_for_generation: false they are gathered for each pass, and a process
+                                    with no pass to make takes part in the gathering (`own_pace`)
     the update                      a process with fewer micro-batches than the others adds passes with gradients of zero
                                     (`stepping.update.keep_pace`)
+
+A base model is read into the host's memory and moved to the GPU layer by layer, each cut before the next comes.
 
 accelerate 1.15 falls back to DDP without a word where its FSDP settings meet a CPU. Its settings are read here instead, so that
 the tests on CPUs run what GPUs run. Source: torch's documentation of torch.distributed.fsdp.fully_shard.
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,8 +35,10 @@ from torch import nn
 
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.core.files import read_json
+from clp_engine.models import fingerprint
 from clp_engine.models.backbones.causal import CausalBackbone
 from clp_engine.policy.references import FrozenReference, Reference
+from clp_engine.training.parallel.own_pace import own_pace
 from clp_engine.training.parallel.processes import TRUE, Parallel, asked
 from clp_engine.training.parallel.trained_shards import TrainedShard
 
@@ -63,12 +69,15 @@ _WITHOUT_EFFECT = frozenset(
 class ShardSettings:
     """reshard_after_forward: drop a layer's weights after its forward pass, too, and gather them again for the backward pass.
     cpu_offload: keep the pieces of layers in the host's memory. activation_checkpointing: as gradient_checkpointing.
-    vocab_parallel: cut the output projection, too, and compute token statistics over its pieces."""
+    vocab_parallel: cut the output projection, too, and compute token statistics over its pieces. gather_for_generation: hold
+    the whole base model in every process while completions are drawn, scored and evaluated; False gathers it layer by layer in
+    each pass, for a base that does not fit. It has the meaning of TRL's ds3_gather_for_generation."""
 
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     activation_checkpointing: bool = False
     vocab_parallel: bool = False
+    gather_for_generation: bool = True
 
     @classmethod
     def of(cls, fsdp: str | None, config: Mapping[str, Any] | str | None) -> ShardSettings | None:
@@ -113,41 +122,111 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class ShardedBase:
-    """The modules of a policy whose weights are sharded: decoder layers, and the output projection where it is cut.
+    """A policy whose base model is sharded.
 
-    trained: the deltas among these weights, by name. split: token statistics over the pieces of the output projection, or None.
+    layers: of the decoder, in their order. projection: the output projection, where it is cut. trained: the deltas among the
+    sharded weights, by name. split: token statistics over the pieces of the output projection, or None.
     """
 
     policy: ConditionedPolicy
-    modules: list[FSDPModule]
-    reshard_after_forward: bool
+    settings: ShardSettings
+    parallel: Parallel
+    layers: list[FSDPModule]
     trained: dict[str, TrainedShard]
+    projection: list[FSDPModule] = field(default_factory=list)
     split: SplitProjection | None = None
-    _inside: list[bool] = field(default_factory=list)
+    _inside: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """Inside the block every process has all weights, and passes need no collective. Every process must enter it.
 
         What the block changes of trained parameters is kept; every process must change the same.
+        Raises ConfigError inside `at_own_pace`, where layers are gathered for each pass.
         """
+        if self._inside == ["at own pace"]:
+            raise ConfigError(
+                "whole_base() inside at_own_pace(), where no process has the whole base model (gather_for_generation: false); "
+                "use whole_base() after the block, or trainer.save_model()"
+            )
+        with self._gathering("whole", [*self.layers, *self.projection]) as entered:
+            try:
+                yield
+            finally:
+                if entered:
+                    self._keep_changes(self.trained)
+
+    @contextlib.contextmanager
+    def at_own_pace(self) -> Iterator[None]:
+        """Inside the block a process makes as many passes without gradients as it likes. Every process must enter it, and
+        exchange things by `Parallel` alone. As `whole`, or a layer at a time, see `gather_for_generation`."""
+        if self.settings.gather_for_generation:
+            with self.whole():
+                yield
+            return
+        with self._gathering("at own pace", self.projection) as entered:
+            if entered:
+                with own_pace(self.policy.conditioned.backbone.decoder, self.layers, self.parallel):
+                    yield
+            else:
+                yield
+
+    @contextlib.contextmanager
+    def _gathering(self, name: str, kept: Sequence[FSDPModule]) -> Iterator[bool]:
+        """Inside the block the modules `kept` are whole, and layers that are not among them are dropped after a forward pass.
+        Gives whether this block changed that, or one around it has done so already."""
         if self._inside:
+            yield False
+            return
+        with self.parallel.waiting():
+            for module in (*self.layers, *self.projection):
+                module.set_reshard_after_forward(module not in kept)
+            for module in kept:
+                module.unshard()
+            self._read_pieces(False)
+            self._inside.append(name)
+            try:
+                yield True
+            finally:
+                self._inside.clear()
+                for module in kept:
+                    module.reshard()
+                for module in (*self.layers, *self.projection):
+                    module.set_reshard_after_forward(self.settings.reshard_after_forward)
+                self._read_pieces(True)
+
+    @contextlib.contextmanager
+    def whole_deltas(self, everywhere: bool = False) -> Iterator[None]:
+        """Inside the block the policy's deltas are whole, in the host's memory: those of the main process, which writes them,
+        or with `everywhere` those of all, and then changes are kept. Every process must enter, and none may make a pass inside.
+
+        They are gathered one by one, and the base model's weights are not.
+        """
+        if not self.trained or self._inside == ["whole"]:
             yield
             return
-        for module in self.modules:
-            module.set_reshard_after_forward(False)
-            module.unshard()
-        self._read_pieces(False)
-        self._inside.append(True)
+        self.parallel.meet()
+        wholes = {}
+        with self.parallel.waiting():
+            for shard_ in self.trained.values():
+                found = shard_.joined(shard_.local.detach())
+                if everywhere or self.parallel.is_main:
+                    wholes[id(shard_.parameter)] = nn.Parameter(found.cpu())
+        places = [
+            (held, name, parameter)
+            for held in (module._parameters for module in self.policy.model.modules())
+            for name, parameter in held.items()
+            if id(parameter) in wholes
+        ]
+        for held, name, parameter in places:
+            held[name] = wholes[id(parameter)]
         try:
             yield
+            if everywhere:
+                self._keep_changes(self.trained)
         finally:
-            self._inside.clear()
-            self._keep_changes()
-            for module in self.modules:
-                module.reshard()
-                module.set_reshard_after_forward(self.reshard_after_forward)
-            self._read_pieces(True)
+            for held, name, parameter in places:
+                held[name] = parameter
 
     def _read_pieces(self, pieces: bool) -> None:
         """Whether token statistics are computed over the pieces of the output projection."""
@@ -155,16 +234,18 @@ class ShardedBase:
             self.policy.conditioned.token_statistics = self.split if pieces else linear_logprob
 
     @torch.no_grad()
-    def _keep_changes(self) -> None:
-        whole = self.policy.adapter_parameters() if self.trained else {}
-        for name, shard_ in self.trained.items():
+    def _keep_changes(self, trained: Mapping[str, TrainedShard]) -> None:
+        whole = self.policy.adapter_parameters() if trained else {}
+        for name, shard_ in trained.items():
             shard_.local.copy_(shard_.piece(whole[name]))
 
 
 def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel) -> ShardedBase:
-    """Shard the weights of the policy's decoder layers, the frozen ones and whole-weight deltas, in place.
+    """Shard the weights of the policy's decoder layers, the frozen ones and whole-weight deltas, in place, and move the policy
+    to the device of this process.
 
-    Raises ConfigError for a model whose layers are not driven one stack at a time (encoder-decoders).
+    Raises ConfigError for a model whose layers are not driven one stack at a time (encoder-decoders), and for one that does not
+    fit in the GPU where `gather_for_generation` wants it whole.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -176,21 +257,33 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
         raise ConfigError(
             f"fsdp: {type(policy.model).__name__} is no decoder of one stack; leave fsdp out (DDP), or use a smaller model"
         )
+    device = parallel.accelerator.device
+    if device.type == "cuda" and settings.gather_for_generation:
+        check_fits(policy, torch.cuda.get_device_properties(device).total_memory)
     # Low-rank factors are small, and are trained where they are.
     factors = {p for n, p in policy.adapter_parameters().items() if n.rpartition(".")[2] in FACTORS}
     layers = [m for m in backbone.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-    offloaded = settings.cpu_offload and policy.device.type != "cpu"  # else they are there already
+    inside = {p for layer in layers for p in layer.parameters()}
+    _move([p for p in policy.conditioned.parameters() if p not in inside], device)
+    _move(policy.conditioned.buffers(), device)
+    offloaded = settings.cpu_offload and device.type != "cpu"  # else they are there already
     options = {
-        "mesh": init_device_mesh(policy.device.type, (parallel.count,)),
+        "mesh": init_device_mesh(device.type, (parallel.count,)),
         "reshard_after_forward": settings.reshard_after_forward,
         "offload_policy": CPUOffloadPolicy() if offloaded else OffloadPolicy(),
     }
+    base = fingerprint.parameters(policy.model)
+    found_of = {n: fingerprint.tensor(p) for n, p in base.items() if p not in inside}
     for layer in layers:
-        own = factors & set(layer.parameters())
+        _move(layer.parameters(), device)
+        of_layer = set(layer.parameters())
+        found_of |= {n: fingerprint.tensor(p) for n, p in base.items() if p in of_layer}
+        own = factors & of_layer
         fully_shard(layer, ignored_params=own, shard_placement_fn=partial(_cut, parallel.count), **options)
         # The gradient is the sum of the processes', not their mean.
         layer.set_gradient_divide_factor(1.0)
         layer.set_force_sum_reduction_for_comms(True)
+    fingerprint.keep(policy.model, {name: found_of[name] for name in base})
     # Of the stack itself nothing is sharded: it orders the layers, so that the next is gathered while one computes.
     inside = {p for layer in layers for p in layer.parameters()}
     fully_shard(backbone.decoder, ignored_params=set(backbone.decoder.parameters()) - inside, **options)
@@ -209,9 +302,25 @@ def shard(policy: ConditionedPolicy, settings: ShardSettings, parallel: Parallel
     policy.conditioned.weights_stay = False
     parallel.in_step = True
     pieces = {n: TrainedShard.of(p) for n, p in policy.adapter_parameters().items() if isinstance(p, DTensor)}
-    found = ShardedBase(policy, [*layers, *cut], settings.reshard_after_forward, pieces, split)
+    found = ShardedBase(policy, settings, parallel, layers, pieces, cut, split)
     found._read_pieces(True)
     return found
+
+
+def _move(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """In place: modules and optimisers keep the tensors that they hold."""
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
+
+
+def check_fits(policy: ConditionedPolicy, room: int) -> None:
+    """Raises ConfigError for a policy whose weights take more than `room` bytes."""
+    size = sum(p.numel() * p.element_size() for p in policy.conditioned.parameters())
+    if size > room:
+        raise ConfigError(
+            f"the policy's weights take {size / 1e9:.0f} GB, more than the {room / 1e9:.0f} GB of a GPU, and fsdp holds them "
+            "whole while completions are drawn; set fsdp_config: {gather_for_generation: false}, which gathers layer by layer"
+        )
 
 
 def _cut_projection(policy: ConditionedPolicy, options: dict[str, Any]) -> list[FSDPModule]:

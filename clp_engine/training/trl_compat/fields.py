@@ -157,7 +157,9 @@ FIELDS: dict[str, Field] = {
     "pad_to_multiple_of": _refused(
         "auto", "training packs tokens and pads nothing; leave it out", ("auto", None)
     ),
-    "ds3_gather_for_generation": _refused(True, "there is no DeepSpeed here; leave it out"),
+    "ds3_gather_for_generation": _refused(
+        True, "there is no DeepSpeed here; with fsdp it is gather_for_generation in fsdp_config"
+    ),
     "chat_template_kwargs": _same(None, "set in the tokenizer's template, which is saved with the policy"),
     "dataloader_drop_last": _accepted(False, "epochs join without a gap, no row is dropped"),
     "dataloader_num_workers": _accepted(0, _LOADER),

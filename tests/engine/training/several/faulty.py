@@ -82,6 +82,16 @@ if fault == "disk" and RANK == 0:
         return written(*arguments, **options)
 
     checkpoint.save_file = save_file
+if fault in ("raises in a layer", "hangs in a layer") and RANK == 1:
+    layer = trainer.policy.model.model.layers[1]
+
+    def spoil(module, inputs):
+        if trainer.state.global_step == 2 and inputs[0].shape[1] == 1:  # a token of a completion
+            if fault == "hangs in a layer":
+                time.sleep(1000)
+            raise ValueError("the layer has gone home")
+
+    layer.mlp.register_forward_pre_hook(spoil)
 again = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 trainer.train(resume_from_checkpoint=again or None)
 print(f"rank {RANK} at the end, step {trainer.state.global_step}", flush=True)

@@ -31,6 +31,18 @@ def test_a_reward_that_raises_on_one_rank(tmp_path):
     assert cause.startswith("process 1 of 2: ") and "the judge has gone home" in cause
 
 
+LAYERWISE = {"fsdp": "full_shard", "fsdp_config": {"gather_for_generation": False}}
+
+
+@pytest.mark.check
+def test_a_layer_that_raises_on_one_rank_in_the_middle_of_drawing(tmp_path):
+    """The other process waits for the next layer, in a collective of torch's FSDP."""
+    said, code, step = ended(tmp_path, "raises in a layer", **LAYERWISE)
+    assert code != 0 and step == 2
+    (cause,) = causes(said)
+    assert cause.startswith("process 1 of 2: ") and "the layer has gone home" in cause
+
+
 def test_a_killed_process_and_a_launcher_that_starts_again(tmp_path):
     said, code, step = ended(tmp_path, "killed", options=["--max-restarts=1"])
     assert code == 0 and step == 5, said[-2000:]
@@ -74,8 +86,9 @@ def test_an_interrupt_of_one_process_ends_all_with_a_checkpoint(tmp_path):
 
 
 @pytest.mark.check
-def test_a_process_that_hangs_ends_the_run_at_the_limit(tmp_path):
-    said, code, step = ended(tmp_path, "hangs", ddp_timeout=8)
+@pytest.mark.parametrize("fault, settings", [("hangs", {}), ("hangs in a layer", LAYERWISE)])
+def test_a_process_that_hangs_ends_the_run_at_the_limit(tmp_path, fault, settings):
+    said, code, step = ended(tmp_path, fault, ddp_timeout=8, **settings)
     assert code != 0 and step == 2
     (cause,) = causes(said)
     assert "ddp_timeout = 8 seconds" in cause and "reward function may hang" in cause

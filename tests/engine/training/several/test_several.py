@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import layerwise
 import projection
 import pytest
 import same_bits
@@ -39,6 +40,19 @@ FEW_SHARDED = [
 # Each of a kind of output projection (tied, tied with deltas, low-rank, a whole delta, a softcap) and of backward passes.
 FEW_SPLIT = ["form full", "form logit", "form none carried by full", "estimator mixed", "model gemma2"]
 SPLIT = {"fsdp": "full_shard", "fsdp_config": {"vocab_parallel": True}}
+FEW_LAYERWISE = [
+    "form logit",
+    "estimator mixed",
+    "baseline value",
+    "selected rollouts",
+    "evaluations",
+    "best",
+]
+LAYERWISE = {"fsdp": "full_shard", "fsdp_config": {"gather_for_generation": False}}
+SPLIT_LAYERWISE = {
+    "fsdp": "full_shard",
+    "fsdp_config": {"vocab_parallel": True, "gather_for_generation": False},
+}
 # A token's KL is a difference of two numbers of some 4, and wrong by up to 3e-7 in float32; a completion has up to 6 tokens.
 KL_ROUNDING = 2e-6
 TIMES = ("time", "runtime", "per_second", "logp_difference")  # the last is rounding itself
@@ -105,6 +119,45 @@ def test_two_processes_with_a_sharded_base_are_one_run(one, tmp_path):
     # Two passes of each process over three groups, each with a sum in float32.
     for step in second["steps"]:
         assert sum(size for name, size in step if name == "reduce_scatter") == 2 * second["sharded deltas"]
+
+
+@pytest.mark.check
+def test_two_processes_that_never_have_the_base_whole_are_one_run(tmp_path):
+    """Drawing, scoring, the update, evaluations, checkpoints: at most two of five layers at once. A batch of one group leaves
+    the second process without a completion, and it gathers all the same."""
+    phases = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    sizes = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 6}
+    partial = {"partial_rollouts": True, "max_completion_length_per_step": 3}
+    runs = {
+        "deltas": {**phases, **sizes, **partial, "conditioning": "full"},
+        "idle": {**phases, **sizes, "per_device_train_batch_size": 2},
+    }
+    for count, extra in ((1, {}), (2, LAYERWISE)):
+        done = launched(count, "layerwise.py", str(tmp_path / str(count)), runs, extra)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in runs:
+        one, two = (tmp_path / n / name for n in "12")
+        assert lines(one / "completions.jsonl") == lines(two / "completions.jsonl") != []
+        first, second = (load_file(place / "policy" / "adapters.safetensors") for place in (one, two))
+        for key, tensor in first.items():
+            assert (tensor - second[key]).norm() <= 1e-3 * tensor.norm().clamp_min(1e-6), key
+        # Sums and norms of the whole base, which nobody had when they were written.
+        bases = [(place / "checkpoint-2" / "policy" / "base_model.json").read_bytes() for place in (one, two)]
+        assert bases[0] == bases[1]
+        alone, *found = (
+            json.loads(path.read_text()) for path in (one / "0.json", two / "0.json", two / "1.json")
+        )
+        texts = [each["texts"][0] for each in (alone, *found)]
+        assert texts[0] == texts[1] and texts[2].startswith(texts[0])
+        assert [each["most"] for each in found] == [2, 2]
+        # The formula of docs/scaling.md. The block that ends is met at, as before an exchange.
+        most = sum(max(passes) for passes in zip(*(each["passes"] for each in found), strict=True))
+        blocks = 2 + 2 + 1  # of two steps' drawing, two evaluations, the texts
+        for each in found:
+            assert each["gathered"] == layerwise.LAYERS * most > 0
+            assert each["told"] == most + each["exchanges"] + blocks
+        if name == "idle":
+            assert sum(found[1]["passes"]) < sum(found[0]["passes"])
 
 
 def test_two_processes_with_a_split_projection_are_one_run(one, tmp_path):
@@ -174,13 +227,17 @@ def every(tmp_path_factory):
     [
         pytest.param(list(same_bits.RUNS), {}, id="whole"),
         pytest.param(SHARDED, {"fsdp": True}, id="sharded"),
+        pytest.param(FEW_LAYERWISE, LAYERWISE, id="layer by layer"),
+        pytest.param(
+            ["evaluations", "form none carried by full"], SPLIT_LAYERWISE, id="split, layer by layer"
+        ),
         pytest.param([n for n in SHARDED if n.startswith(("form", "model", "estimator"))], SPLIT, id="split"),
     ],
 )
 def test_every_kind_of_run_is_the_same_in_two_processes(every, tmp_path, names, extra):
     together(names, tmp_path, **extra)
     for name in names:
-        assert_same(name, every, tmp_path, KL_ROUNDING if extra is SPLIT else 1e-7)
+        assert_same(name, every, tmp_path, KL_ROUNDING if extra in (SPLIT, SPLIT_LAYERWISE) else 1e-7)
 
 
 @pytest.mark.check

@@ -6,8 +6,8 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.policy.references import FrozenReference
 from clp_engine.training.parallel.sharding import ShardedBase, ShardSettings, check_own
 
-WHOLE_DELTAS = ShardedBase(None, [], True, {"layer.delta": None})
-FACTORS = ShardedBase(None, [], True, {})
+WHOLE_DELTAS = ShardedBase(None, ShardSettings(), None, [], {"layer.delta": None})
+FACTORS = ShardedBase(None, ShardSettings(), None, [], {})
 
 
 class Another:
