@@ -96,7 +96,7 @@ class Rollout:
     @cached_property
     def tokens(self) -> int:
         """The total number of completion tokens that the policy wrote."""
-        return int(self.counts[1].sum() if self.written is None else self.trained.sum())
+        return len(self.rows) if self.written is None else int(self.trained.sum())
 
     @cached_property
     def rows(self) -> torch.Tensor:
