@@ -56,7 +56,7 @@ def _settings(_) -> str:
     from clp_engine.training.settings.config import CLPConfig
 
     rows = []
-    for option in dataclasses.fields(CLPConfig):
+    for option in sorted(dataclasses.fields(CLPConfig), key=lambda option: option.kw_only):
         kind = option.type.replace(" | ", "` or `")
         numbers = TRAINING[option.name].described if option.name in TRAINING else ""
         text = option.metadata["help"]

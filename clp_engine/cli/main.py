@@ -13,7 +13,7 @@ from collections.abc import Sequence
 # torch and transformers take seconds to import: only commands that use them do.
 from clp_engine import __version__
 from clp_engine.cli import compare, demo, evaluate, export, generate, info, steer, train, variance
-from clp_engine.core.errors import ConfigError
+from clp_engine.core.errors import ConfigError, DrawingFailed
 from clp_engine.training import running
 
 # A command is a module with HELP, EPILOG, `add_arguments(parser)` and `run(arguments)`.
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
         return code or 0
-    except ConfigError as error:
+    except (ConfigError, DrawingFailed) as error:
         if debug:
             raise
         return _complain(f"error: {_one_line(error)}", 2, getattr(error, "of_one_process", False))

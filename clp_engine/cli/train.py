@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--objectives", help="which rewards, comma-separated (default: all, or the task's)")
     settings = parser.add_argument_group("settings")
-    for option in dataclasses.fields(CLPConfig):
+    for option in sorted(dataclasses.fields(CLPConfig), key=lambda option: option.kw_only):
         if option.name == "overwrite_output_dir":
             continue
         flag = "--" + option.name.replace("_", "-")

@@ -10,6 +10,10 @@ class ConfigError(ValueError):
     """A setting, file or argument that cannot be used. The message says what was given, what was expected, what to do."""
 
 
+class DrawingFailed(RuntimeError):
+    """Another program that draws completions was lost, and did not come back in time. What was trained before is whole."""
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 8
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120

@@ -104,12 +104,12 @@ def check(table: Mapping[str, Range], **values: Any) -> None:
 def check_fields(table: Mapping[str, Range], settings: Any) -> None:
     """`Range.check` for every field of a dataclass that has a range.
 
-    None is valid if it is the field's default. Several numbers are valid if the field is a list or mapping of them.
+    None is valid if the field's type has it. Several numbers are valid if the field is a list or mapping of them.
     """
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name in table and not (value is None and field.default is None):
-            hint = str(field.type)
+        hint = str(field.type)
+        if field.name in table and not (value is None and (field.default is None or "None" in hint)):
             several = LISTS * ("list[" in hint) + MAPPINGS * ("dict[" in hint)
             table[field.name].check(field.name, value, several)
 
@@ -191,6 +191,12 @@ TRAINING = {
     "eval_delay": NOT_NEGATIVE,
     "save_steps": POSITIVE,
     "save_total_limit": Range(int, off="None, 0 or less"),
+    "vllm_server_port": Range(int, 1, 65535),
+    "vllm_server_timeout": POSITIVE,
+    "vllm_gpu_memory_utilization": Range(float, 0, 1, open_low=True),
+    "vllm_max_model_length": COUNT,
+    "vllm_importance_sampling_clip_max": Range(float, 0, open_low=True, off="None"),
+    "vllm_importance_sampling_clip_min": Range(float, 0, off="None"),
 }
 
 EVALUATION = {

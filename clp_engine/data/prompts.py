@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _AT_THE_START, _AT_ONCE = 100_000, 1000  # most rows encoded at the start; rows in one call of a tokenizer
 # Columns that no reward function receives (as in TRL), and argument names that hold something else than a column.
 _WITHHELD = ("prompt", "completion", "completion_ids")
-_TAKEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+TAKEN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def check_row(row: Any, where: str) -> None:
             plain = [name if isinstance(name, str) and name.isprintable() else shown(name) for name in row]
             has = f"the columns {', '.join(plain)}"
         raise ConfigError(f"each row of a dataset needs a 'prompt'; {where} has {has}")
-    for name in _TAKEN:
+    for name in TAKEN:
         if name in row:
             raise ConfigError(
                 f"{where} has a column {name!r}, under which a reward function receives something else; rename it"

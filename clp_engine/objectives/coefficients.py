@@ -69,11 +69,12 @@ ratio, whose gradient is k2's where the ratio is one (r' k3 + r k3' = s k3 + s (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from clp_engine.objectives.advantages import BASELINES, baselined, check_groups
+from clp_engine.objectives.importance import Correction, importance_weights
 
 ESTIMATORS = ("return", "exact", "mixed", "k2", "k3")
 
@@ -117,6 +118,7 @@ class RewardedTokens:
     old_logprob: (B, T), the log-probs the completions were sampled with, where the policy has moved since.
     advantage: (B,), see `advantages`, where the rows are a part of their groups: rewards, group_size and baseline are then not
         looked at.
+    sampled_logprob: (B, T), what another program drew the tokens with, see `importance.importance_weights`.
     """
 
     tokens: Tokens
@@ -127,6 +129,7 @@ class RewardedTokens:
     values: torch.Tensor | None = None
     old_logprob: torch.Tensor | None = None
     advantage: torch.Tensor | None = None
+    sampled_logprob: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Coefficients:
     clip_low, clip_high: scalars, the fraction of the counted tokens whose ratio was clipped from below and
         from above; None without old_logprob. clip_low_min, clip_high_max: the least and the largest such
         fraction of any row.
+    importance: (B, T), what the term in A was multiplied by because another program drew the tokens; None without.
     """
 
     logprob: torch.Tensor
@@ -149,6 +153,7 @@ class Coefficients:
     clip_high: torch.Tensor | None = None
     clip_low_min: torch.Tensor | None = None
     clip_high_max: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
 
 
 def objective_scales(kl: torch.Tensor, kl_is_beta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,6 +183,7 @@ def coefficients(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     delta: float | None = None,
+    correction: Correction | None = None,
 ) -> Coefficients:
     """The coefficients that estimate the gradient of J (formulas at the top of the module).
 
@@ -189,6 +195,8 @@ def coefficients(
         well, min(min(ratio, delta) * A, ...): beyond it c_logprob is 0 whatever the sign of A. The KL terms use the current
         log-probs; the loss terms (exact's kl, k2, k3) carry no ratio, as in TRL. Ratio by token and clipping are biased both,
         towards the policy that sampled.
+    correction: with batch.sampled_logprob the term in A is multiplied by the weights of `importance_weights`, from what drew
+        the tokens to the policy at that time: old_logprob, or logprob where the policy has not moved since. None: by one.
 
     Returns Coefficients in the dtype of tokens.logprob, detached. Raises ValueError for an unknown name, a shape that does not
     fit, or a missing tokens.kl.
@@ -225,12 +233,19 @@ def coefficients(
         score, *shares = _clipped(score, tokens, batch.old_logprob, epsilon, epsilon_high, delta)
         clipped = tuple(shares)
 
+    importance = None
+    if batch.sampled_logprob is not None and correction is not None:
+        drawing = tokens.logprob if batch.old_logprob is None else batch.old_logprob
+        importance = importance_weights(drawing, batch.sampled_logprob, mask, correction)
+        score = score * importance
+
     loss_coef = (kl_coef * counts).unsqueeze(-1) * mask
     if estimator == "k2":
         score = score - loss_coef * log_ratio
     elif estimator == "k3":
         score = score + loss_coef * torch.expm1(-log_ratio)
-    return Coefficients(score, -exact * loss_coef if exact else None, advantage, *clipped)
+    found = Coefficients(score, -exact * loss_coef if exact else None, advantage, *clipped)
+    return found if importance is None else replace(found, importance=importance)
 
 
 @torch.no_grad()

@@ -50,8 +50,9 @@ class Needs:
 class ForwardPass(Protocol):
     """A micro-batch after its pass through the policy, whose graph is still there.
 
-    rewarded: the batch that the coefficients are taken from. hidden: (N, H) of its N completion tokens, in the order of
-    mask.nonzero(). predicted: (N,), what `Objective.predictions` returned. counted: (B, T) bool, the tokens in the loss.
+    rewarded: the batch that the coefficients are taken from. hidden: (N, H) of its N completion tokens, in their order.
+    predicted: what `Objective.predictions` returned of the tokens of `rewarded.tokens.mask`, which an environment's are not
+    among. counted: (B, T) bool, the tokens in the loss.
     """
 
     @property

@@ -21,6 +21,7 @@ from clp_engine.objectives.coefficients import (
     objective_scales,
     returns_to_go,
 )
+from clp_engine.objectives.importance import Correction
 from clp_engine.objectives.losses import loss_weights
 from clp_engine.objectives.objective import ForwardPass, Needs
 from clp_engine.objectives.value_head import ValueHead, explained_variance
@@ -36,6 +37,7 @@ class LossSettings:
     kl_estimator, epsilon, epsilon_high, delta                  `coefficients.coefficients`
     baseline, scale_rewards                                     `advantages.baselined`, `advantages.rescale_rewards`
     loss_type, max_completion_length                            `losses.loss_weights`
+    correction                                                  `importance.importance_weights`, None for none
     kl_is_beta, log_kl                                          `coefficients.objective_scales`, `coefficients.needs_reference`
     mask_truncated: completions that never ended are left out of the loss, not out of the baseline.
     """
@@ -51,6 +53,7 @@ class LossSettings:
     delta: float | None = None
     kl_is_beta: bool = False
     log_kl: bool = False
+    correction: Correction | None = Correction()
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class PolicyGradient:
             epsilon=s.epsilon,
             epsilon_high=s.epsilon_high,
             delta=s.delta,
+            correction=s.correction,
         )
 
     def advantages(self, rewarded: RewardedTokens) -> torch.Tensor:

@@ -7,6 +7,7 @@ the batch, or on when the row joined.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from clp_engine.core.sizes import BOOKKEEPING, check_size
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.rollouts.engines.choice import engine_of
 from clp_engine.rollouts.types import (
+    OWN_ENGINE,
     Rollout,
     RolloutEngine,
     RolloutRequest,
@@ -93,6 +95,8 @@ def rollout(
         derive(seed, torch.arange(rows)) if row_seeds is None else row_seeds,
         begun,
         len(prompt_ids) if max_rows is None else max(1, max_rows // num_generations),
+        prompts,
     )
     with _TURNS.setdefault(model, threading.RLock()):
-        return (engine or engine_of(source)).run(request)
+        drawn = (engine or engine_of(source)).run(request)
+    return drawn if drawn.engine == OWN_ENGINE else dataclasses.replace(drawn, sampled=drawn.logprobs)

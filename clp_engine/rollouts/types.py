@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -53,7 +53,12 @@ class Rollout:
     completion_ids: (B, T) int64, right-padded, with the end token. completion_mask: (B, T) bool.
     logprobs: (B, T) float32, from sampling, at the sampling temperature. terminated: (B,) bool.
     plain_ids, plain_mask: (P, S'), the prompts for the reference if the policy reads others (prompt conditioning), or None.
-    engine: the engine that the log-probs come from; those of OWN_ENGINE are the policy's to rounding.
+    engine: the engine that drew; log-probs of OWN_ENGINE are the policy's to rounding.
+    sampled: (B, T) float32, what another engine drew with, None for OWN_ENGINE. NaN where it does not know. logprobs may then
+        have been computed by the policy.
+    written: (B, T) bool, the completion tokens that the policy wrote. Others, which an environment wrote, are read and not
+        trained on. None: all of completion_mask.
+    columns: values of each completion for the reward functions, by name, or None.
     """
 
     prompt_ids: torch.Tensor
@@ -65,6 +70,14 @@ class Rollout:
     plain_ids: torch.Tensor | None = None
     plain_mask: torch.Tensor | None = None
     engine: str = OWN_ENGINE
+    sampled: torch.Tensor | None = None
+    written: torch.Tensor | None = None
+    columns: Mapping[str, list] | None = None
+
+    @property
+    def trained(self) -> torch.Tensor:
+        """(B, T) bool: the tokens that the policy wrote."""
+        return self.completion_mask if self.written is None else self.completion_mask & self.written
 
     @property
     def group(self) -> int:
@@ -82,8 +95,8 @@ class Rollout:
 
     @cached_property
     def tokens(self) -> int:
-        """The total number of completion tokens."""
-        return int(self.counts[1].sum())
+        """The total number of completion tokens that the policy wrote."""
+        return len(self.rows) if self.written is None else int(self.trained.sum())
 
     @cached_property
     def rows(self) -> torch.Tensor:
@@ -127,6 +140,9 @@ class Rollout:
             plain_ids,
             plain_mask,
             self.engine,
+            sampled=None if self.sampled is None else self.sampled[rows, :keep],
+            written=None if self.written is None else self.written[rows, :keep],
+            columns=self.columns_of(range(len(self.completion_ids))[rows]),
         )
         part.__dict__["counts"] = prompt_lengths, lengths
         return part
@@ -146,8 +162,17 @@ class Rollout:
             plain_ids,
             plain_mask,
             self.engine,
+            sampled=None if self.sampled is None else self.sampled[rows],
+            written=None if self.written is None else self.written[rows],
+            columns=self.columns_of(rows.tolist()),
         )
         return part.prompts(0, len(prompts))
+
+    def columns_of(self, rows: Sequence[int]) -> dict[str, list] | None:
+        """The columns of these completions, in this order."""
+        if self.columns is None:
+            return None
+        return {name: [values[i] for i in rows] for name, values in self.columns.items()}
 
     def token_lists(self) -> list[list[int]]:
         """The tokens of each completion without padding, with the end token."""
@@ -245,6 +270,7 @@ class RolloutRequest:
     row_seeds: (B,) int64, one stream of random numbers per completion.
     begun: the existing tokens of each completion, with which prompt_ids end, or None. Only the tokens after them are returned.
     at_once: the most prompts whose completions are drawn together.
+    prompts: the texts or chats that the prompts were made from, for an engine that reads them; None if they are unknown.
     """
 
     source: Samplable
@@ -257,6 +283,7 @@ class RolloutRequest:
     row_seeds: torch.Tensor
     begun: Sequence[Sequence[int]] | None
     at_once: int
+    prompts: Sequence | None = None
 
     @cached_property
     def blend(self) -> torch.Tensor | None:

@@ -27,7 +27,9 @@ from clp_engine.policy.peft import lora_config
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.policy.references import Reference
 from clp_engine.rollouts.engines.choice import detours
+from clp_engine.rollouts.types import RolloutEngine
 from clp_engine.training.collecting.collector import CollectorParts
+from clp_engine.training.collecting.other_engines import scored_again
 from clp_engine.training.collecting.planning import Planner
 from clp_engine.training.collecting.rewarding import Rewarding
 from clp_engine.training.metrics import PhaseTimer
@@ -315,6 +317,7 @@ def build_collector_parts(
     weighting: Weighting,
     timer: PhaseTimer,
     parallel: Parallel,
+    engine: RolloutEngine | None = None,
 ) -> CollectorParts:
     rewarding = Rewarding(
         policy,
@@ -330,7 +333,8 @@ def build_collector_parts(
         parallel,
         a.rollout_settings.prompts_per_step,
     )
-    return CollectorParts(policy, Planner(weighting, a.rollout_settings), rewarding, timer, parallel)
+    planner = Planner(weighting, a.rollout_settings)
+    return CollectorParts(policy, planner, rewarding, timer, parallel, engine, scored_again(a))
 
 
 @torch.no_grad()

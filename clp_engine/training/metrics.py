@@ -68,9 +68,10 @@ class MetricLog:
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:
-    """completions/{mean,min,max}_length, the same of those that ended, 0 where none did; clipped_ratio: the share that did
-    not."""
-    lengths, terminated = rollout.counts[1].float(), rollout.terminated.cpu()
+    """completions/{mean,min,max}_length in tokens that the policy wrote, the same of those that ended, 0 where none did;
+    clipped_ratio: the share that did not."""
+    lengths = rollout.counts[1] if rollout.written is None else rollout.trained.sum(-1).cpu()
+    lengths, terminated = lengths.float(), rollout.terminated.cpu()
     result = {f"completions/{kind}_length": value for kind, value in _spread(lengths).items()}
     ended = lengths[terminated]
     ended = ended if len(ended) else torch.zeros(1)

@@ -29,18 +29,20 @@ import torch
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clp_engine.core.errors import ConfigError
+from clp_engine.core.errors import ConfigError, DrawingFailed
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData
 from clp_engine.objectives.objective import Objective
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.policy.references import FrozenReference, Reference
+from clp_engine.rollouts.types import RolloutRequest
 from clp_engine.training import building
 from clp_engine.training.budget import Budget, Epochs, Progress, of_run
 from clp_engine.training.checkpoints.keeping import KeptRun
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import WholeRollouts
+from clp_engine.training.collecting.other_engines import Publishing, engine_for
 from clp_engine.training.collecting.partial_rollouts import PartialRollouts
 from clp_engine.training.collecting.rollout_selection import Selector
 from clp_engine.training.evaluating import Evaluating
@@ -72,7 +74,8 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         a `datasets.Dataset`, or an iterable, which is streamed (`streams`); eval_dataset also a mapping from names to datasets.
     processing_class: the tokenizer, if it is not the model's own. callbacks: transformers.TrainerCallback classes or objects.
     optimizers: (optimizer, scheduler) over `policy.adapter_parameters()`, instead of fused AdamW and `lr_scheduler_type`.
-    tools, rollout_func, environment_factory: TRL's; refused.
+    rollout_func: a function (prompts, trainer) that draws the completions, see `RolloutFunction`. tools, environment_factory:
+        TRL's; refused.
     condition_sampler: a `Weighting` that draws (w, kl), instead of the one `args` describes. objective: an `Objective`, instead
         of the policy gradient that `args` describes. reference: a `Reference`; the base model, all run long, unless given.
     """
@@ -102,7 +105,6 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
             reward_funcs,
             quantization_config,
             tools=tools,
-            rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
         self.args = a = args or CLPConfig()
@@ -131,6 +133,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
             self.timer = PhaseTimer(self.policy.device)
             self.objective = objective or building.build_objective(a, self.policy)
             self.reference = reference or FrozenReference()
+            self.rollout_engine = engine_for(a, self.policy, self.parallel, rollout_func, self)
             self.collector_parts = building.build_collector_parts(
                 a,
                 self.policy,
@@ -140,6 +143,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
                 self.sampler,
                 self.timer,
                 self.parallel,
+                self.rollout_engine,
             )
             self.collector = (PartialRollouts if a.partial_rollouts else WholeRollouts)(self.collector_parts)
             self.selector = Selector(
@@ -156,6 +160,7 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         )
         self._batch: TrainingBatch | None = None  # of the last step
         self.num_generated_tokens = 0
+        self.rollout_request: RolloutRequest | None = None  # while a rollout_func runs
         local_main = self.parallel.accelerator is None or self.parallel.accelerator.is_local_main_process
         self.state = TrainerState(
             is_local_process_zero=local_main, is_world_process_zero=self.parallel.is_main
@@ -281,7 +286,11 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing")
         with one_voice(self.parallel), self._folder():
-            return self._train(resume_from_checkpoint)
+            try:
+                return self._train(resume_from_checkpoint)
+            finally:
+                if isinstance(self.rollout_engine, Publishing):
+                    self.rollout_engine.close()
 
     def _train(self, resume_from_checkpoint: str | Path | bool | None) -> TrainOutput:
         self._prepare(resume_from_checkpoint)
@@ -300,6 +309,10 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
                         "%s, at step %d of %d: training ends here", end, state.global_step, state.max_steps
                     )
                     break
+                except DrawingFailed:
+                    if state.global_step > first_step:  # nothing of the step that failed has been trained on
+                        self._save_when_whole()
+                    raise
                 if self._stops:
                     self._save_when_whole()
                     raise KeyboardInterrupt

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from engine.conftest import build_tokenizer
+from rollouts_from_vllm import GAP, GAPS, log_of, trainer_of
 from served import CHAT_TEMPLATE, DEFAULT, NEW_TOKENS, PLAIN, prepare, prompt
+
+from clp_engine import ConditionedPolicy
+from clp_engine.core.errors import DrawingFailed
 
 START, ANSWER = 300, 120  # seconds
 WEIGHTS = {"a": 0.3, "b": 0.7}
@@ -27,19 +32,34 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [
+        self.command = [
             # What `vllm serve` runs; the command itself asks for the version of a package "vllm", which the CPU build is not.
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served.base)),
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "base"),
             *("--dtype", "float32", "--enforce-eager", "--max-model-len", "128"),
             *("--max-num-batched-tokens", "32", "--max-num-seqs", "16", "--gpu-memory-utilization", "0.05"),
-            *("--enable-lora", "--max-loras", "2", "--max-lora-rank", str(served.max_lora_rank)),
+            *(
+                "--logprobs-mode",
+                "processed_logprobs",
+                "--enable-lora",
+                "--max-loras",
+                "2",
+                "--max-lora-rank",
+                str(served.max_lora_rank),
+            ),
             *("--lora-modules", f"stack={served.stack}", f"plain={served.plain}"),
         ]
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        with log.open("wb") as stream:
+        self.start()
+
+    def start(self):
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        }
+        with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+                self.command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
             self.wait()
@@ -82,6 +102,10 @@ class Server:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=ANSWER) as answer:
+            return answer.status, json.load(answer)
 
     def tokens(self, model, ids, xargs=None):
         body = {"model": model, "prompt": ids, "max_tokens": NEW_TOKENS, "temperature": 0}
@@ -191,6 +215,48 @@ def test_a_beam_search_with_weights_is_refused(server):
     }
     status, answer = server.post("/v1/completions", **body, vllm_xargs=XARGS[0])
     assert status == 400 and "beam search passes no vllm_xargs on" in answer["error"]["message"]
+
+
+def kill_after(server, count, trainer, then):
+    """Kill the server when it has answered so many completions of `trainer`, some others being under way."""
+    vllm, answered, lock = trainer.rollout_engine._vllm, [], threading.Lock()
+    completed = vllm._completed
+
+    def counting(*arguments):
+        found = completed(*arguments)
+        with lock:
+            answered.append(found)
+            if len(answered) == count:
+                os.killpg(server.process.pid, signal.SIGKILL)
+                server.process.wait()
+                then(vllm)
+        return found
+
+    vllm._completed = counting
+
+
+def test_a_server_that_dies_within_a_step_is_waited_for_or_ends_the_run_with_a_checkpoint(server, tmp_path):
+    """The last test of this server."""
+    policy = ConditionedPolicy.from_pretrained(
+        server.served.base, ("a", "b"), rank=4, kl_conditioning="linear", seed=1
+    )
+    of_server = {"vllm_mode": "server", "vllm_server_base_url": server.url, "rollout_rows": 4}
+    trainer = trainer_of(policy, tmp_path, **of_server)
+
+    def again(_):
+        threading.Thread(target=server.start).start()
+
+    def for_good(vllm):
+        vllm._timeout = 2.0
+
+    kill_after(server, 16 + 6, trainer, again)  # in the second step, whose 10 others are drawn again
+    kill_after(server, 32 + 6, trainer, for_good)
+    with pytest.raises(DrawingFailed, match="does not answer .* waited for 2 seconds .*last checkpoint"):
+        trainer.train()
+    log = log_of(tmp_path)
+    assert [entry["step"] for entry in log] == [1, 2] and all(entry[GAPS] < GAP for entry in log)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list((tmp_path / "vllm").iterdir())
 
 
 def test_the_plug_in_is_found_by_its_entry_point_and_refuses_another_vllm(tmp_path):

@@ -36,6 +36,6 @@ def test_a_yaml_file_of_a_script_is_read_and_what_is_not_a_setting_is_refused(tm
     file.write_text("output_dir: there\nlearning_rate: 1.0e-5\nmodel_init_kwargs:\n  dtype: bfloat16\n")
     (parsed,) = TrlParser((CLPConfig,)).parse_args_and_config(["--config", str(file)])
     assert parsed == CLPConfig("there", learning_rate=1e-5, model_init_kwargs={"dtype": "bfloat16"})
-    file.write_text("use_vllm: true\n")
-    with pytest.raises(ValueError, match="use_vllm"):
+    file.write_text("torch_compile: true\n")
+    with pytest.raises(ValueError, match="torch_compile"):
         TrlParser((CLPConfig,)).parse_args_and_config(["--config", str(file)])

@@ -23,8 +23,7 @@ class TrainingBatch:
     token_share: of each group's tokens that stay in the loss (`objectives.selection`).
     old_logprob: (B, T), what the tokens were sampled with, where the policy has moved since (`rollout.logprobs`); None in
         the pass of the policy that sampled them, whose ratio is one by construction.
-    stale: some tokens were sampled by an older policy than that of the first pass, or by another program, so that the first
-        pass has a ratio, too.
+    stale: some tokens were sampled by an older policy than that of the first pass, which has a ratio then, too.
     shares: which process computes which prompts, where there are several. But for `reference` and `values`, everything here
         is of all processes, and the same in each.
     passes: over these completions so far. values: (B, T), what the objective predicted of each token in the first pass.

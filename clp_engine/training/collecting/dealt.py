@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from clp_engine.core.errors import ConfigError
+from clp_engine.core.errors import ConfigError, DrawingFailed
 from clp_engine.data.rewards import PendingRewards
 from clp_engine.rollouts.scoring import tokens_of_groups
 from clp_engine.rollouts.types import Rollout
@@ -28,19 +28,29 @@ def drawn_by_all(
     pad_id: int,
     device: torch.device,
 ) -> Rollout:
-    """The completions of all prompts; each process draws its share. draw: draws those of the prompts at some indices."""
+    """The completions of all prompts; each process draws its share. draw: draws those of the prompts at some indices.
+
+    Raises DrawingFailed in every process where another program failed one of them.
+    """
     if parallel.count == 1:
         return draw(list(range(len(token_ids))))
     shares = deal_rows([len(ids) for ids in token_ids], parallel.count)
-    own = shares[parallel.rank]
-    found = parallel.gather((_digest(token_ids), _on_host(draw(own)) if own else None))
-    for rank, (digest, _) in enumerate(found):
+    own, failed = shares[parallel.rank], None
+    part = None
+    try:
+        part = _on_host(draw(own)) if own else None
+    except DrawingFailed as error:
+        failed = str(error)
+    found = parallel.gather((_digest(token_ids), part, failed))
+    if failures := [failed for *_, failed in found if failed is not None]:
+        raise DrawingFailed(failures[0])
+    for rank, (digest, *_) in enumerate(found):
         if digest != found[0][0]:
             raise ConfigError(
                 f"process {rank} of {parallel.count} reads other prompts than process 0; every process must be given the same "
                 "dataset, in the same order, and the same tokenizer"
             )
-    return _joined([part for _, part in found], shares, pad_id, device)
+    return _joined([part for _, part, _ in found], shares, pad_id, device)
 
 
 def dealt(parallel: Parallel, drawn: Rollout, per_step: int) -> Shares | None:
@@ -151,4 +161,20 @@ def _joined(
         whole("plain_ids", 1, pad_id, left=True),
         whole("plain_mask", 1, False, left=True),
         first.engine,
+        whole("sampled", group, 0.0),
+        whole("written", group, False),
+        _columns(there, prompts, group),
     )
+
+
+def _columns(there: Sequence[tuple[Rollout, torch.Tensor]], prompts: int, group: int) -> dict | None:
+    if there[0][0].columns is None:
+        return None
+    found: dict[str, list] = {}
+    for part, share in there:
+        rows = [p * group + i for p in share.tolist() for i in range(group)]
+        for name, values in part.columns.items():
+            column = found.setdefault(name, [None] * (prompts * group))
+            for row, value in zip(rows, values):
+                column[row] = value
+    return found

@@ -36,7 +36,6 @@ from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import Rollout, pad_left
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import CollectorParts
-from clp_engine.training.collecting.dealt import drawn_by_all
 
 
 @dataclass
@@ -152,12 +151,13 @@ class PartialRollouts:
                 prompts=batch.prompts,
                 max_rows=self._settings.max_rows,
                 begun=None if begun is None else [begun[p] for p in prompts],
+                engine=self._parts.engine,
             )
 
         read = whole.token_ids
         if begun is not None:
             read = [[*ids, *tokens] for ids, tokens in zip(read, begun)]
-        drawn = drawn_by_all(self._parts.parallel, read, draw, policy.pad_token_id, policy.device)
+        drawn = self._parts.drawn_by_all(read, draw)
         logprobs = drawn.logprobs.tolist()
         for c, tokens, values, ended in zip(
             completions, drawn.token_lists(), logprobs, drawn.terminated.tolist()

@@ -47,7 +47,7 @@ def reference_hidden(
     found: list[torch.Tensor | None] = [None] * drawn.completion_ids.shape[0]
     tokens = of_a_token = 0
     for prompts, rows, part in micro_parts(drawn, batching, mine):
-        tokens += part.tokens
+        tokens += len(part.rows)
         if of_a_token and tokens * of_a_token > MAX_BYTES:
             break
         hidden = states_of(reference, policy, part, conditions[prompts])

@@ -19,7 +19,7 @@ from clp_engine.objectives.objective import Objective
 from clp_engine.objectives.weightings import Weighting
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.policy.references import Reference
-from clp_engine.rollouts.types import OWN_ENGINE, Rollout
+from clp_engine.rollouts.types import Rollout
 from clp_engine.training.collecting import reference_states
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.dealt import Rewarded, dealt, rewarded_by_all
@@ -120,7 +120,6 @@ class Rewarding:
             metrics | found.metrics,
             drawn.tokens,
             reference,
-            stale=drawn.engine != OWN_ENGINE,
             shares=shares,
         )
         return made, found.columns
@@ -150,6 +149,7 @@ class Rewarding:
         self, batch: PromptBatch, drawn: Rollout, state: TrainerState, among: Sequence[str] | None = None
     ) -> PendingRewards:
         prompts, columns = batch.repeated(drawn.group)
+        columns |= drawn.columns or {}
         token_lists = drawn.token_lists()
         texts = completion_texts(self.tokenizer, token_lists, prompts)
         return self.rewards.start(prompts, texts, token_lists, columns, among, trainer_state=state)

@@ -84,11 +84,13 @@ class Selector:
                 batch.shares and batch.shares.mine,
             )
             self.parallel.sum_([reference])  # each process has those of its own rows, and zeros
-        tokens = Tokens(drawn.logprobs, reference, None, drawn.completion_mask)
+        tokens = Tokens(drawn.logprobs, reference, None, drawn.trained)
         return self.objective.advantages(RewardedTokens(tokens, batch.scalar, kl_coef, scale, drawn.group))
 
 
 def _taken(drawn: Rollout, rows: torch.Tensor) -> Rollout:
     """These completions, as many of each prompt."""
-    names = ("completion_ids", "completion_mask", "logprobs", "terminated")
-    return dataclasses.replace(drawn, **{name: getattr(drawn, name)[rows] for name in names})
+    names = ("completion_ids", "completion_mask", "logprobs", "terminated", "sampled", "written")
+    taken = {name: getattr(drawn, name) for name in names}
+    taken = {name: None if values is None else values[rows] for name, values in taken.items()}
+    return dataclasses.replace(drawn, **taken, columns=drawn.columns_of(rows.tolist()))

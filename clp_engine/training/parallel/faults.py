@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from transformers.trainer_callback import TrainerControl
 
-from clp_engine.core.errors import ConfigError
+from clp_engine.core.errors import ConfigError, DrawingFailed
 from clp_engine.training.parallel.processes import Lost, Parallel
 
 _MARK = "clp_engine/failed"
@@ -33,7 +33,7 @@ class ProcessFailed(RuntimeError):
 def one_voice(parallel: Parallel) -> Iterator[None]:
     """Around what several processes do together. Of several that fail, one raises, naming its rank; SystemExit ends the others.
 
-    KeyboardInterrupt is the main process's.
+    KeyboardInterrupt and DrawingFailed are the main process's.
     """
     if parallel.count == 1:
         yield
@@ -47,6 +47,11 @@ def one_voice(parallel: Parallel) -> Iterator[None]:
         if parallel.is_main:
             raise
         raise SystemExit(130) from None
+    except DrawingFailed:  # every process was told, and has ended its part
+        if parallel.is_main:
+            raise
+        time.sleep(_PATIENCE)
+        raise SystemExit(1) from None
     except Lost as lost:
         time.sleep(_PATIENCE)
         if not _first():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from clp_engine.core.errors import ConfigError
+from clp_engine.core.errors import ConfigError, DrawingFailed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,6 +115,17 @@ class Parallel:
         self.meet()
         with self.waiting():
             return gather_object([value])
+
+    def by_main(self, act: Callable[[], None]) -> None:
+        """Let the main process act, while the others wait. Raises DrawingFailed everywhere where it does there."""
+        failed = None
+        if self.is_main:
+            try:
+                act()
+            except DrawingFailed as error:
+                failed = str(error)
+        if (reason := self.gather(failed)[0]) is not None:
+            raise DrawingFailed(reason)
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by the sum of all processes', one collective for each; all processes give the same shapes."""

@@ -19,6 +19,7 @@ from clp_engine.objectives.losses import LOSS_TYPES
 from clp_engine.objectives.policy_gradient import PolicyGradient
 from clp_engine.objectives.selection import ROLLOUT_SELECTIONS, SCHEDULES, TOKEN_SELECTIONS
 from clp_engine.policy.prompt_conditioning import check_template
+from clp_engine.training.settings import vllm
 from clp_engine.training.trl_compat import model_init_kwargs
 
 CLPConfig = Any  # the module of CLPConfig imports this one
@@ -62,6 +63,7 @@ def check(c: CLPConfig) -> None:
     _check_rollouts(c)
     _check_selection(c)
     _check_groups(c)
+    vllm.check(c)
     if (sharding := c.sharding) is not None and sharding.activation_checkpointing:
         c.gradient_checkpointing = True
 

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from clp_engine.core.errors import ConfigError
@@ -21,11 +21,14 @@ from clp_engine.training.parallel.sharding import ShardSettings
 from clp_engine.training.settings import checks
 from clp_engine.training.settings.checks import KL_NAMES
 from clp_engine.training.settings.groups import MicroBatching, OptimiserSettings, RolloutSettings
+from clp_engine.training.settings.vllm import WITHOUT_EFFECT as OF_VLLM
+from clp_engine.training.settings.vllm import VllmSettings
+from clp_engine.training.settings.vllm import option as _option
 from clp_engine.training.trl_compat import settings
 
 DEFAULT_ALPHA = 0.1
 # Settings without effect on the computation: a resumed run may change them, and runs that differ only in them count as equal.
-WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = OF_VLLM | frozenset(
     """output_dir logging_steps logging_first_step eval_strategy eval_steps eval_delay save_strategy save_steps
     save_total_limit overwrite_output_dir log_completions report_to run_name disable_tqdm per_device_eval_batch_size
     reward_workers logging_strategy eval_on_start num_generations_eval ddp_timeout ddp_backend fsdp
@@ -36,14 +39,10 @@ WITHOUT_EFFECT = frozenset(
 BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 def _takes_trl_s_fields(cls: type) -> type:
     """Make the constructor take the fields of TRL's GRPOConfig beside the class's own, see `trl_compat.settings`."""
     plain = cls.__init__
-    names = [option.name for option in dataclasses.fields(cls)]
+    names = [option.name for option in dataclasses.fields(cls) if not option.kw_only]
     defaults = {option.name: option.default for option in dataclasses.fields(cls)}
 
     @functools.wraps(plain)
@@ -56,12 +55,13 @@ def _takes_trl_s_fields(cls: type) -> type:
         plain(self, **own)
 
     cls.__init__ = __init__
+    cls.__annotations__ |= VllmSettings.__annotations__  # flags are read by them
     return cls
 
 
 @_takes_trl_s_fields
 @dataclass
-class CLPConfig:
+class CLPConfig(VllmSettings):
     """Settings of `CLPTrainer`. The fields of TRL's GRPOConfig are accepted, too. Each of them is a setting of the same name,
     is translated into one, or is refused with the reason and the alternative (`trl_compat.fields`).
 
@@ -326,6 +326,7 @@ class CLPConfig:
             delta=self.delta,
             kl_is_beta=self.kl_is_beta,
             log_kl=self.log_kl,
+            correction=self.correction,
         )
 
     @property

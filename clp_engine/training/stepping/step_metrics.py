@@ -27,7 +27,7 @@ def clip_ratios(passes: Sequence[tuple[Rollout, Coefficients]], tokens: int) -> 
     """Shares of the `tokens` whose ratio was clipped: from below, from above, either; and the least share from below and the
     largest from above of any completion."""
     parts = [c for _, c in passes]
-    shares = [len(part.rows) / tokens for part, _ in passes]
+    shares = [part.tokens / tokens for part, _ in passes]
     low, high = (
         sum(getattr(c, f"clip_{end}") * share for c, share in zip(parts, shares)) for end in ("low", "high")
     )
@@ -41,7 +41,7 @@ def update_metrics(
 ) -> dict[str, torch.Tensor | float]:
     """Means over the step's `rows` completions, which have `tokens` tokens; `passes` are the micro-batches of this process, and
     what they lack of a mean the others have (`of_all`). on_policy: the policy is the one that sampled them; then also how far
-    training is from what rollout said, otherwise what was clipped.
+    training is from what rollout said, otherwise what was clipped. With importance weights also these.
 
     Scalars that are still where they were computed, for the caller to read at once.
     """
@@ -55,12 +55,39 @@ def update_metrics(
         kl = sum(r.kl.sum(dtype=torch.float64) for _, r in passes)
         found |= {"kl": kl / tokens, "kl_sequence": kl / max(rows, 1)}
     if not on_policy:
-        return found | clip_ratios([(part, r.coefficients) for part, r in passes], tokens)
-    gaps = [torch.where(p.completion_mask, (r.logprob - p.logprobs).abs(), 0.0) for p, r in passes]
-    return found | {
-        **dict.fromkeys(CLIP_RATIOS, 0.0),  # the ratio is one by construction: TRL logs as much
+        found |= clip_ratios([(part, r.coefficients) for part, r in passes], tokens)
+    else:
+        found |= dict.fromkeys(CLIP_RATIOS, 0.0)  # the ratio is one by construction: TRL logs as much
+        found |= _gap(
+            [(p, r.logprob, p.logprobs if p.sampled is None else p.sampled) for p, r in passes], tokens
+        )
+    if passes[0][1].coefficients.importance is not None:
+        found |= _importance([(p, r.coefficients.importance) for p, r in passes], tokens)
+    return found
+
+
+def _gap(
+    passes: Sequence[tuple[Rollout, torch.Tensor, torch.Tensor]], tokens: int
+) -> dict[str, torch.Tensor]:
+    """How far the log-probs of training are from those of sampling, (B, T) both, by token; NaN is unknown and left out."""
+    gaps = [
+        torch.where(part.trained, (own - drawn).abs().nan_to_num(nan=0.0), 0.0) for part, own, drawn in passes
+    ]
+    return {
         "sampling/sampling_logp_difference/mean": sum(gap.sum(dtype=torch.float64) for gap in gaps) / tokens,
         "sampling/sampling_logp_difference/max": torch.stack([gap.amax() for gap in gaps]).amax(),
+    }
+
+
+def _importance(passes: Sequence[tuple[Rollout, torch.Tensor]], tokens: int) -> dict[str, torch.Tensor]:
+    """Of the weights by token, (B, T), that another engine's completions were given."""
+    total = sum(torch.where(p.trained, w, 0.0).sum(dtype=torch.float64) for p, w in passes)
+    least = [torch.where(p.trained, w, math.inf).amin() for p, w in passes]
+    largest = [torch.where(p.trained, w, 0.0).amax() for p, w in passes]
+    return {
+        "sampling/importance_sampling_ratio/mean": total / tokens,
+        "sampling/importance_sampling_ratio/min": torch.stack(least).amin(),
+        "sampling/importance_sampling_ratio/max": torch.stack(largest).amax(),
     }
 
 

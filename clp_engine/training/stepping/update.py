@@ -57,7 +57,7 @@ def micro_batches(
     """A step's completions, or this process's of them, cut into micro-batches of whole groups, each with the part of (B, T) it
     covers."""
     drawn = batch.rollout
-    rewards, weights = objective.prepared(batch.scalar, drawn.group, drawn.completion_mask, drawn.terminated)
+    rewards, weights = objective.prepared(batch.scalar, drawn.group, drawn.trained, drawn.terminated)
     shares = batch.shares
     uses_reference = None
     if shares is not None and shares.in_step:
@@ -114,7 +114,7 @@ class Scored:
     """A micro-batch after its forward pass, an `objectives.objective.ForwardPass`: any gradient can be taken from it.
 
     hidden: (N, H) and stats, each (N,), of the N completion tokens, with gradients; rewarded.tokens: the same statistics,
-    detached, (B, T). predicted: (N,), of the objective, with gradients, or None.
+    detached, (B, T), of the tokens that the policy wrote. predicted: of these tokens, with gradients, or None.
     with_reference: whether the reference was computed; else the log-ratios and KLs are zeros that nothing depends on.
     """
 
@@ -168,7 +168,10 @@ def forward(
     )
     if not with_reference:
         stats = stats._replace(ref_logprob=stats.logprob.detach(), kl=torch.zeros_like(stats.logprob))
+    trained = batch.rollout.trained
     full = {name: unpacked(getattr(stats, name).detach(), mask) for name in ALL}
+    if batch.rollout.written is not None:
+        full = {name: torch.where(trained, values, 0.0) for name, values in full.items()}
     conditions = batch.conditions.repeat(batch.rollout.group).to(mask.device)
     scale, kl_coef = (
         t.repeat_interleave(batch.rollout.group).to(mask.device)
@@ -180,8 +183,10 @@ def forward(
     )
     if predicted is not None and values is None:
         values = unpacked(predicted.detach(), mask)
+    if predicted is not None and batch.rollout.written is not None:
+        predicted = predicted[trained[mask]]
     rewarded = RewardedTokens(
-        Tokens(full["logprob"], full["ref_logprob"], full["kl"], mask),
+        Tokens(full["logprob"], full["ref_logprob"], full["kl"], trained),
         batch.rewards,
         kl_coef,
         scale,
@@ -189,6 +194,7 @@ def forward(
         values,
         batch.old_logprob,
         batch.advantage,
+        batch.rollout.sampled,
     )
     return Scored(batch, hidden, stats, rewarded, full["entropy"], predicted, with_reference)
 
@@ -253,7 +259,7 @@ def keep_pace(
         ((_, part),) = micro_batches(least, objective, batching)
         if batch.reference is not None and part.ref_hidden is None:  # another process has them
             width = policy.backbone.head.module.weight.shape[-1]
-            part = dataclasses.replace(part, ref_hidden=part.rewards.new_zeros(part.rollout.tokens, width))
+            part = dataclasses.replace(part, ref_hidden=part.rewards.new_zeros(len(part.rollout.rows), width))
         part = dataclasses.replace(part, weights=torch.zeros_like(part.weights), token_share=1.0)
         for _ in range(missing):
             backward(policy, part, objective, reference=reference)

@@ -56,9 +56,6 @@ def _refused(default: Any, why: str, values: tuple | None = None) -> Field:
     return Field(REFUSED, default, why, (default,) if values is None else values)
 
 
-_VLLM = (
-    "completions are drawn by the engine itself, which blends the policy per row; leave the vllm settings out"
-)
 _HUB = "nothing is uploaded; write trainer.policy.merge(weights) or export_adapter to a folder and push that"
 _LOSS = "is of a loss_type that is not here; the loss types are sequence, grpo, dapo and dr_grpo"
 _ENTROPY = "there is no entropy bonus; the KL to the reference (beta, alpha) keeps the policy from collapsing"
@@ -190,28 +187,35 @@ FIELDS: dict[str, Field] = {
     ),
     "transformers_continuous_batching_config": _refused(None, "use rollout_rows="),
     "use_transformers_paged": _refused(False, "use rollout_rows="),
-    "use_vllm": _refused(False, _VLLM),
-    "vllm_mode": _refused("colocate", _VLLM),
-    "vllm_model_impl": _refused("vllm", _VLLM),
-    "vllm_enable_sleep_mode": _refused(False, _VLLM),
-    "vllm_structured_outputs_regex": _refused(None, _VLLM),
-    "vllm_server_base_url": _refused(None, _VLLM),
-    "vllm_server_host": _refused("0.0.0.0", _VLLM),
-    "vllm_server_port": _refused(8000, _VLLM),
-    "vllm_server_timeout": _refused(240.0, _VLLM),
-    "vllm_group_port": _refused(51216, _VLLM),
-    "vllm_gpu_memory_utilization": _refused(0.3, _VLLM),
-    "vllm_max_model_length": _refused(None, _VLLM),
-    "vllm_tensor_parallel_size": _refused(1, _VLLM),
-    "vllm_importance_sampling_correction": _refused(
-        True,
-        "rollout and training use the same kernels and their gap is logged; there is nothing to correct",
-        (True, False),
+    "use_vllm": _same(False, "with clp-engine's plug-in, which blends for each completion"),
+    "vllm_mode": _same("colocate"),
+    "vllm_model_impl": _refused("vllm", "the plug-in was tried with vLLM's own models"),
+    "vllm_enable_sleep_mode": _same(False),
+    "vllm_structured_outputs_regex": _refused(
+        None,
+        "log-probs would be of the texts that the regex leaves, and the policy's would not; reward the form",
     ),
-    "vllm_importance_sampling_mode": _refused("sequence_mask", _VLLM),
-    "vllm_importance_sampling_clip_max": _refused(3.0, _VLLM),
-    "vllm_importance_sampling_clip_min": _refused(None, _VLLM),
-    "vllm_importance_sampling_cap": _refused(None, _VLLM),
+    "vllm_server_base_url": _same(None),
+    "vllm_server_host": _same("0.0.0.0"),
+    "vllm_server_port": _same(8000),
+    "vllm_server_timeout": _same(240.0, "also of a server that is lost within a step"),
+    "vllm_group_port": _accepted(
+        51216, "adapters go to the server as files (vllm_stack_dir), not through a group", ANYTHING
+    ),
+    "vllm_gpu_memory_utilization": _same(0.3),
+    "vllm_max_model_length": _same(None),
+    "vllm_tensor_parallel_size": _refused(
+        1,
+        "one process has one device; start `vllm serve --tensor-parallel-size N` and give vllm_mode='server'",
+    ),
+    "vllm_importance_sampling_correction": _same(True, "also with rollout_func"),
+    "vllm_importance_sampling_mode": _other(
+        "sequence_mask",
+        "a mask leaves out whole completions, and more of them the longer they are; weights by token, truncated, keep all",
+    ),
+    "vllm_importance_sampling_clip_max": _same(3.0),
+    "vllm_importance_sampling_clip_min": _same(None),
+    "vllm_importance_sampling_cap": _translated(None, "the older name of vllm_importance_sampling_clip_max"),
     # the objective
     "reward_weights": _same(
         None,

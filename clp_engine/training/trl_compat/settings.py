@@ -31,6 +31,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "process_index": lambda _: int(os.environ.get("RANK", "0")),
     "local_process_index": lambda _: int(os.environ.get("LOCAL_RANK", "0")),
     "use_bias_correction_kl": lambda config: config.kl_estimator != "k3",
+    "vllm_importance_sampling_cap": lambda _: None,
 }
 
 
@@ -134,6 +135,11 @@ def _translate(settings: dict[str, Any], trl: Mapping[str, Any], defaults: Mappi
         settings["gradient_checkpointing"] = asked
     if (size := trl.get("generation_batch_size")) is not None:
         _translate_generation_batch(size, settings, defaults)
+    if (cap := trl.get("vllm_importance_sampling_cap")) is not None:
+        if settings.setdefault("vllm_importance_sampling_clip_max", cap) != cap:
+            raise ConfigError(
+                "vllm_importance_sampling_cap and vllm_importance_sampling_clip_max are one thing; give one"
+            )
     if "use_bias_correction_kl" in trl:
         _translate_kl(trl["use_bias_correction_kl"], settings, defaults)
 

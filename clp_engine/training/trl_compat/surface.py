@@ -29,6 +29,7 @@ ABSENT = {
     "ref_model": "the reference is the policy with every adapter off, unless trainer.reference is another",
     "model_wrapped": "the model is not wrapped; use trainer.model",
     "tools": "prompts and completions are text of one turn; there are no tools",
+    "vllm_generation": "use_vllm=True draws by trainer.rollout_engine; it has no generate of its own",
     "environments": "prompts come from a dataset; there are no environments",
 }
 
@@ -44,8 +45,8 @@ def refuse(reward_funcs: Any, quantization_config: Any, **absent: Any) -> None:
     for name, value in absent.items():
         if value:
             raise ConfigError(
-                f"{name}: a completion is one turn of text, drawn by the engine itself; leave it out (TRL has tools and "
-                "environments)"
+                f"{name}: completions are text, without calls of tools; draw several turns with rollout_func, whose env_mask "
+                "says which tokens an environment wrote"
             )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import pytest
 import torch
 from engine.training.test_trainer import build_trainer
 
@@ -153,7 +154,7 @@ def test_a_reference_that_moves_is_in_checkpoints_and_resumes_to_the_bit(tmp_pat
 
 
 def test_the_log_probs_of_another_engine_are_corrected_for_from_the_first_step_on(tmp_path):
-    """An engine that says it sampled each token with half its probability: the ratio is two, and clipped where it pays."""
+    """An engine that says it sampled each token with half its probability: the ratio is two, and truncated at 1.5."""
 
     class Halved:
         def run(self, request):
@@ -168,12 +169,24 @@ def test_the_log_probs_of_another_engine_are_corrected_for_from_the_first_step_o
         def __init__(self, source):
             self.conditioned = source.conditioned
 
-    trainer = build_trainer(tmp_path, max_steps=1, logging_steps=1)
-    trainer.policy.engine = Halved()
-    trainer.train()
-    [entry] = [e for e in trainer.state.log_history if "clip_ratio/high_mean" in e]
-    assert entry["clip_ratio/high_mean"] + entry["clip_ratio/low_mean"] > 0
-    ordinary = build_trainer(tmp_path / "ordinary", max_steps=1, logging_steps=1)
-    ordinary.train()
-    [entry] = [e for e in ordinary.state.log_history if "clip_ratio/high_mean" in e]
-    assert entry["clip_ratio/high_mean"] == entry["clip_ratio/low_mean"] == 0
+    def gradients(folder, engine, **more):
+        trainer = build_trainer(tmp_path / folder, max_steps=1, logging_steps=1, max_grad_norm=0.0, **more)
+        trainer.policy.engine = engine
+        trainer.train()
+        return next(e for e in trainer.state.log_history if "grad_norm" in e)
+
+    ratio = "sampling/importance_sampling_ratio"
+    ordinary = gradients("ordinary", None)
+    assert f"{ratio}/mean" not in ordinary and ordinary["clip_ratio/high_mean"] == 0
+    corrected = gradients("corrected", Halved())
+    assert corrected[f"{ratio}/min"] == pytest.approx(2, rel=1e-3)
+    assert corrected["grad_norm"] == pytest.approx(2 * ordinary["grad_norm"], rel=1e-3)
+    assert corrected["sampling/sampling_logp_difference/mean"] == pytest.approx(math.log(2), rel=1e-3)
+    truncated = gradients("truncated", Halved(), vllm_importance_sampling_clip_max=1.5)
+    assert truncated["grad_norm"] == pytest.approx(1.5 * ordinary["grad_norm"], rel=1e-3)
+    masked = gradients("masked", Halved(), vllm_importance_sampling_mode="sequence_mask")
+    assert masked[f"{ratio}/max"] == 0 == masked["grad_norm"]
+    biased = gradients("biased", Halved(), vllm_importance_sampling_correction=False)
+    assert f"{ratio}/mean" not in biased and biased["grad_norm"] == pytest.approx(
+        ordinary["grad_norm"], rel=1e-6
+    )

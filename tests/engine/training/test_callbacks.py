@@ -237,9 +237,9 @@ def test_what_is_absent_says_why(tmp_path, name):
         trainer.accelerator.split_between_processes  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+@pytest.mark.parametrize("name", ["tools", "environment_factory"])
 def test_tools_and_environments_are_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match=f"{name}: a completion is one turn of text"):
+    with pytest.raises(ConfigError, match=f"{name}: completions are text, without calls of tools"):
         CLPTrainer(
             build_model("qwen2"),
             high_words,

@@ -78,6 +78,8 @@ def test_a_field_without_a_setting_takes_what_asks_for_nothing_and_refuses_the_r
         ({"model_init_kwargs": {"dtype": torch.bfloat16}}, {"base_dtype": "bfloat16"}),
         ({"model_init_kwargs": '{"dtype": "float32"}'}, {"base_dtype": "float32"}),
         ({"bf16": True}, {"base_dtype": "bfloat16"}),
+        ({"vllm_importance_sampling_cap": 2.0}, {"vllm_importance_sampling_clip_max": 2.0}),
+        ({"vllm_server_host": "gpu", "vllm_server_port": 1}, {"vllm_url": "http://gpu:1"}),
         ({"bf16": False}, {"base_dtype": "float32"}),
         ({"bf16": False, "model_init_kwargs": {"dtype": "bfloat16"}}, {"base_dtype": "bfloat16"}),
         ({}, {"base_dtype": None}),
@@ -96,7 +98,21 @@ def test_trl_s_values_are_translated(given, settings):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"use_vllm": True}, "use_vllm=True .* drawn by the engine itself"),
+        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 .* vllm_mode='server'"),
+        ({"vllm_mode": "remote"}, "vllm_mode='remote': expected one of colocate, server"),
+        ({"vllm_importance_sampling_mode": "none"}, "expected one of token_truncate, token_mask"),
+        ({"vllm_importance_sampling_clip_max": None}, "truncates at a bound"),
+        ({"vllm_importance_sampling_clip_min": 4.0}, "expected less than .*clip_max = 3"),
+        (
+            {"vllm_importance_sampling_cap": 2.0, "vllm_importance_sampling_clip_max": 3.0},
+            "one thing; give one",
+        ),
+        ({"use_vllm": True, "vllm_server_base_url": "http://x"}, "is for vllm_mode='server'"),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_engine_args": {"seed": 1}},
+            "is for vllm_mode='colocate'",
+        ),
+        ({"vllm_engine_args": {"max_loras": 2}}, "vllm_engine_args: max_loras is given already"),
         ({"learning_rat": 1}, r"unknown setting learning_rat; did you mean learning_rate\?"),
         ({"use_vlm": True}, r"did you mean use_vllm\?"),
         ({"logging_dir": "x"}, "TENSORBOARD_LOGGING_DIR"),
