@@ -38,6 +38,7 @@ COMMANDS = {
     "variance": r"test_cli\.py::test_variance_measures",
     "generate": r"test_cli\.py::test_generate_prints",
     "steer": r"test_steer\.py::test_",
+    "serve": r"test_openai\.py::test_",
     "export": r"test_cli\.py::test_export_writes",
     "compare": r"test_compare\.py::test_doing_it_again",
     "info": r"test_cli\.py::test_info_names",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.core.ranges import EVALUATION, SAMPLING, Range
+from clp_engine.core.ranges import COMMANDS, EVALUATION, SAMPLING, Range
 from clp_engine.training.runs import run_spec
 
 if TYPE_CHECKING:
@@ -57,6 +58,26 @@ def add_kl(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+
+
+def add_address(parser: argparse.ArgumentParser, port: int) -> None:
+    """Add --host, --port and --allow-remote of a server."""
+    add_number(parser, COMMANDS, "port", "where to listen; 0 is any that is free", default=port)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="let --host be one that other machines reach; without an API key nothing asks them for a password",
+    )
+
+
+def need_server(command: str) -> None:
+    """Raises ConfigError if a library of the extra `serve` is missing."""
+    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"clp-engine {command} needs {' and '.join(missing)}: pip install 'clp-engine[serve]'"
+        )
 
 
 def listed(text: str | None) -> list[str] | None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 # torch and transformers take seconds to import: only commands that use them do.
 from clp_engine import __version__
-from clp_engine.cli import compare, demo, evaluate, export, generate, info, steer, train, variance
+from clp_engine.cli import compare, demo, evaluate, export, generate, info, serve, steer, train, variance
 from clp_engine.core.errors import ConfigError, DrawingFailed
 from clp_engine.training import running
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "variance": variance,
     "generate": generate,
     "steer": steer,
+    "serve": serve,
     "export": export,
     "compare": compare,
     "info": info,
@@ -37,6 +38,7 @@ examples:
   clp-engine variance runs/mine                       noise and bias of the gradient at each checkpoint
   clp-engine generate runs/demo --weights coverage=0.7,brevity=0.3 --prompt "Return the sum of ..."
   clp-engine steer runs/demo                          a page with a slider for each objective
+  clp-engine serve runs/demo                          OpenAI's API with a weighting per request
   clp-engine export runs/demo --weights coverage=0.7,brevity=0.3 --to adapter
   clp-engine export runs/demo --each --to adapters    an adapter per objective, for peft
   clp-engine compare CONFIG.yaml                      methods and baselines over seeds, in one report

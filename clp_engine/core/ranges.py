@@ -231,6 +231,10 @@ COMMANDS = {
     "jobs": COUNT,
     "rank": COUNT,
     "port": Range(int, 0, 65535),
+    "max_rows": COUNT,
+    "queue": COUNT,
+    "max_prompt_tokens": COUNT,
+    "max_new_tokens": COUNT,
     "seed": SEED,
 }
 

@@ -37,7 +37,7 @@ class GenerateRequest:
     def parse(cls, raw: Any) -> GenerateRequest:
         """A request from decoded JSON. Raises ConfigError unless `raw` is an object of these fields, each in its range."""
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"the request is {_kind(raw)}; expected an object with a text")
+            raise ConfigError(f"the request is {kind(raw)}; expected an object with a text")
         known = [f.name for f in fields(cls)]
         unknown = [name for name in raw if name not in known]
         if unknown:
@@ -48,7 +48,7 @@ class GenerateRequest:
         return cls(**checked)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     return {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}.get(
         type(value), "a number"
     )
@@ -56,7 +56,7 @@ def _kind(value: Any) -> str:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"{name} is {_kind(value)}; expected a text")
+        raise ConfigError(f"{name} is {kind(value)}; expected a text")
     if not value.strip():
         raise ConfigError("the text is empty; write or paste one, or choose an example")
     if len(value) > MAX_CHARACTERS:
@@ -68,33 +68,33 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} is {_kind(value)}; expected a number")
+        raise ConfigError(f"{name} is {kind(value)}; expected a number")
     if not low <= value <= high:  # also catches NaN; an integer too large for a float compares as it is
         given = f"{value:g}" if isinstance(value, float) else shown(value)
         raise ConfigError(f"{name}={given}: expected {low:g} to {high:g}")
     return float(value)
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    number = _number(name, value, low, high)
-    if number != int(number):
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    given = number(name, value, low, high)
+    if given != int(given):
         raise ConfigError(f"{name}={value}: expected a whole number")
-    return int(number)
+    return int(given)
 
 
 def _weights(name: str, value: Any) -> dict[str, float] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} is {_kind(value)}; expected an object with a number for each objective")
-    return {str(key): _number(f"{name}.{key}", number, 0.0, 1.0) for key, number in value.items()}
+        raise ConfigError(f"{name} is {kind(value)}; expected an object with a number for each objective")
+    return {str(key): number(f"{name}.{key}", weight, 0.0, 1.0) for key, weight in value.items()}
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {_kind(value)}; expected true or false")
+        raise ConfigError(f"{name} is {kind(value)}; expected true or false")
     return value
 
 
@@ -102,10 +102,10 @@ _CHECKS = {
     "text": _text,
     "weights": _weights,
     # Its range depends on the policy, which checks it.
-    "kl": lambda name, value: None if value is None else _number(name, value, 0.0, 1e6),
-    "temperature": lambda name, value: _number(name, value, 0.0, MAX_TEMPERATURE),
-    "max_new_tokens": lambda name, value: _whole(name, value, 1, MAX_NEW_TOKENS),
-    "seed": lambda name, value: _whole(name, value, 0, 2**31 - 1),
-    "chat": _flag,
-    "base": _flag,
+    "kl": lambda name, value: None if value is None else number(name, value, 0.0, 1e6),
+    "temperature": lambda name, value: number(name, value, 0.0, MAX_TEMPERATURE),
+    "max_new_tokens": lambda name, value: whole(name, value, 1, MAX_NEW_TOKENS),
+    "seed": lambda name, value: whole(name, value, 0, 2**31 - 1),
+    "chat": flag,
+    "base": flag,
 }

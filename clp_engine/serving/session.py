@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.data import sources
 from clp_engine.data.prompts import encode_prompts
 from clp_engine.evaluation.report import ParetoReport
-from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
+from clp_engine.serving.served import Served
 from clp_engine.training import running
 from clp_engine.training.runs import run_spec, trust
-
-if TYPE_CHECKING:
-    from clp_engine.policy.policy import ConditionedPolicy
 
 EXAMPLES = 6
 _REMEMBERED = 64  # completions of the base model: moving a slider asks for the same one again
@@ -36,20 +34,15 @@ class _Prompt:
 
 
 class Session:
-    """A policy and the folder it came from; see `describe` and `generate`.
+    """The page's view of a served policy and the folder it came from; see `describe` and `generate`.
 
-    run: a run folder, or a policy folder or checkpoint in it, as for `clp-engine generate`.
     examples: a file of prompts that the page offers, in the formats of `sources.read_rows`. None takes the run's own data,
-    if they lie in the run's folder or this user trained the run.
-    Raises ConfigError where the run has no policy, the policy has no tokenizer, or the examples cannot be read.
+    if they lie in the run's folder or this user trained the run. Raises ConfigError where the examples cannot be read.
     """
 
-    def __init__(self, run: str | Path, device: str | None = None, examples: str | Path | None = None):
-        self.run = Path(run)
-        self.spec = run_spec.RunSpec.find(self.run)
-        self.policy: ConditionedPolicy = running.load_policy(self.run, device)
-        if self.policy.tokenizer is None:
-            raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")
+    def __init__(self, served: Served, examples: str | Path | None = None):
+        self.served, self.run, self.spec, self.policy = served, served.run, served.spec, served.policy
+        self._config = served.config
         self._examples, self._chats = _examples(self.spec, self.run, examples)
         self._base: OrderedDict[tuple, dict[str, Any]] = OrderedDict()
 
@@ -61,20 +54,20 @@ class Session:
         front, front_note = self._front()
         template = getattr(policy.tokenizer, "chat_template", None) is not None
         return {
-            "run": self.run.resolve().name if self.run.name != "policy" else self.run.resolve().parent.name,
+            "run": self.served.name,
             "base_model": policy.spec.base_model or "a model without a name",
             "objectives": list(policy.objectives),
             "weights_note": self._weights_note(),
-            "kl": _kl(policy, config),
+            "kl": _kl(self.served),
             # None: there is nothing to choose.
             "chat": self._chats is not False if template else None,
             "defaults": {
                 "temperature": config.get("temperature", 1.0) or 1.0,
-                "max_new_tokens": min(config.get("max_completion_length", 128), MAX_NEW_TOKENS),
+                "max_new_tokens": min(config.get("max_completion_length", 128), self._most_tokens),
             },
             "limits": {
                 "characters": MAX_CHARACTERS,
-                "max_new_tokens": MAX_NEW_TOKENS,
+                "max_new_tokens": self._most_tokens,
                 "temperature": MAX_TEMPERATURE,
             },
             "examples": self._examples,
@@ -83,8 +76,8 @@ class Session:
         }
 
     @property
-    def _config(self) -> dict[str, Any]:
-        return {} if self.spec is None else self.spec.config
+    def _most_tokens(self) -> int:
+        return min(MAX_NEW_TOKENS, self.served.room)
 
     def _weights_note(self) -> str | None:
         """The reason why the weights have no effect, or None where they have one."""
@@ -136,19 +129,21 @@ class Session:
 
     # -- what it says -------------------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerateRequest) -> dict[str, Any]:
+    async def generate(self, request: GenerateRequest) -> dict[str, Any]:
         """The policy's completion at the request's condition and, where requested, the base model's, for JSON.
 
         Raises ConfigError for weights and KL coefficients that do not fit the policy, and for a text that is too long for
         the model.
         """
-        if request.kl is not None and not (kl := _kl(self.policy, self._config))["adjustable"]:
-            raise ConfigError(f"kl was given, and {kl['reason'][0].lower()}{kl['reason'][1:]}")
-        conditions = self.policy.conditions(request.weights, request.kl)
+        conditions = self.served.conditions(request.weights, request.kl)
         sampling = SamplingParams(request.max_new_tokens, request.temperature)
         prompt = self._read(request, conditions)
         started = time.perf_counter()
-        answer = {
+        completion, base = await asyncio.gather(
+            self._complete(prompt, conditions, sampling, request.seed),
+            self._base_completion(prompt, sampling, request.seed) if request.base else _nothing(),
+        )
+        return {
             # Six digits: they are float32, and 0.1 should read as 0.1.
             "weights": {
                 n: round(w, 6) for n, w in zip(self.policy.objectives, conditions.weights[0].tolist())
@@ -156,12 +151,10 @@ class Session:
             "kl": round(conditions.kl[0].item(), 6),
             "prompt_tokens": len(prompt.token_ids),
             "prompt_note": prompt.note,
-            "completion": self._complete(prompt, conditions, sampling, request.seed),
-            "base": None,
+            "completion": completion,
+            "base": base,
+            "seconds": round(time.perf_counter() - started, 3),
         }
-        if request.base:
-            answer["base"] = self._base_completion(prompt, sampling, request.seed)
-        return answer | {"seconds": round(time.perf_counter() - started, 3)}
 
     def _read(self, request: GenerateRequest, conditions: Conditions) -> _Prompt:
         """The request's text in the form of the prompts in training, as tokens."""
@@ -184,57 +177,47 @@ class Session:
         if limit is not None and len(token_ids) > limit:
             note = f"The text has {len(token_ids)} tokens; as in training, the model reads the last {limit}."
             token_ids = token_ids[-limit:]
-        self._check_room(token_ids, request, conditions, prompt)
+        shown = self.served.read(token_ids, conditions, prompt)
+        self.served.check(shown, request.max_new_tokens, "the text")
         return _Prompt(prompt, token_ids, note)
 
-    def _check_room(
-        self, token_ids: list[int], request: GenerateRequest, conditions: Conditions, prompt
-    ) -> None:
-        shown = self.policy.shown_prompts([token_ids], conditions, [prompt])
-        ids = token_ids if shown is None else shown[0]
-        self.policy.room.check_prompt(ids, request.max_new_tokens, "the text", self.policy.tokenizer)
-
-    def _base_completion(self, prompt: _Prompt, sampling: SamplingParams, seed: int) -> dict[str, Any]:
+    async def _base_completion(self, prompt: _Prompt, sampling: SamplingParams, seed: int) -> dict[str, Any]:
         key = tuple(prompt.token_ids), sampling, seed
         if key not in self._base:
             reference = Conditions.reference(1, len(self.policy.objectives))
-            self._base[key] = self._complete(prompt, reference, sampling, seed)
+            self._base[key] = await self._complete(prompt, reference, sampling, seed)
             if len(self._base) > _REMEMBERED:
                 self._base.popitem(last=False)
         self._base.move_to_end(key)
         return self._base[key]
 
-    def _complete(
+    async def _complete(
         self, prompt: _Prompt, conditions: Conditions, sampling: SamplingParams, seed: int
     ) -> dict[str, Any]:
-        drawn = rollout(
-            self.policy,
-            [prompt.token_ids],
-            conditions,
-            sampling=sampling,
-            seed=seed,
-            prompts=[prompt.prompt],
-        )
-        [ids] = drawn.token_lists()
+        ids = self.served.read(prompt.token_ids, conditions, prompt.prompt)
+        pieces = []
+        with self.served.ticket([(ids, sampling)], conditions, seed) as ticket:
+            async for _, event in ticket.events():
+                pieces.append(event)
         return {
-            "text": self.policy.tokenizer.decode(ids, skip_special_tokens=True),
-            "tokens": len(ids),
-            "cut": not bool(drawn.terminated[0]),
+            "text": "".join(event.text for event in pieces),
+            "tokens": len(pieces),
+            "cut": pieces[-1].finish == "length",
         }
 
 
-def _kl(policy: ConditionedPolicy, config: dict[str, Any]) -> dict[str, Any]:
+async def _nothing() -> None:
+    return None
+
+
+def _kl(served: Served) -> dict[str, Any]:
     """Name, value and range of the KL coefficient, or the reason why it is fixed."""
-    spec = policy.spec
+    policy, spec = served.policy, served.policy.spec
     name = "beta" if policy.kl_is_beta else "alpha"
     known = {"name": name, "value": round(spec.default_kl, 6)}
-    if spec.kl_conditioning == "none" and "{kl}" not in (spec.prompt_template or ""):
-        reason = (
-            f"The policy is not conditioned on {name}: kl_conditioning was none in training, "
-            "so it is the same at any value."
-        )
+    if (reason := served.kl_fixed) is not None:
         return {**known, "adjustable": False, "reason": reason}
-    trained = config.get(f"{name}_range") or config.get(f"{name}_grid")
+    trained = served.config.get(f"{name}_range") or served.config.get(f"{name}_grid")
     if trained:
         low, high, reason = min(trained), max(trained), None
     else:

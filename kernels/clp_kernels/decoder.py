@@ -341,6 +341,7 @@ class Decoding:
         self._values = torch.zeros(slots, layers, heads, self._room, _rounded(width))
         self._free = list(range(slots))
         self._prompts: list[tuple[Tensor, Tensor]] = []
+        self._forgotten: set[int] = set()  # numbers of prompts that a new prompt may take
         self._lengths = self._prompt_keys = self._prompt_values = torch.empty(0, dtype=torch.long)
         self._rows = _Rows()
         self._logits = torch.empty(_rounded(slots), _rounded(w.embedding.shape[0]))
@@ -446,11 +447,26 @@ class Decoding:
                 _refuse(f"{name}[{i}]", x, (w.kv_heads, length, w.head_dim), _STORED)
             own_keys[i, :, :, :length] = k.transpose(1, 2)
             own_values[i, :, :length, :width] = v
-        self._prompts.append((own_keys, own_values))
-        self._lengths = torch.cat([self._lengths, torch.tensor([length])])
-        self._prompt_keys = torch.tensor([k.data_ptr() for k, _ in self._prompts])
-        self._prompt_values = torch.tensor([v.data_ptr() for _, v in self._prompts])
-        return len(self._prompts) - 1
+        number = min(self._forgotten, default=len(self._prompts))
+        if self._forgotten:
+            self._forgotten.remove(number)
+            self._prompts[number] = own_keys, own_values
+        else:
+            self._prompts.append((own_keys, own_values))
+            blank = torch.zeros(1, dtype=torch.long)
+            self._lengths, self._prompt_keys, self._prompt_values = (
+                torch.cat([t, blank]) for t in (self._lengths, self._prompt_keys, self._prompt_values)
+            )
+        self._lengths[number] = length
+        self._prompt_keys[number], self._prompt_values[number] = own_keys.data_ptr(), own_values.data_ptr()
+        return number
+
+    def forget_prompts(self) -> None:
+        """Free the keys and values of prompts without rows. Later prompts take their numbers."""
+        rowless = set(range(len(self._prompts))) - self._forgotten - set(self._rows.prompt.tolist())
+        for number in rowless:
+            self._prompts[number] = torch.empty(0), torch.empty(0)
+        self._forgotten |= rowless
 
     def add(self, prompts: Tensor) -> None:
         """Add a row for each prompt number, behind the present rows.

@@ -7,8 +7,10 @@ Half of the inputs are bytes as they come. The other half are a valid file with 
 gets past the parser to what looks at the values.
 """
 
+import asyncio
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -18,13 +20,13 @@ import os
 import re
 import sys
 import types
-from concurrent.futures import Future
 from pathlib import Path
 
 import atheris
 import torch
 import yaml
 from safetensors.torch import save
+from uvicorn.server import ServerState
 
 from clp_engine.core import yaml_reading
 from clp_engine.core.errors import ConfigError
@@ -35,8 +37,14 @@ from clp_engine.evaluation.compare.work import Training
 from clp_engine.evaluation.report import ParetoReport
 from clp_engine.models import fingerprint
 from clp_engine.policy.peft import reading, warm_start
+from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.policy.spec import read_spec
-from clp_engine.serving import app as server
+from clp_engine.serving.app import make_app
+from clp_engine.serving.batching import Event
+from clp_engine.serving.metrics import Metrics
+from clp_engine.serving.served import Served
+from clp_engine.serving.server import TimedProtocol, make_server
+from clp_engine.serving.session import Session
 from clp_engine.serving.vllm_plugin import stack
 from clp_engine.training.checkpoints import checkpoint
 from clp_engine.training.runs import run_folder, run_spec
@@ -317,70 +325,120 @@ def rows(source, folder):
         check_row(row, f"row {number}")
 
 
-class Connection:
-    """As much of a socket as http.server looks at."""
+class Transport(asyncio.Transport):
+    """As much of a connection as uvicorn looks at."""
 
-    def __init__(self, content):
-        self.content, self.answer = content, b""
+    def __init__(self):
+        super().__init__()
+        self.answer, self.closed = b"", False
 
-    def makefile(self, mode, buffering):
-        return io.BytesIO(self.content)
+    def write(self, data):
+        self.answer += data
 
-    def sendall(self, content):
-        self.answer += content
+    def close(self):
+        self.closed = True
 
-    def settimeout(self, seconds):
+    def is_closing(self):
+        return self.closed
+
+    def pause_reading(self):
+        pass
+
+    def resume_reading(self):
         pass
 
 
-class Jobs:
-    def submit(self, job):
-        future = Future()
-        future.set_result(job())
-        return future
+class Batch:
+    """Every row gets one token at once, and looks at its options."""
+
+    running = waiting = 0
+
+    def submit(self, rows):
+        for row in rows:
+            s = row.sampling
+            assert_finite([s.temperature, s.top_p or 0.0, s.min_p or 0.0, *row.blend.tolist()])
+            assert row.ids and 0 <= min(row.ids) and -(2**63) <= row.seed < 2**63 and s.max_new_tokens > 0
+            text, _ = row.text.push(7)
+            row.drawn = 1
+            row.deliver(Event(text + row.text.rest(), 7, -1.0, ((7, -1.0),) * row.top, "stop"))
+
+    def cancel(self, rows):
+        pass
 
 
-class Session:
-    def describe(self):
-        return {}
+@functools.cache
+def port():
+    """(event loop, configuration) of a server whose running batch alone is not the real one."""
+    policy = ConditionedPolicy.from_pretrained("docsum", ["a", "b"], rank=1)
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    served = Served.__new__(Served)
+    served.run, served.spec, served.policy, served.config, served.name = Path("a"), None, policy, {}, "a"
+    served.batch, served.queue, served.max_rows, served.longest, served.room = Batch(), 64, 8, 128, 128
+    served.metrics = Metrics(served.batch)
+    config = make_server(make_app(Session(served))).config
+    config.load()
+    return asyncio.new_event_loop(), config
 
-    def generate(self, request):
-        assert_finite([request.temperature, request.kl or 0.0, *(request.weights or {}).values()])
-        return {"text": request.text, "seed": request.seed}
+
+async def answered(content, config, loop):
+    transport, state = Transport(), ServerState()
+    connection = TimedProtocol(config=config, server_state=state, app_state={}, _loop=loop)
+    connection.connection_made(transport)
+    if content:  # asyncio hands nothing over where nothing came
+        connection.data_received(content)
+    for _ in range(300):
+        if not state.tasks:
+            break
+        await asyncio.sleep(0)
+    connection.connection_lost(None)  # whoever waits for more of a body
+    await asyncio.wait_for(asyncio.gather(*state.tasks, return_exceptions=True), 10)
+    return transport.answer
 
 
-SERVER = types.SimpleNamespace(
-    session=Session(), jobs=Jobs(), allow_remote=False, page=b"", policy_header="", url="http://127.0.0.1:1/"
-)
-REQUEST = {
-    "text": "a", "weights": {"a": 1.0}, "kl": 0.1, "temperature": 0.5, "max_new_tokens": 4, "seed": 1, "chat": False,
-    "base": True,
+REQUESTS = {
+    "/api/generate": {
+        "text": "a", "weights": {"a": 1.0}, "kl": None, "temperature": 0.5, "max_new_tokens": 4, "seed": 1, "chat": False,
+        "base": True,
+    },
+    "/v1/completions": {
+        "model": "a", "prompt": ["a", [5, 6]], "weights": {"a": 0.5, "b": 0.5}, "max_tokens": 4, "temperature": 0.5,
+        "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2, "seed": 1, "stop": ["a"], "stream": True,
+        "stream_options": {"include_usage": True},
+        "logprobs": 2, "echo": False, "user": "a",
+    },
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "base": True, "max_completion_tokens": 4,
+        "temperature": 0, "logprobs": True, "top_logprobs": 1, "stream": False, "tools": [], "logit_bias": {}, "n": 1,
+    },
 }  # fmt: skip
 
 
 def request(source, folder):
-    """What comes in at the port of the steer page."""
-    if source.ConsumeBool():
+    """What comes in at the port of a server."""
+    if source.ConsumeIntInRange(0, 3) == 0:
         content = source.ConsumeBytes(sys.maxsize)
     else:
-        body = json.dumps(changed(REQUEST, source)).encode()
+        path = sorted(REQUESTS)[source.ConsumeIntInRange(0, len(REQUESTS) - 1)]
+        body = json.dumps(changed(REQUESTS[path], source)).encode()
         if source.ConsumeIntInRange(0, 3) == 0:
             body = damaged(body, source)
         length = len(body) if source.ConsumeIntInRange(0, 7) else source.ConsumeIntInRange(-2, 10**30)
-        content = b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        content = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
         content += f"Content-Length: {length}\r\n\r\n".encode() + body
         if source.ConsumeIntInRange(0, 3) == 0:
             content = damaged(content, source)
     (folder / "request").write_bytes(content)
-    connection = Connection(content)
-    errors = io.StringIO()
+    errors, (loop, config) = io.StringIO(), port()
     with contextlib.redirect_stderr(errors):
-        server.Handler(connection, ("127.0.0.1", 1), SERVER)
-    assert b" 500 " not in connection.answer.split(b"\r\n")[0], errors.getvalue()
-    head, _, body = connection.answer.partition(b"\r\n\r\n")
-    length = re.search(rb"Content-Type: application/json.*\r\nContent-Length: (\d+)", head)
-    if length and not content.startswith(b"HEAD"):
+        answer = loop.run_until_complete(answered(content, config, loop))
+    assert not re.search(rb"HTTP/1.1 500 |Traceback|server_error", answer), errors.getvalue() or answer
+    assert "Traceback" not in errors.getvalue(), errors.getvalue()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    if length and b"application/json" in head and not content.startswith(b"HEAD"):
         json.loads(body[: int(length[1])])
+    for event in re.findall(rb"^data: (\{.*\})\n", body, re.MULTILINE):
+        json.loads(event)
 
 
 TARGETS = {

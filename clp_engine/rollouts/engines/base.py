@@ -28,39 +28,39 @@ def steps_between_looks(device: torch.device) -> int:
 class DecoderRequest:
     """The arguments for making a step decoder.
 
-    model: the model whose logits it computes. prompt_ids, prompt_mask: (P, S), left-padded.
-    blend: (P, D), or None for the base model. group: rows per prompt. room: the most tokens of a row.
+    model: the model whose logits it computes. blended: whether rows have a blend; otherwise all are the base model.
+    longest: the most tokens of a prompt. group: rows per prompt. room: the most tokens of a row.
     at_once: the most groups of rows decoded together.
+    alone: every row must get the same bits as it gets without other rows, if its prompt is added by itself.
     """
 
     model: ConditionedModel
-    prompt_ids: torch.Tensor
-    prompt_mask: torch.Tensor
-    blend: torch.Tensor | None
+    blended: bool
+    longest: int
     group: int
     room: int
     at_once: int
+    alone: bool = False
 
     @classmethod
     def of(cls, request: RolloutRequest) -> DecoderRequest:
         return cls(
             request.source.conditioned,
-            request.prompt_ids,
-            request.prompt_mask,
-            request.blend,
+            request.blend is not None,
+            request.prompt_ids.shape[1],
             request.group,
             request.sampling.max_new_tokens,
             request.at_once,
         )
 
-    def prompts(self, chosen: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, mask) of the chosen prompts, without the padding that they have in common."""
-        ids, mask = self.prompt_ids[chosen], self.prompt_mask[chosen]
-        skip = ids.shape[1] - int(mask.sum(-1).max())
-        return ids[:, skip:], mask[:, skip:]
 
-    def blends(self, chosen: slice) -> torch.Tensor | None:
-        return None if self.blend is None else self.blend[chosen]
+def prompts_of(
+    request: RolloutRequest, chosen: slice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(ids, mask, blend) of the chosen prompts, without the padding that they have in common: what a step decoder adds."""
+    ids, mask = request.prompt_ids[chosen], request.prompt_mask[chosen]
+    skip = ids.shape[1] - int(mask.sum(-1).max())
+    return ids[:, skip:], mask[:, skip:], None if request.blend is None else request.blend[chosen]
 
 
 class StepDecoder(Protocol):
@@ -79,8 +79,11 @@ class StepDecoder(Protocol):
     def places(self) -> int:
         """The number of prompts that can be added now."""
 
-    def add(self, prompts: slice) -> torch.Tensor:
-        """Add a group of rows for each prompt, behind the present rows. Returns the logits (new rows, V) of first tokens."""
+    def add(self, ids: torch.Tensor, mask: torch.Tensor, blend: torch.Tensor | None) -> torch.Tensor:
+        """Add a group of rows for each prompt, behind the present rows. Returns the logits (new rows, V) of first tokens.
+
+        ids, mask: (P, S), left-padded. blend: (P, D), or None where `DecoderRequest.blended` is False.
+        """
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """The logits (rows, V) of the token after tokens (rows,)."""
@@ -97,19 +100,19 @@ class Stepwise:
 
     def run(self, request: RolloutRequest) -> Rollout:
         rows = Rows(request)
-        self._draw(self.decoder(request), rows, len(request.prompt_ids), request.group)
+        self._draw(self.decoder(request), rows, request)
         return request.rollout(*rows.completions(), engine=OWN_ENGINE)
 
-    def _draw(self, decoder: StepDecoder, rows: Rows, prompts: int, group: int) -> None:
+    def _draw(self, decoder: StepDecoder, rows: Rows, request: RolloutRequest) -> None:
         """Draw every completion of every prompt. Waiting prompts join as places become free."""
-        device = rows.running.device
+        device, prompts, group = rows.running.device, len(request.prompt_ids), request.group
         every = steps_between_looks(device)
         logits, waiting = None, 0  # waiting: the first prompt that has not joined
         left = 0  # steps after which all present rows have reached their length limit
         while True:
             if waiting < prompts and (places := decoder.places):
                 stop = min(prompts, waiting + places)
-                first = decoder.add(slice(waiting, stop))
+                first = decoder.add(*prompts_of(request, slice(waiting, stop)))
                 logits = first if logits is None else torch.cat([logits, first])
                 rows.join(torch.arange(waiting * group, stop * group, device=device))
                 waiting, left = stop, rows.limit

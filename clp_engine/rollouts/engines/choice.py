@@ -8,7 +8,7 @@ from clp_engine.rollouts.engines import cuda_graphs, native
 from clp_engine.rollouts.engines.base import DecoderRequest, StepDecoder, Stepwise
 from clp_engine.rollouts.engines.cuda_graphs import GraphDecoder
 from clp_engine.rollouts.engines.generate import Generate
-from clp_engine.rollouts.engines.modules import ModulesDecoder
+from clp_engine.rollouts.engines.modules import ApartDecoder, ModulesDecoder
 from clp_engine.rollouts.engines.native import NativeDecoder
 from clp_engine.rollouts.engines.trials import SWITCH, insisted
 from clp_engine.rollouts.types import RolloutEngine, RolloutRequest, Samplable
@@ -29,15 +29,16 @@ def step_decoder(request: DecoderRequest) -> StepDecoder:
     """The native decoder on a CPU, graphs over fixed slots on a GPU, or transformers' modules if neither serves the model. Only
     the modules run the hooks that gather a sharded layer."""
     model = request.model
+    modules = ApartDecoder if request.alone else ModulesDecoder
     graphs = model.weights_stay and model.device.type == "cuda"
     if graphs and cuda_graphs.serves(model):
         return GraphDecoder(request, cuda_graphs.choose(model))
     if graphs or not model.weights_stay:
         if insisted():
             raise ConfigError(f"{SWITCH}=native: {'; '.join(detours(model))}")
-        return ModulesDecoder(request)
+        return modules(request)
     plan = native.choose(model)
-    return ModulesDecoder(request) if plan is None else NativeDecoder(request, plan)
+    return modules(request) if plan is None else NativeDecoder(request, plan)
 
 
 def detours(model: ConditionedModel) -> list[str]:

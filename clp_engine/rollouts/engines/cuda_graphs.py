@@ -94,7 +94,7 @@ def _verify(model: ConditionedModel, made: FusedStep) -> None:
     before = _SLOTS.pop(model, None)
     try:
         decoder = GraphDecoder(trial.request, made)
-        decoder.add(slice(None))
+        decoder.add(*trial.prompts)
         tolerance = fused_step.TOLERANCE[llama_weights.base_dtype(model)]
         for tokens in trial.tokens:
             trials.check_alike(model, *decoder.compared(tokens), tolerance)
@@ -131,9 +131,8 @@ class GraphDecoder:
     def places(self) -> int:
         return self._taken.count(0)
 
-    def add(self, prompts: slice) -> torch.Tensor:
+    def add(self, ids: torch.Tensor, mask: torch.Tensor, blend: torch.Tensor | None) -> torch.Tensor:
         s, backbone = self._slots, self._model.backbone
-        (ids, mask), blend = self._request.prompts(prompts), self._request.blends(prompts)
         with self._model.blend.use(blend):
             hidden, context = backbone.prefill(ids, mask)
             logits = backbone.head.logits(hidden[:, -1])
@@ -219,13 +218,17 @@ class GraphDecoder:
         return max((i + 1 for i, rows in enumerate(self._taken) if rows), default=1)
 
     def _bucket(self, used: int) -> int:
+        """The number of slots of a step. Libraries sum products of one shape in one order, whatever its rows hold."""
+        if self._request.alone:
+            return self._slots.count
         return next(b for b in self._slots.buckets if b >= used)
 
     def keep(self, rows: torch.Tensor) -> None:
         self._rows = self._rows[rows]
         groups = (self._rows // self._group).tolist()
         self._taken = [groups.count(slot) for slot in range(len(self._taken))]
-        self._close_ranks()
+        if not self._request.alone:
+            self._close_ranks()
 
     def _close_ranks(self) -> None:
         """Move groups to the first slots if a smaller bucket then suffices."""
@@ -338,7 +341,7 @@ def _slots_for(request: DecoderRequest) -> Slots:
     model, at_once, group = request.model, request.at_once, request.group
     addresses = tuple(p.data_ptr() for p in model.parameters())
     slots = _SLOTS.get(model)
-    width, room = round_up(request.prompt_ids.shape[1]), round_up(request.room)
+    width, room = round_up(request.longest), round_up(request.room)
     if slots is None or not slots.fits(at_once, width, group, room) or slots.device != model.device:
         slots = _SLOTS[model] = Slots(at_once, width, group, room, model.device, model.deltas)
     if slots.parameters != addresses:

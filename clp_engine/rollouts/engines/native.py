@@ -109,7 +109,7 @@ def _verify(model: ConditionedModel, made: Plan) -> None:
     trial = Trial.of(model)
     ours = NativeDecoder(trial.request, made)
     theirs = ModulesDecoder(trial.request)
-    ours.add(slice(None)), theirs.add(slice(None))
+    ours.add(*trial.prompts), theirs.add(*trial.prompts)
     for tokens in trial.tokens:
         check_alike(model, ours.step(tokens), theirs.step(tokens), _TOLERANCE[_stored(model)])
 
@@ -127,35 +127,38 @@ class NativeDecoder:
     def __init__(self, request: DecoderRequest, made: Plan):
         self._request, self._model = request, request.model
         self._slots = request.at_once * request.group
-        longest = int(request.prompt_mask.sum(-1).max())
         self._decoding = Decoding(
             made.packed,
             room=request.room,
             slots=self._slots,
-            rope=rope_tables(self._model, longest + -(-request.room // 16) * 16),
+            rope=rope_tables(self._model, request.longest + -(-request.room // 16) * 16),
             low_rank=self._low_rank(made),
         )
 
     def _low_rank(self, made: Plan) -> dict[tuple[int, str], LowRank]:
-        """Low-rank factors by layer, with one gate row per prompt, in the order in which prompts will be added."""
-        if (blend := self._request.blend) is None:
+        """Low-rank factors by layer. Layers of the same ranks share a gate, with a row for each prompt that has rows."""
+        self._gates: dict[tuple, torch.Tensor] = {}
+        if not self._request.blended:
             return {}
-        in_force = self._model.blend
-        with in_force.use(blend):
-            return {
-                key: LowRank(layer.lora_a, layer.lora_b, in_force.gate(layer.ranks, layer.scalings))
-                for key, layer in made.layers.items()
-                if isinstance(layer, ConditionedLinear)
-            }
+        layers = {key: layer for key, layer in made.layers.items() if isinstance(layer, ConditionedLinear)}
+        for layer in layers.values():
+            form = layer.ranks, layer.scalings
+            if form not in self._gates:
+                self._gates[form] = torch.zeros(self._slots, sum(layer.ranks))
+        return {
+            key: LowRank(layer.lora_a, layer.lora_b, self._gates[layer.ranks, layer.scalings])
+            for key, layer in layers.items()
+        }
 
     @property
     def places(self) -> int:
         return (self._slots - len(self._decoding)) // self._request.group
 
-    def add(self, prompts: slice) -> torch.Tensor:
-        backbone, (ids, mask) = self._model.backbone, self._request.prompts(prompts)
-        with self._model.blend.use(self._request.blends(prompts)):
+    def add(self, ids: torch.Tensor, mask: torch.Tensor, blend: torch.Tensor | None) -> torch.Tensor:
+        backbone, in_force = self._model.backbone, self._model.blend
+        with in_force.use(blend):
             hidden, context = backbone.prefill(ids, mask)
+            gates = {form: in_force.gate(*form) for form in self._gates}
             logits = backbone.head.logits(hidden[:, -1]).float()
         layers = context.cache.layers
         numbers = [
@@ -165,6 +168,8 @@ class NativeDecoder:
             )
             for p, length in enumerate(mask.sum(-1).tolist())
         ]
+        for form, gate in gates.items():
+            self._gates[form][numbers] = gate
         self._decoding.add(torch.tensor(numbers).repeat_interleave(self._request.group))
         return logits.repeat_interleave(self._request.group, 0)
 
@@ -173,10 +178,13 @@ class NativeDecoder:
 
     def keep(self, rows: torch.Tensor) -> None:
         self._decoding.keep(rows)
+        self._decoding.forget_prompts()
 
     def write(
         self, logits: torch.Tensor, draws: Draws, others_wait: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`clp_kernels.decoder.Decoding.write`. If other prompts wait, it stops when there is a place for one."""
         missing = self._request.group - (self._slots - len(self._decoding))
-        return self._decoding.write(logits, draws, missing if others_wait else 0)
+        left = self._decoding.write(logits, draws, missing if others_wait else 0)
+        self._decoding.forget_prompts()
+        return left

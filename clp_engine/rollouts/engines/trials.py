@@ -84,10 +84,11 @@ def made_or_refused(model: ConditionedModel, make: Callable[[], P], refused: Cal
 class Trial:
     """Random prompts of different lengths with different blends, and random tokens, for comparing two decoders of a model.
 
-    tokens: (rows,) for each step.
+    prompts: (ids, mask, blend), what a decoder adds. tokens: (rows,) for each step.
     """
 
     request: DecoderRequest
+    prompts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     tokens: list[torch.Tensor]
 
     @classmethod
@@ -101,10 +102,13 @@ class Trial:
         prompts = [drawn(length).tolist() for length in (3, 7, 5)]
         blend = torch.rand(len(prompts), model.deltas, generator=generator, device="cpu")
         blend[0] = 0
-        request = DecoderRequest(
-            model, *pad_left(prompts, 0, device), blend.to(device), group, steps, len(prompts)
+        ids, mask = pad_left(prompts, 0, device)
+        request = DecoderRequest(model, True, ids.shape[1], group, steps, len(prompts))
+        return cls(
+            request,
+            (ids, mask, blend.to(device)),
+            [drawn(len(prompts) * group).to(device) for _ in range(steps)],
         )
-        return cls(request, [drawn(len(prompts) * group).to(device) for _ in range(steps)])
 
 
 def check_alike(

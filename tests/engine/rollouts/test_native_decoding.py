@@ -1,6 +1,7 @@
 """The native decoder says what transformers' modules say, for every family built like Llama, and says why where it cannot."""
 
 import copy
+import functools
 import signal
 
 import pytest
@@ -106,15 +107,18 @@ def both(policy, conditions, group=3, room=24, prompts=PROMPTS):
     assert made.reason is None
     ids, mask = pad_left(prompts, 0, policy.device)
     blend = None if conditions is None else policy.coefficients(conditions)
-    request = DecoderRequest(policy, ids, mask, blend, group, room, len(prompts))
-    return native.NativeDecoder(request, made), ModulesDecoder(request)
+    request = DecoderRequest(policy, blend is not None, ids.shape[1], group, room, len(prompts))
+    decoders = native.NativeDecoder(request, made), ModulesDecoder(request)
+    for decoder in decoders:
+        decoder.add_all = functools.partial(decoder.add, ids, mask, blend)
+    return decoders
 
 
 @torch.no_grad()
 def worst_difference(ours, theirs, steps=24, drop_at=7) -> float:
     """Of the logits over a teacher-forced rollout in which half of the rows leave; relative to the largest."""
     worst, generator = (
-        (ours.add(slice(None)) - theirs.add(slice(None))).abs().max().item(),
+        (ours.add_all() - theirs.add_all()).abs().max().item(),
         torch.Generator().manual_seed(1),
     )
     rows = 12
@@ -223,7 +227,7 @@ def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch_and_on_any_number
     @torch.no_grad()
     def steps(rows, threads, group=3, prompts=PROMPTS, conditions=MIXED):
         ours, _ = both(policy, conditions, group, prompts=prompts)
-        ours.add(slice(None))
+        ours.add_all()
         torch.set_num_threads(threads)
         return torch.stack([ours.step(t[rows].contiguous()).clone() for t in tokens])
 
@@ -242,7 +246,7 @@ def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch_and_on_any_number
 def test_rows_and_prompts_may_join_later():
     policy = policy_of(FAMILIES["gemma2"]())
     ours, _ = both(policy, MIXED, 2)
-    ours.add(slice(None))
+    ours.add_all()
     decoding = ours._decoding
     first = torch.tensor([5, 9, 11, 20, 33, 40, 50, 60])
     one = decoding.step(first).clone()

@@ -224,8 +224,8 @@ def test_factors_are_converted_once_for_a_rollout_and_anew_for_the_next(with_slo
 
     def logits(meanwhile=None):
         ids, mask = pad_left(PROMPTS, 0, policy.device)
-        decoding = GraphDecoder(DecoderRequest(policy, ids, mask, policy.coefficients(MIXED), 1, 4, 5))
-        decoding.add(slice(None))
+        decoding = GraphDecoder(DecoderRequest(policy, True, ids.shape[1], 1, 4, 5))
+        decoding.add(ids, mask, policy.coefficients(MIXED))
         if meanwhile is not None:
             scale(meanwhile)
         return decoding.step(torch.arange(5))

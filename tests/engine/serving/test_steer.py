@@ -1,15 +1,15 @@
-"""clp-engine steer: who may ask, what is answered, and that completions are written one after another."""
+"""clp-engine steer: who may ask, what is answered, and what ends the server."""
 
+import asyncio
 import contextlib
 import dataclasses
-import http.client
+import importlib.util
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from html.parser import HTMLParser
@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.conftest import build_model, build_tokenizer
+from engine.conftest import build_tokenizer
+from engine.serving.running import Client, save_run, serving, session_of
 
 from clp_engine import evaluate
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
-from clp_engine.serving.app import listen
-from clp_engine.serving.jobs import Full, Jobs
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest
+from clp_engine.serving.served import Served
+from clp_engine.serving.server import TimedProtocol, listen, url_of
 from clp_engine.serving.session import Session
-from clp_engine.training.runs import trust
 from clp_engine.training.runs.run_spec import RunSpec
 
 CHAT = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} <eos>{% endif %}"
@@ -43,28 +43,6 @@ def small(completion_ids, **_):
     return [sum(i < 20 for i in ids) / len(ids) for ids in completion_ids]
 
 
-def save_run(folder: Path, config=None, tokenizer=None, **options) -> Path:
-    """A run folder as training leaves one, whose adapters say different things at different weightings."""
-    base = folder / "base"
-    build_model("llama").save_pretrained(base)
-    (tokenizer or build_tokenizer()).save_pretrained(base)
-    policy = ConditionedPolicy.from_pretrained(base, ["even", "small"], rank=4, **options)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.adapter_parameters().items():
-            if name.endswith("lora_b"):
-                parameter.normal_(0, 0.3)
-    (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(9))
-    )
-    run = folder / "run"
-    policy.save_pretrained(run / "policy")
-    config = {"max_completion_length": 6, "temperature": 0.7, **(config or {})}
-    spec = RunSpec(str(base), ("even", "small"), dataset=str(folder / "prompts.jsonl"), config=config)
-    dataclasses.replace(spec, signature=trust.sign(spec)).save(run)
-    return run
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run = save_run(tmp_path_factory.mktemp("steer"))
@@ -73,49 +51,27 @@ def run(tmp_path_factory):
     return run
 
 
-class Client:
-    """Speaks to a server as its page does."""
-
-    def __init__(self, server, session):
-        self.server, self.session = server, session
-        self.port = server.server_address[1]
-
-    def ask(self, method="GET", path="/", body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.putrequest(method, path, skip_host="Host" in headers)
-        payload = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        given = (
-            {"Content-Length": str(len(payload)), "Content-Type": "application/json"}
-            if body is not None
-            else {}
-        )
-        for name, value in {**given, **{n.replace("_", "-"): v for n, v in headers.items()}}.items():
-            connection.putheader(name, value)
-        connection.endheaders(payload)
-        response = connection.getresponse()
-        content = response.read()
-        connection.close()
-        return response, content
-
-    def json(self, *arguments, **options):
-        response, content = self.ask(*arguments, **options)
-        return response.status, json.loads(content)
-
-    def generate(self, **fields):
-        return self.json("POST", "/api/generate", {"text": "w1 w2", "max_new_tokens": 6, **fields})
-
-
 @pytest.fixture(scope="module")
 def client(run):
-    jobs = Jobs()
-    server = listen("127.0.0.1", 0, False, jobs)
-    server.session = Session(run, "cpu")
-    for target in (server.serve_forever, jobs.work):
-        threading.Thread(target=target, daemon=True).start()
-    yield Client(server, server.session)
-    server.shutdown()
-    server.server_close()
-    jobs.stop()
+    session = session_of(run)
+    with serving(session) as port:
+        client = Client(port)
+        client.session = session
+        yield client
+
+
+def said(session, request):
+    """What a session that no server has says to a request."""
+
+    async def ask():
+        session.served.begin()
+        try:
+            return await session.generate(request)
+        finally:
+            await session.served.end()
+            session.served.batch._stopping = False
+
+    return asyncio.run(ask())
 
 
 # --- what is shown ------------------------------------------------------------------------------------------
@@ -138,29 +94,31 @@ def test_the_model_says_what_can_be_moved_and_what_was_measured(client, run):
 
 def test_the_kl_coefficient_moves_over_the_range_of_training(tmp_path):
     options = {"kl_conditioning": "odds", "min_kl": 0.01, "default_kl": 0.05}
-    session = Session(save_run(tmp_path, {"alpha_range": [0.01, 0.3]}, **options))
+    session = session_of(save_run(tmp_path, {"alpha_range": [0.01, 0.3]}, **options))
     kl = session.describe()["kl"]
     assert (kl["name"], kl["adjustable"], kl["low"], kl["high"]) == ("alpha", True, 0.01, 0.3)
-    texts = [session.generate(GenerateRequest("w1 w2", kl=kl))["completion"]["text"] for kl in (0.01, 0.3)]
+    texts = [said(session, GenerateRequest("w1 w2", kl=kl))["completion"]["text"] for kl in (0.01, 0.3)]
     assert texts[0] != texts[1]
     assert (
-        session.generate(GenerateRequest("w1 w2", kl=0.999999))["completion"]
-        == session.generate(GenerateRequest("w1 w2"))["base"]
+        said(session, GenerateRequest("w1 w2", kl=0.999999))["completion"]
+        == said(session, GenerateRequest("w1 w2"))["base"]
     )
 
 
 def test_without_a_report_the_command_that_writes_one_is_named(tmp_path):
-    session = Session(save_run(tmp_path))
+    session = session_of(save_run(tmp_path))
     description = session.describe()
     assert description["front"] is None and f"clp-engine evaluate {session.run}" in description["front_note"]
 
 
 def test_a_policy_folder_finds_the_report_of_its_run(run):
-    assert Session(run / "policy").describe()["front"] is not None
+    assert session_of(run / "policy").describe()["front"] is not None
 
 
 def test_one_objective_and_conditioning_none_say_why_the_sliders_do_nothing(tmp_path):
-    assert "conditioning none" in Session(save_run(tmp_path, conditioning="none")).describe()["weights_note"]
+    assert (
+        "conditioning none" in session_of(save_run(tmp_path, conditioning="none")).describe()["weights_note"]
+    )
 
 
 class _Resources(HTMLParser):
@@ -245,10 +203,10 @@ def test_html_in_the_text_comes_back_as_text(client):
 
 
 def test_a_long_text_is_cut_as_in_training_and_the_answer_says_so(tmp_path):
-    session = Session(save_run(tmp_path, {"max_prompt_length": 4}))
-    long = session.generate(GenerateRequest("w9 w9 w9 w1 w2 w3 w4"))
+    session = session_of(save_run(tmp_path, {"max_prompt_length": 4}))
+    long = said(session, GenerateRequest("w9 w9 w9 w1 w2 w3 w4"))
     assert "has 7 tokens" in long["prompt_note"] and "last 4" in long["prompt_note"]
-    short = session.generate(GenerateRequest("w1 w2 w3 w4"))
+    short = said(session, GenerateRequest("w1 w2 w3 w4"))
     assert short["prompt_note"] is None and short["completion"] == long["completion"]
 
 
@@ -263,8 +221,13 @@ def test_a_text_without_room_for_its_completion_is_refused(client):
 
 def test_a_document_longer_than_docsum_reads_is_cut_and_the_answer_says_so():
     policy = ConditionedPolicy.from_pretrained("docsum", ["coverage", "brevity"], rank=2)
-    session = Session.__new__(Session)
-    session.policy, session.spec = policy, RunSpec("docsum", ("coverage", "brevity"), task="docsum")
+    session, served = Session.__new__(Session), Served.__new__(Served)
+    session.policy, session.spec, session._config = (
+        policy,
+        RunSpec("docsum", ("coverage", "brevity"), task="docsum"),
+        {},
+    )
+    session.served, served.policy, served.longest, served.room = served, policy, 1000, 1000
     request = GenerateRequest("Return the sum of the list. " * 80)
     prompt = session._read(request, policy.conditions())
     assert "left out" in prompt.note and len(prompt.token_ids) <= 128
@@ -277,15 +240,15 @@ def test_a_chat_policy_reads_the_text_as_a_users_message(tmp_path):
     run = save_run(tmp_path, tokenizer=tokenizer)
     rows = [{"prompt": [{"role": "user", "content": "w7 w8"}]}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    session = Session(run)
+    session = session_of(run)
     description = session.describe()
     assert description["chat"] is True and description["examples"] == [{"name": "w7 w8", "text": "w7 w8"}]
     expected = session.policy.generate(
         [[{"role": "user", "content": "w7 w8"}]], temperature=0, max_new_tokens=8
     )
-    answer = session.generate(GenerateRequest("w7 w8", chat=True, max_new_tokens=8))
+    answer = said(session, GenerateRequest("w7 w8", chat=True, max_new_tokens=8))
     assert answer["completion"]["text"] == expected[0]
-    assert answer["prompt_tokens"] == session.generate(GenerateRequest("w7 w8"))["prompt_tokens"] + 2
+    assert answer["prompt_tokens"] == said(session, GenerateRequest("w7 w8"))["prompt_tokens"] + 2
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -351,10 +314,11 @@ def test_a_mistake_in_a_request_is_named(client, body, complaint):
             {"Content_Type": "text/plain"},
             415,
         ),  # what a form of another site can send
-        ("POST", "/api/generate", {"Content_Type": "application/json"}, 411),
-        ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "-1"}, 411),
+        ("POST", "/api/generate", {"Content_Type": "application/json"}, 400),
+        ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "-1"}, 400),
         ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": str(10**9)}, 413),
-        ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "9" * 5000}, 413),
+        ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "9" * 19}, 413),
+        ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "9" * 5000}, 400),
         ("POST", "/api/generate", {"Content_Type": "application/json", "Content_Length": "0" * 5000}, 400),
     ],
 )
@@ -362,18 +326,19 @@ def test_only_this_machines_own_page_may_ask(client, method, path, headers, stat
     response, content = client.ask(method, path, **headers)
     assert response.status == status
     if status >= 400:
-        assert json.loads(content)["error"]
+        assert content == b"Invalid HTTP request received." or json.loads(content)["error"]
         assert "Access-Control-Allow-Origin" not in response.headers
 
 
 @pytest.mark.parametrize(
     ("line", "status"),
     [
-        (b"GET http://[/ HTTP/1.1", 400),
-        (b"GET http://[::1/ HTTP/1.1", 400),
-        (b"POST http://[/ HTTP/1.1", 400),
-        (b"GET /%zz\xff HTTP/1.1", 404),
-        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1", 414),
+        (b"GET http://[/ HTTP/1.1", 404),
+        (b"GET http://[::1/ HTTP/1.1", 404),
+        (b"POST http://[/ HTTP/1.1", 404),
+        (b"GET /%zz HTTP/1.1", 404),
+        (b"GET /%zz\xff HTTP/1.1", 400),
+        (b"GET /" + b"x" * 20_000 + b" HTTP/1.1", 404),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -391,19 +356,17 @@ def test_the_pages_own_origin_may_ask(client):
 
 def test_a_host_that_others_can_reach_is_refused_unless_asked_for():
     with pytest.raises(ConfigError, match="--allow-remote"):
-        listen("0.0.0.0", 0, False, Jobs())
-    server = listen("0.0.0.0", 0, True, Jobs())
-    assert socket.gethostname() in server.url
-    server.server_close()
+        listen("0.0.0.0", 0, False)
+    with listen("0.0.0.0", 0, True) as listening:
+        assert socket.gethostname() in url_of(listening)
 
 
-def test_a_browser_s_connections_wait_their_turn(monkeypatch):
+def test_a_browser_s_connections_wait_their_turn():
     """Nobody accepts here: as many as the backlog holds are connected all the same, the others would be turned away."""
-    server = listen("127.0.0.1", 0, False, Jobs())
     with contextlib.ExitStack() as stack:
-        stack.callback(server.server_close)
+        listening = stack.enter_context(listen("127.0.0.1", 0, False))
         for _ in range(60):
-            stack.enter_context(socket.create_connection(server.server_address[:2], timeout=5))
+            stack.enter_context(socket.create_connection(listening.getsockname(), timeout=5))
 
 
 def test_an_occupied_port_is_named_before_the_model_is_loaded(tmp_path, capsys):
@@ -437,11 +400,11 @@ def test_a_folder_without_a_policy_is_one_line_and_exit_code_2(tmp_path, capsys)
     assert "there is no folder" in capsys.readouterr().err
 
 
-# --- one after another --------------------------------------------------------------------------------------
+# --- while it runs, and its end -------------------------------------------------------------------------------
 
 
 def test_an_error_of_the_engine_is_answered_and_the_next_request_is_served(client, monkeypatch, capsys):
-    def broken(request):
+    async def broken(request):
         raise RuntimeError("out of something")
 
     with monkeypatch.context() as patched:
@@ -452,93 +415,78 @@ def test_an_error_of_the_engine_is_answered_and_the_next_request_is_served(clien
     assert client.generate()[0] == 200
 
 
-def test_completions_are_written_one_after_another(client, monkeypatch):
-    running, most, generate = [0], [0], client.session.generate
-
-    def watched(request):
-        running[0] += 1
-        most[0] = max(most[0], running[0])
-        time.sleep(0.02)
-        answer = generate(request)
-        running[0] -= 1
-        return answer
-
-    monkeypatch.setattr(client.session, "generate", watched)
-    statuses = []
-    threads = [threading.Thread(target=lambda: statuses.append(client.generate()[0])) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert statuses == [200] * 6 and most == [1]
-
-
-def test_a_client_that_hangs_up_takes_back_what_has_not_begun(client, monkeypatch):
-    begun, release, asked = threading.Event(), threading.Event(), []
-
-    def held(request):
-        asked.append(request.text)
-        begun.set()
-        release.wait(20)
-        return {}
-
-    monkeypatch.setattr(client.session, "generate", held)
-    first = threading.Thread(target=client.generate, kwargs={"text": "first"})
-    first.start()
-    assert begun.wait(20)
-    gone = http.client.HTTPConnection("127.0.0.1", client.port)
-    gone.request("POST", "/api/generate", json.dumps({"text": "gone"}), {"Content-Type": "application/json"})
-    gone.close()
-    time.sleep(1.5)  # the server looks every half second
-    release.set()
-    first.join(20)
-    client.generate(text="last")
-    assert asked == ["first", "last"]
-
-
 def test_a_request_that_breaks_off_in_the_middle_leaves_the_server_as_it_was(client):
     with socket.create_connection(("127.0.0.1", client.port)) as half:
         half.sendall(HEAD % 100 + b'{"text"')
     assert client.generate()[0] == 200
 
 
-def test_a_full_queue_refuses_and_cancelled_jobs_are_left_out():
-    jobs, done = Jobs(most=2), []
-    first, second = jobs.submit(lambda: done.append(1)), jobs.submit(lambda: done.append(2))
-    with pytest.raises(Full, match="2 requests"):
-        jobs.submit(lambda: None)
-    assert first.cancel()
-    threading.Thread(target=jobs.work, daemon=True).start()
-    second.result(10)
-    jobs.stop()
-    assert done == [2]
+def test_a_body_without_a_length_is_read_as_far_as_is_allowed(client):
+    head = HEAD.replace(b"Content-Length: %d", b"Transfer-Encoding: chunked")
+    body = json.dumps({"text": "w1", "max_new_tokens": 2}).encode()
+    part = b"%x\r\n%s\r\n"
+    for content, status in ((part % (len(body), body), 200), (part % (1 << 16, b" " * (1 << 16)) * 40, 413)):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=30) as connection:
+            with contextlib.suppress(ConnectionError):  # it need not take all of it
+                connection.sendall(head + content + b"0\r\n\r\n")
+            assert int(connection.recv(4096).split()[1]) == status
 
 
-def test_before_the_model_is_there_the_answer_says_so():
-    jobs = Jobs()
-    server = listen("127.0.0.1", 0, False, jobs)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    status, answer = Client(server, None).json("GET", "/api/model")
-    server.shutdown()
-    server.server_close()
-    assert status == 503 and "being loaded" in answer["error"]
+def test_a_head_or_a_body_that_does_not_come_is_not_waited_for(run, monkeypatch):
+    for module in ("guards", "server"):
+        monkeypatch.setattr(f"clp_engine.serving.{module}.PATIENCE", 0.3)
+    with serving(session_of(run)) as port:
+        for sent, status in ((b"", None), (b"GET / HT", None), (HEAD % 100 + b"{", b"408")):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                connection.sendall(sent)
+                answer = connection.recv(4096)
+                assert (answer.split()[1] if status else answer) == (status or b"")
+        # The second request of a connection, too.
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b'{"status": "ok"}'):
+                answer += connection.recv(4096)
+            connection.sendall(b"GET /")
+            assert connection.recv(4096) == b""
+        assert Client(port).generate()[0] == 200
+    assert TimedProtocol._ending is None
+
+
+@pytest.mark.parametrize("command", ["steer", "serve"])
+def test_a_missing_library_is_one_line(command, run, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "clp_engine.cli.arguments.find_spec", lambda name: None if name == "uvicorn" else found(name)
+    )
+    assert main([command, str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"clp-engine: error: clp-engine {command} needs uvicorn: pip install 'clp-engine[serve]'\n"
+    )
 
 
 @pytest.mark.check
-def test_the_command_serves_until_ctrl_c_also_in_the_middle_of_a_completion(run):
-    command = [sys.executable, "-m", "clp_engine", "steer", str(run), "--port", "0", "--no-browser"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("command", ["steer", "serve"])
+def test_the_command_serves_until_ctrl_c_and_finishes_what_runs(command, run):
+    flags = ["--no-browser"] if command == "steer" else ["--max-rows", "4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clp_engine", command, str(run), "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stdout.readline() == f"loading {run} ...\n"
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
-        client = Client(type("Server", (), {"server_address": ("127.0.0.1", port)}), None)
+        client = Client(port)
         assert client.json("GET", "/api/model")[1]["objectives"] == ["even", "small"]
         assert client.generate()[0] == 200
-        with socket.create_connection(("127.0.0.1", port)) as waiting:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as waiting:
             body = json.dumps({"text": "w1", "max_new_tokens": 120, "temperature": 1.0}).encode()
             waiting.sendall(HEAD % len(body) + body)
-            time.sleep(0.2)
+            time.sleep(0.05)
             process.send_signal(signal.SIGINT)
+            assert waiting.recv(4096).split()[1] == b"200"
             out, err = process.communicate(timeout=20)
     finally:
         process.kill()

@@ -1,0 +1,205 @@
+"""A policy behind a server: its running batch, and the tickets with which requests wait for their completions."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clp_engine.core.conditions import Conditions
+from clp_engine.core.errors import ConfigError
+from clp_engine.core.seeds import derive
+from clp_engine.rollouts.types import SamplingParams
+from clp_engine.serving.batching import Event, Row, RunningBatch
+from clp_engine.serving.metrics import Metrics
+from clp_engine.serving.stream_text import StreamText
+from clp_engine.training import running
+from clp_engine.training.runs import run_spec
+
+if TYPE_CHECKING:
+    from clp_engine.policy.policy import ConditionedPolicy
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_rows: the most completions that are decoded together. queue: the most that wait.
+
+    max_prompt_tokens, max_new_tokens: the most tokens of a prompt and of a completion. Buffers are allocated for
+    max_rows completions of these lengths, so that large limits take memory.
+    """
+
+    max_rows: int = 32
+    queue: int = 256
+    max_prompt_tokens: int = 4096
+    max_new_tokens: int = 1024
+
+
+class Ticket:
+    """The completions of one request. Used in the thread of the event loop, as a context manager: rows that still run at its
+    end are cancelled."""
+
+    def __init__(self, served: Served, prompt_tokens: int):
+        self._served, self._metrics = served, served.metrics
+        self.rows: list[Row] = []
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._begun = time.perf_counter()
+        self._first: dict[int, float] = {}
+
+    def deliver(self, index: int, event: Event) -> None:
+        self._events.put_nowait((index, event))
+
+    def __enter__(self) -> Ticket:
+        self._served.batch.submit(self.rows)
+        self._metrics.prompt_tokens.inc(self.prompt_tokens)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._served.batch.cancel(self.rows)
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """(row, event) until every row has ended. Raises the error that ended a row."""
+        left = len(self.rows)
+        while left:
+            index, event = await self._events.get()
+            if event.error is not None:
+                raise event.error
+            self.completion_tokens += 1
+            self._measure(index, event)
+            left -= event.finish is not None
+            yield index, event
+
+    def _measure(self, index: int, event: Event) -> None:
+        now, metrics = time.perf_counter(), self._metrics
+        metrics.completion_tokens.inc()
+        if index not in self._first:
+            self._first[index] = now
+            metrics.first_token.observe(now - self._begun)
+        if event.finish is not None and (more := self.rows[index].drawn - 1):
+            metrics.token.observe((now - self._first[index]) / more)
+
+
+class Served:
+    """The policy of a run, and the thread that decodes its running batch between `begin` and `end`.
+
+    run: a run folder, or a policy folder or checkpoint in it. name: of the model, for clients.
+    Raises ConfigError where the run has no policy, the policy has no tokenizer, or its rows cannot join a batch.
+    """
+
+    def __init__(self, run: str | Path, device: str | None = None, limits: Limits | None = None):
+        self.run, limits = Path(run), limits or Limits()
+        self.spec = run_spec.RunSpec.find(self.run)
+        self.policy: ConditionedPolicy = running.load_policy(self.run, device)
+        if self.policy.tokenizer is None:
+            raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")
+        self.config: dict[str, Any] = {} if self.spec is None else self.spec.config
+        folder = self.run.resolve()
+        self.name = folder.name if folder.name != "policy" else folder.parent.name
+        most = self.policy.room.tokens
+        self.longest, self.room = (
+            limit if most is None else min(limit, most)
+            for limit in (limits.max_prompt_tokens, limits.max_new_tokens)
+        )
+        self.queue, self.max_rows = limits.queue, limits.max_rows
+        self.batch = RunningBatch(
+            self.policy, max_rows=limits.max_rows, queue=limits.queue, longest=self.longest, room=self.room
+        )
+        self.metrics = Metrics(self.batch)
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Start decoding. Events are delivered in the event loop that runs now."""
+        loop = asyncio.get_running_loop()
+        self.batch.post = lambda events: _post(loop, events)
+        self._thread = threading.Thread(target=self.batch.work, name="clp-batch", daemon=True)
+        self._thread.start()
+
+    async def end(self) -> None:
+        """Stop decoding once all rows have ended or were cancelled."""
+        self.batch.stop()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def conditions(self, weights: Any = None, kl: Any = None, base: bool = False) -> Conditions:
+        """The condition of a request. Raises ConfigError for one that the policy cannot take."""
+        if base:
+            if weights is not None or kl is not None:
+                raise ConfigError(
+                    "base: true is the base model, which takes no weights and no kl; leave them out"
+                )
+            return Conditions.reference(1, len(self.policy.objectives))
+        if kl is not None and (reason := self.kl_fixed) is not None:
+            raise ConfigError(f"kl was given, and {reason[0].lower()}{reason[1:]}")
+        return self.policy.conditions(weights, kl)
+
+    @property
+    def kl_fixed(self) -> str | None:
+        """The reason why the policy is the same at every KL coefficient, or None."""
+        name, spec = "beta" if self.policy.kl_is_beta else "alpha", self.policy.spec
+        if spec.kl_conditioning != "none" or "{kl}" in (spec.prompt_template or ""):
+            return None
+        return f"The policy is not conditioned on {name}: kl_conditioning was none in training, so it is the same at any value."
+
+    def read(self, token_ids: Sequence[int], conditions: Conditions, prompt: Any = None) -> list[int]:
+        """The tokens that the model reads for a prompt under a condition (prompt conditioning adds some)."""
+        shown = self.policy.shown_prompts([list(token_ids)], conditions, None if prompt is None else [prompt])
+        return list(token_ids) if shown is None else shown[0]
+
+    def check(self, ids: Sequence[int], max_new_tokens: int, where: str) -> None:
+        """Raises ConfigError for a prompt that the model or this server cannot take."""
+        if not ids:
+            raise ConfigError(f"{where} has no tokens; it needs at least one")
+        self.policy.room.check_prompt(ids, max_new_tokens, where, self.policy.tokenizer)
+        for what, tokens, most, flag in (
+            (where, len(ids), self.longest, "--max-prompt-tokens"),
+            ("its completion", max_new_tokens, self.room, "--max-new-tokens"),
+        ):
+            if tokens > most:
+                raise ConfigError(
+                    f"{what} has up to {tokens:,} tokens; this server takes at most {most:,} ({flag})"
+                )
+
+    def ticket(
+        self,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+        conditions: Conditions,
+        seed: int,
+        *,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        top: int = 0,
+    ) -> Ticket:
+        """A ticket for n completions of each of these prompts (ids as the model reads them), under one condition.
+
+        Completion i of prompt p is row p * n + i, and draws with the random numbers that it has in `rollout` with that seed.
+        Raises ConfigError for more completions than the queue can ever hold.
+        """
+        rows = len(prompts) * n
+        if rows > self.queue:
+            raise ConfigError(
+                f"the request asks for {rows:,} completions; the queue of this server holds {self.queue}"
+            )
+        blend = self.policy.coefficients(conditions)
+        blend = torch.zeros(self.policy.deltas) if blend is None else blend[0]
+        ticket = Ticket(self, sum(len(ids) for ids, _ in prompts))
+        for index, row_seed in enumerate(derive(seed, torch.arange(rows)).tolist()):
+            text = StreamText(self.policy.tokenizer, stop)
+            ids, sampling = prompts[index // n]
+            ticket.rows.append(Row(ids, blend, sampling, row_seed, text, partial(ticket.deliver, index), top))
+        return ticket
+
+
+def _post(loop: asyncio.AbstractEventLoop, events: Sequence[tuple[Row, Event]]) -> None:
+    loop.call_soon_threadsafe(_deliver, events)
+
+
+def _deliver(events: Sequence[tuple[Row, Event]]) -> None:
+    for row, event in events:
+        row.deliver(event)
