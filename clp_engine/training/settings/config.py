@@ -272,8 +272,7 @@ class CLPConfig(VllmSettings):
         "shard the base model over the processes: full_shard, shard_grad_op, with offload (transformers')",
     )
     fsdp_config: dict[str, Any] | str | None = _option(
-        None,
-        "settings of fsdp: reshard_after_forward, gather_for_generation, cpu_offload, activation_checkpointing, vocab_parallel",
+        None, "settings of fsdp, such as vocab_parallel (docs/scaling.md has all), or a JSON file's path"
     )
     ddp_backend: str | None = _option(
         None, "what the processes talk through: nccl, gloo; default nccl on GPUs, gloo on CPUs"
