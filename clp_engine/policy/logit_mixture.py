@@ -197,11 +197,9 @@ class MixtureDecoder:
     write = None
 
     def __init__(self, request: RolloutRequest):
-        model, coefficients = request.source.conditioned, request.blend
-        if coefficients is None:
-            coefficients = torch.zeros(request.conditions.weights.shape, device=model.device)
-        self._backbone, self._in_force, self._all = model.backbone, model.blend, _Parts.of(coefficients)
-        self._prompts, self._group = (request.prompt_ids, request.prompt_mask), request.group
+        model = request.source.conditioned
+        self._backbone, self._in_force, self._group = model.backbone, model.blend, request.group
+        self._specialists = request.conditions.weights.shape[1]
         self._room, self._at_once = request.sampling.max_new_tokens, request.at_once
         self._empty = True
 
@@ -209,13 +207,14 @@ class MixtureDecoder:
     def places(self) -> int:
         return self._at_once if self._empty else 0
 
-    def add(self, prompts: slice) -> torch.Tensor:
+    def add(self, ids: torch.Tensor, mask: torch.Tensor, blend: torch.Tensor | None) -> torch.Tensor:
         self._empty = False
-        rows = torch.arange(*prompts.indices(self._all.share.shape[0]), device=self._all.owner.device)
-        self._parts, kept = self._all.keep(rows)
-        owner = self._all.owner[kept]
+        if blend is None:
+            blend = torch.zeros(len(ids), self._specialists, device=ids.device)
+        self._parts = _Parts.of(blend)
+        owner = self._parts.owner
         with self._in_force.use(self._parts.blend):
-            hidden, self._context = self._backbone.prefill(*(t[owner] for t in self._prompts))
+            hidden, self._context = self._backbone.prefill(ids[owner], mask[owner])
         logits = self._backbone.head.logits(self._parts.mix(hidden[:, -1]))
         self._context.repeat(self._group, room=self._room)
         self._parts = self._parts.repeat(self._group)

@@ -91,8 +91,9 @@ def make_app(
         middleware=[
             Middleware(_Counting, metrics=served.metrics, paths={route.path for route in routes}),
             Middleware(Guards, url=url, allow_remote=allow_remote, api_key=api_key),
+            Middleware(_Catching),
         ],
-        exception_handlers={kind: _refuse for kind in (Refused, ConfigError, Full, HTTPException, Exception)}
+        exception_handlers={kind: _refuse for kind in (Refused, ConfigError, Full, HTTPException)}
         | {ClientDisconnect: _nobody},
         lifespan=lifespan,
     )
@@ -150,3 +151,26 @@ class _Counting:
             await send(message)
 
         await self._app(scope, receive, counted)
+
+
+class _Catching:
+    """Answers with 500 where the engine fails. Starlette's own handler raises the error again, for which uvicorn closes the
+    connection, and a client that sends its next request at that moment would get no answer."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sent)
+        except Exception as error:
+            if started or scope["type"] != "http":  # the rest of the answer will not come
+                raise
+            await (await _refuse(Request(scope), error))(scope, receive, send)

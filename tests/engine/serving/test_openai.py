@@ -262,34 +262,34 @@ def test_requests_of_many_weightings_at_once_get_what_each_gets_alone(client):
         return complete(client, f"w{3 + i % 40} w{3 + i % 11}", **options, extra_body=extra).choices[0].text
 
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        together = list(pool.map(ask, range(48)))
-    assert together == [ask(i) for i in range(48)] and len(set(together)) > 30
+        together = list(pool.map(ask, range(32)))
+    assert together == [ask(i) for i in range(32)] and len(set(together)) > 20
 
 
-def test_a_client_that_leaves_frees_its_rows(port, session):
-    batch, body = session.served.batch, {"prompt": "w1", "max_tokens": 120, "n": 40}
-    for stream in (False, True):
-        with socket.create_connection(("127.0.0.1", port)) as gone:
-            content = json.dumps({**body, "stream": stream}).encode()
-            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            gone.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-            while not batch.running:
-                time.sleep(0.001)
-        deadline = time.time() + 10
-        while batch.running or batch.waiting:
-            assert time.time() < deadline
-            time.sleep(0.005)
-    drawn = session.served.metrics.completion_tokens._value.get()
-    assert drawn < 40 * 120
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_rows(stream, port, session, monkeypatch):
+    batch, rows = session.served.batch, []
+    submit = batch.submit
+    monkeypatch.setattr(batch, "submit", lambda given: (rows.extend(given), submit(given)))
+    with socket.create_connection(("127.0.0.1", port)) as gone:
+        content = json.dumps({"prompt": "w1", "max_tokens": 120, "n": 80, "stream": stream}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        gone.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        while not batch.running:
+            time.sleep(0.001)
+    while batch.running or batch.waiting:
+        time.sleep(0.005)
+    assert len(rows) == 80 and all(row.cancelled for row in rows)
+    assert sum(row.drawn for row in rows) < 40 * 120
 
 
 def test_a_full_queue_is_429_and_the_client_comes_again(tmp_path):
     session = session_of(save_run(tmp_path), queue=4, max_rows=2)
     session.served.batch._stop_ids.clear()
     with serving(session) as port, client_of(port) as client, client_of(port, max_retries=20) as patient:
-        with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            options = {"n": 4, "max_tokens": 100}
-            asked = [pool.submit(complete, client, **options) for _ in range(12)]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            options = {"n": 4, "max_tokens": 50}
+            asked = [pool.submit(complete, client, **options) for _ in range(8)]
             refused = [f.exception() for f in asked if f.exception() is not None]
         assert refused and all(isinstance(error, openai.RateLimitError) for error in refused)
         assert refused[0].response.headers["retry-after"] == "1"
@@ -298,14 +298,28 @@ def test_a_full_queue_is_429_and_the_client_comes_again(tmp_path):
             assert len(list(pool.map(lambda _: complete(patient, **options), range(4)))) == 4
 
 
+def test_the_lengths_that_the_server_has_buffers_for_are_its_limits(session):
+    with (
+        serving(session_of(session.run, max_prompt_tokens=3, max_new_tokens=5)) as port,
+        client_of(port) as client,
+    ):
+        assert complete(client, "w1 w2 w3", max_tokens=5).usage.prompt_tokens == 3
+        with pytest.raises(openai.BadRequestError, match=r"takes at most 3 \(--max-prompt-tokens\)"):
+            complete(client, "w1 w2 w3 w4", max_tokens=5)
+        with pytest.raises(openai.BadRequestError, match=r"takes at most 5 \(--max-new-tokens\)"):
+            complete(client, "w1", max_tokens=6)
+        assert client.completions.create(model="run", prompt="w1").usage.completion_tokens <= 5
+
+
 def test_an_error_of_the_engine_is_500_and_the_next_request_is_served(client, session, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("out of something")
 
     with monkeypatch.context() as patched:
         patched.setattr(session.served.batch, "_draw", broken)
-        with pytest.raises(openai.InternalServerError, match="RuntimeError: out of something"):
-            complete(client)
+        for _ in range(20):  # over one connection, which stays
+            with pytest.raises(openai.InternalServerError, match="RuntimeError: out of something"):
+                complete(client)
         with pytest.raises(openai.APIError, match="out of something"):
             list(complete(client, stream=True))
     assert "out of something" in capsys.readouterr().err
