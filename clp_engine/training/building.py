@@ -170,8 +170,6 @@ def build_policy(
     policy = _policy_of(model, tokenizer, peft_config, a, rewards, min_kl)
     if policy.device.type == "cpu" and _on_gpu(a) and a.sharding is None:
         policy.to("cuda")
-    if a.gradient_checkpointing:
-        policy.checkpoint_layers()
     return policy
 
 

@@ -120,6 +120,8 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
             )
             self.sharded = None if a.sharding is None else shard(self.policy, a.sharding, self.parallel)
             check_own(self.sharded, optimizers[0], reference)
+            if a.gradient_checkpointing:  # which tries the model, and so on the device that it is trained on
+                self.policy.checkpoint_layers()
             building.say_detours(self.policy)
             self.rewards.to(self.policy.device)
             self.policy.tokenizer = self.tokenizer = building.tokenizer_of(self.policy, processing_class, a)

@@ -154,7 +154,7 @@ class ShardedBase:
                 yield
             finally:
                 if entered:
-                    self._keep_changes(self.trained)
+                    self._keep_changes()
 
     @contextlib.contextmanager
     def at_own_pace(self) -> Iterator[None]:
@@ -223,7 +223,7 @@ class ShardedBase:
         try:
             yield
             if everywhere:
-                self._keep_changes(self.trained)
+                self._keep_changes()
         finally:
             for held, name, parameter in places:
                 held[name] = parameter
@@ -234,9 +234,9 @@ class ShardedBase:
             self.policy.conditioned.token_statistics = self.split if pieces else linear_logprob
 
     @torch.no_grad()
-    def _keep_changes(self, trained: Mapping[str, TrainedShard]) -> None:
-        whole = self.policy.adapter_parameters() if trained else {}
-        for name, shard_ in trained.items():
+    def _keep_changes(self) -> None:
+        whole = self.policy.adapter_parameters() if self.trained else {}
+        for name, shard_ in self.trained.items():
             shard_.local.copy_(shard_.piece(whole[name]))
 
 

@@ -25,7 +25,7 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
 from clp_engine.rollouts.engines import llama_weights, native, trials
 from clp_engine.rollouts.engines.base import DecoderRequest
-from clp_engine.rollouts.engines.choice import detours
+from clp_engine.rollouts.engines.choice import detours, step_decoder
 from clp_engine.rollouts.engines.modules import ModulesDecoder
 from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.rows import Rows
@@ -315,6 +315,18 @@ def test_a_model_that_only_looks_like_llama_is_found_out():
 
     policy.model.model.layers[1].self_attn.__class__ = Attention
     assert "computes something else" in reason_of(policy)
+
+
+def test_weights_that_are_gathered_for_a_pass_leave_the_modules_alone(monkeypatch):
+    policy = build_policy("llama")
+    policy.weights_stay = False
+    ids = torch.ones(1, 2, dtype=torch.long)
+    request = DecoderRequest(policy, ids, ids.bool(), None, 1, 2, 1)
+    assert isinstance(step_decoder(request), ModulesDecoder)
+    assert "the base model is sharded" in detours(policy)[0]
+    monkeypatch.setenv(trials.SWITCH, "native")
+    with pytest.raises(ConfigError, match="native: .*sharded"):
+        step_decoder(request)
 
 
 def test_the_switch_and_what_a_policy_says_of_it(monkeypatch):

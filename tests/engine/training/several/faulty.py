@@ -86,10 +86,11 @@ if fault in ("raises in a layer", "hangs in a layer") and RANK == 1:
     layer = trainer.policy.model.model.layers[1]
 
     def spoil(module, inputs):
-        if trainer.state.global_step == 2 and inputs[0].shape[1] == 1:  # a token of a completion
-            if fault == "hangs in a layer":
+        if trainer.state.global_step == 2:
+            if fault == "hangs in a layer" and torch.is_grad_enabled():  # in the update
                 time.sleep(1000)
-            raise ValueError("the layer has gone home")
+            if fault == "raises in a layer" and inputs[0].shape[1] == 1:  # for a token of a completion
+                raise ValueError("the layer has gone home")
 
     layer.mlp.register_forward_pre_hook(spoil)
 again = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
