@@ -191,6 +191,7 @@ def spoiled(**changes):
         (spoiled(completion_ids=lambda a: [[], *a["completion_ids"][1:]]), "has 0 tokens"),
         (spoiled(env_mask=[[1]] * 16), "env_mask must have an entry for each token"),
         (spoiled(trainer_state=1), "get 'trainer_state' of the trainer"),
+        (spoiled(env_mask=lambda a: [[0] * len(row) for row in a["completion_ids"]]), "at least one of each"),
         (spoiled(extra=[1, 2]), "column 'extra' has 2 values for 16 completions"),
     ],
 )
