@@ -75,6 +75,11 @@ class RolloutFunction:
         drawn = of_lists(request, tokens, logprobs, [row[-1] in stops for row in tokens], NAME)
         if (mask := answer.get("env_mask")) is not None:
             flags = _of_tokens("env_mask", mask, tokens, 1)
+            if (silent := next((i for i, row in enumerate(flags) if not any(row)), None)) is not None:
+                raise ConfigError(
+                    f"rollout_func: env_mask[{silent}] is 0 for every token; the policy has to write at least one of each "
+                    "completion"
+                )
             written = torch.zeros_like(drawn.completion_mask)
             for row, values in enumerate(flags):
                 written[row, : len(values)] = torch.tensor(values, dtype=torch.bool)

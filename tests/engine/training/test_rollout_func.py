@@ -126,7 +126,8 @@ def test_what_an_environment_wrote_is_read_and_not_trained(tmp_path, baseline):
     assert entry["num_generated_tokens"] == written
 
 
-def test_the_gradient_is_that_of_the_written_tokens_after_all_that_was_read(tmp_path):
+@pytest.mark.parametrize("loss_type", ["sequence", "dapo"])
+def test_the_gradient_is_that_of_the_written_tokens_after_all_that_was_read(tmp_path, loss_type):
     """Against autograd: sum over the written tokens of A log pi, with A from the rewards alone."""
     trainer = trainer_of(
         tmp_path,
@@ -135,6 +136,7 @@ def test_the_gradient_is_that_of_the_written_tokens_after_all_that_was_read(tmp_
         max_completion_length=12,
         beta=0.0,
         max_grad_norm=0.0,
+        loss_type=loss_type,
         vllm_importance_sampling_correction=False,
     )
     update, found = trainer._update, {}
@@ -144,7 +146,7 @@ def test_the_gradient_is_that_of_the_written_tokens_after_all_that_was_read(tmp_
         scores = batch.scalar.view(-1, drawn.group)
         rest = (scores.sum(-1, keepdim=True) - scores) / (drawn.group - 1)
         advantage = (scores - rest).flatten()
-        total = 0.0
+        total, weighed = 0.0, len(advantage) if loss_type == "sequence" else int(drawn.written.sum())
         for b in range(len(advantage)):
             p = b // drawn.group
             prompt = drawn.prompt_ids[p, drawn.prompt_mask[p]]
@@ -154,7 +156,7 @@ def test_the_gradient_is_that_of_the_written_tokens_after_all_that_was_read(tmp_
             ]
             logp = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
             mask = drawn.written[b, : len(tokens)]
-            total = total - advantage[b] * logp[mask].sum() / len(advantage)
+            total = total - advantage[b] * logp[mask].sum() / weighed
         grads = torch.autograd.grad(total, list(policy.adapter_parameters().values()))
         found["norm"] = torch.stack([g.square().sum() for g in grads]).sum().sqrt().item()
         return update(batch)
@@ -189,6 +191,7 @@ def spoiled(**changes):
         (spoiled(completion_ids=lambda a: [[], *a["completion_ids"][1:]]), "has 0 tokens"),
         (spoiled(env_mask=[[1]] * 16), "env_mask must have an entry for each token"),
         (spoiled(trainer_state=1), "get 'trainer_state' of the trainer"),
+        (spoiled(env_mask=lambda a: [[0] * len(row) for row in a["completion_ids"]]), "at least one of each"),
         (spoiled(extra=[1, 2]), "column 'extra' has 2 values for 16 completions"),
     ],
 )

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy
+import torch
 
 from clp_engine.core.errors import ConfigError
 from clp_engine.rollouts.engines.vllm.draws import Draw, Drawn
@@ -27,20 +31,21 @@ class Colocated:
 
     def load(self, stack: Stack) -> None:
         if self._llm is None:
-            self._llm = self._started(stack)
-        with self._awake():
-            try:
-                self._llm.llm_engine.add_lora(_request(stack))
-            except Exception as error:  # vLLM raises errors of any class for an adapter
-                raise ConfigError(
-                    f"vLLM refused the adapters ({str(error).strip().splitlines()[0]}); leave out the layers that it names "
-                    "(target_modules, conditioning), or use_vllm=False"
-                ) from error
+            with _own_random_numbers():
+                self._llm = self._started(stack)
+        self._wake()
+        try:
+            self._llm.llm_engine.add_lora(_request(stack))
+        except Exception as error:  # vLLM raises errors of any class for an adapter
+            raise ConfigError(
+                f"vLLM refused the adapters ({str(error).strip().splitlines()[0]}); leave out the layers that it names "
+                "(target_modules, conditioning), or use_vllm=False"
+            ) from error
 
     def unload(self, stack: Stack) -> None:
         if self._llm is not None:
-            with self._awake():
-                self._llm.llm_engine.remove_lora(stack.number)
+            self._wake()
+            self._llm.llm_engine.remove_lora(stack.number)
 
     def complete(self, draws: Sequence[Draw], options: dict[str, Any], stack: Stack) -> list[Drawn]:
         from vllm import SamplingParams
@@ -54,8 +59,13 @@ class Colocated:
         ]
         adapters = [None if draw.clp is None else _request(stack) for draw in draws]
         prompts = [{"prompt_token_ids": draw.prompt} for draw in draws]
-        with self._awake():
-            done = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+        self._wake()
+        try:
+            with _own_random_numbers():
+                done = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+        finally:
+            if self._sleeps:
+                self._llm.sleep(level=1)
         found = []
         for request in done:
             (output,) = request.outputs
@@ -106,15 +116,24 @@ class Colocated:
             )
         return llm
 
-    @contextlib.contextmanager
-    def _awake(self) -> Iterator[None]:
+    def _wake(self) -> None:
         if self._sleeps and self._llm.llm_engine.is_sleeping():
             self._llm.wake_up()
-        try:
-            yield
-        finally:
-            if self._sleeps:
-                self._llm.sleep(level=1)
+
+
+@contextlib.contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """vLLM seeds the global generators when it starts, and draws from them; reward functions may draw from them, too."""
+    of_python, of_numpy, of_torch = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
 
 
 def _request(stack: Stack) -> Any:
