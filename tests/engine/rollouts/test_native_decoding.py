@@ -320,8 +320,7 @@ def test_a_model_that_only_looks_like_llama_is_found_out():
 def test_weights_that_are_gathered_for_a_pass_leave_the_modules_alone(monkeypatch):
     policy = build_policy("llama")
     policy.weights_stay = False
-    ids = torch.ones(1, 2, dtype=torch.long)
-    request = DecoderRequest(policy, ids, ids.bool(), None, 1, 2, 1)
+    request = DecoderRequest(policy, blended=False, longest=2, group=1, room=2, at_once=1)
     assert isinstance(step_decoder(request), ModulesDecoder)
     assert "the base model is sharded" in detours(policy)[0]
     monkeypatch.setenv(trials.SWITCH, "native")
