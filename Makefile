@@ -8,7 +8,7 @@
 # make aarch64   cross-compile the C++ kernels for aarch64 and run their tests there, emulated by qemu (tools/aarch64.py). Needs Debian
 #             and a cross compiler; ARGS="-k matmul" for some of the tests
 # make peers  install TRL, PEFT, verl and others as well, then run the tests that compare with them (tests/peers)
-# make vllm   install vLLM's CPU build and this package into .venv-vllm (3.5 GB), and run the tests of the plug-in there (tests/in_vllm)
+# make vllm   install vLLM's CPU build and this package into .venv-vllm (3.5 GB), and run tests/in_vllm there
 # make lowest   the engine's and the kernels' main tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 #             (constraints-lowest.txt; on x86-64 Linux, PyPI's torch of that age comes with 4 GB of CUDA)
 # make newest   the same with the newest versions that there are, in .venv-newest (constraints-newest.txt)

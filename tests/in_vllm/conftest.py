@@ -1,4 +1,4 @@
-"""Tests of the plug-in in vLLM itself, which `make vllm` installs into an environment of its own. Nothing here is pretended."""
+"""Tests of the plug-in and of rollouts in vLLM itself, which `make vllm` installs apart. Nothing here is pretended."""
 
 import os
 
