@@ -1,5 +1,7 @@
 """Prompt and completion fit into the positions that the model has; nobody's row changes another's rotary embedding."""
 
+import asyncio
+
 import pytest
 import torch
 from engine.conftest import VOCAB, build_classifier, build_model, build_policy, build_tokenizer
@@ -14,6 +16,7 @@ from clp_engine.rollouts.rollout import rollout
 from clp_engine.rollouts.scoring import score
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.requests import GenerateRequest
+from clp_engine.serving.served import Served
 from clp_engine.serving.session import Session
 from clp_engine.training.settings.config import CLPConfig
 from clp_engine.training.trainer import CLPTrainer
@@ -155,9 +158,9 @@ def test_every_prompt_is_checked_before_anything_is_computed(larger, tmp_path, m
         larger(torch.tensor([[5, VOCAB]]))
     with pytest.raises(ConfigError, match="prompt 0 " + UNKNOWN):
         rollout(larger, [[5, VOCAB]], larger.conditions())
-    session = Session(tmp_path)
+    session = Session(Served(tmp_path))
     with pytest.raises(ConfigError, match="the text " + UNKNOWN):
-        session.generate(GenerateRequest("w2 <new0>", {"a": 0.5, "b": 0.5}))
+        asyncio.run(session.generate(GenerateRequest("w2 <new0>", {"a": 0.5, "b": 0.5})))
     with pytest.raises(ConfigError, match="row 1 of the dataset " + UNKNOWN):
         trainer_of(larger, tmp_path, rows)
 

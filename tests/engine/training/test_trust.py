@@ -12,6 +12,7 @@ from engine.cli.test_cli import in_workplace, refused, trained, workplace  # noq
 
 from clp_engine.cli.main import main
 from clp_engine.core.errors import ConfigError
+from clp_engine.serving.served import Served
 from clp_engine.serving.session import Session
 from clp_engine.training.runs import trust
 from clp_engine.training.runs.run_spec import RunSpec
@@ -123,8 +124,8 @@ def test_an_embedded_task_executes_nothing_of_the_runs():
 
 
 def test_the_page_shows_files_of_the_run_or_given_by_hand_only(trained, elsewhere, tmp_path):  # noqa: F811
-    assert Session(trained, "cpu").describe()["examples"] == []
-    by_hand = Session(trained, "cpu", examples="prompts.txt").describe()["examples"]
+    assert Session(Served(trained, "cpu")).describe()["examples"] == []
+    by_hand = Session(Served(trained, "cpu"), examples="prompts.txt").describe()["examples"]
     assert [example["text"] for example in by_hand] == ["w1 w2", "w3"]
     shutil.copytree(trained, tmp_path / "run")
     raw = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -138,9 +139,9 @@ def test_the_page_shows_files_of_the_run_or_given_by_hand_only(trained, elsewher
         if not (tmp_path / "run" / "link.jsonl").exists():
             (tmp_path / "run" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
         (tmp_path / "run" / "run.json").write_text(json.dumps({**raw, "eval_dataset": str(tmp_path / name)}))
-        assert bool(Session(tmp_path / "run", "cpu").describe()["examples"]) is shown, name
+        assert bool(Session(Served(tmp_path / "run", "cpu")).describe()["examples"]) is shown, name
 
 
 def test_examples_that_cannot_be_read_are_refused(trained):  # noqa: F811
     with pytest.raises(ConfigError, match="cannot read nowhere"):
-        Session(trained, "cpu", examples="nowhere.jsonl")
+        Session(Served(trained, "cpu"), examples="nowhere.jsonl")
