@@ -340,7 +340,9 @@ class Decoding:
         self._keys = torch.zeros(slots, layers, heads, width, self._room)
         self._values = torch.zeros(slots, layers, heads, self._room, _rounded(width))
         self._free = list(range(slots))
-        self._prompts: list[tuple[Tensor, Tensor]] = []
+        self._prompts: list[
+            tuple[int, Tensor, Tensor] | None
+        ] = []  # length, keys, values; None for one that was forgotten
         self._forgotten: set[int] = set()  # numbers of prompts that a new prompt may take
         self._lengths = self._prompt_keys = self._prompt_values = torch.empty(0, dtype=torch.long)
         self._rows = _Rows()
@@ -450,22 +452,16 @@ class Decoding:
         number = min(self._forgotten, default=len(self._prompts))
         if self._forgotten:
             self._forgotten.remove(number)
-            self._prompts[number] = own_keys, own_values
+            self._prompts[number] = length, own_keys, own_values
         else:
-            self._prompts.append((own_keys, own_values))
-            blank = torch.zeros(1, dtype=torch.long)
-            self._lengths, self._prompt_keys, self._prompt_values = (
-                torch.cat([t, blank]) for t in (self._lengths, self._prompt_keys, self._prompt_values)
-            )
-        self._lengths[number] = length
-        self._prompt_keys[number], self._prompt_values[number] = own_keys.data_ptr(), own_values.data_ptr()
+            self._prompts.append((length, own_keys, own_values))
         return number
 
     def forget_prompts(self) -> None:
         """Free the keys and values of prompts without rows. Later prompts take their numbers."""
         rowless = set(range(len(self._prompts))) - self._forgotten - set(self._rows.prompt.tolist())
         for number in rowless:
-            self._prompts[number] = torch.empty(0), torch.empty(0)
+            self._prompts[number] = None
         self._forgotten |= rowless
 
     def add(self, prompts: Tensor) -> None:
@@ -477,6 +473,10 @@ class Decoding:
         if len(prompts) > len(self._free):
             raise ValueError(f"Decoding: {len(prompts)} rows for {len(self._free)} free slots")
         if len(prompts):
+            places = [
+                (0, 0, 0) if p is None else (p[0], p[1].data_ptr(), p[2].data_ptr()) for p in self._prompts
+            ]
+            self._lengths, self._prompt_keys, self._prompt_values = torch.tensor(places).T.contiguous()
             needed, there = int(self._lengths[prompts].max()) + self._room, self._rope[0][0].shape[0]
             if there < needed:
                 raise ValueError(

@@ -131,7 +131,7 @@ def test_prompts_leave_no_memory_behind():
     batch.submit([row(policy, *order)[0] for order in orders(policy, 200)])
     run(batch)
     decoding = batch._decoder._decoding
-    assert len(decoding._prompts) <= 5 and all(keys.numel() == 0 for keys, _ in decoding._prompts)
+    assert len(decoding._prompts) <= 5 and all(prompt is None for prompt in decoding._prompts)
 
 
 def test_a_cancelled_row_frees_its_place_and_hears_nothing_more():
