@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,7 @@ from clp_engine.training.runs import run_spec
 
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
+    from clp_engine.policy.steering import Description
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Limits:
     queue: int = 256
     max_prompt_tokens: int = 4096
     max_new_tokens: int = 1024
+
+
+class Completion(NamedTuple):
+    """tokens: how many it has. cut: whether the limit of tokens ended it."""
+
+    text: str
+    tokens: int
+    cut: bool
 
 
 class Ticket:
@@ -86,46 +95,31 @@ class Ticket:
             metrics.token.observe((now - self._first[index]) / more)
 
 
-class Served:
-    """The policy of a run, and the thread that decodes its running batch between `begin` and `end`.
+class Source:
+    """A run that answers: its files, its policy, and what a request asks of it.
 
-    run: a run folder, or a policy folder or checkpoint in it. name: of the model, for clients.
-    Raises ConfigError where the run has no policy, the policy has no tokenizer, or its rows cannot join a batch.
+    run: a run folder, or a policy folder or checkpoint in it. policy: with its weights, or a `Description`. name: of the model,
+    for clients. room: the most tokens of a completion.
     """
 
-    def __init__(self, run: str | Path, device: str | None = None, limits: Limits | None = None):
-        self.run, limits = Path(run), limits or Limits()
-        self.spec = run_spec.RunSpec.find(self.run)
-        self.policy: ConditionedPolicy = running.load_policy(self.run, device)
-        if self.policy.tokenizer is None:
-            raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")
+    room: int
+
+    def __init__(self, run: Path, policy: ConditionedPolicy | Description):
+        self.run, self.policy = run, policy
+        self.spec = run_spec.RunSpec.find(run)
         self.config: dict[str, Any] = {} if self.spec is None else self.spec.config
-        folder = self.run.resolve()
+        folder = run.resolve()
         self.name = folder.name if folder.name != "policy" else folder.parent.name
-        most = self.policy.room.tokens
-        self.longest, self.room = (
-            limit if most is None else min(limit, most)
-            for limit in (limits.max_prompt_tokens, limits.max_new_tokens)
-        )
-        self.queue, self.max_rows = limits.queue, limits.max_rows
-        self.batch = RunningBatch(
-            self.policy, max_rows=limits.max_rows, queue=limits.queue, longest=self.longest, room=self.room
-        )
-        self.metrics = Metrics(self.batch)
-        self._thread: threading.Thread | None = None
 
-    def begin(self) -> None:
-        """Start decoding. Events are delivered in the event loop that runs now."""
-        loop = asyncio.get_running_loop()
-        self.batch.post = lambda events: _post(loop, events)
-        self._thread = threading.Thread(target=self.batch.work, name="clp-batch", daemon=True)
-        self._thread.start()
+    async def complete(
+        self, ids: Sequence[int], conditions: Conditions, sampling: SamplingParams, seed: int
+    ) -> Completion:
+        """The completion of a prompt, as the model reads it, under one condition."""
+        raise NotImplementedError
 
-    async def end(self) -> None:
-        """Stop decoding once all rows have ended or were cancelled."""
-        self.batch.stop()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+    def check(self, ids: Sequence[int], max_new_tokens: int, where: str) -> None:
+        """Raises ConfigError for a prompt that cannot be completed here."""
+        raise NotImplementedError
 
     def conditions(self, weights: Any = None, kl: Any = None, base: bool = False) -> Conditions:
         """The condition of a request. Raises ConfigError for one that the policy cannot take."""
@@ -151,6 +145,52 @@ class Served:
         """The tokens that the model reads for a prompt under a condition (prompt conditioning adds some)."""
         shown = self.policy.shown_prompts([list(token_ids)], conditions, None if prompt is None else [prompt])
         return list(token_ids) if shown is None else shown[0]
+
+
+class Served(Source):
+    """The policy of a run, and the thread that decodes its running batch between `begin` and `end`.
+
+    run: a run folder, or a policy folder or checkpoint in it. name: of the model, for clients.
+    Raises ConfigError where the run has no policy, the policy has no tokenizer, or its rows cannot join a batch.
+    """
+
+    def __init__(self, run: str | Path, device: str | None = None, limits: Limits | None = None):
+        limits = limits or Limits()
+        super().__init__(Path(run), running.load_policy(run, device))
+        if self.policy.tokenizer is None:
+            raise ConfigError(f"{self.run}: the policy has no tokenizer; save it with one to give it text")
+        most = self.policy.room.tokens
+        self.longest, self.room = (
+            limit if most is None else min(limit, most)
+            for limit in (limits.max_prompt_tokens, limits.max_new_tokens)
+        )
+        self.queue, self.max_rows = limits.queue, limits.max_rows
+        self.batch = RunningBatch(
+            self.policy, max_rows=limits.max_rows, queue=limits.queue, longest=self.longest, room=self.room
+        )
+        self.metrics = Metrics(self.batch)
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Start decoding. Events are delivered in the event loop that runs now."""
+        loop = asyncio.get_running_loop()
+        self.batch.post = lambda events: _post(loop, events)
+        self._thread = threading.Thread(target=self.batch.work, name="clp-batch", daemon=True)
+        self._thread.start()
+
+    async def end(self) -> None:
+        """Stop decoding once all rows have ended or were cancelled."""
+        self.batch.stop()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    async def complete(
+        self, ids: Sequence[int], conditions: Conditions, sampling: SamplingParams, seed: int
+    ) -> Completion:
+        with self.ticket([(ids, sampling)], conditions, seed) as ticket:
+            events = [event async for _, event in ticket.events()]
+        text = "".join(event.text for event in events)
+        return Completion(text, len(events), events[-1].finish == "length")
 
     def check(self, ids: Sequence[int], max_new_tokens: int, where: str) -> None:
         """Raises ConfigError for a prompt that the model or this server cannot take."""

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -15,7 +16,7 @@ from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.serving.app import make_app
 from clp_engine.serving.guards import PATIENCE
-from clp_engine.serving.served import Limits, Served
+from clp_engine.serving.served import Source
 from clp_engine.serving.session import Session
 
 _CONNECTIONS = 2000  # the most at a time; others are answered with 503
@@ -25,18 +26,17 @@ _DRAIN = 30  # seconds that running completions have after Ctrl-C
 
 def serve(
     run: str | Path,
+    source: Callable[[], Source],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
     allow_remote: bool = False,
     api_key: str | None = None,
-    limits: Limits | None = None,
-    device: str | None = None,
     page: bool = False,
     browser: bool = False,
     examples: str | Path | None = None,
 ) -> None:
-    """Load the policy of a run and serve it until Ctrl-C. Running completions are finished then; Ctrl-C again ends them.
+    """Make the source of a run, and serve it until Ctrl-C. Running completions are finished then; Ctrl-C again ends them.
 
     host, port: the address to listen on; port 0 takes any free one. allow_remote: allow a host that other machines can reach.
     api_key: see `guards`. page: whether the user wants the page. browser: open it. examples: a file of prompts that it offers.
@@ -46,7 +46,7 @@ def serve(
     listening = listen(host, port, allow_remote)  # first: loading takes seconds
     try:
         print(f"loading {run} ...", flush=True)
-        session = Session(Served(run, device, limits), examples)
+        session = Session(source(), examples)
         url = url_of(listening)
         app = make_app(session, url, allow_remote=allow_remote, api_key=api_key)
         said = f"steering {run} at {url}" if page else f"serving {session.served.name} at {url}v1"
