@@ -1,8 +1,9 @@
 """python -m bench processes --out FILE: a step by two processes of a core each, by one process of one core, and by one of two.
 
-The batch is the same: two processes have half of it each. Beside them two runs that know nothing of each other, each with a core and
-a whole batch: as fast as two processes could be on this machine, whose cores share caches and memory. The variants take turns. A worker is bound to as many cores as it has threads. Counted beside the times: the collectives of a step, and the bytes
-that a process gives to each kind. The least possible is the adapters' gradient once, in float32.
+The batch is the same: two processes have half of it each. Beside them two runs that know nothing of each other, each with a
+core and a whole batch: as fast as two processes could be on this machine, whose cores share caches and memory. The variants
+take turns. A worker is bound to as many cores as it has threads. Counted beside the times: the collectives of a step, and the
+bytes that a process gives to each kind. The least possible is the adapters' gradient once, in float32.
 """
 
 from __future__ import annotations
