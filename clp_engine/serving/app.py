@@ -30,7 +30,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.serving.batching import Full
+from clp_engine.serving.batching import Failed, Full
 from clp_engine.serving.guards import Guards, Json, Refused, read_json, refusal, unless_gone
 from clp_engine.serving.metrics import CONTENT_TYPE, Metrics
 from clp_engine.serving.openai_api import OpenAIRoutes
@@ -141,8 +141,11 @@ def _refused(request: Request, error: Exception) -> Refused:
             f"{path} takes {allowed.get('Allow')}" if error.status_code == 405 else f"there is no {path} here"
         )
         return Refused(error.status_code, message, **allowed)
-    traceback.print_exception(error)
-    return Refused(500, f"{type(error).__name__}: {error} (the terminal of the server has more)")
+    message = str(error)
+    if not isinstance(error, Failed):
+        message = f"{type(error).__name__}: {error}"
+        traceback.print_exception(error)
+    return Refused(500, f"{message} (the terminal of the server has more)")
 
 
 async def _nobody(request: Request, error: Exception) -> Response:

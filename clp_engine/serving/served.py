@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.serving.batching import Event, Row, RunningBatch
+from clp_engine.serving.batching import Event, Failed, Row, RunningBatch
 from clp_engine.serving.metrics import Metrics
 from clp_engine.serving.stream_text import StreamText
 from clp_engine.training import running
@@ -26,6 +26,9 @@ from clp_engine.training.runs import run_spec
 if TYPE_CHECKING:
     from clp_engine.policy.policy import ConditionedPolicy
     from clp_engine.policy.steering import Description
+
+
+_SPELLED = 1 << 16  # tokens whose text is remembered
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Ticket:
         self._first: dict[int, float] = {}
 
     def deliver(self, index: int, event: Event) -> None:
+        """Take an event of a row, and count it: a client that reads slowly, or has left, changes no metric."""
+        if event.error is None:
+            self.completion_tokens += 1
+            self._measure(index, event)
         self._events.put_nowait((index, event))
 
     def __enter__(self) -> Ticket:
@@ -74,14 +81,12 @@ class Ticket:
         self._served.batch.cancel(self.rows)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(row, event) until every row has ended. Raises the error that ended a row."""
+        """(row, event) until every row has ended. Raises Failed with the message of the error that ended a row."""
         left = len(self.rows)
         while left:
             index, event = await self._events.get()
             if event.error is not None:
-                raise event.error
-            self.completion_tokens += 1
-            self._measure(index, event)
+                raise Failed(event.error)
             left -= event.finish is not None
             yield index, event
 
@@ -169,6 +174,7 @@ class Served(Source):
             self.policy, max_rows=limits.max_rows, queue=limits.queue, longest=self.longest, room=self.room
         )
         self.metrics = Metrics(self.batch)
+        self.spelled = functools.lru_cache(_SPELLED)(lambda token: self.policy.tokenizer.decode([token]))
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
@@ -206,6 +212,13 @@ class Served(Source):
                     f"{what} has up to {tokens:,} tokens; this server takes at most {most:,} ({flag})"
                 )
 
+    def check_rows(self, rows: int) -> None:
+        """Raises ConfigError for more completions than the queue can ever hold."""
+        if rows > self.queue:
+            raise ConfigError(
+                f"the request asks for {rows:,} completions; the queue of this server holds {self.queue}"
+            )
+
     def ticket(
         self,
         prompts: Sequence[tuple[Sequence[int], SamplingParams]],
@@ -219,25 +232,26 @@ class Served(Source):
         """A ticket for n completions of each of these prompts (ids as the model reads them), under one condition.
 
         Completion i of prompt p is row p * n + i, and draws with the random numbers that it has in `rollout` with that seed.
-        Raises ConfigError for more completions than the queue can ever hold.
         """
         rows = len(prompts) * n
-        if rows > self.queue:
-            raise ConfigError(
-                f"the request asks for {rows:,} completions; the queue of this server holds {self.queue}"
-            )
         blend = self.policy.coefficients(conditions)
         blend = torch.zeros(self.policy.deltas) if blend is None else blend[0]
         ticket = Ticket(self, sum(len(ids) for ids, _ in prompts))
         for index, row_seed in enumerate(derive(seed, torch.arange(rows)).tolist()):
             text = StreamText(self.policy.tokenizer, stop)
             ids, sampling = prompts[index // n]
-            ticket.rows.append(Row(ids, blend, sampling, row_seed, text, partial(ticket.deliver, index), top))
+            ticket.rows.append(
+                Row(ids, blend, sampling, row_seed, text, functools.partial(ticket.deliver, index), top)
+            )
         return ticket
 
 
 def _post(loop: asyncio.AbstractEventLoop, events: Sequence[tuple[Row, Event]]) -> None:
-    loop.call_soon_threadsafe(_deliver, events)
+    try:
+        loop.call_soon_threadsafe(_deliver, events)
+    except RuntimeError:
+        if not loop.is_closed():  # as Ctrl-C twice leaves it: nobody waits for events
+            raise
 
 
 def _deliver(events: Sequence[tuple[Row, Event]]) -> None:
