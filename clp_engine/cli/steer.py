@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from clp_engine.cli.arguments import RUN_HELP, add_address, add_device, need_server
+from clp_engine.cli.arguments import RUN_HELP, add_address, add_device, add_number, need_server
 from clp_engine.core.errors import ConfigError
+from clp_engine.core.ranges import COMMANDS
 from clp_engine.training import running
 
 HELP = "open a local page with a slider for each objective"
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="with --vllm: the run's stack there (default: the server's only adapter)",
     )
+    text = "the most tokens of a prompt, as far as the model has room; not with --vllm"
+    add_number(parser, COMMANDS, "max_prompt_tokens", text, default=4096)
     parser.add_argument("--no-browser", action="store_true", help="print the address only")
     add_address(parser, 8765)
     add_device(parser)
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     def source() -> Source:
         if arguments.vllm is not None:
             return FromVllm(arguments.run_folder, arguments.vllm, arguments.model)
-        limits = Limits(max_rows=8, queue=32, max_new_tokens=2048)
+        limits = Limits(8, 32, arguments.max_prompt_tokens, max_new_tokens=2048)
         return Served(arguments.run_folder, arguments.device, limits)
 
     serve(

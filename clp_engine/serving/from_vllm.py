@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.policy.steering import Description
 from clp_engine.rollouts.engines.vllm.server import Lost, Server, said
 from clp_engine.rollouts.types import SamplingParams
+from clp_engine.serving.batching import Full
 from clp_engine.serving.guards import Refused
 from clp_engine.serving.served import Completion, Source
 from clp_engine.training import running
 
 _SECONDS = 120.0  # without a byte of an answer
+_AT_ONCE = 32  # completions that are asked for, each in a thread
 
 
 class FromVllm(Source):
@@ -32,6 +35,7 @@ class FromVllm(Source):
     def __init__(self, run: str | Path, url: str, model: str | None = None, most_tokens: int = 2048):
         super().__init__(Path(run), Description.read(running.policy_directory(run)))
         self.room, self._server = most_tokens, Server(url, timeout=_SECONDS)
+        self._threads, self._asked = ThreadPoolExecutor(_AT_ONCE), set[Future]()
         try:
             self._base, self._model = self._names(model)
             self._server.check_blending(self._model)
@@ -76,7 +80,8 @@ class FromVllm(Source):
     async def complete(
         self, ids: Sequence[int], conditions: Conditions, sampling: SamplingParams, seed: int
     ) -> Completion:
-        """As `Source.complete`. Raises ConfigError for what the server refuses, and Refused (502) where it does not answer."""
+        """As `Source.complete`. Raises ConfigError for what the server refuses, Refused (502) where it does not answer, and
+        Full where _AT_ONCE completions are asked for already, with those of clients that have left."""
         body: dict[str, Any] = {
             "model": self._base,
             "prompt": list(ids),
@@ -94,10 +99,13 @@ class FromVllm(Source):
             weights = dict(zip(self.policy.objectives, conditions.weights[0].tolist()))
             asked = {"weights": weights} | ({} if self.kl_fixed else {"kl": conditions.kl[0].item()})
             body |= {"model": self._model, "vllm_xargs": {"clp": json.dumps(asked)}}
+        if len(self._asked) >= _AT_ONCE:
+            raise Full(f"{_AT_ONCE} completions are asked for already")
+        answering = self._threads.submit(self._server.ask, "POST", "/v1/completions", body, _SECONDS)
+        self._asked.add(answering)
+        answering.add_done_callback(self._asked.discard)
         try:
-            status, answer = await asyncio.to_thread(
-                self._server.ask, "POST", "/v1/completions", body, _SECONDS
-            )
+            status, answer = await asyncio.wrap_future(answering)
         except Lost as lost:
             raise Refused(
                 502, f"vLLM at {self._server.url} does not answer ({lost}); is it running?"

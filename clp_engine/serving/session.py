@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ class Session:
         sampling = SamplingParams(request.max_new_tokens, request.temperature)
         prompt = self._read(request, conditions)
         started = time.perf_counter()
-        completion, base = await asyncio.gather(
+        completion, base = await _both(
             self._complete(prompt, conditions, sampling, request.seed),
             self._base_completion(prompt, sampling, request.seed) if request.base else _nothing(),
         )
@@ -196,6 +197,18 @@ class Session:
     ) -> dict[str, Any]:
         ids = self.served.read(prompt.token_ids, conditions, prompt.prompt)
         return (await self.served.complete(ids, conditions, sampling, seed))._asdict()
+
+
+async def _both(first: Coroutine, second: Coroutine) -> tuple[Any, Any]:
+    """The results of both. Where one fails, or the client leaves, both have ended before this returns."""
+    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
+    try:
+        one, other = await asyncio.gather(*tasks)
+        return one, other
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _nothing() -> None:
