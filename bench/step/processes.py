@@ -1,8 +1,9 @@
 """python -m bench processes --out FILE: a step by two processes of a core each, by one process of one core, and by one of two.
 
-The batch is the same: two processes have half of it each. Runs of the three take turns. A worker is bound to as many cores as
-it has threads. Counted beside the times: the collectives of a step, and the bytes that a process gives to each kind. The least
-possible is the adapters' gradient once, in float32.
+The batch is the same: two processes have half of it each. Beside them two runs that know nothing of each other, each with a
+core and a whole batch: as fast as two processes could be on this machine, whose cores share caches and memory. The variants
+take turns. A worker is bound to as many cores as it has threads. Counted beside the times: the collectives of a step, and the
+bytes that a process gives to each kind. The least possible is the adapters' gradient once, in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.core import environment, schema
@@ -30,15 +32,20 @@ VARIANTS = {
     "two processes, one core each": (2, 1),
     "one process, two cores": (1, 2),
 }
+APART = "two runs apart, one core each"
 WARM = 2  # steps before those that count
 COUNTED = ("all_reduce", "all_gather", "reduce_scatter_single", "reduce_scatter_tensor")
 
 
 def measure(model: str, steps: int, rounds: int) -> schema.Result:
-    found: dict[str, list[dict]] = {name: [] for name in VARIANTS}
+    found: dict[str, list[dict]] = {name: [] for name in (*VARIANTS, APART)}
     for _ in range(rounds):
-        for name, (processes, threads) in VARIANTS.items():
-            found[name].append(_launched(model, steps, processes, threads))
+        for name in found:
+            if name == APART:
+                with ThreadPoolExecutor(2) as pool:
+                    found[name] += pool.map(lambda core: _launched(model, steps, 1, 1, core), range(2))
+            else:
+                found[name].append(_launched(model, steps, *VARIANTS[name]))
             print(f"{name}: {statistics.median(found[name][-1]['steps']):.3f} s a step", flush=True)
     case = case_of(model, "cpu")
     variants = [
@@ -66,11 +73,11 @@ def _collectives(run: dict) -> dict[str, float]:
     return {**counts, **given, "adapter_bytes": float(run["adapter_bytes"])} if counts else {}
 
 
-def _launched(model: str, steps: int, processes: int, threads: int) -> dict:
+def _launched(model: str, steps: int, processes: int, threads: int, core: int = 0) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        worker = ["-m", "bench.step.processes", model, str(steps), str(threads), str(out)]
+        worker = ["-m", "bench.step.processes", model, str(steps), str(threads), str(out), str(core)]
         environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run(
             [sys.executable, *launcher, *worker], check=True, env=environ, stderr=subprocess.DEVNULL
@@ -78,10 +85,11 @@ def _launched(model: str, steps: int, processes: int, threads: int) -> dict:
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def worker(model: str, steps: int, threads: int, out: str) -> None:
-    """Trains in this process, one of those that the launcher started; the main one writes what it found."""
+def worker(model: str, steps: int, threads: int, out: str, core: int) -> None:
+    """Trains in this process, one of those that the launcher started, on cores from `core` on. The main one writes what it
+    found."""
     rank, count = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    os.sched_setaffinity(0, range(rank * threads, (rank + 1) * threads))
+    os.sched_setaffinity(0, range(core + rank * threads, core + (rank + 1) * threads))
     import torch
     from transformers import TrainerCallback
 
@@ -145,12 +153,15 @@ def main(arguments: argparse.Namespace) -> int:
     found = measure(arguments.model, arguments.steps, arguments.rounds)
     schema.save(found, arguments.out)
     (case,) = found.cases
-    one, two, whole = (v.times.median for v in case.variants if v.times)
+    one, two, whole, apart = (v.times.median for v in case.variants if v.times)
     print(f"two processes over one of one core: {one / two:.2f}x; over one of two cores: {whole / two:.2f}x")
+    print(
+        f"two runs apart over one: {2 * one / apart:.2f}x, of which two processes reach {apart / 2 / two:.1%}"
+    )
     print(f"of the main process in a step: {case.variants[1].measures}")
     return 0
 
 
 if __name__ == "__main__":
     asked: Sequence[str] = sys.argv[1:]
-    worker(asked[0], int(asked[1]), int(asked[2]), asked[3])
+    worker(asked[0], int(asked[1]), int(asked[2]), asked[3], int(asked[4]))

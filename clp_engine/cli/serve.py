@@ -43,17 +43,17 @@ def run(arguments: argparse.Namespace) -> None:
     ):
         raise ConfigError("the API key is empty, has blanks around it, or characters that no header can hold")
     need_server("serve")
-    from clp_engine.serving.served import Limits
+    from clp_engine.serving.served import Limits, Served
     from clp_engine.serving.server import serve
 
+    limits = Limits(
+        arguments.max_rows, arguments.queue, arguments.max_prompt_tokens, arguments.max_new_tokens
+    )
     serve(
         arguments.run_folder,
+        lambda: Served(arguments.run_folder, arguments.device, limits),
         host=arguments.host,
         port=arguments.port,
         allow_remote=arguments.allow_remote,
         api_key=api_key,
-        limits=Limits(
-            arguments.max_rows, arguments.queue, arguments.max_prompt_tokens, arguments.max_new_tokens
-        ),
-        device=arguments.device,
     )

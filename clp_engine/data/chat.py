@@ -89,16 +89,21 @@ def messages_as_read(messages: list, tokenizer) -> list[dict[str, Any]]:
 def encode_chat(messages: list, tokenizer) -> list[int]:
     """Tokens of the messages under the tokenizer's chat template, up to the start of the assistant's answer.
 
-    Raises ConfigError if the tokenizer has no template.
+    Raises ConfigError if the tokenizer has no template, or its template refuses the messages.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(
             "the prompts are chat messages and the tokenizer has no chat template; set tokenizer.chat_template, or give texts"
         )
+    import jinja2
+
     messages = messages_as_read(messages, tokenizer)
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ConfigError(f"the tokenizer's chat template does not take the messages: {error}") from error
 
 
 def _json(content: Any) -> str:

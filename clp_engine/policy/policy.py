@@ -36,10 +36,10 @@ from clp_engine.policy.merging import merged
 from clp_engine.policy.peft import stacking, warm_start, writing
 from clp_engine.policy.peft.reading import Adapter
 from clp_engine.policy.soups import soup
-from clp_engine.policy.spec import PolicySpec, per_delta, read_spec
+from clp_engine.policy.spec import SPEC_FILE, PolicySpec, per_delta, read_spec
 from clp_engine.policy.steerable import SteerableModel
 
-_SPEC_FILE, _ADAPTER_FILE = "clp_config.json", "adapters.safetensors"
+_ADAPTER_FILE = "adapters.safetensors"
 
 
 class ConditionedPolicy(SteerableModel):
@@ -230,7 +230,7 @@ class ConditionedPolicy(SteerableModel):
                 "trainer.whole_base():`"
             )
         spec = json.dumps(asdict(self.spec), indent=2) + "\n"
-        (directory / _SPEC_FILE).write_text(spec, encoding="utf-8")
+        (directory / SPEC_FILE).write_text(spec, encoding="utf-8")
         save_file(
             {n: p.detach().cpu().contiguous() for n, p in adapters.items()},
             directory / _ADAPTER_FILE,
@@ -254,11 +254,11 @@ class ConditionedPolicy(SteerableModel):
         """
         directory = Path(directory)
         finish(directory)
-        if not (directory / _SPEC_FILE).is_file():
+        if not (directory / SPEC_FILE).is_file():
             raise ConfigError(
-                f"{directory}: no {_SPEC_FILE} here; expected a directory written by save_pretrained"
+                f"{directory}: no {SPEC_FILE} here; expected a directory written by save_pretrained"
             )
-        spec = read_spec(directory / _SPEC_FILE)
+        spec = read_spec(directory / SPEC_FILE)
         if not (directory / _ADAPTER_FILE).is_file():
             raise ConfigError(f"{directory}: {_ADAPTER_FILE} is missing")
         if base_model is None and not spec.base_model:

@@ -11,6 +11,8 @@ from clp_engine.core import ranges, records
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.files import read_json
 
+SPEC_FILE = "clp_config.json"
+
 
 @dataclass(frozen=True)
 class PolicySpec:

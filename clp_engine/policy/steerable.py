@@ -15,19 +15,18 @@ import torch
 from clp_kernels import TokenStats
 from transformers import PreTrainedModel
 
-from clp_engine.core.conditions import Blending, Conditions
-from clp_engine.core.errors import ConfigError
+from clp_engine.core.conditions import Conditions
 from clp_engine.data.positions import Room
 from clp_engine.models.conditioned import ConditionedModel
 from clp_engine.models.forms import Conditioning
-from clp_engine.policy import prompt_conditioning
 from clp_engine.policy.spec import PolicySpec
+from clp_engine.policy.steering import Steering
 from clp_engine.rollouts import texts
 from clp_engine.rollouts.scoring import hidden_states
 from clp_engine.rollouts.types import Profile, Rollout
 
 
-class SteerableModel(ConditionedModel):
+class SteerableModel(ConditionedModel, Steering):
     """A model with one delta per objective, steered per row. It is the base class of `ConditionedPolicy`."""
 
     def __init__(self, model: PreTrainedModel, spec: PolicySpec, tokenizer=None, seed: int = 0):
@@ -41,14 +40,6 @@ class SteerableModel(ConditionedModel):
     engine = None  # the engine that draws, see `rollouts.types.RolloutEngine`; None: the fastest that serves the model
 
     # -- properties ---------------------------------------------------------------------------------------------------
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        return self.spec.objectives
-
-    @property
-    def kl_is_beta(self) -> bool:
-        return self.spec.kl_is_beta
 
     @property
     def read_from(self) -> list[Path]:
@@ -104,72 +95,11 @@ class SteerableModel(ConditionedModel):
 
     # -- conditions ---------------------------------------------------------------------------------------------------
 
-    @property
-    def blending(self) -> Blending:
-        spec = self.spec
-        return Blending(
-            spec.objectives,
-            self.conditioning.blended,
-            spec.kl_conditioning,
-            spec.min_kl,
-            spec.default_kl,
-            spec.kl_is_beta,
-        )
-
-    def conditions(self, weights=None, kl=None, rows: int = 1) -> Conditions:
-        """Per-row conditions from a user's weights and KL coefficients.
-
-        weights: a mapping by name, a sequence of M numbers, a list of either with one per row, a (rows, M) tensor, or None
-            (uniform).
-        kl: a number, one per row, or None (`spec.default_kl`).
-
-        Raises ConfigError naming the invalid value.
-        """
-        return self.blending.conditions(weights, kl, rows)
-
     def coefficients(self, conditions: Conditions | None) -> torch.Tensor | None:
         """The blend (rows, D) on the model's device, one coefficient per delta, or None if every row is the reference."""
         if conditions is None or not bool(conditions.weights.any()):
             return None
         return self.blending.coefficients(conditions).to(self.device)
-
-    def prompt_text(self, weights=None, kl=None) -> str:
-        """The text that prompt conditioning writes into a prompt at one weighting. Empty for other policies."""
-        return self._prompt_texts(self.conditions(weights, kl))[0]
-
-    def _prompt_texts(self, conditions: Conditions) -> list[str]:
-        """The text for each row's prompt. Empty for a blend of zero: such a row is the reference and reads the plain prompt."""
-        blend = self.coefficients(conditions) if self.conditioning.prompt else None
-        if blend is None:
-            return [""] * len(conditions)
-        return [
-            prompt_conditioning.weighting_text(self.spec.prompt_template, self.objectives, weights, kl)
-            if moved
-            else ""
-            for weights, kl, moved in zip(
-                conditions.weights.tolist(), conditions.kl.tolist(), blend.any(-1).tolist(), strict=True
-            )
-        ]
-
-    def shown_prompts(
-        self, prompt_ids: Sequence[Sequence[int]], conditions: Conditions, prompts: Sequence | None = None
-    ) -> list[list[int]] | None:
-        """The tokens that the policy reads for each prompt under its condition. None without prompt conditioning.
-
-        prompts: the texts or chats that prompt_ids were made from, needed for chat messages. Reference rows read the plain
-            prompt.
-        """
-        if not self.conditioning.prompt:
-            return None
-        if self.tokenizer is None:
-            raise ConfigError(
-                "prompt conditioning needs a tokenizer; give one to from_pretrained(tokenizer=...)"
-            )
-        asked = [None] * len(prompt_ids) if prompts is None else prompts
-        return [
-            prompt_conditioning.with_weighting(prompt, ids, text, self.tokenizer) if text else list(ids)
-            for prompt, ids, text in zip(asked, prompt_ids, self._prompt_texts(conditions), strict=True)
-        ]
 
     @contextlib.contextmanager
     def blended(self, conditions: Conditions | None) -> Iterator[None]:

@@ -1,4 +1,5 @@
-"""The application behind `clp-engine serve` and `clp-engine steer`: one set of routes, behind one set of guards.
+"""The application behind `clp-engine serve` and `clp-engine steer`: one set of routes, behind one set of guards. A page before
+a vLLM server (`from_vllm`) has the first three and the last of them.
 
     GET  /               page.html
     GET  /api/model      the policy: objectives, KL coefficient, limits, examples, front (`Session.describe`)
@@ -17,7 +18,7 @@ import contextlib
 import hashlib
 import re
 import traceback
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -29,11 +30,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clp_engine.core.errors import ConfigError
-from clp_engine.serving.batching import Full
+from clp_engine.serving.batching import Failed, Full
 from clp_engine.serving.guards import Guards, Json, Refused, read_json, refusal, unless_gone
 from clp_engine.serving.metrics import CONTENT_TYPE, Metrics
 from clp_engine.serving.openai_api import OpenAIRoutes
 from clp_engine.serving.requests import GenerateRequest
+from clp_engine.serving.served import Served
 from clp_engine.serving.session import Session
 
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
@@ -66,30 +68,24 @@ def make_app(
         asked = GenerateRequest.parse(await read_json(request))
         return Json(await unless_gone(request, session.generate(asked)))
 
-    async def metrics(request: Request) -> Response:
-        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
-
     async def health(request: Request) -> Response:
         return Json({"status": "ok"})
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        served.begin()
-        yield
-        await served.end()
 
     routes = [
         Route("/", show_page),
         Route("/api/model", model),
         Route("/api/generate", generate, methods=["POST"]),
-        *OpenAIRoutes(served).routes(),
-        Route("/metrics", metrics),
         Route("/health", health),
     ]
+    outermost, lifespan = [], None
+    if isinstance(served, Served):
+        routes += [*OpenAIRoutes(served).routes(), Route("/metrics", _metrics_of(served))]
+        outermost = [Middleware(_Counting, metrics=served.metrics, paths={route.path for route in routes})]
+        lifespan = _running(served)
     return Starlette(
         routes=routes,
         middleware=[
-            Middleware(_Counting, metrics=served.metrics, paths={route.path for route in routes}),
+            *outermost,
             Middleware(Guards, url=url, allow_remote=allow_remote, api_key=api_key),
             Middleware(_Catching),
         ],
@@ -97,6 +93,23 @@ def make_app(
         | {ClientDisconnect: _nobody},
         lifespan=lifespan,
     )
+
+
+def _metrics_of(served: Served) -> Callable:
+    async def metrics(request: Request) -> Response:
+        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
+
+    return metrics
+
+
+def _running(served: Served) -> Callable:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        served.begin()
+        yield
+        await served.end()
+
+    return lifespan
 
 
 def _content_policy(page: str) -> str:
@@ -128,8 +141,11 @@ def _refused(request: Request, error: Exception) -> Refused:
             f"{path} takes {allowed.get('Allow')}" if error.status_code == 405 else f"there is no {path} here"
         )
         return Refused(error.status_code, message, **allowed)
-    traceback.print_exception(error)
-    return Refused(500, f"{type(error).__name__}: {error} (the terminal of the server has more)")
+    message = str(error)
+    if not isinstance(error, Failed):
+        message = f"{type(error).__name__}: {error}"
+        traceback.print_exception(error)
+    return Refused(500, f"{message} (the terminal of the server has more)")
 
 
 async def _nobody(request: Request, error: Exception) -> Response:

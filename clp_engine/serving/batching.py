@@ -11,6 +11,7 @@ derive(row seed, t), as in a rollout, so that `policy.generate` with the same se
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,9 +31,13 @@ class Full(Exception):
     """As many rows wait as may."""
 
 
+class Failed(Exception):
+    """The engine failed on a row. The thread of the batch has printed the traceback."""
+
+
 @dataclass(frozen=True)
 class Event:
-    """What a row has got in a step: a token, or the error that ended the row.
+    """What a row has got in a step: a token, or the message of the error that ended the row.
 
     text: the text that is certain now. logprob: of the token, at the temperature, untruncated (`sample_tokens`).
     top: (token, log-prob) of the likeliest tokens, as many as the row asked for.
@@ -44,7 +49,7 @@ class Event:
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
     finish: str | None = None
-    error: Exception | None = None
+    error: str | None = None
 
 
 @dataclass(eq=False)
@@ -77,7 +82,7 @@ class RunningBatch:
 
     longest: the most tokens of a prompt. room: the most tokens of a completion.
     post: called in the thread of `work` with the events of a step; by default it delivers them there.
-    Raises ConfigError for a model whose completions transformers' generate writes as wholes.
+    Raises ConfigError for a model whose completions transformers' generate writes as wholes, and what its decoder raises.
     """
 
     def __init__(
@@ -103,8 +108,10 @@ class RunningBatch:
         self._running: list[Row] = []
         self._stopping = False
         self._reset()
+        self._make_decoder()  # a fault ends the start, and not the first requests
 
     def _reset(self) -> None:
+        self._running.clear()
         self._decoder: StepDecoder | None = None
         self._logits: torch.Tensor | None = None
         self._counters = torch.empty(0, 3, dtype=torch.long, device=self._device)  # seed, token number, top_k
@@ -137,6 +144,7 @@ class RunningBatch:
         with self._changed:
             for row in rows:
                 row.cancelled = True
+            self._waiting = deque(row for row in self._waiting if not row.cancelled)
             self._changed.notify()
 
     def stop(self) -> None:
@@ -149,7 +157,10 @@ class RunningBatch:
 
     @torch.no_grad()
     def work(self) -> None:
-        """Decode until `stop`. An error of a step ends the rows that run, and the batch goes on with others."""
+        """Decode until `stop`. An error of a step ends the rows that run, and the batch goes on with others.
+
+        An error in making the next decoder ends the rows that wait: none of them could ever run.
+        """
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._stopping):
@@ -159,10 +170,20 @@ class RunningBatch:
             try:
                 self._step()
             except Exception as error:
-                events = [(row, Event(error=error)) for row in self._running if not row.cancelled]
-                self._running.clear()
+                self._end(list(self._running) if self._decoder is not None else self._take_all(), error)
                 self._reset()
-                self.post(events)
+
+    def _take_all(self) -> list[Row]:
+        with self._changed:
+            rows = [*self._running, *self._waiting]
+            self._waiting.clear()
+        return rows
+
+    def _end(self, rows: Sequence[Row], error: Exception) -> None:
+        """End these rows with an error. They get its message: the error itself holds the frames, and these the decoder."""
+        traceback.print_exception(error)
+        message = f"{type(error).__name__}: {error}"
+        self.post([(row, Event(error=message)) for row in rows if not row.cancelled])
 
     def _step(self) -> None:
         self._leave([not row.cancelled for row in self._running])
@@ -189,32 +210,38 @@ class RunningBatch:
         )
         self._running = [row for row, stay in zip(self._running, stays) if stay]
 
-    def _join(self) -> None:
-        """Waiting rows take the free places."""
+    @torch.no_grad()
+    def _make_decoder(self) -> StepDecoder:
         if self._decoder is None:
             self._decoder = step_decoder(self._request)
-        while self._decoder.places:
+        return self._decoder
+
+    def _join(self) -> None:
+        """Waiting rows take the free places."""
+        decoder = self._make_decoder()
+        while decoder.places:
             with self._changed:
-                while self._waiting and self._waiting[0].cancelled:
-                    self._waiting.popleft()
                 if not self._waiting:
                     return
                 row = self._waiting.popleft()
-            ids = torch.tensor([list(row.ids)], dtype=torch.long, device=self._device)
-            blend = row.blend.to(self._device).unsqueeze(0)
+            s, places = row.sampling, decoder.places
             try:
-                first = self._decoder.add(ids, torch.ones_like(ids, dtype=torch.bool), blend).float()
+                ids = torch.tensor([list(row.ids)], dtype=torch.long, device=self._device)
+                blend = row.blend.to(self._device).unsqueeze(0)
+                counters = torch.tensor([[row.seed, 0, s.top_k or 0]], dtype=torch.long, device=self._device)
+                options = torch.tensor([[s.temperature, s.top_p or 1.0, s.min_p or 0.0]], device=self._device)
+                first = decoder.add(ids, torch.ones_like(ids, dtype=torch.bool), blend)
             except Exception as error:
-                self.post([(row, Event(error=error))])
+                self._end([row], error)
+                if decoder.places != places:  # it holds a part of the row
+                    raise
                 continue
-            s = row.sampling
-            counters = torch.tensor([[row.seed, 0, s.top_k or 0]], dtype=torch.long, device=self._device)
-            options = torch.tensor([[s.temperature, s.top_p or 1.0, s.min_p or 0.0]], device=self._device)
-            joined = self._running and self._logits is not None
-            self._logits = torch.cat([self._logits, first]) if joined else first
+            # The decoder has the row: from here on an error ends it with those that run.
+            self._running.append(row)
+            joined = len(self._running) > 1 and self._logits is not None
+            self._logits = torch.cat([self._logits, first.float()]) if joined else first.float()
             self._counters = torch.cat([self._counters, counters])
             self._options = torch.cat([self._options, options])
-            self._running.append(row)
 
     def _draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, list[tuple[Row, Event]]]:
         """The next token of each row (n,), and its event."""

@@ -8,7 +8,7 @@ Key. `Authorization: Bearer KEY`, if the server has one. /health and /metrics ne
 
 Body. JSON, declared as such (which the form of another site cannot do), of at most MAX_BODY bytes, within PATIENCE.
 
-Answer. Nothing is cached. A client that takes nothing for PATIENCE seconds is dropped.
+Answer. Nothing is cached. (`server` drops a client that does not take it.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from clp_engine.core.errors import ConfigError
 from clp_engine.serving.requests import MAX_CHARACTERS
 
 MAX_BODY = 12 * MAX_CHARACTERS + 10_000  # JSON takes at most 12 bytes for a character: \uXXXX\uXXXX
-PATIENCE = 60.0  # seconds for the head of a request, for its body, and for each part of an answer to be taken
+PATIENCE = (
+    60.0  # seconds for the head of a request, for its body, and for what is written of an answer to be taken
+)
 OPEN = ("/health", "/metrics")  # what is answered without a key
 _ALWAYS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
 
@@ -76,13 +78,13 @@ class Guards:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        taken = _within_patience(send)
+        sent = _with_headers(send)
         try:
             self._check_sender(scope["path"], Headers(scope=scope))
         except Refused as refused:
-            await refusal(scope["path"], refused)(scope, receive, taken)
+            await refusal(scope["path"], refused)(scope, receive, sent)
             return
-        await self.app(scope, receive, taken)
+        await self.app(scope, receive, sent)
 
     def _check_sender(self, path: str, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -118,15 +120,15 @@ def _host_name(host: str) -> str:
     return "" if match is None else (match[1] or match[2]).lower()
 
 
-def _within_patience(send: Send) -> Send:
-    async def taken(message: Message) -> None:
+def _with_headers(send: Send) -> Send:
+    async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in _ALWAYS.items():
                 headers[name] = value
-        await asyncio.wait_for(send(message), PATIENCE)
+        await send(message)
 
-    return taken
+    return sent
 
 
 async def read_json(request: Request) -> Any:

@@ -19,12 +19,13 @@ from starlette.types import Receive, Scope, Send
 from clp_engine.core.errors import ConfigError
 from clp_engine.data.prompts import encode_prompts
 from clp_engine.rollouts.types import SamplingParams
-from clp_engine.serving.batching import Event
+from clp_engine.serving.batching import Event, Failed
 from clp_engine.serving.guards import Json, Refused, read_json, unless_gone
 from clp_engine.serving.openai_requests import OpenAIRequest
 from clp_engine.serving.served import Served, Ticket
 
 DEFAULT_TOKENS = 128  # of a completion, if neither the request nor the run's training says how many
+_ENTRIES = 200_000  # tokens with log-probs of one answer: it is written in the thread that answers everybody
 
 
 class OpenAIRoutes:
@@ -86,6 +87,7 @@ class OpenAIRoutes:
 
     def _ticket(self, asked: OpenAIRequest) -> Ticket:
         served = self._served
+        served.check_rows(len(asked.prompts) * asked.n)  # before the prompts are read
         conditions = served.conditions(asked.weights, asked.kl, asked.base)
         prompts, options = [], (asked.temperature, asked.top_k, asked.top_p, asked.min_p)
         for i, prompt in enumerate(asked.prompts):
@@ -95,6 +97,8 @@ class OpenAIRoutes:
             tokens = asked.max_tokens or self._default_tokens(len(ids))
             served.check(ids, tokens, where)
             prompts.append((ids, SamplingParams(tokens, *options)))
+        if asked.top is not None:
+            _check_entries(sum(s.max_new_tokens for _, s in prompts) * asked.n * (asked.top + 1))
         return served.ticket(prompts, conditions, asked.seed, n=asked.n, stop=asked.stop, top=asked.top or 0)
 
     def _default_tokens(self, prompt: int) -> int:
@@ -104,6 +108,14 @@ class OpenAIRoutes:
         room = served.policy.room
         left = tokens if room.tokens is None or room.apart else room.tokens - prompt
         return max(1, min(tokens, left))
+
+
+def _check_entries(entries: int) -> None:
+    if entries > _ENTRIES:
+        raise ConfigError(
+            f"logprobs: the answer may have {entries:,} tokens with their log-probs, and at most {_ENTRIES:,} are given; "
+            "ask for fewer completions, tokens or likeliest tokens"
+        )
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -136,8 +148,10 @@ async def _sent(form: _Form, ticket: Ticket) -> AsyncIterator[bytes]:
         async for chunk in form.chunks(ticket):
             yield _event(chunk)
     except Exception as error:
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"
+        message = str(error)
+        if not isinstance(error, Failed):
+            message = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
         yield _event({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
         return
     yield b"data: [DONE]\n\n"
@@ -166,7 +180,7 @@ class _Form:
     kind = chunk = prefix = ""
 
     def __init__(self, served: Served, asked: OpenAIRequest):
-        self._served, self._asked, self._tokenizer = served, asked, served.policy.tokenizer
+        self._asked, self._spelled = asked, served.spelled
         self._about = {
             "id": self.prefix + secrets.token_hex(12),
             "created": int(time.time()),
@@ -210,9 +224,6 @@ class _Form:
         if usage:
             yield {**about, "choices": [], "usage": _usage(ticket)}
 
-    def spelled(self, token: int) -> str:
-        return self._tokenizer.decode([token])
-
 
 def _usage(ticket: Ticket) -> dict[str, int]:
     prompt, completion = ticket.prompt_tokens, ticket.completion_tokens
@@ -253,8 +264,10 @@ class _Chat(_Form):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        spelled = self.spelled(token)
-        return {"token": spelled, "logprob": logprob, "bytes": list(spelled.encode("utf-8", "replace"))}
+        spelled = self._spelled(token)
+        # A token with a part of a character has other bytes than its text, in which the part is U+FFFD.
+        known = None if "\ufffd" in spelled else list(spelled.encode("utf-8", "replace"))
+        return {"token": spelled, "logprob": logprob, "bytes": known}
 
 
 class _Text(_Form):
@@ -285,9 +298,10 @@ class _Text(_Form):
             offsets.append(offset)
             offset += len(event.text)
         return {
-            "tokens": [self.spelled(e.token) for e in events],
+            "tokens": [self._spelled(e.token) for e in events],
             "token_logprobs": [e.logprob for e in events],
-            "top_logprobs": [{self.spelled(token): p for token, p in e.top} for e in events]
+            # Of tokens that are spelled alike the likeliest stays.
+            "top_logprobs": [{self._spelled(token): p for token, p in reversed(e.top)} for e in events]
             if self._asked.top
             else None,
             "text_offset": offsets,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clp_engine.core.errors import ConfigError, shown
-from clp_engine.serving.requests import MAX_CHARACTERS, flag, kind, number, whole
+from clp_engine.serving.requests import MAX_CHARACTERS, flag, kind, number, temperature, whole
 
 MAX_COMPLETIONS = 128
 MAX_TOP = 20
@@ -100,7 +100,7 @@ class OpenAIRequest:
             kl=number("kl", given["kl"], 0.0, 1e6) if "kl" in given else None,
             base=flag("base", given.get("base", False)),
             max_tokens=_max_tokens(given),
-            temperature=number("temperature", given.get("temperature", 1.0), 0.0, 1e6),
+            temperature=temperature("temperature", given.get("temperature", 1.0), 1e6),
             top_p=number("top_p", given.get("top_p", 1.0), 0.0, 1.0),
             top_k=max(whole("top_k", given.get("top_k", 0), -1, 2**31 - 1), 0) or None,
             min_p=number("min_p", given.get("min_p", 0.0), 0.0, 1.0) or None,
@@ -140,7 +140,7 @@ def _messages(given: Mapping[str, Any]) -> Any:
     if "messages" not in given:
         raise ConfigError("messages is missing")
     messages = given["messages"]
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) for m in messages):
         raise ConfigError(
             f"messages is {shown(messages)}; expected a list of messages with a role and a content"
         )

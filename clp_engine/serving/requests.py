@@ -11,6 +11,7 @@ from clp_engine.core.errors import ConfigError, shown
 MAX_CHARACTERS = 200_000
 MAX_NEW_TOKENS = 2048
 MAX_TEMPERATURE = 5.0
+_COLDEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def temperature(name: str, value: Any, high: float) -> float:
+    """A temperature. One so small that float32 does not hold the logits divided by it becomes 0, its limit."""
+    given = number(name, value, 0.0, high)
+    return given if given >= _COLDEST else 0.0
+
+
 def whole(name: str, value: Any, low: int, high: int) -> int:
     given = number(name, value, low, high)
     if given != int(given):
@@ -103,7 +110,7 @@ _CHECKS = {
     "weights": _weights,
     # Its range depends on the policy, which checks it.
     "kl": lambda name, value: None if value is None else number(name, value, 0.0, 1e6),
-    "temperature": lambda name, value: number(name, value, 0.0, MAX_TEMPERATURE),
+    "temperature": lambda name, value: temperature(name, value, MAX_TEMPERATURE),
     "max_new_tokens": lambda name, value: whole(name, value, 1, MAX_NEW_TOKENS),
     "seed": lambda name, value: whole(name, value, 0, 2**31 - 1),
     "chat": flag,

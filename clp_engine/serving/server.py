@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -15,28 +16,27 @@ from clp_engine.core import ranges
 from clp_engine.core.errors import ConfigError
 from clp_engine.serving.app import make_app
 from clp_engine.serving.guards import PATIENCE
-from clp_engine.serving.served import Limits, Served
+from clp_engine.serving.served import Source
 from clp_engine.serving.session import Session
 
-_CONNECTIONS = 2000  # the most at a time; others are answered with 503
+_CONNECTIONS = 2000  # the most at a time; others are closed
 _BACKLOG = 2048  # connections that the system holds while the model is loaded
 _DRAIN = 30  # seconds that running completions have after Ctrl-C
 
 
 def serve(
     run: str | Path,
+    source: Callable[[], Source],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
     allow_remote: bool = False,
     api_key: str | None = None,
-    limits: Limits | None = None,
-    device: str | None = None,
     page: bool = False,
     browser: bool = False,
     examples: str | Path | None = None,
 ) -> None:
-    """Load the policy of a run and serve it until Ctrl-C. Running completions are finished then; Ctrl-C again ends them.
+    """Make the source of a run, and serve it until Ctrl-C. Running completions are finished then; Ctrl-C again ends them.
 
     host, port: the address to listen on; port 0 takes any free one. allow_remote: allow a host that other machines can reach.
     api_key: see `guards`. page: whether the user wants the page. browser: open it. examples: a file of prompts that it offers.
@@ -46,7 +46,7 @@ def serve(
     listening = listen(host, port, allow_remote)  # first: loading takes seconds
     try:
         print(f"loading {run} ...", flush=True)
-        session = Session(Served(run, device, limits), examples)
+        session = Session(source(), examples)
         url = url_of(listening)
         app = make_app(session, url, allow_remote=allow_remote, api_key=api_key)
         said = f"steering {run} at {url}" if page else f"serving {session.served.name} at {url}v1"
@@ -105,7 +105,6 @@ def make_server(app) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=_CONNECTIONS,
         backlog=_BACKLOG,
         timeout_keep_alive=int(PATIENCE),
         timeout_graceful_shutdown=_DRAIN,
@@ -114,23 +113,37 @@ def make_server(app) -> uvicorn.Server:
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's protocol, with a limit on the time between the first byte of a connection and the end of a request's head.
+    """uvicorn's protocol, with limits on the connections, on the time from the first byte of a connection to the end of a
+    request's head, and on the time in which a client takes what was written to it.
 
-    uvicorn ends connections that are idle between two requests. One that sends half of a head would stay for ever.
+    uvicorn ends connections that are idle between two requests. One that sends half of a head would stay for ever, and so would
+    one that takes no answer: a connection is closed when everything is sent, and then only.
     """
 
     _ending: asyncio.TimerHandle | None = None
+    _untaken: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        if len(self.connections) > _CONNECTIONS:
+            transport.abort()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._untaken = self.loop.call_later(PATIENCE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self._taken()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
@@ -141,7 +154,16 @@ class TimedProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:  # its head is here
             self._unwatch()
         elif self._ending is None:
-            self._ending = self.loop.call_later(PATIENCE, self.transport.close)
+            self._ending = self.loop.call_later(PATIENCE, self._end)
+
+    def _end(self) -> None:
+        self.transport.close()
+        self._ending = self.loop.call_later(PATIENCE, self.transport.abort)
+
+    def _taken(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
+            self._untaken = None
 
     def _unwatch(self) -> None:
         if self._ending is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from clp_engine.data.prompts import encode_prompts
 from clp_engine.evaluation.report import ParetoReport
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_TEMPERATURE, GenerateRequest
-from clp_engine.serving.served import Served
+from clp_engine.serving.served import Source
 from clp_engine.training import running
 from clp_engine.training.runs import run_spec, trust
 
@@ -40,7 +41,7 @@ class Session:
     if they lie in the run's folder or this user trained the run. Raises ConfigError where the examples cannot be read.
     """
 
-    def __init__(self, served: Served, examples: str | Path | None = None):
+    def __init__(self, served: Source, examples: str | Path | None = None):
         self.served, self.run, self.spec, self.policy = served, served.run, served.spec, served.policy
         self._config = served.config
         self._examples, self._chats = _examples(self.spec, self.run, examples)
@@ -139,7 +140,7 @@ class Session:
         sampling = SamplingParams(request.max_new_tokens, request.temperature)
         prompt = self._read(request, conditions)
         started = time.perf_counter()
-        completion, base = await asyncio.gather(
+        completion, base = await _both(
             self._complete(prompt, conditions, sampling, request.seed),
             self._base_completion(prompt, sampling, request.seed) if request.base else _nothing(),
         )
@@ -195,22 +196,26 @@ class Session:
         self, prompt: _Prompt, conditions: Conditions, sampling: SamplingParams, seed: int
     ) -> dict[str, Any]:
         ids = self.served.read(prompt.token_ids, conditions, prompt.prompt)
-        pieces = []
-        with self.served.ticket([(ids, sampling)], conditions, seed) as ticket:
-            async for _, event in ticket.events():
-                pieces.append(event)
-        return {
-            "text": "".join(event.text for event in pieces),
-            "tokens": len(pieces),
-            "cut": pieces[-1].finish == "length",
-        }
+        return (await self.served.complete(ids, conditions, sampling, seed))._asdict()
+
+
+async def _both(first: Coroutine, second: Coroutine) -> tuple[Any, Any]:
+    """The results of both. Where one fails, or the client leaves, both have ended before this returns."""
+    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
+    try:
+        one, other = await asyncio.gather(*tasks)
+        return one, other
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _nothing() -> None:
     return None
 
 
-def _kl(served: Served) -> dict[str, Any]:
+def _kl(served: Source) -> dict[str, Any]:
     """Name, value and range of the KL coefficient, or the reason why it is fixed."""
     policy, spec = served.policy, served.policy.spec
     name = "beta" if policy.kl_is_beta else "alpha"

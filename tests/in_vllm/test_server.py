@@ -1,5 +1,6 @@
 """`vllm serve` with the plug-in, in processes of its own, asked over HTTP as users ask it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -17,9 +18,14 @@ import pytest
 from engine.conftest import build_tokenizer
 from rollouts_from_vllm import GAP, GAPS, log_of, trainer_of
 from served import CHAT_TEMPLATE, DEFAULT, NEW_TOKENS, PLAIN, prepare, prompt
+from starlette.testclient import TestClient
 
 from clp_engine import ConditionedPolicy
-from clp_engine.core.errors import DrawingFailed
+from clp_engine.core.errors import ConfigError, DrawingFailed
+from clp_engine.serving.app import make_app
+from clp_engine.serving.from_vllm import FromVllm
+from clp_engine.serving.requests import GenerateRequest
+from clp_engine.serving.session import Session
 
 START, ANSWER = 300, 120  # seconds
 WEIGHTS = {"a": 0.3, "b": 0.7}
@@ -176,6 +182,34 @@ def test_openai_python_completes_and_chats(server):
     )
     said = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
     assert said.split() == tokenizer.decode(own, skip_special_tokens=True).split()
+
+
+def test_the_steering_page_shows_what_the_server_completes(server, tmp_path):
+    served, text = server.served, "w5 w6 w7"
+    served.policy.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ConfigError, match=r"the adapters stack, plain; give one of them with --model"):
+        FromVllm(tmp_path, server.url)
+    with pytest.raises(ConfigError, match="does not answer.*start it"):
+        FromVllm(tmp_path, "http://127.0.0.1:9", "stack")
+    with pytest.raises(ConfigError, match="plain on vLLM .* is no stack of this run"):
+        FromVllm(tmp_path, server.url, "plain")
+    session = Session(FromVllm(tmp_path, server.url, "stack"))
+    assert session.describe()["objectives"] == ["a", "b"]
+    ids = served.policy.tokenizer(text).input_ids
+    own, base = served.tokens([ids], WEIGHTS, 0.2)[0], served.base_tokens([ids])[0]
+    answer = asyncio.run(session.generate(GenerateRequest(text, WEIGHTS, kl=0.2, max_new_tokens=NEW_TOKENS)))
+    for found, tokens in ((answer["completion"], own), (answer["base"], base)):
+        assert (
+            found["text"].split() == served.policy.tokenizer.decode(tokens, skip_special_tokens=True).split()
+        )
+        assert found["tokens"] == len(tokens) and found["cut"] == (tokens[-1] != 2)
+    with pytest.raises(ConfigError, match="c.*; this policy has a, b"):
+        asyncio.run(session.generate(GenerateRequest(text, {"c": 1.0})))
+    with pytest.raises(ConfigError, match="vLLM refused the request .*max"):
+        asyncio.run(session.generate(GenerateRequest(text, WEIGHTS, max_new_tokens=1000)))
+    client = TestClient(make_app(session), base_url="http://127.0.0.1")
+    assert client.get("/").status_code == 200 and client.get("/metrics").status_code == 404
+    assert client.post("/v1/completions", json={"prompt": text}).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """The running batch: a row's tokens are those it gets alone, whoever joins and leaves, and no row is lost."""
 
+import contextlib
+import gc
 import random
 import threading
+import weakref
 
 import pytest
 import torch
@@ -169,7 +172,7 @@ def test_an_error_ends_the_rows_it_met_and_the_batch_goes_on():
     right, right_events = row(policy, [5], [1, 0], SamplingParams(3))
     batch.submit([wrong, right])
     run(batch)
-    assert len(events) == 1 and isinstance(events[0].error, Exception) and right_events[-1].finish
+    assert len(events) == 1 and "7 columns" in events[0].error and right_events[-1].finish
     batch = running(policy)
     broken, events = row(policy, [5], [1, 0], SamplingParams(9))
     after, right_events = row(policy, [5], [1, 0], SamplingParams(3))
@@ -187,7 +190,119 @@ def test_an_error_ends_the_rows_it_met_and_the_batch_goes_on():
         patched.setattr(batching, "sample_tokens", fail_once)
         threading.Timer(0.5, batch.stop).start()
         batch.work()
-    assert str(events[-1].error) == "out of something" and len(events) == 3 and right_events[-1].finish
+    assert (
+        events[-1].error == "RuntimeError: out of something" and len(events) == 3 and right_events[-1].finish
+    )
+
+
+@contextlib.contextmanager
+def working(batch):
+    """The batch decodes in a thread, which ends with the block."""
+    thread = threading.Thread(target=batch.work, daemon=True)
+    thread.start()
+    yield
+    batch.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def heard(events, count=1):
+    """Wait for so many events."""
+    for _ in range(2000):
+        if len(events) >= count:
+            return events
+        threading.Event().wait(0.005)
+    raise AssertionError(f"{len(events)} events came")
+
+
+def test_a_prompt_that_is_no_tokens_ends_its_own_row_alone():
+    policy = build_policy("llama")
+    batch = running(policy)
+    wrong, events = row(policy, [1, float("nan")], [1, 0], SamplingParams(3))
+    right, right_events = row(policy, [5], [1, 0], SamplingParams(3))
+    batch.submit([right, wrong])
+    run(batch)
+    assert len(events) == 1 and events[0].error and right_events[-1].finish
+
+
+@pytest.mark.parametrize("fault", ["in the decoder", "behind it"])
+def test_a_fault_with_half_a_row_in_the_decoder_ends_all_rows_that_run_and_no_later_one(fault):
+    policy = build_policy("llama")
+    policy.model.generation_config.eos_token_id = None
+    batch = running(policy)
+    first, first_events = row(policy, [5], [1, 0], SamplingParams(20))
+    second, second_events = row(policy, [6], [1, 0], SamplingParams(20))
+    third, third_events = row(policy, [7], [1, 0], SamplingParams(3))
+    decoder, add = batch._decoder, batch._decoder.add
+
+    def broken(ids, *arguments):
+        logits = add(ids, *arguments)
+        if ids[0, 0] != 6:
+            return logits
+        if fault == "behind it":
+            return logits[:, :-1]  # cannot be put beside those of the others
+        raise RuntimeError("out of something")
+
+    decoder.add = broken
+    batch.submit([first, second, third])
+    run(batch)
+    assert len(first_events) == len(second_events) == 1
+    assert first_events[0].error and second_events[0].error
+    assert batch._decoder is not decoder and third_events[-1].finish
+
+
+def test_a_decoder_that_cannot_be_made_ends_the_start_or_the_rows_that_wait(monkeypatch):
+    policy, made = build_policy("llama"), batching.step_decoder
+
+    def broken(request):
+        raise RuntimeError("no memory for buffers")
+
+    monkeypatch.setattr(batching, "step_decoder", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        running(policy)
+    monkeypatch.setattr(batching, "step_decoder", made)
+    batch = running(policy)
+    rows = [row(policy, [5], [1, 0], SamplingParams(3)) for _ in range(3)]
+    batch._decoder = None  # as an error of a step leaves it
+    monkeypatch.setattr(batching, "step_decoder", broken)
+    with working(batch):
+        batch.submit([one for one, _ in rows])
+        assert [heard(events)[0].error for _, events in rows] == ["RuntimeError: no memory for buffers"] * 3
+        monkeypatch.setattr(batching, "step_decoder", made)
+        late, late_events = row(policy, [5], [1, 0], SamplingParams(3))
+        batch.submit([late])
+        assert heard(late_events)[0].error is None
+
+
+def test_an_error_leaves_nothing_of_the_decoder_that_it_met(monkeypatch):
+    policy = build_policy("llama")
+    batch = running(policy)
+    one, events = row(policy, [5], [1, 0], SamplingParams(3))
+    old = weakref.ref(batch._decoder)
+
+    def broken(self, tokens):
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(type(batch._decoder), "step", broken)
+    with working(batch):
+        batch.submit([one])
+        assert heard(events, 2)[1].error == "RuntimeError: out of something"
+        while batch.running:
+            threading.Event().wait(0.005)
+        gc.collect()
+        assert old() is None
+
+
+def test_rows_that_wait_leave_the_queue_as_soon_as_they_are_cancelled():
+    policy = build_policy("llama")
+    batch = running(policy, queue=4)
+    gone, stays = ([row(policy, [5], [1, 0], SamplingParams(3)) for _ in range(2)] for _ in range(2))
+    batch.submit([one for one, _ in gone + stays])
+    batch.cancel([one for one, _ in gone])
+    assert batch.waiting == 2
+    batch.submit([row(policy, [5], [1, 0], SamplingParams(3))[0] for _ in range(2)])
+    run(batch)
+    assert all(not events for _, events in gone) and all(events[-1].finish for _, events in stays)
 
 
 def test_the_likeliest_tokens_are_those_of_the_distribution_that_is_drawn_from():

@@ -10,11 +10,16 @@ import shlex
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from engine.conftest import build_tokenizer
 from engine.serving.running import Client, save_run, serving, session_of
+
+from clp_engine.serving import openai_api, served
+from clp_engine.serving.batching import Event
+from clp_engine.serving.metrics import Metrics
 
 openai = pytest.importorskip("openai")
 
@@ -181,6 +186,58 @@ def test_log_probs_are_those_that_the_engine_drew_with(client, session):
     assert streamed == greedy
 
 
+def form_of(kind, spelled, top=2):
+    about = SimpleNamespace(spelled=spelled.__getitem__, name="run")
+    return kind(about, SimpleNamespace(top=top))
+
+
+def test_the_bytes_of_a_token_are_its_own_or_none():
+    form = form_of(openai_api._Chat, ["\u00e9", "a\ufffd"])
+    assert form._entry(0, -1.0)["bytes"] == [0xC3, 0xA9] and form._entry(1, -1.0)["bytes"] is None
+
+
+def test_of_tokens_that_are_spelled_alike_the_likeliest_is_reported():
+    form = form_of(openai_api._Text, ["x", "y", "x"])
+    event = Event("x", 0, -0.5, top=((0, -0.5), (1, -1.5), (2, -2.5)))
+    assert form._logprobs([event], 0)["top_logprobs"] == [{"x": -0.5, "y": -1.5}]
+
+
+def test_an_answer_has_only_so_many_log_probs(client, session, monkeypatch):
+    monkeypatch.setattr(openai_api, "_ENTRIES", 2 * 8 * 4)
+    complete(client, n=2, logprobs=3)
+    known = session.served.spelled.cache_info()
+    complete(client, n=2, logprobs=3, temperature=0)
+    assert session.served.spelled.cache_info().hits > known.hits  # a token is spelled once
+    for ask in (lambda: complete(client, n=2, logprobs=4), lambda: complete(client, ["w1"] * 3, logprobs=3)):
+        with pytest.raises(
+            openai.BadRequestError, match="logprobs: the answer may have .* at most 64 are given"
+        ):
+            ask()
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-37, 1e-31])
+def test_the_smallest_temperatures_are_greedy(client, temperature):
+    coldest = complete(client, temperature=temperature, logprobs=3, extra_body=EVEN)
+    assert coldest.choices == complete(client, temperature=0, logprobs=3, extra_body=EVEN).choices
+
+
+def test_tokens_count_when_they_are_drawn_and_not_when_a_client_reads_them():
+    metrics = Metrics(SimpleNamespace(running=0, waiting=0))
+    ticket = served.Ticket(SimpleNamespace(metrics=metrics), 1)
+    ticket.rows = [SimpleNamespace(drawn=2)]
+    ticket.deliver(0, Event("w1", 5))
+    ticket.deliver(0, Event("w2", 6, finish="stop"))
+    text = metrics.text().decode()
+    assert "clp_engine_completion_tokens_total 2.0" in text and ticket.completion_tokens == 2
+    assert "clp_engine_time_per_token_seconds_count 1.0" in text
+
+
+def test_events_for_a_loop_that_was_closed_are_dropped():
+    loop = asyncio.new_event_loop()
+    loop.close()
+    served._post(loop, [])
+
+
 def test_without_a_seed_each_request_draws_anew(client):
     assert len({complete(client, temperature=1.0).choices[0].text for _ in range(4)}) > 1
 
@@ -233,6 +290,40 @@ def test_a_wrong_request_is_answered_in_openais_form_with_the_engines_message(po
     status, answer = Client(port).json("POST", "/v1/completions", body)
     assert status == 400 and complaint in answer["error"]["message"], answer
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        (b'{"messages": [1, NaN]}', "expected a list of messages"),
+        ({"messages": [5]}, "expected a list of messages"),
+        ({"messages": [True]}, "expected a list of messages"),
+        ({"messages": [1, "x"]}, "expected a list of messages"),
+        ({"messages": [{"role": "user", "content": "w1"}, 5]}, "expected a list of messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, "text"),
+        ({"messages": [{"role": "user", "content": None}]}, "the tokenizer's chat template does not take"),
+    ],
+)
+def test_messages_that_are_none_are_refused(port, session, monkeypatch, body, complaint):
+    monkeypatch.setattr(
+        session.policy.tokenizer, "chat_template", CHAT.replace("m['content']", "'' + m['content']")
+    )
+    status, answer = Client(port).json("POST", "/v1/chat/completions", body)
+    assert status == 400 and complaint in answer["error"]["message"], answer
+
+
+def test_what_a_chat_template_refuses_is_told(client, session, monkeypatch):
+    monkeypatch.setattr(
+        session.policy.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}"
+    )
+    with pytest.raises(openai.BadRequestError, match="roles must alternate"):
+        chat(client)
+
+
+def test_more_completions_than_the_queue_holds_are_refused_before_their_prompts_are_read(port, monkeypatch):
+    monkeypatch.setattr(openai_api, "_encoded", lambda *_: pytest.fail("a prompt was read"))
+    status, answer = Client(port).json("POST", "/v1/completions", {"prompt": ["w1"] * 300})
+    assert status == 400 and "300 completions" in answer["error"]["message"]
 
 
 def test_neutral_values_of_fields_that_are_not_served_are_taken(client):

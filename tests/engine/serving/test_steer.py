@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +24,12 @@ from engine.serving.running import Client, save_run, serving, session_of
 
 from clp_engine import evaluate
 from clp_engine.cli.main import main
+from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.policy import ConditionedPolicy
+from clp_engine.rollouts.types import SamplingParams
+from clp_engine.serving import from_vllm
+from clp_engine.serving.batching import Full
 from clp_engine.serving.requests import MAX_CHARACTERS, MAX_NEW_TOKENS, GenerateRequest
 from clp_engine.serving.served import Served
 from clp_engine.serving.server import TimedProtocol, listen, url_of
@@ -395,6 +401,14 @@ def test_an_address_that_cannot_be_had_is_one_line_and_exit_code_2(run, flags, c
     assert complaint in capsys.readouterr().err
 
 
+def test_the_longest_prompt_is_a_flag(run, monkeypatch):
+    made = []
+    monkeypatch.setattr("clp_engine.serving.server.serve", lambda run, source, **_: made.append(source()))
+    assert main(["steer", str(run), "--no-browser"]) == 0
+    assert main(["steer", str(run), "--no-browser", "--max-prompt-tokens", "3", "--device", "cpu"]) == 0
+    assert [one.longest for one in made] == [128, 3]  # the model has room for 128
+
+
 def test_a_folder_without_a_policy_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert main(["steer", str(tmp_path / "none")]) == 2
     assert "there is no folder" in capsys.readouterr().err
@@ -413,6 +427,68 @@ def test_an_error_of_the_engine_is_answered_and_the_next_request_is_served(clien
     assert status == 500 and "RuntimeError: out of something" in answer["error"]
     assert "out of something" in capsys.readouterr().err  # with its traceback, on the terminal
     assert client.generate()[0] == 200
+
+
+def test_a_refused_completion_ends_the_one_beside_it(run, monkeypatch):
+    session, ended = session_of(run), []
+
+    async def long(*_):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def refused(*_):
+        await asyncio.sleep(0)
+        raise Full("no room")
+
+    monkeypatch.setattr(session, "_complete", long)
+    monkeypatch.setattr(session, "_base_completion", refused)
+
+    async def ask():
+        with pytest.raises(Full):
+            await session.generate(GenerateRequest("w1 w2"))
+        assert ended == [True]
+
+    asyncio.run(ask())
+
+
+def test_a_vllm_server_is_asked_for_so_many_completions_and_those_of_clients_that_left_count(
+    run, monkeypatch
+):
+    answers = threading.Event()
+
+    def ask(method, path, body=None, timeout=None):
+        if body is None:
+            return 200, {"data": [{"id": "base"}, {"id": "stack", "parent": "base"}]}
+        if timeout is not None:
+            answers.wait(20)
+        return 200, {"choices": [{"text": "w1", "token_ids": [3], "finish_reason": "stop"}]}
+
+    monkeypatch.setattr(from_vllm, "_AT_ONCE", 2)
+    server = SimpleNamespace(url="", ask=ask, check_blending=lambda name: None)
+    monkeypatch.setattr(from_vllm, "Server", lambda url, timeout: server)
+    source = from_vllm.FromVllm(run, "http://127.0.0.1:9")
+
+    async def ask_all():
+        def complete():
+            return source.complete([1], Conditions.reference(1, 2), SamplingParams(3), 0)
+
+        gone, stays = asyncio.ensure_future(complete()), asyncio.ensure_future(complete())
+        while len(source._asked) < 2:
+            await asyncio.sleep(0.001)
+        while sum(future.running() for future in source._asked) < 2:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+        with pytest.raises(Full, match="2 completions are asked for already"):
+            await complete()
+        answers.set()
+        assert (await stays).text == "w1"
+        while source._asked:
+            await asyncio.sleep(0.001)
+        assert (await complete()).text == "w1"
+
+    asyncio.run(ask_all())
 
 
 def test_a_request_that_breaks_off_in_the_middle_leaves_the_server_as_it_was(client):

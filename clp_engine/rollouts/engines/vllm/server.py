@@ -26,7 +26,7 @@ _CONNECT, _LOOK = 10.0, 2.0  # seconds: to connect, and between two looks at the
 _START = "vllm serve MODEL --enable-lora --max-lora-rank R --logprobs-mode processed_logprobs"
 
 
-class _Lost(Exception):
+class Lost(Exception):
     """The server gave no answer, or the answer that its engine is dead."""
 
 
@@ -58,39 +58,39 @@ class Server:
     def _load(self, stack: Stack) -> None:
         if self._base is None:
             self._meet()
-        status, answer = self._ask(
+        status, answer = self.ask(
             "POST", "/v1/load_lora_adapter", {"lora_name": stack.name, "lora_path": str(stack.path)}
         )
         if status == 404 and not isinstance(answer.get("error"), dict):
             raise ConfigError(
                 f"vLLM at {self.url} loads no adapters while it runs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             )
-        if status != 200 and "already" not in (said := _said(answer)):
+        if status != 200 and "already" not in (reason := said(answer)):
             raise ConfigError(
-                f"vLLM at {self.url} refused the adapters in {stack.path} ({said}); the server reads this path "
+                f"vLLM at {self.url} refused the adapters in {stack.path} ({reason}); the server reads this path "
                 "(vllm_stack_dir), its --max-lora-rank must be at least "
                 f"{stack.rank}, and it must have LoRA on these layers (target_modules, conditioning)"
             )
         if stack.number == 1:
-            self._check_blending(stack)
+            self.check_blending(stack.name)
 
     def unload(self, stack: Stack) -> None:
-        with contextlib.suppress(_Lost):  # a server that has gone has no adapters
-            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": stack.name})
+        with contextlib.suppress(Lost):  # a server that has gone has no adapters
+            self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": stack.name})
 
     # -- what the server must be --------------------------------------------------------------------------------------
 
     def _meet(self) -> None:
         """The base model's name, and whether log-probs are those of sampling: with one token allowed its log-prob is 0."""
-        status, answer = self._ask("GET", "/v1/models")
+        status, answer = self.ask("GET", "/v1/models")
         if status != 200:
-            raise ConfigError(f"vLLM at {self.url} names no models ({status}: {_said(answer)})")
+            raise ConfigError(f"vLLM at {self.url} names no models ({status}: {said(answer)})")
         base = next(model["id"] for model in answer["data"] if not model.get("parent"))
         only_one = {"allowed_token_ids": [1], "max_tokens": 1, "logprobs": 0, "return_token_ids": True}
-        status, answer = self._ask("POST", "/v1/completions", {"model": base, "prompt": [1, 1], **only_one})
+        status, answer = self.ask("POST", "/v1/completions", {"model": base, "prompt": [1, 1], **only_one})
         if status != 200 or not answer["choices"][0].get("token_ids"):
             raise ConfigError(
-                f"the server at {self.url} does not complete tokens ({status}: {_said(answer)}); expected vLLM"
+                f"the server at {self.url} does not complete tokens ({status}: {said(answer)}); expected vLLM"
             )
         if answer["choices"][0]["logprobs"]["token_logprobs"][0] < -1e-3:
             raise ConfigError(
@@ -99,11 +99,11 @@ class Server:
             )
         self._base = base
 
-    def _check_blending(self, stack: Stack) -> None:
+    def check_blending(self, name: str) -> None:
         """Without the plug-in vLLM would add up all deltas, whatever the weights. The plug-in refuses an unknown key."""
         body = {"prompt": [1, 1], "max_tokens": 1, "vllm_xargs": {"clp_engine": "?"}}
-        status, answer = self._ask("POST", "/v1/completions", {"model": stack.name, **body})
-        if status != 400 or "clp_engine" not in _said(answer):
+        status, answer = self.ask("POST", "/v1/completions", {"model": name, **body})
+        if status != 400 or "clp_engine" not in said(answer):
             raise ConfigError(
                 f"vLLM at {self.url} does not blend: clp-engine's plug-in is not there; install clp-engine beside it "
                 '(pip install "clp-engine[vllm]") and start it again'
@@ -135,7 +135,7 @@ class Server:
 
     def _complete(
         self, draws: Sequence[Draw], options: dict[str, Any], stack: Stack, found: list[Drawn | None]
-    ) -> _Lost | None:
+    ) -> Lost | None:
         """Fill the gaps of `found`. Returns why the server was lost, None if it was not."""
         missing = [i for i, drawn in enumerate(found) if drawn is None]
         self._stopped.clear()
@@ -155,8 +155,8 @@ class Server:
                     if done or self._healthy():
                         heard = time.monotonic()
                     elif time.monotonic() - heard > self._timeout:
-                        return _Lost(f"it has not answered for {self._timeout:g} seconds")
-            except _Lost as lost:
+                        return Lost(f"it has not answered for {self._timeout:g} seconds")
+            except Lost as lost:
                 return lost
             finally:
                 self._stopped.set()
@@ -168,27 +168,27 @@ class Server:
         body["model"] = self._base if draw.clp is None else stack.name
         if draw.clp is not None:
             body["vllm_xargs"] = {"clp": json.dumps(draw.clp)}
-        status, answer = self._ask("POST", "/v1/completions", body, None)
+        status, answer = self.ask("POST", "/v1/completions", body, None)
         if status == 404:  # a server that was started again since has no adapters
-            raise _Lost(_said(answer))
+            raise Lost(said(answer))
         if status != 200:
-            raise ConfigError(f"vLLM at {self.url} refused a completion ({status}: {_said(answer)})")
+            raise ConfigError(f"vLLM at {self.url} refused a completion ({status}: {said(answer)})")
         (choice,) = answer["choices"]
         tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         if choice["finish_reason"] not in ("stop", "length") or len(tokens) != len(logprobs):
-            raise _Lost(f"a completion ended by {choice['finish_reason']}")
+            raise Lost(f"a completion ended by {choice['finish_reason']}")
         return Drawn(tokens, logprobs, choice["finish_reason"] == "stop")
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def _until_answered(self, act: Any, lost: _Lost | None = None) -> None:
+    def _until_answered(self, act: Any, lost: Lost | None = None) -> None:
         """`act`, as soon as the server answers. Raises DrawingFailed after `timeout` seconds in which it did not."""
         end = time.monotonic() + self._timeout
         while True:
             try:
                 if lost is None or self._healthy():
                     return act()
-            except _Lost as error:
+            except Lost as error:
                 lost = error
             if time.monotonic() > end:
                 raise DrawingFailed(
@@ -199,16 +199,16 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            return self._ask("GET", "/health", timeout=_CONNECT)[0] == 200
-        except _Lost:
+            return self.ask("GET", "/health", timeout=_CONNECT)[0] == 200
+        except Lost:
             return False
 
-    def _ask(
+    def ask(
         self, method: str, path: str, body: dict | None = None, timeout: float | None = 60.0
     ) -> tuple[int, dict]:
         """(status, answer). timeout: seconds between two bytes of the answer; None waits until the socket is hung up.
 
-        Raises _Lost where no answer comes, and for the answer that the engine has died.
+        Raises Lost where no answer comes, and for the answer that the engine has died.
         """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
@@ -223,11 +223,11 @@ class Server:
                 answer = connection.getresponse()
                 status, text = answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
-            raise _Lost(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+            raise Lost(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         finally:
             connection.close()
         if status >= 500:
-            raise _Lost(f"{status}: {text[:200].decode(errors='replace')}")
+            raise Lost(f"{status}: {text[:200].decode(errors='replace')}")
         try:
             found = json.loads(text) if text[:1] in b"{[" and text else {}
         except ValueError:
@@ -240,7 +240,7 @@ class Server:
         self._sockets.add(sock)
         try:
             if timeout is None and self._stopped.is_set():  # no one hangs this one up any more
-                raise _Lost("given up")
+                raise Lost("given up")
             yield
         finally:
             self._sockets.discard(sock)
@@ -255,7 +255,7 @@ class Server:
         self._base = None
 
 
-def _said(answer: dict) -> str:
+def said(answer: dict) -> str:
     """The message of an error that vLLM answered with."""
     error = answer.get("error", answer)
     return str(error.get("message", error) if isinstance(error, dict) else error)
