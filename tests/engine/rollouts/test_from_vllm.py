@@ -226,6 +226,18 @@ def usual(path, body, allowed=0.0):
     return 200, {}
 
 
+def dying():
+    """As `usual`, until the completion of seed 7 is asked for; then no answer at all."""
+    down = threading.Event()
+
+    def answer(path, body):
+        if body.get("seed") == 7:
+            down.set()
+        return None if down.is_set() else usual(path, body)
+
+    return answer
+
+
 @pytest.fixture
 def answering():
     servers = []
@@ -303,14 +315,7 @@ def test_a_refused_completion_is_an_error_with_vllms_message(answering, stack):
 
 
 def test_what_a_lost_server_had_not_answered_is_drawn_again_when_it_is_back(answering, stack):
-    down = threading.Event()
-
-    def dies(path, body):
-        if body.get("seed") == 7:
-            down.set()
-        return None if down.is_set() else usual(path, body)
-
-    there = answering(dies)
+    there = answering(dying())
     server = Server(there.url, 20.0, connections=3)
     server.load(stack)
     back = threading.Timer(0.5, lambda: setattr(there, "answer", usual))
@@ -325,14 +330,7 @@ def test_a_server_that_comes_back_in_another_way_is_refused(answering, stack):
     def changed(path, body):
         return usual(path, {} if body.get("vllm_xargs") == {"clp_engine": "?"} else body)
 
-    down = threading.Event()
-
-    def dies(path, body):
-        if body.get("seed") == 7:
-            down.set()
-        return None if down.is_set() else usual(path, body)
-
-    there = answering(dies)
+    there = answering(dying())
     server = Server(there.url, 20.0)
     server.load(stack)
     back = threading.Timer(0.3, lambda: setattr(there, "answer", changed))
