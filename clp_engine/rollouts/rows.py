@@ -6,6 +6,8 @@ tokens are derived at once, and drawn tokens are written to their places at the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from clp_kernels import sample_tokens
 from clp_kernels.decoder import Draws
@@ -14,6 +16,21 @@ from transformers import StopStringCriteria
 from clp_engine.core.errors import ConfigError
 from clp_engine.core.seeds import derive
 from clp_engine.rollouts.types import RolloutRequest
+
+
+def stop_criteria(tokenizer, strings: Sequence[str]) -> StopStringCriteria | None:
+    """Tells which rows of ids end with one of the texts. None for no texts. Raises ConfigError without a fitting tokenizer."""
+    if not strings:
+        return None
+    if tokenizer is None:
+        raise ConfigError("stop_strings needs a tokenizer; give one to from_pretrained(tokenizer=...)")
+    try:
+        return StopStringCriteria(tokenizer, list(strings))
+    except ValueError as error:
+        raise ConfigError(
+            f"stop_strings: what the tokens of {type(tokenizer).__name__} spell cannot be told ({error}); "
+            "use end tokens instead"
+        ) from error
 
 
 class Rows:
@@ -47,22 +64,11 @@ class Rows:
         self._logprobs = torch.zeros(self._nowhere + 1, device=device)
         self._valid = torch.zeros(self._nowhere + 1, dtype=torch.bool, device=device)
         self._ended = self._valid.clone()
-        self._stop_strings = self._stop_criteria(profile.tokenizer) if sampling.stop_strings else None
+        self._stop_strings = stop_criteria(profile.tokenizer, sampling.stop_strings)
         if self._stop_strings is not None:
             window = self._stop_strings.maximum_token_len
             before = [[*[self._pad] * window, *tokens][-window:] for tokens in begun]
             self._before = torch.tensor(before, dtype=torch.long, device=device)
-
-    def _stop_criteria(self, tokenizer) -> StopStringCriteria:
-        if tokenizer is None:
-            raise ConfigError("stop_strings needs a tokenizer; give one to from_pretrained(tokenizer=...)")
-        try:
-            return StopStringCriteria(tokenizer, list(self._sampling.stop_strings))
-        except ValueError as error:
-            raise ConfigError(
-                f"stop_strings: what the tokens of {type(tokenizer).__name__} spell cannot be told ({error}); "
-                "use end tokens instead"
-            ) from error
 
     def join(self, rows: torch.Tensor) -> None:
         """Start these rows, behind the running ones."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers.trainer_callback import TrainerState
@@ -14,6 +15,7 @@ from clp_engine.data.prompts import Prompts
 from clp_engine.rollouts.scoring import score
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import CollectorParts
+from clp_engine.training.collecting.other_engines import Publishing
 from clp_engine.training.metrics import MetricLog
 from clp_engine.training.trl_compat.dataloader_view import PromptLoader
 
@@ -86,11 +88,13 @@ def _sums(parts: CollectorParts, made: TrainingBatch) -> tuple[float, float]:
         outputs=("logprob", "kl", "entropy"),
         temperature=parts.planner.settings.sampling.temperature,
     )
-    return stats.kl.sum().item(), stats.entropy.sum().item()
+    return stats.kl[drawn.trained].sum().item(), stats.entropy[drawn.trained].sum().item()
 
 
 class Evaluating:
     """The part of CLPTrainer that evaluates."""
+
+    _draws = False  # inside `_drawing`
 
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
@@ -101,10 +105,26 @@ class Evaluating:
         after another, under `eval_<name>_`, and returned together. ignore_keys: transformers'; refused, there are none.
         """
         dataset = chosen(self.eval_dataset, eval_dataset, ignore_keys, self._evaluation_prompts)
-        if isinstance(dataset, dict):
-            parts = [self._evaluate(part, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        return self._evaluate(dataset, metric_key_prefix)
+        with self._drawing():
+            if isinstance(dataset, dict):
+                parts = [
+                    self._evaluate(part, f"{metric_key_prefix}_{name}") for name, part in dataset.items()
+                ]
+                return {name: value for part in parts for name, value in part.items()}
+            return self._evaluate(dataset, metric_key_prefix)
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """What draws elsewhere holds the policy until the outermost of these blocks ends: that of `train`, or of an `evaluate`
+        outside it."""
+        outermost, self._draws = not self._draws, True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._draws = False
+                if isinstance(self.rollout_engine, Publishing):
+                    self.rollout_engine.close()
 
     def _evaluate(self, dataset: Prompts, prefix: str) -> dict[str, float]:
         a, started = self.args, time.time()

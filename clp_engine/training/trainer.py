@@ -29,7 +29,7 @@ import torch
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from clp_engine.core.errors import ConfigError, DrawingFailed
+from clp_engine.core.errors import ConfigError
 from clp_engine.data.prompts import Prompts
 from clp_engine.data.rewards import RewardSet
 from clp_engine.data.streams import EndOfData
@@ -42,7 +42,7 @@ from clp_engine.training.budget import Budget, Epochs, Progress, of_run
 from clp_engine.training.checkpoints.keeping import KeptRun
 from clp_engine.training.collecting.batches import TrainingBatch
 from clp_engine.training.collecting.collector import WholeRollouts
-from clp_engine.training.collecting.other_engines import Publishing, engine_for
+from clp_engine.training.collecting.other_engines import engine_for
 from clp_engine.training.collecting.partial_rollouts import PartialRollouts
 from clp_engine.training.collecting.rollout_selection import Selector
 from clp_engine.training.evaluating import Evaluating
@@ -287,12 +287,8 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing")
-        with one_voice(self.parallel), self._folder():
-            try:
-                return self._train(resume_from_checkpoint)
-            finally:
-                if isinstance(self.rollout_engine, Publishing):
-                    self.rollout_engine.close()
+        with one_voice(self.parallel), self._folder(), self._drawing():
+            return self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: str | Path | bool | None) -> TrainOutput:
         self._prepare(resume_from_checkpoint)
@@ -305,20 +301,18 @@ class CLPTrainer(KeptRun, Evaluating, surface.ScriptSurface):
         with bar as progress, finish_step_on_interrupt() as self._interrupted:
             while not self._is_over():
                 try:
-                    losses.append(self._step(progress))
+                    with self._kept_where_drawing_fails(first_step):
+                        losses.append(self._step(progress))
                 except EndOfData as end:
                     logger.warning(
                         "%s, at step %d of %d: training ends here", end, state.global_step, state.max_steps
                     )
                     break
-                except DrawingFailed:
-                    if state.global_step > first_step:  # nothing of the step that failed has been trained on
-                        self._save_when_whole()
-                    raise
                 if self._stops:
                     self._save_when_whole()
                     raise KeyboardInterrupt
-        self._end_epoch()
+        with self._kept_where_drawing_fails(first_step):
+            self._end_epoch()
         steps, loss = state.global_step - first_step, sum(losses) / max(len(losses), 1)
         metrics = {
             **speed_metrics("train", started, steps * a.batch_size, steps),

@@ -109,6 +109,19 @@ def test_each_step_draws_from_the_policy_as_it_is(run):
     assert not list((run.folder / "run" / "vllm").iterdir())
 
 
+def test_a_completion_that_vllm_has_no_room_for_is_refused_and_not_cut(run):
+    with pytest.raises(
+        ConfigError, match="its completion up to 60, and vLLM has room for 64; raise vllm_max_model_length"
+    ):
+        rollout(
+            run.policy,
+            run.prompts,
+            run.conditions,
+            sampling=SamplingParams(max_new_tokens=60),
+            engine=run.engine,
+        )
+
+
 def test_layers_that_vllm_has_no_adapters_for_are_refused(run, tmp_path):
     family = run.policy.model.config.model_type
     base = run.folder / "base"

@@ -22,6 +22,8 @@ from starlette.testclient import TestClient
 
 from clp_engine import ConditionedPolicy
 from clp_engine.core.errors import ConfigError, DrawingFailed
+from clp_engine.rollouts.engines.vllm.server import Server as VllmServer
+from clp_engine.rollouts.engines.vllm.stacks import Stack
 from clp_engine.serving.app import make_app
 from clp_engine.serving.from_vllm import FromVllm
 from clp_engine.serving.requests import GenerateRequest
@@ -182,6 +184,13 @@ def test_openai_python_completes_and_chats(server):
     )
     said = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
     assert said.split() == tokenizer.decode(own, skip_special_tokens=True).split()
+
+
+def test_a_stack_of_too_many_ranks_is_refused_with_the_remedy(server, tmp_path):
+    policy = ConditionedPolicy.from_pretrained(server.served.base, ("a", "b"), rank=12)
+    policy.export_stack(tmp_path / "large")
+    with pytest.raises(ConfigError, match="refused the adapters .*its --max-lora-rank must be at least 32"):
+        VllmServer(server.url, 30.0).load(Stack("large", tmp_path / "large", 1))
 
 
 def test_the_steering_page_shows_what_the_server_completes(server, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from clp_engine.core.errors import DrawingFailed
 from clp_engine.core.files import check_folder
 from clp_engine.training import building
 from clp_engine.training.checkpoints import best, checkpoint, resuming
@@ -88,6 +89,16 @@ class KeptRun(resuming.Run):
             with self._whole_deltas():
                 resuming.save(self)
             self._hear("on_save")
+
+    @contextlib.contextmanager
+    def _kept_where_drawing_fails(self, first_step: int) -> Iterator[None]:
+        """A checkpoint of the last step, where another engine is lost: nothing of what failed has been trained on."""
+        try:
+            yield
+        except DrawingFailed:
+            if self.state.global_step > first_step:
+                self._save_when_whole()
+            raise
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         """Keep the policy if the evaluation is the best so far and the best is asked for."""

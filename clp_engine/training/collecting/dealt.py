@@ -131,6 +131,14 @@ def _joined(
     parts: Sequence[Rollout | None], shares: Sequence[list[int]], pad_id: int, device: torch.device
 ) -> Rollout:
     """One rollout of the parts, whose prompts were those at the indices of `shares`."""
+    drawn = [part for part in parts if part is not None]
+    if any(
+        part.written is not None for part in drawn
+    ):  # the part of a process may have nothing that an environment wrote
+        parts = [
+            p if p is None or p.written is not None else dataclasses.replace(p, written=p.completion_mask)
+            for p in parts
+        ]
     there = [(part, torch.tensor(share)) for part, share in zip(parts, shares) if part is not None]
     prompts, group, first = sum(len(share) for _, share in there), there[0][0].group, there[0][0]
 

@@ -68,6 +68,11 @@ def _vllm(a: CLPConfig, policy: ConditionedPolicy, parallel: Parallel) -> VllmEn
             f"use_vllm=True: deltas of whole weights ({whole[0]}) have no rank, and a request's weighting in vLLM is one of "
             "low-rank factors; use conditioning='lora', or use_vllm=False"
         )
+    if a.partial_rollouts and a.stop_strings:
+        raise ConfigError(
+            "use_vllm=True with partial_rollouts and stop_strings: vLLM looks for a stop string in new text alone, and would "
+            "miss one that a part before began; leave one of them out"
+        )
     vllm: Vllm
     if a.vllm_mode == "server":
         vllm = Server(a.vllm_url, a.vllm_server_timeout, a.rollout_rows or 256)

@@ -12,6 +12,7 @@ import torch
 from clp_engine.core.errors import ConfigError, shown
 from clp_engine.data.prompts import TAKEN
 from clp_engine.rollouts.engines.whole import of_lists
+from clp_engine.rollouts.rows import stop_criteria
 from clp_engine.rollouts.types import Rollout, RolloutRequest, pad_left
 from clp_engine.training.settings.config import CLPConfig
 
@@ -72,7 +73,12 @@ class RolloutFunction:
         request = self._with_prompts(request, self._tokens("prompt_ids", answer["prompt_ids"], len(rows)))
         logprobs = _of_tokens("logprobs", answer["logprobs"], tokens, math.nan)
         stops = set(self._policy.stop_token_ids)
-        drawn = of_lists(request, tokens, logprobs, [row[-1] in stops for row in tokens], NAME)
+        texts = stop_criteria(self._policy.tokenizer, request.sampling.stop_strings)
+        ended = [
+            row[-1] in stops or texts is not None and bool(texts(torch.tensor([row]), None)[0])
+            for row in tokens
+        ]
+        drawn = of_lists(request, tokens, logprobs, ended, NAME)
         if (mask := answer.get("env_mask")) is not None:
             flags = _of_tokens("env_mask", mask, tokens, 1)
             if (silent := next((i for i, row in enumerate(flags) if not any(row)), None)) is not None:
@@ -152,10 +158,15 @@ def _columns(given: Mapping[str, Any], rows: int) -> dict[str, list]:
             raise ConfigError(
                 f"rollout_func: reward functions get {name!r} of the trainer; give the column another name"
             )
+        if hasattr(values, "tolist"):  # an array, or a tensor
+            values = values.tolist()
+        values = (
+            list(values) if isinstance(values, Sequence) and not isinstance(values, str | bytes) else values
+        )
         if isinstance(values, list) and len(values) != rows:
             raise ConfigError(
                 f"rollout_func: column {name!r} has {len(values)} values for {rows} completions; expected one for each, or "
-                "one for all that is no list"
+                "one for all that is no sequence"
             )
         found[name] = values if isinstance(values, list) else [values] * rows
     return found

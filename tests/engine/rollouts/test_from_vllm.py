@@ -41,8 +41,8 @@ class Recorded:
         self.draws, self.options = list(draws), options
         return [Drawn([5, 2], [-0.5, -0.25], True) for _ in draws]
 
-    def close(self):
-        self.calls.append(("close",))
+    def close(self, stack):
+        self.calls.append(("close", stack and stack.name, stack and stack.path.is_dir()))
 
 
 @pytest.fixture
@@ -100,10 +100,23 @@ def test_a_version_is_published_where_the_policy_has_moved_and_the_one_before_is
     assert vllm.calls[2] == ("unload", first, True) and vllm.calls[1][1] != first
     assert [path.name for path in (tmp_path / "stacks").iterdir()] == [vllm.calls[1][1]]
     engine.close()
-    assert [call[0] for call in vllm.calls[3:]] == ["unload", "close"]
+    assert vllm.calls[3:] == [("close", vllm.calls[1][1], True)]
     assert not list((tmp_path / "stacks").iterdir())
     draw(policy, engine)  # begins anew
     assert vllm.calls[-1][0] == "load"
+
+
+def test_a_way_to_vllm_that_fails_at_its_end_leaves_no_folder_behind(made, tmp_path):
+    policy, vllm, engine = made
+    draw(policy, engine)
+
+    def fail(stack):
+        raise MemoryError
+
+    vllm.close = fail
+    with pytest.raises(MemoryError):
+        engine.close()
+    assert not list((tmp_path / "stacks").iterdir())
 
 
 def test_a_version_that_vllm_refuses_leaves_nothing_behind(made, tmp_path):
@@ -133,6 +146,11 @@ def test_a_version_that_vllm_refuses_leaves_nothing_behind(made, tmp_path):
         ("llama", {}, "the base model is one in memory.*save_pretrained"),
         ("saved", {"vllm_enable_sleep_mode": True}, "on a CPU vLLM has nothing to leave"),
         ("saved", {}, "vllm cannot be imported .*pip install"),
+        (
+            "llama",
+            {"partial_rollouts": True, "max_completion_length_per_step": 2, "stop_strings": ["w1"]},
+            "would miss one that a part before began",
+        ),
     ],
 )
 def test_what_vllm_cannot_draw_from_is_refused_with_the_alternative(tmp_path, model, changes, message):
@@ -208,6 +226,18 @@ def usual(path, body, allowed=0.0):
     return 200, {}
 
 
+def dying():
+    """As `usual`, until the completion of seed 7 is asked for; then no answer at all."""
+    down = threading.Event()
+
+    def answer(path, body):
+        if body.get("seed") == 7:
+            down.set()
+        return None if down.is_set() else usual(path, body)
+
+    return answer
+
+
 @pytest.fixture
 def answering():
     servers = []
@@ -256,8 +286,8 @@ def test_adapters_and_completions_are_asked_for_as_vllm_takes_them(answering, st
             lambda p, b: (404, {"detail": "Not Found"}) if "load_lora" in p else usual(p, b),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
         ),
-        (
-            lambda p, b: error("no such path") if "load_lora" in p else usual(p, b),
+        (  # what vLLM answers where the rank is too large or a layer has no LoRA
+            lambda p, b: (500, error("no such path")[1]) if "load_lora" in p else usual(p, b),
             r"no such path\).*vllm_stack_dir.*16",
         ),
         (
@@ -285,14 +315,7 @@ def test_a_refused_completion_is_an_error_with_vllms_message(answering, stack):
 
 
 def test_what_a_lost_server_had_not_answered_is_drawn_again_when_it_is_back(answering, stack):
-    down = threading.Event()
-
-    def dies(path, body):
-        if body.get("seed") == 7:
-            down.set()
-        return None if down.is_set() else usual(path, body)
-
-    there = answering(dies)
+    there = answering(dying())
     server = Server(there.url, 20.0, connections=3)
     server.load(stack)
     back = threading.Timer(0.5, lambda: setattr(there, "answer", usual))
@@ -301,6 +324,19 @@ def test_what_a_lost_server_had_not_answered_is_drawn_again_when_it_is_back(answ
     seeds = [body["seed"] for body in there.paths("/v1/completions") if "seed" in body]
     assert set(seeds) == set(range(12)) and seeds.count(0) == 1 and seeds.count(7) == 2
     assert len(there.paths("/v1/load_lora_adapter")) == 2
+
+
+def test_a_server_that_comes_back_in_another_way_is_refused(answering, stack):
+    def changed(path, body):
+        return usual(path, {} if body.get("vllm_xargs") == {"clp_engine": "?"} else body)
+
+    there = answering(dying())
+    server = Server(there.url, 20.0)
+    server.load(stack)
+    back = threading.Timer(0.3, lambda: setattr(there, "answer", changed))
+    back.start()
+    with pytest.raises(ConfigError, match="does not blend"):
+        server.complete(DRAWS, OPTIONS, stack)
 
 
 def test_a_server_that_dies_of_the_same_completion_is_given_up(answering, stack):

@@ -1,24 +1,35 @@
 """A user's own function draws: TRL's rollout_func, with columns for the rewards, and tokens that an environment wrote."""
 
 import math
+import types
 
+import numpy
 import pytest
 import torch
 from engine.conftest import build_model, build_tokenizer
 from engine.training.test_trainer import ROWS, high_words, log_of, low_words, settings
 
-from clp_engine import rollout
-from clp_engine.core.errors import ConfigError
+from clp_engine import ConditionedPolicy, Rollout, SamplingParams, rollout, score
+from clp_engine.core.errors import ConfigError, DrawingFailed
+from clp_engine.rollouts.engines.choice import engine_of
+from clp_engine.training.collecting.dealt import _joined
+from clp_engine.training.collecting.rollout_function import RolloutFunction
 from clp_engine.training.trainer import CLPTrainer
 
 REWARDS = {"low": low_words, "high": high_words}
 
 
-def trainer_of(folder, function, rewards=REWARDS, **changes):
+def trainer_of(folder, function, rewards=REWARDS, eval_dataset=None, **changes):
     more = {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, **changes}
     config = settings(folder, **more)
     return CLPTrainer(
-        build_model("qwen2"), rewards, config, ROWS, processing_class=build_tokenizer(), rollout_func=function
+        build_model("qwen2"),
+        rewards,
+        config,
+        ROWS,
+        eval_dataset,
+        processing_class=build_tokenizer(),
+        rollout_func=function,
     )
 
 
@@ -230,3 +241,116 @@ def test_several_passes_have_the_policys_own_log_probs_of_the_drawing(tmp_path):
     ):  # both passes weigh by the gap at the time of drawing; the clipped ratio is to the policy of then
         assert entry["sampling/importance_sampling_ratio/min"] == pytest.approx(2, rel=1e-3)
         assert entry["clip_ratio/region_mean"] == 0
+
+
+def test_a_sequence_of_any_kind_is_a_value_for_each_completion(tmp_path):
+    seen = []
+
+    def function(prompts, trainer):
+        rows = len(prompts)
+        return own(prompts, trainer, a=tuple(range(rows)), b=torch.arange(rows), c=numpy.ones(rows), d="text")
+
+    def reward(completions, a, b, c, d, **_):
+        seen.append((a, b, c, d))
+        return [0.0] * len(completions)
+
+    trainer_of(tmp_path, function, {"low": low_words, "seen": reward}, max_steps=1).train()
+    assert seen == [(list(range(16)), list(range(16)), [1.0] * 16, ["text"] * 16)]
+
+
+def test_a_completion_that_ends_with_a_stop_string_is_whole(tmp_path):
+    policy = ConditionedPolicy.from_pretrained("docsum", ["a", "b"])
+    texts = ["Return the number", "Return the sum", "Return the number of", "Return"]
+    ids = [policy.tokenizer(text).input_ids for text in texts]
+    read = policy.tokenizer("Count them.").input_ids
+    answer = {"prompt_ids": [read] * 4, "completion_ids": ids, "logprobs": None}
+    engine = RolloutFunction(lambda *_: answer, policy, settings(tmp_path), types.SimpleNamespace())
+    drawn = rollout(
+        policy,
+        [read],
+        policy.conditions(),
+        num_generations=4,
+        sampling=SamplingParams(16, stop_strings=("number", "he sum")),
+        engine=engine,
+        prompts=["Count them."],
+    )
+    assert drawn.terminated.tolist() == [True, True, False, False]
+
+
+def test_a_mask_of_one_process_alone_leaves_the_others_as_they_are():
+    def part(written):
+        ids = torch.tensor([[5, 6], [7, 2]])
+        mask = torch.ones(2, 2, dtype=torch.bool)
+        ended = torch.tensor([False, True])
+        return Rollout(ids[:1], mask[:1], ids, mask, torch.zeros(2, 2), ended, written=written)
+
+    mask = torch.tensor([[True, False], [True, True]])
+    for parts, expected in (
+        ((part(None), part(mask)), [[1, 1], [1, 1], [1, 0], [1, 1]]),
+        ((part(mask), part(None)), [[1, 0], [1, 1], [1, 1], [1, 1]]),
+    ):
+        whole = _joined(parts, [[0], [1]], 0, torch.device("cpu"))
+        assert whole.written.int().tolist() == expected
+    assert _joined((part(None), part(None)), [[0], [1]], 0, torch.device("cpu")).written is None
+
+
+def test_an_evaluation_counts_what_the_policy_wrote(tmp_path, monkeypatch):
+    def masked(prompts, trainer):
+        answer = own(prompts, trainer)
+        flags = [[1] + [0] * (len(row) - 1) for row in answer["completion_ids"]]
+        return answer | ({"env_mask": flags} if trainer.masks else {})
+
+    trainer, firsts = trainer_of(tmp_path, masked, max_steps=1), []
+
+    def watched(*arguments, **options):
+        stats = score(*arguments, **options)
+        firsts.append(stats.entropy[:, 0])
+        return stats
+
+    monkeypatch.setattr("clp_engine.training.evaluating.score", watched)
+    entropies = []
+    for trainer.masks in (False, True):
+        firsts.clear()
+        entropies.append(trainer.evaluate(ROWS)["eval_entropy"])
+    assert entropies[1] == pytest.approx(torch.cat(firsts).mean().item(), rel=1e-4)
+    assert entropies[0] != pytest.approx(entropies[1], rel=1e-3)
+
+
+def test_what_is_lost_in_the_last_epochs_evaluation_leaves_a_checkpoint(tmp_path):
+    def function(prompts, trainer):
+        if trainer.state.global_step == 2:
+            raise DrawingFailed("the server is lost")
+        return own(prompts, trainer)
+
+    trainer = trainer_of(
+        tmp_path, function, max_steps=2, eval_strategy="epoch", save_strategy="no", eval_dataset=ROWS
+    )
+    with pytest.raises(DrawingFailed, match="the server is lost"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_an_evaluation_outside_train_takes_back_what_it_published(tmp_path, monkeypatch):
+    calls = []
+
+    class Elsewhere:
+        def __init__(self, policy):
+            self.policy = policy
+
+        def run(self, request):
+            calls.append("run")
+            return engine_of(self.policy).run(request)
+
+        def publish(self):
+            calls.append("publish")
+
+        def close(self):
+            calls.append("close")
+
+    monkeypatch.setattr("clp_engine.training.trainer.engine_for", lambda a, policy, *_: Elsewhere(policy))
+    trainer = trainer_of(tmp_path, None, max_steps=1, eval_strategy="steps", eval_steps=1, eval_dataset=ROWS)
+    trainer.train()
+    assert calls.count("close") == 1 and calls[-1] == "close" and calls.count("run") > 1
+    calls.clear()
+    trainer.evaluate()
+    assert calls.count("close") == 1 and calls[-1] == "close"

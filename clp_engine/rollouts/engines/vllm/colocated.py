@@ -59,6 +59,7 @@ class Colocated:
         ]
         adapters = [None if draw.clp is None else _request(stack) for draw in draws]
         prompts = [{"prompt_token_ids": draw.prompt} for draw in draws]
+        self._check_room(max(len(draw.prompt) for draw in draws), options["max_tokens"])
         self._wake()
         try:
             with _own_random_numbers():
@@ -74,7 +75,7 @@ class Colocated:
             found.append(Drawn(tokens, logprobs, output.finish_reason == "stop"))
         return found
 
-    def close(self) -> None:
+    def close(self, stack: Stack | None) -> None:
         if self._llm is None:
             return
         self._llm = None
@@ -82,6 +83,15 @@ class Colocated:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
+
+    def _check_room(self, prompt: int, new: int) -> None:
+        """vLLM in the process cuts a completion that its max_model_len has no room for, and says nothing."""
+        room = self._llm.llm_engine.vllm_config.model_config.max_model_len
+        if prompt + new > room:
+            raise ConfigError(
+                f"a prompt has {prompt} tokens and its completion up to {new}, and vLLM has room for {room}; raise "
+                "vllm_max_model_length, or shorten them (max_prompt_length, max_completion_length)"
+            )
 
     def _started(self, stack: Stack) -> Any:
         # In this process, where it shares the device's memory with the policy; read when vllm is imported.

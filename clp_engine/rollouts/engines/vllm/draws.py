@@ -41,8 +41,8 @@ class Vllm(Protocol):
     def complete(self, draws: Sequence[Draw], options: dict[str, Any], stack: Stack) -> list[Drawn]:
         """options: of all draws, see `options_of`. Raises as `load`."""
 
-    def close(self) -> None:
-        """Give back what vLLM holds of this process. The next `load` starts anew."""
+    def close(self, stack: Stack | None) -> None:
+        """Give back what vLLM holds of this process, the stack among it. The next `load` starts anew."""
 
 
 def draws_of(request: RolloutRequest) -> list[Draw]:

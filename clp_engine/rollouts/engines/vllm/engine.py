@@ -34,7 +34,7 @@ class VllmEngine:
         by_main: Callable[[Callable[[], None]], None] | None = None,
     ):
         self._model, self._vllm, self._export = model, vllm, export
-        self._folder, self._by_main = folder.resolve(), by_main
+        self._folder, self._by_main = folder.absolute(), by_main
         self._id, self._number = uuid.uuid4().hex[:8], 0  # several runs may share a server
         self._stack: Stack | None = None
         self._published = ""
@@ -80,8 +80,12 @@ class VllmEngine:
 
     def close(self) -> None:
         """Take back what was published. The engine can be used again, and then publishes first."""
-        if self._stack is not None and self._stack.path.exists():
-            self._vllm.unload(self._stack)
-            self._stack.remove()
-        self._stack, self._published = None, ""
-        self._vllm.close()
+        stack, self._stack, self._published = self._stack, None, ""
+        held = (
+            stack if stack is not None and stack.path.exists() else None
+        )  # else another process took it back
+        try:
+            self._vllm.close(held)
+        finally:
+            if held is not None:
+                held.remove()

@@ -22,12 +22,17 @@ from clp_engine.rollouts.engines.vllm.stacks import Stack
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # how often the same completions are asked for before a server that dies of them is given up
+_ALIVE = 20  # seconds of silence after which the other host is asked whether it is there
 _CONNECT, _LOOK = 10.0, 2.0  # seconds: to connect, and between two looks at the server
 _START = "vllm serve MODEL --enable-lora --max-lora-rank R --logprobs-mode processed_logprobs"
 
 
 class Lost(Exception):
-    """The server gave no answer, or the answer that its engine is dead."""
+    """The server gave no answer, or one with a status of 500 and more: its engine is dead, or it cannot do this."""
+
+    def __init__(self, reason: str, status: int = 0, answer: dict | None = None):
+        super().__init__(reason)
+        self.status, self.answer = status, answer or {}
 
 
 class Server:
@@ -56,11 +61,16 @@ class Server:
         self._until_answered(lambda: self._load(stack))
 
     def _load(self, stack: Stack) -> None:
-        if self._base is None:
+        new = self._base is None
+        if new:
             self._meet()
-        status, answer = self.ask(
-            "POST", "/v1/load_lora_adapter", {"lora_name": stack.name, "lora_path": str(stack.path)}
-        )
+        adapter = {"lora_name": stack.name, "lora_path": str(stack.path)}
+        try:
+            status, answer = self.ask("POST", "/v1/load_lora_adapter", adapter)
+        except Lost as lost:  # vLLM answers 500 for an adapter that it cannot load, and lives
+            if not lost.status or not self._healthy():
+                raise
+            status, answer = lost.status, lost.answer
         if status == 404 and not isinstance(answer.get("error"), dict):
             raise ConfigError(
                 f"vLLM at {self.url} loads no adapters while it runs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
@@ -71,7 +81,7 @@ class Server:
                 "(vllm_stack_dir), its --max-lora-rank must be at least "
                 f"{stack.rank}, and it must have LoRA on these layers (target_modules, conditioning)"
             )
-        if stack.number == 1:
+        if new:
             self.check_blending(stack.name)
 
     def unload(self, stack: Stack) -> None:
@@ -128,6 +138,7 @@ class Server:
                 lost,
                 self._timeout,
             )
+            self._base = None  # what comes back may have been started in another way
             self._until_answered(lambda: self._load(stack), lost)
         raise DrawingFailed(
             f"vLLM at {self.url} was lost {ATTEMPTS} times while it drew the same completions"
@@ -226,17 +237,23 @@ class Server:
             raise Lost(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         finally:
             connection.close()
-        if status >= 500:
-            raise Lost(f"{status}: {text[:200].decode(errors='replace')}")
         try:
             found = json.loads(text) if text[:1] in b"{[" and text else {}
         except ValueError:
             found = {}
-        return status, found if isinstance(found, dict) else {"detail": found}
+        found = found if isinstance(found, dict) else {"detail": found}
+        if status >= 500:
+            raise Lost(f"{status}: {text[:200].decode(errors='replace')}", status, found)
+        return status, found
 
     @contextlib.contextmanager
     def _held(self, sock: socket.socket, timeout: float | None) -> Iterator[None]:
         sock.settimeout(timeout)
+        # A host that is switched off says nothing; without these a completion would be waited for without end.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", _ALIVE), ("TCP_KEEPINTVL", _ALIVE), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):  # Linux
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._sockets.add(sock)
         try:
             if timeout is None and self._stopped.is_set():  # no one hangs this one up any more
@@ -251,7 +268,9 @@ class Server:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def close(self, stack: Stack | None) -> None:
+        if stack is not None:
+            self.unload(stack)
         self._base = None
 
 
