@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from clp_engine.policy.spec import read_spec
 from clp_engine.serving.app import make_app
 from clp_engine.serving.batching import Event
 from clp_engine.serving.metrics import Metrics
-from clp_engine.serving.served import Served
+from clp_engine.serving.served import Limits, Served
 from clp_engine.serving.server import TimedProtocol, make_server
 from clp_engine.serving.session import Session
 from clp_engine.serving.vllm_plugin import stack
@@ -371,9 +372,10 @@ def port():
     """(event loop, configuration) of a server whose running batch alone is not the real one."""
     policy = ConditionedPolicy.from_pretrained("docsum", ["a", "b"], rank=1)
     policy.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
-    served = Served.__new__(Served)
-    served.run, served.spec, served.policy, served.config, served.name = Path("a"), None, policy, {}, "a"
-    served.batch, served.queue, served.max_rows, served.longest, served.room = Batch(), 64, 8, 128, 128
+    with tempfile.TemporaryDirectory() as run:
+        policy.save_pretrained(run)
+        served = Served(run, "cpu", Limits(8, 64, 128, 128))
+    served.name, served.batch = "a", Batch()
     served.metrics = Metrics(served.batch)
     config = make_server(make_app(Session(served))).config
     config.load()
