@@ -477,12 +477,13 @@ def documented(tmp_path_factory):
         )
 
 
-def test_the_documented_python_runs(documented, capsys):
+def test_the_documented_python_runs(documented):
     port, blocks = documented
     names = {}
     exec(blocks["python"], names)
-    assert names["base"].choices[0].text and names["base"].model == "mine"
-    assert capsys.readouterr().out.strip()
+    # It names no seed: a completion may be the end token alone.
+    assert names["base"].usage.completion_tokens > 0 and names["base"].model == "mine"
+    assert names["chunk"].choices[0].finish_reason in ("stop", "length")
     names["client"].close()
 
 
