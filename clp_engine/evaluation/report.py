@@ -74,16 +74,13 @@ def texts_table(report: ParetoFront) -> str:
         "self-similarity": [p.self_similarity for p in every],
         **{f"calibration error: {n}": [(p.calibration_error or {}).get(n) for p in every] for n in names},
     }
-    shown = {head: ["" if v is None else f"{v:.3f}" for v in column] for head, column in columns.items()} | {
-        "wins": ["" if w is None else f"{w:.2f}" for w in wins]
-    }
+    shown = {head: ["" if v is None else f"{v:.3f}" for v in column] for head, column in columns.items()}
+    shown["wins"] = ["" if w is None else f"{w:.2f}" for w in wins]
     shown = {head: column for head, column in shown.items() if any(column)}
-    asked = [f"{_condition(report, p)}" for p in report.points] + ["base"]
-    return (
-        tables.markdown(["point", *shown], [list(row) for row in zip(asked, *shown.values())], left=1)
-        if shown
-        else ""
-    )
+    if not shown:
+        return ""
+    asked = [*(_condition(report, point) for point in report.points), "base"]
+    return tables.markdown(["point", *shown], [list(row) for row in zip(asked, *shown.values())], left=1)
 
 
 def _condition(report: ParetoFront, point: Point) -> str:

@@ -340,10 +340,8 @@ class Decoding:
         self._keys = torch.zeros(slots, layers, heads, width, self._room)
         self._values = torch.zeros(slots, layers, heads, self._room, _rounded(width))
         self._free = list(range(slots))
-        self._prompts: list[
-            tuple[int, Tensor, Tensor] | None
-        ] = []  # length, keys, values; None for one that was forgotten
-        self._forgotten: set[int] = set()  # numbers of prompts that a new prompt may take
+        # By number: length, keys and values. None for a prompt that was forgotten, whose number a new one may take.
+        self._prompts: list[tuple[int, Tensor, Tensor] | None] = []
         self._lengths = self._prompt_keys = self._prompt_values = torch.empty(0, dtype=torch.long)
         self._rows = _Rows()
         self._logits = torch.empty(_rounded(slots), _rounded(w.embedding.shape[0]))
@@ -449,20 +447,14 @@ class Decoding:
                 _refuse(f"{name}[{i}]", x, (w.kv_heads, length, w.head_dim), _STORED)
             own_keys[i, :, :, :length] = k.transpose(1, 2)
             own_values[i, :, :length, :width] = v
-        number = min(self._forgotten, default=len(self._prompts))
-        if self._forgotten:
-            self._forgotten.remove(number)
-            self._prompts[number] = length, own_keys, own_values
-        else:
-            self._prompts.append((length, own_keys, own_values))
+        number = next((i for i, p in enumerate(self._prompts) if p is None), len(self._prompts))
+        self._prompts[number : number + 1] = [(length, own_keys, own_values)]
         return number
 
     def forget_prompts(self) -> None:
         """Free the keys and values of prompts without rows. Later prompts take their numbers."""
-        rowless = set(range(len(self._prompts))) - self._forgotten - set(self._rows.prompt.tolist())
-        for number in rowless:
-            self._prompts[number] = None
-        self._forgotten |= rowless
+        kept = set(self._rows.prompt.tolist())
+        self._prompts = [p if number in kept else None for number, p in enumerate(self._prompts)]
 
     def add(self, prompts: Tensor) -> None:
         """Add a row for each prompt number, behind the present rows.
