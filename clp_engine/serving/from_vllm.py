@@ -12,6 +12,7 @@ from typing import Any
 from clp_engine.core.conditions import Conditions
 from clp_engine.core.errors import ConfigError
 from clp_engine.policy.steering import Description
+from clp_engine.rollouts.engines.vllm.draws import parameters_of
 from clp_engine.rollouts.engines.vllm.server import Lost, Server, said
 from clp_engine.rollouts.types import SamplingParams
 from clp_engine.serving.batching import Full
@@ -47,12 +48,8 @@ class FromVllm(Source):
 
     def _names(self, asked: str | None) -> tuple[str, str]:
         """Names of the base model and of the stack on the server."""
-        status, answer = self._server.ask("GET", "/v1/models")
-        if status != 200:
-            raise ConfigError(f"{self._server.url} names no models ({status}: {said(answer)}); expected vLLM")
-        adapters = [model["id"] for model in answer["data"] if model.get("parent")]
-        base = next((model["id"] for model in answer["data"] if not model.get("parent")), None)
-        if base is None or (asked or "") not in ("", *adapters) or asked is None and len(adapters) != 1:
+        base, adapters = self._server.models()
+        if (asked or "") not in ("", *adapters) or asked is None and len(adapters) != 1:
             raise ConfigError(
                 f"vLLM at {self._server.url} has the adapters {', '.join(adapters) or '(none)'}; give one of them with "
                 "--model, and serve the run as one: clp-engine export RUN --to FOLDER --stack, then vllm serve ... "
@@ -72,26 +69,15 @@ class FromVllm(Source):
                 "one that clp-engine export --stack wrote from it"
             )
 
-    def check(self, ids: Sequence[int], max_new_tokens: int, where: str) -> None:
-        """The server knows its limits. Raises ConfigError for a prompt without tokens."""
-        if not ids:
-            raise ConfigError(f"{where} has no tokens; it needs at least one")
-
     async def complete(
         self, ids: Sequence[int], conditions: Conditions, sampling: SamplingParams, seed: int
     ) -> Completion:
         """As `Source.complete`. Raises ConfigError for what the server refuses, Refused (502) where it does not answer, and
         Full where _AT_ONCE completions are asked for already, with those of clients that have left."""
         body: dict[str, Any] = {
+            **parameters_of(sampling),
             "model": self._base,
             "prompt": list(ids),
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            # All of them, so that no generation config of the model's adds its own.
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
             "seed": seed,
             "return_token_ids": True,
         }

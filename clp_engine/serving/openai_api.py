@@ -7,6 +7,7 @@ import json
 import secrets
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,7 +175,7 @@ class _Choice:
     offset: int = 0  # characters of the text before the tokens that `events` holds
 
 
-class _Form:
+class _Form(ABC):
     """The answer to one request, in the form of its endpoint."""
 
     kind = chunk = prefix = ""
@@ -187,13 +188,13 @@ class _Form:
             "model": served.name,
         }
 
+    @abstractmethod
     def choice(self, index: int, so_far: _Choice) -> dict[str, Any]:
         """A whole completion."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, index: int, so_far: _Choice, event: Event) -> dict[str, Any]:
         """What an event adds to a completion."""
-        raise NotImplementedError
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What precedes the events of a completion."""

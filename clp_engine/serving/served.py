@@ -6,6 +6,7 @@ import asyncio
 import functools
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ class Ticket:
             metrics.token.observe((now - self._first[index]) / more)
 
 
-class Source:
+class Source(ABC):
     """A run that answers: its files, its policy, and what a request asks of it.
 
     run: a run folder, or a policy folder or checkpoint in it. policy: with its weights, or a `Description`. name: of the model,
@@ -116,15 +117,16 @@ class Source:
         folder = run.resolve()
         self.name = folder.name if folder.name != "policy" else folder.parent.name
 
+    @abstractmethod
     async def complete(
         self, ids: Sequence[int], conditions: Conditions, sampling: SamplingParams, seed: int
     ) -> Completion:
         """The completion of a prompt, as the model reads it, under one condition."""
-        raise NotImplementedError
 
     def check(self, ids: Sequence[int], max_new_tokens: int, where: str) -> None:
         """Raises ConfigError for a prompt that cannot be completed here."""
-        raise NotImplementedError
+        if not ids:
+            raise ConfigError(f"{where} has no tokens; it needs at least one")
 
     def conditions(self, weights: Any = None, kl: Any = None, base: bool = False) -> Conditions:
         """The condition of a request. Raises ConfigError for one that the policy cannot take."""
@@ -200,8 +202,7 @@ class Served(Source):
 
     def check(self, ids: Sequence[int], max_new_tokens: int, where: str) -> None:
         """Raises ConfigError for a prompt that the model or this server cannot take."""
-        if not ids:
-            raise ConfigError(f"{where} has no tokens; it needs at least one")
+        super().check(ids, max_new_tokens, where)
         self.policy.room.check_prompt(ids, max_new_tokens, where, self.policy.tokenizer)
         for what, tokens, most, flag in (
             (where, len(ids), self.longest, "--max-prompt-tokens"),

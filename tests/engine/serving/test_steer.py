@@ -15,7 +15,6 @@ import time
 import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -466,7 +465,8 @@ def test_a_vllm_server_is_asked_for_so_many_completions_and_those_of_clients_tha
         return 200, {"choices": [{"text": "w1", "token_ids": [3], "finish_reason": "stop"}]}
 
     monkeypatch.setattr(from_vllm, "_AT_ONCE", 2)
-    server = SimpleNamespace(url="", ask=ask, check_blending=lambda name: None)
+    server = from_vllm.Server("http://127.0.0.1:9", 1.0)
+    server.ask, server.check_blending = ask, lambda name: None
     monkeypatch.setattr(from_vllm, "Server", lambda url, timeout: server)
     source = from_vllm.FromVllm(run, "http://127.0.0.1:9")
 

@@ -64,8 +64,8 @@ def draws_of(request: RolloutRequest) -> list[Draw]:
     return draws
 
 
-def options_of(sampling: SamplingParams, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Parameters of vLLM, all of them, so that no generation config adds its own. The policy's end tokens end a completion."""
+def parameters_of(sampling: SamplingParams) -> dict[str, Any]:
+    """Parameters of vLLM that say how a token is drawn, all of them, so that no generation config adds its own."""
     return {
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
@@ -75,6 +75,12 @@ def options_of(sampling: SamplingParams, stop_token_ids: Sequence[int]) -> dict[
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
+    }
+
+
+def options_of(sampling: SamplingParams, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Parameters of vLLM for completions that are trained on. The policy's end tokens end one."""
+    return parameters_of(sampling) | {
         "stop": list(sampling.stop_strings),
         "stop_token_ids": list(stop_token_ids),
         "ignore_eos": True,

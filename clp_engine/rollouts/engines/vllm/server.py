@@ -90,12 +90,17 @@ class Server:
 
     # -- what the server must be --------------------------------------------------------------------------------------
 
-    def _meet(self) -> None:
-        """The base model's name, and whether log-probs are those of sampling: with one token allowed its log-prob is 0."""
+    def models(self) -> tuple[str, list[str]]:
+        """Names of the base model and of the adapters."""
         status, answer = self.ask("GET", "/v1/models")
         if status != 200:
             raise ConfigError(f"vLLM at {self.url} names no models ({status}: {said(answer)})")
-        base = next(model["id"] for model in answer["data"] if not model.get("parent"))
+        adapters = [model["id"] for model in answer["data"] if model.get("parent")]
+        return next(model["id"] for model in answer["data"] if not model.get("parent")), adapters
+
+    def _meet(self) -> None:
+        """The base model's name, and whether log-probs are those of sampling: with one token allowed its log-prob is 0."""
+        base, _ = self.models()
         only_one = {"allowed_token_ids": [1], "max_tokens": 1, "logprobs": 0, "return_token_ids": True}
         status, answer = self.ask("POST", "/v1/completions", {"model": base, "prompt": [1, 1], **only_one})
         if status != 200 or not answer["choices"][0].get("token_ids"):
